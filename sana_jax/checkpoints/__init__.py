@@ -1,0 +1,85 @@
+"""Where a checkpoint's name leads: a native folder, a diffusers folder, a bundled name, the hub."""
+
+from pathlib import Path
+
+from absl import logging
+from jax.sharding import Mesh
+
+from sana_jax import text
+from sana_jax.checkpoints import diffusers, native
+from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.errors import UserError
+from sana_jax.models.layers import Dtype
+
+ASSETS = Path(__file__).parent.parent / "assets"
+# What a hub repository holds that we read; its other formats are many gigabytes.
+HUB_FILES = ["model.json", "*.json", "*.safetensors", "tokenizer/*"]
+
+
+def load(
+    name: str,
+    dtype: Dtype,
+    mesh: Mesh,
+    variant: str | None = None,
+    revision: str | None = None,
+    instruction_file: str | None = None,
+) -> Checkpoint:
+    """Reads the checkpoint that `name` stands for (design: see SanaPipeline.from_pretrained)."""
+    folder = find(name, revision)
+    given = text.find_instruction(instruction_file) if instruction_file else None
+    if (folder / "model.json").is_file():
+        if variant:
+            raise UserError(f"{folder} is a native folder, which has no variants")
+        checkpoint = native.load(folder, dtype, mesh)
+        checkpoint.instruction = given or checkpoint.instruction
+    else:
+        given = given or text.find_instruction()
+        checkpoint = diffusers.load(folder, dtype, mesh, variant, given)
+        if given is None:
+            logging.warning(
+                "No complex human instruction was found, which this checkpoint was trained with: "
+                "pass --instruction_file, or install diffusers, for the pictures it is known for."
+            )
+    if checkpoint.instruction:
+        found = checkpoint.instruction
+        logging.info("instruction %s from %s", found.sha256[:12], found.source)
+    return checkpoint
+
+
+def bundled() -> dict[str, Path]:
+    """The checkpoints that come with the package."""
+    return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/model.json"))}
+
+
+def find(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; downloads it where `name` is a hub id. Raises UserError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for marker in ("model.json", "model_index.json"):
+            if (path / marker).is_file():
+                return path
+        raise UserError(f"{name} has neither model.json (native) nor model_index.json (diffusers)")
+    if name in bundled():
+        return bundled()[name]
+    if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
+        return _download(name, revision)
+    names = " or ".join(bundled()) or "none yet"
+    raise UserError(
+        f"no checkpoint {name!r}: give a native folder, a diffusers folder, a bundled name ({names})"
+        " or a hub id (org/name)"
+    )
+
+
+def _download(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"{name} is no folder here, and fetching it from the hub failed: {reason}"
+        ) from error

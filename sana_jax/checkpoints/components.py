@@ -1,0 +1,69 @@
+"""What a checkpoint holds: three networks, a tokenizer, and how to sample."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from sana_jax.checkpoints.mapping import flat_shapes
+from sana_jax.models.dc_ae import DCAE, DCAEConfig
+from sana_jax.models.dit import SanaConfig, SanaTransformer
+from sana_jax.models.gemma2 import Gemma2, Gemma2Config
+from sana_jax.models.layers import Dtype
+from sana_jax.sharding import shardings_for
+from sana_jax.text import Instruction
+
+Config = SanaConfig | DCAEConfig | Gemma2Config
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A loaded folder. `params` has the keys "dit", "vae" and "text_encoder"."""
+
+    dit: SanaConfig
+    vae: DCAEConfig
+    text_encoder: Gemma2Config
+    params: dict[str, Any]
+    tokenizer: Any
+    text_rows: int = 300  # rows of text that the network attends to
+    flow_shift: float = 3.0
+    instruction: Instruction | None = None
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def config(self, component: str) -> Config:
+        return getattr(self, component)
+
+
+def component_dtype(component: str, dtype: Dtype) -> Dtype:
+    """The autoencoder and Gemma overflow float16: beside a float16 trunk they run in bfloat16."""
+    narrow = jnp.dtype(dtype) == jnp.float16 and component != "dit"
+    return jnp.bfloat16 if narrow else dtype
+
+
+def module_for(config: Config, dtype: Dtype, param_dtype: Dtype | None = None) -> nn.Module:
+    """The network of a config, computing in `dtype`."""
+    module = {SanaConfig: SanaTransformer, DCAEConfig: DCAE, Gemma2Config: Gemma2}[type(config)]
+    return module(config, dtype=dtype, param_dtype=param_dtype or dtype)
+
+
+def abstract_params(module: nn.Module):
+    """The shapes of a network's parameters, boxed with their logical axes; computes nothing."""
+    config = module.config
+    if isinstance(config, SanaConfig):
+        latents = jnp.zeros((1, config.patch_size, config.patch_size, config.latent_channels))
+        caption = jnp.zeros((1, 1, config.caption_channels))
+        inputs = latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool)
+    elif isinstance(config, DCAEConfig):
+        inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+    else:
+        inputs = (jnp.zeros((1, 1), jnp.int32),)
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def layout(module: nn.Module, mesh: Mesh):
+    """The shape and the sharding of every parameter, both by "/"-joined path."""
+    boxed = abstract_params(module)
+    return flat_shapes(nn.unbox(boxed)), flat_shapes(shardings_for(boxed, mesh))

@@ -1,0 +1,180 @@
+"""Folders in the layout of diffusers' SanaPipeline, in both directions.
+
+Reading needs neither diffusers nor torch. Tensor names are in diffusers_names.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+
+from sana_jax import text
+from sana_jax.checkpoints.components import (
+    Checkpoint,
+    Config,
+    component_dtype,
+    layout,
+    module_for,
+)
+from sana_jax.checkpoints.diffusers_names import entries
+from sana_jax.checkpoints.mapping import check, read_params, write_params
+from sana_jax.checkpoints.native import read_json
+from sana_jax.checkpoints.tensors import TensorReader, write_tensors
+from sana_jax.errors import UserError
+from sana_jax.models.dc_ae import DCAEConfig
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.models.layers import Dtype
+
+# ours -> their folder, the stem of its weight files, how its config.json is read
+COMPONENTS = {
+    "dit": ("transformer", "diffusion_pytorch_model", SanaConfig.from_diffusers),
+    "vae": ("vae", "diffusion_pytorch_model", DCAEConfig.from_diffusers),
+    "text_encoder": ("text_encoder", "model", Gemma2Config.from_transformers),
+}
+# Found in some files and never needed: counters, and buffers that follow from the config.
+IGNORED = ("num_batches_tracked", "rotary_emb.inv_freq", "pos_embed", "lm_head.weight")
+UNSUPPORTED = {"Sprint": "Sana Sprint", "ControlNet": "Sana ControlNet", "PAG": "Sana PAG"}
+UNSUPPORTED |= {"Video": "Sana Video"}
+TEXT_ROWS = 300  # the default of max_sequence_length in diffusers' pipeline; no folder stores it
+
+
+def load(
+    folder: Path,
+    dtype: Dtype,
+    mesh: Mesh,
+    variant: str | None = None,
+    instruction: text.Instruction | None = None,
+) -> Checkpoint:
+    """Reads a folder with a model_index.json; every weight goes to its place on `mesh`.
+
+    `variant` picks files such as diffusion_pytorch_model.bf16.safetensors. `instruction`: the
+    complex human instruction, which these folders do not hold. Raises UserError.
+    """
+    folder = Path(folder)
+    _check_kind(folder)
+    configs, params = {}, {}
+    for name, (subfolder, _, from_dict) in COMPONENTS.items():
+        configs[name] = _read_config(folder / subfolder, from_dict)
+    flow_shift = _read_flow_shift(folder / "scheduler")
+    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    weights = {n: _find_weights(folder / d, s, variant) for n, (d, s, _) in COMPONENTS.items()}
+    if variant and not any(found for _, found in weights.values()):
+        raise UserError(f"{folder} has no files of variant {variant!r}")
+    for name, (path, _) in weights.items():
+        logging.info("reading %s", path)
+        params[name] = _read_component(name, path, configs[name], dtype, mesh)
+    return Checkpoint(
+        **configs,
+        params=params,
+        tokenizer=tokenizer,
+        text_rows=TEXT_ROWS,
+        flow_shift=flow_shift,
+        instruction=instruction,
+        provenance={"source": str(folder), "layout": "diffusers"},
+    )
+
+
+def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 2**30) -> None:
+    """Writes a folder that `load`, and diffusers, can read; weights keep the dtype they have."""
+    folder = Path(folder)
+    index: dict[str, Any] = {"_class_name": "SanaPipeline", "_diffusers_version": "0.42.1"}
+    for name, (subfolder, stem, _) in COMPONENTS.items():
+        config = checkpoint.config(name)
+        tensors = write_params(entries(config), checkpoint.params[name])
+        write_tensors(tensors, folder / subfolder, stem, max_shard_bytes)
+        is_text = name == "text_encoder"
+        contents = config.to_transformers() if is_text else config.to_diffusers()
+        write_json(folder / subfolder / "config.json", contents)
+        theirs = "Gemma2Model" if is_text else contents["_class_name"]
+        index[subfolder] = ["transformers" if is_text else "diffusers", theirs]
+    checkpoint.tokenizer.save_pretrained(folder / "tokenizer")
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "flow_shift": checkpoint.flow_shift,
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+    }
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    write_json(folder / "model_index.json", index)  # last: what makes the folder a checkpoint
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    path.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def _check_kind(folder: Path) -> None:
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name", "nothing")
+    for mark, name in UNSUPPORTED.items():
+        if mark in str(kind):
+            raise UserError(f"{folder} is a {name} checkpoint ({kind}), which is not supported")
+    if kind != "SanaPipeline":
+        raise UserError(f"{folder} is a {kind} checkpoint; only SanaPipeline is supported")
+
+
+def _read_config(folder: Path, from_dict) -> Config:
+    contents = read_json(folder / "config.json")
+    try:
+        return from_dict(contents)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _read_flow_shift(folder: Path) -> float:
+    path = folder / "scheduler_config.json"
+    config = read_json(path)
+    kind = config.get("_class_name")
+    if kind == "FlowMatchEulerDiscreteScheduler":
+        return float(config.get("shift", 1.0))
+    expected = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    wrong = [k for k, v in expected.items() if config.get(k) != v]
+    if kind != "DPMSolverMultistepScheduler" or wrong:
+        raise UserError(
+            f"{path}: {kind} with {', '.join(f'{k}={config.get(k)}' for k in wrong) or 'this class'}"
+            " is not supported, only flow DPM-Solver++ and flow-match Euler"
+        )
+    return float(config.get("flow_shift", 1.0))
+
+
+def _find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, bool]:
+    """The weight file, or the index of several, and whether it is of the asked variant."""
+
+    def candidates(v: str | None):
+        if v is None:
+            return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        index = f"{stem}.safetensors.index.{v}.json", f"{stem}.{v}.safetensors.index.json"
+        return (f"{stem}.{v}.safetensors", *index)
+
+    for v in (variant, None) if variant else (None,):
+        for name in candidates(v):
+            if (folder / name).is_file():
+                if v != variant:
+                    logging.info("%s has no variant %s: reading %s", folder, variant, name)
+                return folder / name, v is not None
+    there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".json"))
+    wanted = candidates(variant)[0]
+    hint = ""
+    variants = sorted({n.split(".")[1] for n in there if n.startswith(f"{stem}.")} - {"safetensors"})
+    variants = [v.split("-")[0] for v in variants if v not in ("bin", "index")]
+    if variants:
+        hint = f"; there are files of variant {' and '.join(sorted(set(variants)))}"
+    elif any(name.endswith(".bin") for name in there):
+        hint = "; pickled .bin weights are not read: save them as safetensors"
+    raise UserError(f"{folder} has no {wanted}{hint}")
+
+
+def _read_component(name: str, path: Path, config: Config, dtype: Dtype, mesh: Mesh):
+    dtype = component_dtype(name, dtype)
+    shapes, shardings = layout(module_for(config, dtype), mesh)
+    table = entries(config)
+    tensors = TensorReader(path, prefix="model." if name == "text_encoder" else "")
+    component = f"{path.parent.name} ({path.name})"
+    check(component, table, shapes, tensors, IGNORED)
+    return read_params(component, table, tensors, jnp.dtype(dtype), shardings)

@@ -1,0 +1,168 @@
+"""Our parameters and another project's tensors: one table, read in both directions.
+
+An `Entry` says which of their tensors make one of ours, and how axes move, as an einops pattern
+"theirs -> ours". Turned round, the same pattern writes theirs from ours.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import traverse_util
+
+from sana_jax.checkpoints.tensors import FLOAT_DTYPES, TensorReader
+from sana_jax.errors import UserError
+
+LINEAR = "o i -> i o"
+POINTWISE = "o i 1 1 -> i o"
+CONV = "o i h w -> h w i o"
+DEPTHWISE = "c 1 h w -> h w c"
+SAME = "... -> ..."
+
+MOST_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One parameter of ours.
+
+    path: "/"-joined. names: theirs; several are joined along their axis 0. layers: the values of
+    "{i}" in the names, one a layer of a stacked parameter, or None. sizes: axis lengths that the
+    pattern cannot tell by itself.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    pattern: str = SAME
+    layers: range | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def layer_names(self) -> list[tuple[str, ...]]:
+        """Their names, layer by layer; one layer where the parameter is not stacked."""
+        layers = [None] if self.layers is None else self.layers
+        return [tuple(name.replace("{i}", str(i)) for name in self.names) for i in layers]
+
+    def read(self, theirs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Our parameter, from their tensors."""
+        arrays = []
+        for names in self.layer_names():
+            joined = [theirs[name] for name in names]
+            joined = joined[0] if len(joined) == 1 else np.concatenate(joined)
+            arrays.append(rearrange(joined, self.pattern, **dict(self.sizes)))
+        return arrays[0] if self.layers is None else np.stack(arrays)
+
+    def write(self, ours: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Their tensors, from our parameter."""
+        left, right = self.pattern.split("->")
+        for layer, names in enumerate(self.layer_names()):
+            array = ours if self.layers is None else ours[layer]
+            array = rearrange(array, f"{right} -> {left}", **dict(self.sizes))
+            yield from zip(names, np.split(array, len(names)), strict=True)
+
+    def their_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of each of their tensors, from the shape of our parameter."""
+        # A view of one zero has the shape and costs no memory.
+        ours = np.broadcast_to(np.zeros((), np.int8), shape)
+        return {name: array.shape for name, array in self.write(ours)}
+
+
+def linear(path: str, *names: str, bias: bool = True, **kwargs) -> Iterator[Entry]:
+    """A dense layer: kernel and bias."""
+    yield Entry(f"{path}/kernel", tuple(f"{n}.weight" for n in names), LINEAR, **kwargs)
+    if bias:
+        yield Entry(f"{path}/bias", tuple(f"{n}.bias" for n in names), **kwargs)
+
+
+def conv(path: str, name: str, bias: bool = True, **kwargs) -> Iterator[Entry]:
+    """A convolution: kernel and bias."""
+    yield Entry(f"{path}/kernel", (f"{name}.weight",), CONV, **kwargs)
+    if bias:
+        yield Entry(f"{path}/bias", (f"{name}.bias",), **kwargs)
+
+
+def flat_shapes(abstract_params) -> dict[str, jax.ShapeDtypeStruct]:
+    return traverse_util.flatten_dict(abstract_params, sep="/")
+
+
+def _some(items: list[str]) -> str:
+    more = f", ... ({len(items)} in all)" if len(items) > MOST_SHOWN else ""
+    return ", ".join(items[:MOST_SHOWN]) + more
+
+
+def check(
+    component: str,
+    entries: Iterable[Entry],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    theirs: TensorReader,
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """Raises UserError unless `theirs` holds exactly the tensors that our parameters need.
+
+    Names that end in one of `ignored` may be there and are not read.
+    """
+    entries = list(entries)
+    paths = [entry.path for entry in entries]
+    assert sorted(paths) == sorted(shapes), set(paths) ^ set(shapes)
+    expected = {}
+    for entry in entries:
+        expected |= entry.their_shapes(shapes[entry.path].shape)
+    found = {name for name in theirs if not name.endswith(ignored)} if ignored else set(theirs)
+    problems = []
+    if missing := sorted(set(expected) - found):
+        problems.append(f"missing {_some(missing)}")
+    if extra := sorted(found - set(expected)):
+        problems.append(f"unexpected {_some(extra)}")
+    wrong = [
+        f"{name} is {list(theirs.shape(name))} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and theirs.shape(name) != shape
+    ]
+    if wrong:
+        problems.append(f"shapes: {_some(wrong)}")
+    types = [
+        f"{name} is {theirs.dtype(name)}"
+        for name in expected
+        if name in found and theirs.dtype(name) not in FLOAT_DTYPES
+    ]
+    if types:
+        problems.append(f"types: {_some(types)} (floating point is needed)")
+    if problems:
+        raise UserError(f"{component} does not fit its config.json: {'; '.join(problems)}")
+
+
+def read_params(
+    component: str,
+    entries: Iterable[Entry],
+    theirs: Mapping[str, np.ndarray],
+    dtype: np.dtype,
+    shardings: Mapping[str, jax.sharding.Sharding],
+):
+    """Our nested parameters on device, cast to `dtype`, one parameter after the other.
+
+    Raises UserError that names the tensor where a value is NaN or infinite, in the file or after
+    the cast.
+    """
+    params = {}
+    for entry in entries:
+        array = entry.read(theirs)
+        cast = array.astype(dtype, copy=False)
+        if not np.isfinite(cast).all():
+            names = ", ".join(entry.layer_names()[0])
+            what = "holds NaN or Inf" if not np.isfinite(array).all() else f"overflows {dtype}"
+            raise UserError(f"{component}: {names} {what}")
+        params[entry.path] = jax.device_put(cast, shardings[entry.path])
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors, one after the other, from our nested parameters."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for entry in entries:
+        yield from entry.write(np.asarray(flat[entry.path]))
+
+
+def abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))

@@ -1,0 +1,1 @@
+from sana_jax.kernels.linear_attention.reference import linear_attention as linear_attention

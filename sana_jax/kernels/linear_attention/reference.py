@@ -1,0 +1,33 @@
+"""ReLU linear attention in plain jnp: the specification of the kernel.
+
+    state = sum_n relu(k_n) v_n^T        (D, D)
+    total = sum_n relu(k_n)              (D,)
+    out_n = relu(q_n) state / (relu(q_n) . total + epsilon)
+
+SANA (arXiv 2410.10629, section 2.3, eq. 1): linear in the number of tokens N, no softmax, no scale.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.mixed_einsum import einsum_float32
+
+
+def linear_attention(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    epsilon: float = 1e-15,
+) -> Float[Array, "B N H D"]:
+    """Attends every token to every other; sums and division in float32, result in v's dtype.
+
+    `epsilon` is the one of diffusers. A row whose q is zero everywhere gives zero, not NaN.
+    """
+    q, k = jax.nn.relu(q), jax.nn.relu(k)
+    state = einsum_float32("bnhd,bnhe->bhde", k, v)
+    total = jnp.sum(k, axis=1, dtype=jnp.float32)  # (B, H, D)
+    q = q.astype(jnp.float32)
+    numerator = jnp.einsum("bnhd,bhde->bnhe", q, state)
+    denominator = jnp.einsum("bnhd,bhd->bnh", q, total)
+    return (numerator / (denominator[..., None] + epsilon)).astype(v.dtype)

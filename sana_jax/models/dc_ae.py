@@ -1,0 +1,499 @@
+"""DC-AE, the deep-compression autoencoder (arXiv 2410.10733), with SANA's changes (2410.10629).
+
+Letters: B batch, H W pixels, h w the sides of the latents, c their channels, C channels of a stage.
+
+Stage i of either half works at 1 / 2^i of the resolution. Between two stages, a convolution learns
+only what a rearrangement of the pixels without weights leaves over (residual autoencoding):
+
+    down: y = convolution(x) + average(space_to_channel(x))
+    up:   y = convolution(x) + channel_to_space(duplicate(x))
+
+where groups of consecutive channels are averaged, or single ones duplicated, to the width of y. The
+same shortcut joins the deepest stage to the latents. A stage is a stack of one kind of block; the
+norm comes last in every branch, and nothing normalises the residual stream:
+
+    ResBlock:           x += Norm(conv(act(conv(x))))
+    EfficientViTBlock:  x += Norm(LinearAttention(x));  x += Norm(MixFFN(x))
+
+No KL term and no sampling: the latents are what the encoder returns. They are unscaled; the
+diffusion model works on `latents * config.scaling_factor`.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.glumbconv import depthwise_conv
+from sana_jax.kernels.linear_attention import linear_attention
+from sana_jax.models.layers import (
+    Dtype,
+    GLUMBConv,
+    RMSNorm,
+    conv3x3,
+    dense,
+    fan_in_uniform,
+    partitioned,
+)
+
+ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
+EPSILON = 1e-5  # of every norm
+
+_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+_SCALES = ((),) * 3 + ((5,),) * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DCAEConfig:
+    """The architecture of a release; the defaults are SANA's autoencoder.
+
+    Tuples have an entry a stage, full resolution first. A first stage of no layers is left out: the
+    outermost convolution then changes the resolution itself. Raises ValueError, naming the field,
+    for what the networks below cannot be.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 32
+    attention_head_dim: int = 32
+    encoder_blocks: tuple[str, ...] = _BLOCKS
+    decoder_blocks: tuple[str, ...] = _BLOCKS
+    encoder_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    decoder_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
+    decoder_layers: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
+    # Depthwise kernel sizes; each adds heads that see q, k and v of a neighbourhood.
+    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
+    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
+    decoder_norms: tuple[str, ...] = ("rms_norm",) * 6  # the encoder's all are
+    decoder_activations: tuple[str, ...] = ("silu",) * 6  # of ResBlocks; the encoder's all are
+    downsample: str = "conv"  # with stride 2; "pixel_unshuffle": conv, then space to channel
+    upsample: str = "interpolate"  # to the nearest, then conv; "pixel_shuffle": channel to space
+    encoder_out_shortcut: bool = True
+    decoder_in_shortcut: bool = True
+    decoder_out_activation: str = "relu"
+    scaling_factor: float = 0.41407  # 1 / root mean square of the latents
+
+    def __post_init__(self):
+        def reject(field, problem):
+            alias = f" ({_NAMES[field]} in diffusers)" if field in _NAMES else ""
+            raise ValueError(f"autoencoder {field}{alias} {getattr(self, field)!r}: {problem}")
+
+        stages = len(self.encoder_channels)
+        for field in _PER_STAGE:
+            if len(getattr(self, field)) != stages:
+                reject(field, f"needs one entry for each of {stages} stages")
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if {*([value] if isinstance(value, str) else value)} - {*choices}:
+                reject(field, f"only {' and '.join(choices)} are supported")
+        for side in ("encoder", "decoder"):
+            channels, layers = getattr(self, f"{side}_channels"), getattr(self, f"{side}_layers")
+            attention = zip(getattr(self, f"{side}_blocks"), channels, strict=True)
+            if any(b == "EfficientViTBlock" and c % self.attention_head_dim for b, c in attention):
+                reject("attention_head_dim", f"does not divide {side}_channels {channels}")
+            if not all(layers[1:-1]):
+                reject(f"{side}_layers", "only the first or last stage may have no layers")
+            whole = [4 * c % deeper == 0 for c, deeper in itertools.pairwise(channels)]
+            if not all(whole) or channels[-1] % self.latent_channels:
+                reject(f"{side}_channels", "the shortcuts need whole groups of channels")
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of one latent."""
+        return 2 ** (len(self.encoder_channels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> "DCAEConfig":
+        """Reads an AutoencoderDC's config.json. Raises ValueError naming what is not ours."""
+
+        def freeze(value):
+            return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
+
+        ours = {}
+        for field in dataclasses.fields(cls):
+            missing = _DIFFUSERS_DEFAULTS.get(field.name, field.default)
+            ours[field.name] = freeze(config.get(_NAMES.get(field.name, field.name), missing))
+        stages = len(ours["encoder_channels"])
+        for field in _PER_STAGE:
+            # As diffusers reads them: a string holds for all stages, what is beyond them for none.
+            value = ours[field]
+            ours[field] = (value,) * stages if isinstance(value, str) else value[:stages]
+        ours["downsample"] = ours["downsample"].lower()  # published files say "Conv"
+        return cls(**ours)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The config.json of the same network."""
+
+        def thaw(value):
+            return [thaw(v) for v in value] if isinstance(value, tuple) else value
+
+        ours = {_NAMES.get(k, k): thaw(v) for k, v in vars(self).items()}
+        return {"_class_name": "AutoencoderDC", **ours}
+
+
+_PER_STAGE = [f.name for f in dataclasses.fields(DCAEConfig) if isinstance(f.default, tuple)]
+_CHOICES = {
+    "encoder_blocks": ("ResBlock", "EfficientViTBlock"),
+    "decoder_blocks": ("ResBlock", "EfficientViTBlock"),
+    "decoder_norms": ("rms_norm", "batch_norm"),
+    "decoder_activations": tuple(ACTIVATIONS),
+    "downsample": ("conv", "pixel_unshuffle"),
+    "upsample": ("interpolate", "pixel_shuffle"),
+    "decoder_out_activation": tuple(ACTIVATIONS),
+}
+# Where diffusers has another name for a field.
+_NAMES = {
+    "encoder_blocks": "encoder_block_types",
+    "decoder_blocks": "decoder_block_types",
+    "encoder_channels": "encoder_block_out_channels",
+    "decoder_channels": "decoder_block_out_channels",
+    "encoder_layers": "encoder_layers_per_block",
+    "decoder_layers": "decoder_layers_per_block",
+    "decoder_norms": "decoder_norm_types",
+    "decoder_activations": "decoder_act_fns",
+    "downsample": "downsample_block_type",
+    "upsample": "upsample_block_type",
+    "decoder_out_activation": "decoder_conv_act_fn",
+}
+# What an absent field means to diffusers, where that is not our default.
+_DIFFUSERS_DEFAULTS = {
+    "encoder_blocks": "ResBlock",
+    "decoder_blocks": "ResBlock",
+    "decoder_norms": "rms_norm",
+    "decoder_activations": "silu",
+    "downsample": "pixel_unshuffle",
+    "upsample": "pixel_shuffle",
+    "scaling_factor": 1.0,
+}
+
+
+def _paper(latent_channels: int, scaling_factor: float, *deeper: int) -> DCAEConfig:
+    """A release of the DC-AE paper; `deeper` are the widths of the stages past the sixth."""
+    extra = len(deeper)
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (3 + extra)
+    channels = (128, 256, 512, 512, 1024, 1024, *deeper)
+    return DCAEConfig(
+        latent_channels=latent_channels,
+        encoder_blocks=blocks,
+        decoder_blocks=blocks,
+        encoder_channels=channels,
+        decoder_channels=channels,
+        encoder_layers=(0, 4, 8, 2, 2, 2) + (2,) * extra,
+        decoder_layers=(0, 5, 10, 2, 2, 2) + (2,) * extra,
+        encoder_qkv_multiscales=((),) * (6 + extra),
+        decoder_qkv_multiscales=((),) * (6 + extra),
+        decoder_norms=("batch_norm",) * 3 + ("rms_norm",) * (3 + extra),
+        decoder_activations=("relu",) * 3 + ("silu",) * (3 + extra),
+        downsample="pixel_unshuffle",
+        upsample="pixel_shuffle",
+        scaling_factor=scaling_factor,
+    )
+
+
+PRESETS = {
+    "dc-ae-f32c32-sana-1.0": DCAEConfig(),
+    "dc-ae-f32c32-sana-1.1": DCAEConfig(),  # other weights of the decoder
+    "dc-ae-lite-f32c32-sana-1.1": DCAEConfig(
+        decoder_blocks=("ResBlock",) * 6,
+        decoder_layers=(0, 3, 5, 4, 4, 4),
+        decoder_qkv_multiscales=((),) * 6,
+        upsample="pixel_shuffle",
+        decoder_out_activation="silu",
+    ),
+    "dc-ae-f32c32-in-1.0": _paper(32, 0.3189),
+    "dc-ae-f32c32-mix-1.0": _paper(32, 0.4552),
+    "dc-ae-f64c128-in-1.0": _paper(128, 0.2889, 2048),
+    "dc-ae-f64c128-mix-1.0": _paper(128, 0.4538, 2048),
+    "dc-ae-f128c512-in-1.0": _paper(512, 0.4883, 2048, 2048),
+    "dc-ae-f128c512-mix-1.0": _paper(512, 0.3620, 2048, 2048),
+}
+
+
+def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 4*C"]:
+    """Four pixels into one; torch's order: the channel slowest, then the row, then the column."""
+    return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
+
+
+def channel_to_space(x: Float[Array, "B H W 4*C"]) -> Float[Array, "B 2*H 2*W C"]:
+    """The inverse of `space_to_channel`."""
+    return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
+
+
+def average(x: Float[Array, "B H W C"], channels: int) -> Float[Array, "B H W c"]:
+    """The means of consecutive groups of channels, `channels` of them."""
+    return reduce(x, "b h w (c g) -> b h w c", "mean", c=channels)
+
+
+def duplicate(x: Float[Array, "B H W c"], channels: int) -> Float[Array, "B H W C"]:
+    """Every channel several times in a row, up to `channels`."""
+    return repeat(x, "b h w c -> b h w (c g)", g=channels // x.shape[-1])
+
+
+def downsample(
+    x: Float[Array, "B H W C"], channels: int, kind: str, *, shortcut: bool = True, **conv: Any
+) -> Float[Array, "B H/2 W/2 D"]:
+    """Halves the resolution, inside a module's `__call__`; D = channels, `conv` as for conv3x3."""
+    if kind == "conv":
+        y = conv3x3(channels, stride=2, **conv)(x)
+    else:
+        y = space_to_channel(conv3x3(channels // 4, **conv)(x))
+    return y + average(space_to_channel(x), channels) if shortcut else y
+
+
+def upsample(
+    x: Float[Array, "B H W C"], channels: int, kind: str, *, shortcut: bool = True, **conv: Any
+) -> Float[Array, "B 2*H 2*W D"]:
+    """Doubles the resolution, inside a module's `__call__`; D = channels, `conv` as for conv3x3."""
+    if kind == "interpolate":
+        y = conv3x3(channels, **conv)(repeat(x, "b h w c -> b (h 2) (w 2) c"))
+    else:
+        y = channel_to_space(conv3x3(4 * channels, **conv)(x))
+    return y + channel_to_space(duplicate(x, 4 * channels)) if shortcut else y
+
+
+class BatchNorm(nn.Module):
+    """Batch norm as a finished network applies it: the stored statistics are constants."""
+
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        def vector(name, init):
+            init = partitioned(init, ("embed",))
+            value = self.param(name, init, x.shape[-1:], self.param_dtype)
+            return value.astype(jnp.float32)[None, None, None]
+
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale, bias = vector("scale", ones), vector("bias", zeros)
+        mean, var = jax.lax.stop_gradient((vector("mean", zeros), vector("var", ones)))
+        x = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + EPSILON)
+        return (x * scale + bias).astype(self.dtype)
+
+
+def make_norm(kind: str, **fields: Any) -> nn.Module:
+    """The norm of that name in a config."""
+    if kind == "batch_norm":
+        return BatchNorm(**fields)
+    return RMSNorm(EPSILON, use_bias=True, **fields)
+
+
+class ResBlock(nn.Module):
+    """x + Norm(conv(act(conv(x)))), with the signature that nn.scan wants."""
+
+    norm: str = "rms_norm"
+    activation: str = "silu"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]):
+        width, types = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        y = conv3x3(width, ("embed", "mlp"), name="conv1", **types)(x)
+        y = ACTIVATIONS[self.activation](y)
+        y = conv3x3(width, ("mlp", "embed"), use_bias=False, name="conv2", **types)(y)
+        return x + make_norm(self.norm, name="norm", **types)(y), None
+
+
+class Multiscale(nn.Module):
+    """Mixes q, k and v over a neighbourhood: depthwise, then within each head's q, k and v."""
+
+    size: int
+    head_dim: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, qkv: Float[Array, "B H W 3*C"]) -> Float[Array, "B H W 3*C"]:
+        size, head_dim, width = self.size, self.head_dim, qkv.shape[-1]
+        uniform = nn.initializers.variance_scaling
+        depthwise_kernel = self.param(
+            "depthwise_kernel",
+            partitioned(uniform(1 / 3, "fan_in", "uniform", (0, 1)), (None, None, "heads")),
+            (size, size, width),
+            self.param_dtype,
+        )
+        pointwise_kernel = self.param(
+            "pointwise_kernel",
+            partitioned(uniform(1 / 3, "fan_in", "uniform", batch_axis=0), ("heads", None, None)),
+            (width // head_dim, head_dim, head_dim),
+            self.param_dtype,
+        )
+        x = depthwise_conv(qkv, depthwise_kernel).astype(self.dtype)
+        x = rearrange(x, "b h w (g d) -> b h w g d", d=head_dim)
+        x = jnp.einsum("bhwgd,gde->bhwge", x, pointwise_kernel.astype(self.dtype))
+        return rearrange(x, "b h w g d -> b h w (g d)")
+
+
+class EfficientViTBlock(nn.Module):
+    """x + Norm(LinearAttention(x)), then x + Norm(MixFFN(x)); signature of nn.scan.
+
+    EfficientViT's module (arXiv 2205.14756) with SANA's feed-forward network. The attention has
+    C / head_dim heads, and as many more for each scale.
+    """
+
+    head_dim: int
+    scales: tuple[int, ...] = ()
+    norm: str = "rms_norm"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]):
+        (_, height, _, width), head_dim = x.shape, self.head_dim
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        linear = dict(use_bias=False, kernel_init=fan_in_uniform, **types)
+
+        # Channels of qkv are [q | k | v] of the first head, of the second, and so on.
+        qkv = dense(3 * width, ("embed", "heads"), name="qkv", **linear)(x)
+        wider = [
+            Multiscale(size, head_dim, name=f"multiscale_{j}", **types)(qkv)
+            for j, size in enumerate(self.scales)
+        ]
+        qkv = jnp.concatenate([qkv, *wider], axis=-1)
+        q, k, v = rearrange(qkv, "b h w (n s d) -> s b (h w) n d", s=3, d=head_dim)
+        y = rearrange(linear_attention(q, k, v), "b (h w) n d -> b h w (n d)", h=height)
+        y = dense(width, ("heads", "embed"), name="out", **linear)(y)
+        x = x + make_norm(self.norm, name="norm", **types)(y)
+
+        y = GLUMBConv(4 * width, name="ffn", **types)(x)
+        return x + make_norm("rms_norm", name="ffn_norm", **types)(y), None
+
+
+class Stage(nn.Module):
+    """Blocks, as one scan over their stacked weights, and the change of resolution beside them.
+
+    The encoder's stages halve it at their end, the decoder's double it at their start, the deepest
+    of either keeps it.
+    """
+
+    config: DCAEConfig
+    side: str  # "encoder" or "decoder"
+    index: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
+        config, i, decoder = self.config, self.index, self.side == "decoder"
+
+        def of_stage(name):
+            return getattr(config, f"{self.side}_{name}")[i]
+
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        resize = dict(axes=("embed", "mlp"), **types)
+        deepest = i + 1 == len(config.encoder_channels)
+        if decoder and not deepest:
+            x = upsample(x, of_stage("channels"), config.upsample, name="up", **resize)
+
+        fields = dict(norm=config.decoder_norms[i] if decoder else "rms_norm", **types)
+        if of_stage("blocks") == "ResBlock":
+            block = ResBlock
+            fields |= dict(activation=config.decoder_activations[i] if decoder else "silu")
+        else:
+            block = EfficientViTBlock
+            fields |= dict(head_dim=config.attention_head_dim, scales=of_stage("qkv_multiscales"))
+        if layers := of_stage("layers"):
+            scan = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = scan(name="blocks", **fields)(x)
+
+        if not decoder and not deepest:
+            channels = config.encoder_channels[i + 1]
+            x = downsample(x, channels, config.downsample, name="down", **resize)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images to latents."""
+
+    config: DCAEConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+        config, channels = self.config, self.config.encoder_channels
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        stem = dict(axes=(None, "embed"), name="conv_in", **types)
+        first = 0 if config.encoder_layers[0] else 1  # a stage without layers is skipped
+        if first == 0:
+            x = conv3x3(channels[0], **stem)(images)
+        else:
+            x = downsample(images, channels[1], config.downsample, shortcut=False, **stem)
+        for i in range(first, len(channels)):
+            x = Stage(config, "encoder", i, name=f"stage_{i}", **types)(x)
+        latents = conv3x3(config.latent_channels, ("embed", None), name="conv_out", **types)(x)
+        if config.encoder_out_shortcut:
+            latents = latents + average(x, config.latent_channels)
+        return latents.astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Latents to images."""
+
+    config: DCAEConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        config, channels = self.config, self.config.decoder_channels
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        latents = latents.astype(self.dtype)
+        x = conv3x3(channels[-1], (None, "embed"), name="conv_in", **types)(latents)
+        if config.decoder_in_shortcut:
+            x = x + duplicate(latents, channels[-1])
+        first = 0 if config.decoder_layers[0] else 1
+        for i in reversed(range(first, len(channels))):
+            x = Stage(config, "decoder", i, name=f"stage_{i}", **types)(x)
+        x = make_norm("rms_norm", name="norm_out", **types)(x)
+        x = ACTIVATIONS[config.decoder_out_activation](x)
+        head = dict(axes=("embed", None), name="conv_out", **types)
+        if first == 0:
+            images = conv3x3(config.in_channels, **head)(x)
+        else:
+            images = upsample(x, config.in_channels, config.upsample, shortcut=False, **head)
+        return images.astype(jnp.float32)
+
+
+class DCAE(nn.Module):
+    """The autoencoder: `encode` and `decode`, each the method of an `apply`."""
+
+    config: DCAEConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self):
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.encoder = Encoder(self.config, **types)
+        self.decoder = Decoder(self.config, **types)
+
+    def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+        """Unscaled latents of images in [-1, 1], in float32.
+
+        Raises ValueError where H or W is no multiple of `config.factor`.
+        """
+        _, height, width, _ = images.shape
+        factor = self.config.factor
+        if height % factor or width % factor:
+            raise ValueError(f"images of {height} x {width} pixels: not multiples of {factor}")
+        return self.encoder(images)
+
+    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        """Images around [-1, 1], not clamped, of unscaled latents; in float32."""
+        return self.decoder(latents)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """The reconstruction, decode(encode(images))."""
+        return self.decode(self.encode(images))

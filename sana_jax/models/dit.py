@@ -1,0 +1,442 @@
+"""SANA's linear diffusion transformer (arXiv 2410.10629, section 2.3).
+
+Letters: B batch, N = H W tokens (one a latent pixel), L text rows, C width, D head width.
+
+Block i, with a learned table S_i of six C-vectors and t0 = modulation(timestep), shared by all
+blocks (adaLN-single); LN is a layer norm without weights:
+
+    shift1, scale1, gate1, shift2, scale2, gate2 = S_i + t0
+    x += gate1 * LinearAttention(LN(x) (1 + scale1) + shift1)
+    x += CrossAttention(x, caption)                              no norm, no gate
+    x += gate2 * MixFFN(LN(x) (1 + scale2) + shift2)
+
+Attention is linear in N, the depthwise convolution of Mix-FFN tells tokens where they are, and
+only the 2048 and 4096 px models add positions. Not here: Sprint's guidance embedding, ControlNet.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from sana_jax.kernels.linear_attention import linear_attention
+from sana_jax.kernels.mixed_einsum import einsum_float32
+from sana_jax.models.layers import Dtype, GLUMBConv, RMSNorm, dense, partitioned
+from sana_jax.sharding import constrain
+
+FLOAT16_MAX = 65504.0
+small_normal = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaConfig:
+    """The architecture of a release; the defaults are Sana 1.6B at 1024 px."""
+
+    latent_channels: int = 32
+    depth: int = 20
+    width: int = 2240
+    head_dim: int = 32  # of the linear attention
+    cross_heads: int = 20
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    patch_size: int = 1
+    sample_size: int = 32  # side of the native latent
+    interpolation_scale: float | None = None  # of the sincos positions; None: no positions
+    qk_norm: bool = False
+    attention_bias: bool = False  # of the linear attention's q, k and v
+    timestep_scale: float = 1.0  # what a sampler multiplies timesteps by
+    # Clip the linear attention's output to float16's range, which the weights trained in float16
+    # rely on. None: only where activations are float16, as diffusers does.
+    clip_attention: bool | None = None
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> "SanaConfig":
+        """Reads a SanaTransformer2DModel's config.json. Raises ValueError naming what is not ours."""
+        get = {**_DIFFUSERS_DEFAULTS, **config}.__getitem__
+        width = get("num_attention_heads") * get("attention_head_dim")
+        if get("guidance_embeds"):
+            raise ValueError("guidance_embeds is set: Sana Sprint models are not supported")
+        expected = {
+            "out_channels": get("in_channels"),
+            "cross_attention_dim": width,
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+        }
+        for key, value in expected.items():
+            if config.get(key, value) not in (value, None):
+                raise ValueError(f"transformer {key} {config[key]!r} is not supported, only {value!r}")
+        if get("num_cross_attention_heads") * get("cross_attention_head_dim") != width:
+            raise ValueError(f"transformer cross_attention_head_dim does not divide width {width}")
+        if get("qk_norm") not in (None, "rms_norm_across_heads"):
+            raise ValueError(f"transformer qk_norm {get('qk_norm')!r} is not supported")
+        return cls(
+            latent_channels=get("in_channels"),
+            depth=get("num_layers"),
+            width=width,
+            head_dim=get("attention_head_dim"),
+            cross_heads=get("num_cross_attention_heads"),
+            caption_channels=get("caption_channels"),
+            mlp_ratio=get("mlp_ratio"),
+            patch_size=get("patch_size"),
+            sample_size=get("sample_size"),
+            interpolation_scale=get("interpolation_scale"),
+            qk_norm=get("qk_norm") is not None,
+            attention_bias=get("attention_bias"),
+            timestep_scale=get("timestep_scale"),
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The config.json of the same network; `clip_attention` has no place there."""
+        return {
+            **_DIFFUSERS_DEFAULTS,
+            "_class_name": "SanaTransformer2DModel",
+            "in_channels": self.latent_channels,
+            "out_channels": self.latent_channels,
+            "num_layers": self.depth,
+            "num_attention_heads": self.width // self.head_dim,
+            "attention_head_dim": self.head_dim,
+            "num_cross_attention_heads": self.cross_heads,
+            "cross_attention_head_dim": self.width // self.cross_heads,
+            "cross_attention_dim": self.width,
+            "caption_channels": self.caption_channels,
+            "mlp_ratio": self.mlp_ratio,
+            "patch_size": self.patch_size,
+            "sample_size": self.sample_size,
+            "interpolation_scale": self.interpolation_scale,
+            "qk_norm": "rms_norm_across_heads" if self.qk_norm else None,
+            "attention_bias": self.attention_bias,
+            "timestep_scale": self.timestep_scale,
+        }
+
+
+# What a config.json of an older diffusers may leave out.
+_DIFFUSERS_DEFAULTS = dict(
+    in_channels=32,
+    num_attention_heads=70,
+    attention_head_dim=32,
+    num_layers=20,
+    num_cross_attention_heads=20,
+    cross_attention_head_dim=112,
+    caption_channels=2304,
+    mlp_ratio=2.5,
+    attention_bias=False,
+    sample_size=32,
+    patch_size=1,
+    interpolation_scale=None,
+    guidance_embeds=False,
+    qk_norm=None,
+    timestep_scale=1.0,
+)
+
+_600M = SanaConfig(depth=28, width=1152, cross_heads=16)
+_1600M = SanaConfig()
+_replace = dataclasses.replace
+PRESETS = {
+    "sana_600m_512": _replace(_600M, sample_size=16),
+    "sana_600m_1024": _600M,
+    "sana_1600m_512": _replace(_1600M, sample_size=16),
+    "sana_1600m_1024": _1600M,
+    "sana_1600m_2048": _replace(_1600M, sample_size=64, interpolation_scale=1.0),
+    "sana_1600m_4096": _replace(_1600M, sample_size=128, interpolation_scale=2.0),
+    "sana1.5_1600m_1024": _replace(_1600M, qk_norm=True),
+    "sana1.5_4800m_1024": _replace(_1600M, qk_norm=True, depth=60),
+}
+
+
+def timestep_features(timestep: Float[Array, " B"], size: int = 256) -> Float[Array, "B size"]:
+    """[cos | sin] of the timestep at frequencies 10000^(-i / (size/2)), in float32."""
+    half = size // 2
+    frequencies = np.exp(-math.log(10000) / half * np.arange(half, dtype=np.float32))
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_features(length: int, base: int, scale: float, size: int) -> np.ndarray:
+    """[sin | cos] along one side of the image, (length, size) in float32.
+
+    Coordinates run over [0, base / scale) whatever the length, so that a larger picture shows the
+    positions that the network was trained on, only denser.
+    """
+    coordinates = np.arange(length, dtype=np.float32) / np.float32(length / base) / scale
+    omega = 10000.0 ** -(np.arange(size // 2, dtype=np.float64) / (size / 2))
+    angles = coordinates.astype(np.float64)[:, None] * omega[None]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+
+
+def modulate(x: Float[Array, "B N C"], shift: Array, scale: Array, dtype: Dtype):
+    """LN(x) (1 + scale) + shift in float32; shift and scale are (B or 1, 1, C)."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return (x * (1 + scale) + shift).astype(dtype)
+
+
+class LinearAttention(nn.Module):
+    """Every token to every other, by ReLU linear attention."""
+
+    config: SanaConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        config, width = self.config, self.config.width
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        bias = config.attention_bias
+        qkv = dense(3 * width, ("embed", "heads"), use_bias=bias, name="qkv", **types)(x)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        if config.qk_norm:  # over the whole width, before the split into heads
+            q = RMSNorm(1e-5, name="q_norm", **types)(q)
+            k = RMSNorm(1e-5, name="k_norm", **types)(k)
+        q, k, v = (rearrange(t, "b n (h d) -> b n h d", d=config.head_dim) for t in (q, k, v))
+        out = rearrange(linear_attention(q, k, v), "b n h d -> b n (h d)")
+        out = dense(width, ("heads", "embed"), name="out", **types)(out)
+        clip = config.clip_attention
+        if clip is None:
+            clip = jnp.dtype(self.dtype) == jnp.float16
+        return jnp.clip(out, -FLOAT16_MAX, FLOAT16_MAX) if clip else out
+
+
+class CrossAttention(nn.Module):
+    """Tokens to text rows, by softmax attention. Keys and values do not depend on the timestep."""
+
+    config: SanaConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self):
+        width = self.config.width
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.q = dense(width, ("embed", "heads"), **types)
+        self.kv = dense(2 * width, ("embed", "heads"), **types)
+        self.out = dense(width, ("heads", "embed"), **types)
+        if self.config.qk_norm:
+            self.q_norm = RMSNorm(1e-5, **types)
+            self.k_norm = RMSNorm(1e-5, **types)
+
+    def keys_values(self, caption: Float[Array, "B L C"]) -> tuple[Array, Array]:
+        """Keys and values of the text rows, (B, L, heads, D) each."""
+        k, v = jnp.split(self.kv(caption), 2, axis=-1)
+        if self.config.qk_norm:
+            k = self.k_norm(k)
+        heads = self.config.cross_heads
+        return tuple(rearrange(t, "b l (h d) -> b l h d", h=heads) for t in (k, v))
+
+    def __call__(self, x: Float[Array, "B N C"], keys_values, mask: Bool[Array, "B L"]):
+        k, v = keys_values
+        q = self.q(x)
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+        q = rearrange(q, "b n (h d) -> b n h d", h=self.config.cross_heads)
+        logits = einsum_float32("bnhd,blhd->bhnl", q, k)
+        logits = logits * q.shape[-1] ** -0.5
+        # Not -inf: a softmax over nothing but hidden rows must stay finite.
+        logits = logits + jnp.where(mask, 0.0, -1e4)[:, None, None, :]
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        out = einsum_float32("bhnl,blhd->bnhd", weights, v).astype(self.dtype)
+        return self.out(rearrange(out, "b n h d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """One layer; see the head of this file. Its methods have the signature that nn.scan wants."""
+
+    config: SanaConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self):
+        config = self.config
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        table_init = nn.initializers.normal(config.width**-0.5)
+        self.modulation_table = self.param(
+            "modulation_table",
+            partitioned(table_init, (None, "embed")),
+            (6, config.width),
+            self.param_dtype,
+        )
+        self.attention = LinearAttention(config, **types)
+        self.cross_attention = CrossAttention(config, **types)
+        self.ffn = GLUMBConv(int(config.mlp_ratio * config.width), **types)
+
+    def keys_values(self, carry, caption):
+        """What cross-attention needs of the text: once a prompt in sampling."""
+        return carry, self.cross_attention.keys_values(caption)
+
+    def with_keys_values(self, x, keys_values, modulation, mask):
+        """x is (B, H, W, C); modulation (B or 1, 6, C) in float32."""
+        _, height, width, _ = x.shape
+        x = rearrange(x, "b h w c -> b (h w) c")
+        x = constrain(x, "batch", "tokens", "residual")
+        table = self.modulation_table.astype(jnp.float32)[None] + modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
+
+        def gated(gate, branch):
+            return (gate * branch.astype(jnp.float32)).astype(self.dtype)
+
+        x = x + gated(gate1, self.attention(modulate(x, shift1, scale1, self.dtype)))
+        x = x + self.cross_attention(x, keys_values, mask)
+        h = modulate(x, shift2, scale2, self.dtype)
+        h = self.ffn(rearrange(h, "b (h w) c -> b h w c", h=height, w=width))
+        x = x + gated(gate2, rearrange(h, "b h w c -> b (h w) c"))
+        x = constrain(x, "batch", "tokens", "residual")
+        return rearrange(x, "b (h w) c -> b h w c", h=height, w=width), None
+
+    def __call__(self, x, modulation, caption, mask):
+        keys_values = self.cross_attention.keys_values(caption)
+        return self.with_keys_values(x, keys_values, modulation, mask)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timestep -> its embedding (B, C) and the modulation (B, 6, C) that all blocks share.
+
+    Always in float32: it is small, and bfloat16 would coarsen the noise level.
+    """
+
+    width: int
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, timestep: Float[Array, " B"]):
+        def linear(features, name, axes):
+            return dense(
+                features,
+                axes,
+                kernel_init=small_normal,
+                dtype=jnp.float32,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        x = linear(self.width, "linear_1", (None, "embed"))(timestep_features(timestep))
+        embedding = linear(self.width, "linear_2", ("embed", "heads"))(jax.nn.silu(x))
+        modulation = linear(6 * self.width, "modulation", ("embed", "heads"))
+        return embedding, rearrange(modulation(jax.nn.silu(embedding)), "b (s c) -> b s c", s=6)
+
+
+class CaptionEmbedder(nn.Module):
+    """Text rows -> the width of the trunk; the norm tames Gemma's large hidden states."""
+
+    width: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, caption: Float[Array, "B L T"]) -> Float[Array, "B L C"]:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        linear = dict(kernel_init=small_normal, **types)
+        x = dense(self.width, (None, "embed"), name="linear_1", **linear)(caption)
+        x = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
+        x = dense(self.width, ("embed", "heads"), name="linear_2", **linear)(x)
+        return RMSNorm(1e-5, scale_init=0.01, name="norm", **types)(x)
+
+
+class SanaTransformer(nn.Module):
+    """The network that predicts the velocity of a noisy latent.
+
+    `__call__` computes everything; samplers call `keys_values` once a prompt and
+    `denoise` once a step, which gives the same numbers.
+    """
+
+    config: SanaConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self):
+        config = self.config
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.patch_embed = dense(config.width, (None, "embed"), **types)
+        self.time_embed = TimestepEmbedder(config.width, param_dtype=self.param_dtype)
+        self.caption_embed = CaptionEmbedder(config.width, **types)
+        every, once = 0, nn.broadcast  # layer by layer, or the same for all
+        scan = dict(
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.blocks = nn.scan(
+            Block,
+            methods={
+                "__call__": {"in_axes": (once, once, once), **scan},
+                "keys_values": {"in_axes": (once,), **scan},
+                "with_keys_values": {"in_axes": (every, once, once), **scan},
+            },
+        )(config, **types)
+        self.final_table = self.param(
+            "final_table",
+            partitioned(nn.initializers.normal(config.width**-0.5), (None, "embed")),
+            (2, config.width),
+            self.param_dtype,
+        )
+        self.proj_out = dense(config.patch_size**2 * config.latent_channels, ("embed", None), **types)
+
+    def keys_values(self, caption: Float[Array, "B L T"]) -> tuple[Array, Array]:
+        """The cross-attention keys and values of all blocks, (depth, B, L, heads, D) each."""
+        return self.blocks.keys_values((), self.caption_embed(caption))[1]
+
+    def denoise(
+        self,
+        latents: Float[Array, "B h w c"],
+        timestep: Float[Array, " B"],
+        keys_values: tuple[Array, Array],
+        mask: Bool[Array, "B L"],
+    ) -> Float[Array, "B h w c"]:
+        """`__call__`, with `keys_values(caption)` in place of the caption."""
+
+        def blocks(x, modulation):
+            return self.blocks.with_keys_values(x, keys_values, modulation, mask)
+
+        return self._velocity(latents, timestep, blocks)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B h w c"],
+        timestep: Float[Array, " B"],
+        caption: Float[Array, "B L T"],
+        mask: Bool[Array, "B L"],
+    ) -> Float[Array, "B h w c"]:
+        """The velocity noise - data, in float32.
+
+        `timestep` is on the scale 0 .. 1000 and used as given; one value serves a whole batch.
+        `caption` holds the text encoder's rows, `mask` is False for the rows to ignore.
+        """
+        caption = self.caption_embed(caption)
+
+        def blocks(x, modulation):
+            return self.blocks(x, modulation, caption, mask)
+
+        return self._velocity(latents, timestep, blocks)
+
+    def _velocity(self, latents, timestep, blocks):
+        config, patch = self.config, self.config.patch_size
+        x = rearrange(latents, "b (h p) (w q) c -> b h w (c p q)", p=patch, q=patch)
+        x = self.patch_embed(x)
+        if config.interpolation_scale is not None:
+            x = x + self._positions(*x.shape[1:3]).astype(x.dtype)
+        embedding, modulation = self.time_embed(timestep)
+        x, _ = blocks(x, modulation)
+        height = x.shape[1]
+        x = rearrange(x, "b h w c -> b (h w) c")
+        table = self.final_table.astype(jnp.float32)[None] + embedding[:, None]
+        shift, scale = jnp.split(table, 2, axis=1)
+        x = self.proj_out(modulate(x, shift, scale, self.dtype)).astype(jnp.float32)
+        return rearrange(
+            x, "b (h w) (p q c) -> b (h p) (w q) c", h=height, p=patch, q=patch
+        )
+
+    def _positions(self, height: int, width: int) -> Float[Array, "1 h w C"]:
+        """The width's coordinate in the first half of the channels, the height's in the second."""
+        config = self.config
+        base, half = config.sample_size // config.patch_size, config.width // 2
+        scale = config.interpolation_scale
+        x = jnp.asarray(position_features(width, base, scale, half))
+        y = jnp.asarray(position_features(height, base, scale, half))
+        shape = (height, width, half)
+        x, y = jnp.broadcast_to(x[None], shape), jnp.broadcast_to(y[:, None], shape)
+        return jnp.concatenate([x, y], axis=-1)[None]

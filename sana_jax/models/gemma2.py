@@ -1,0 +1,243 @@
+"""The Gemma-2 decoder (arXiv 2408.00118, section 2) as SANA's text encoder.
+
+Letters: B batch, L tokens, C width, H query heads, K key-value heads, G = H / K, D head width.
+
+    x = embedding[token] * sqrt(C)
+    layer:  x += norm(Attention(norm(x)));  x += norm(FFN(norm(x)))       four RMS norms
+    output: norm(x), after the last layer; there is no language-model head
+
+A token sees only itself and what stands before it, in the sliding layers only the last
+`sliding_window` of these. So whatever pads a text on the right changes none of its rows, and no
+padding mask is needed. Not here: a cache for generation, RoPE scaling.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from sana_jax.models.layers import Dtype, RMSNorm, dense, partitioned
+from sana_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma2Config:
+    """The architecture of a release; the defaults are gemma-2-2b."""
+
+    vocab_size: int = 256000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_layers: int = 26
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 256
+    query_pre_attn_scalar: int = 256  # attention logits are divided by its root
+    attn_logit_softcap: float | None = 50.0
+    sliding_window: int | None = 4096  # tokens that a sliding layer sees; None: no layer slides
+    sliding_layers: tuple[bool, ...] | None = None  # None: layers 0, 2, 4, ...
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_positions: int = 8192  # what the release was trained for; nothing is sized by it
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, and RoPE turns pairs")
+        if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(f"sliding_layers does not name each of {self.num_layers} layers")
+
+    @property
+    def slides(self) -> tuple[bool, ...]:
+        """Whether a layer has the sliding window, layer by layer."""
+        if self.sliding_window is None:
+            return (False,) * self.num_layers
+        if self.sliding_layers is None:
+            return tuple(i % 2 == 0 for i in range(self.num_layers))
+        return self.sliding_layers
+
+    @classmethod
+    def from_transformers(cls, config: dict[str, Any]) -> "Gemma2Config":
+        """Reads a config.json of transformers 4 or 5. Raises ValueError naming what is not ours."""
+        for key, accepted in _SUPPORTED.items():
+            if config.get(key, accepted[0]) not in accepted:
+                raise ValueError(
+                    f"text encoder {key} {config[key]!r} is not supported, only {accepted[0]!r}"
+                )
+        if "model_type" not in config:
+            raise ValueError("text encoder has no model_type, only 'gemma2' is supported")
+        values = {ours: config[theirs] for ours, theirs in _NAMES.items() if theirs in config}
+        rope = {"rope_theta": config.get("rope_theta", cls.rope_theta)}
+        for key in ("rope_scaling", "rope_parameters"):  # transformers 4, transformers 5
+            rope |= config.get(key) or {}
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"text encoder {key} of type {kind!r} is not supported")
+        plain = cls(**values, rope_theta=rope["rope_theta"])
+        kinds = config.get("layer_types")
+        if kinds is None or plain.sliding_window is None:
+            return plain
+        if not set(kinds) <= {_SLIDING, _FULL}:
+            raise ValueError(f"text encoder layer_types {sorted(set(kinds))} are not all supported")
+        slides = tuple(kind == _SLIDING for kind in kinds)
+        return plain if slides == plain.slides else dataclasses.replace(plain, sliding_layers=slides)
+
+    def to_transformers(self) -> dict[str, Any]:
+        """The config.json of the same network for transformers 5."""
+        return {
+            "architectures": ["Gemma2Model"],
+            **{key: accepted[0] for key, accepted in _SUPPORTED.items()},
+            **{theirs: getattr(self, ours) for ours, theirs in _NAMES.items()},
+            "layer_types": [_SLIDING if slides else _FULL for slides in self.slides],
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+        }
+
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_NAMES = dict(
+    vocab_size="vocab_size",
+    hidden_size="hidden_size",
+    intermediate_size="intermediate_size",
+    num_layers="num_hidden_layers",
+    num_heads="num_attention_heads",
+    num_kv_heads="num_key_value_heads",
+    head_dim="head_dim",
+    query_pre_attn_scalar="query_pre_attn_scalar",
+    attn_logit_softcap="attn_logit_softcapping",
+    sliding_window="sliding_window",
+    rms_norm_eps="rms_norm_eps",
+    max_positions="max_position_embeddings",
+)
+# The values of a field that mean what this file computes, the usual one first. The three
+# activations are spellings of one formula; "gelu" is the exact one, which differs.
+_SUPPORTED = dict(
+    model_type=("gemma2",),
+    hidden_activation=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
+    attention_bias=(False, None),
+    use_bidirectional_attention=(None, False),
+)
+
+
+def rope_table(length: int, config: Gemma2Config) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of position * theta^(-2i / D), (length, D / 2) each, in float32."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None]
+    return np.cos(angles), np.sin(angles)
+
+
+def rotate(x: Float[Array, "B L H D"], cos: Array, sin: Array) -> Float[Array, "B L H D"]:
+    """Turns the pairs (x_i, x_{i + D/2}) by their angles, in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[None, :, None], sin[None, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B L K D"],
+    v: Float[Array, "B L K D"],
+    mask: Bool[Array, "L L"],
+    config: Gemma2Config,
+) -> Float[Array, "B L C"]:
+    """Grouped-query attention; `mask` is True where a row may look. The softmax is float32."""
+    q = rearrange(q, "b l (k g) d -> b l k g d", k=config.num_kv_heads)
+    logits = jnp.einsum("blkgd,bmkd->bkglm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * config.query_pre_attn_scalar**-0.5
+    if config.attn_logit_softcap is not None:
+        logits = config.attn_logit_softcap * jnp.tanh(logits / config.attn_logit_softcap)
+    # After the cap, which would pull minus infinity back among the others.
+    logits = jnp.where(mask[None, None, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkglm,bmkd->blkgd", weights, v)
+    return rearrange(out, "b l k g d -> b l (k g d)")
+
+
+class Layer(nn.Module):
+    """Attention and the gated feed-forward network; has the signature that nn.scan wants."""
+
+    config: Gemma2Config
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L C"], slides: Bool[Array, ""], cos: Array, sin: Array
+    ) -> tuple[Float[Array, "B L C"], None]:
+        config = self.config
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def linear(features, axes, name):
+            return dense(features, axes, use_bias=False, name=name, **types)
+
+        def norm(name):
+            return RMSNorm(config.rms_norm_eps, zero_centered=True, name=name, **types)
+
+        def heads(x, count, name):
+            x = linear(count * config.head_dim, ("embed", "heads"), name)(x)
+            return rearrange(x, "b l (h d) -> b l h d", h=count)
+
+        x = constrain(x, "batch", None, "residual")
+        h = norm("input_norm")(x)
+        q = rotate(heads(h, config.num_heads, "q"), cos, sin)
+        k = rotate(heads(h, config.num_kv_heads, "k"), cos, sin)
+        v = heads(h, config.num_kv_heads, "v")
+        h = attend(q, k, v, self._mask(x.shape[1], slides), config)
+        h = linear(config.hidden_size, ("heads", "embed"), "o")(h)
+        x = x + norm("post_attention_norm")(h)
+
+        h = norm("pre_ffn_norm")(x)
+        gate = linear(config.intermediate_size, ("embed", "mlp"), "gate")(h)
+        gate = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(self.dtype)
+        h = gate * linear(config.intermediate_size, ("embed", "mlp"), "up")(h)
+        h = linear(config.hidden_size, ("mlp", "embed"), "down")(h)
+        x = x + norm("post_ffn_norm")(h)
+        return constrain(x, "batch", None, "residual"), None
+
+    def _mask(self, length: int, slides: Bool[Array, ""]) -> Bool[Array, "L L"]:
+        behind = np.arange(length)[:, None] - np.arange(length)[None]
+        window = self.config.sliding_window
+        near = behind < (length if window is None else window)
+        return jnp.where(slides, near & (behind >= 0), behind >= 0)
+
+
+class Gemma2(nn.Module):
+    """Tokens -> the hidden states that SANA reads, after the final norm, in `dtype`."""
+
+    config: Gemma2Config
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L C"]:
+        """`tokens` may be padded on the right with anything; rows of padding mean nothing."""
+        config = self.config
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=self.param_dtype,
+            embedding_init=partitioned(nn.initializers.normal(0.02), ("vocab", "embed")),
+            name="embed",
+        )(tokens)
+        # In the weights' dtype, because the released networks were trained with a rounded root.
+        x = (x * jnp.asarray(config.hidden_size**0.5, x.dtype)).astype(self.dtype)
+        cos, sin = (jnp.asarray(table) for table in rope_table(tokens.shape[1], config))
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, name="layers", **types)
+        x, _ = layers(x, jnp.asarray(config.slides), cos, sin)
+        return RMSNorm(config.rms_norm_eps, zero_centered=True, name="final_norm", **types)(x)

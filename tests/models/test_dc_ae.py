@@ -1,0 +1,427 @@
+"""DC-AE against diffusers' AutoencoderDC, with every weight random and the same on both sides."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC
+from flax import linen as nn
+from flax import traverse_util
+
+from sana_jax.models.dc_ae import DCAE, PRESETS, BatchNorm, DCAEConfig
+from sana_jax.models.tiling import tiled_decode, tiled_encode
+from sana_jax.sharding import make_mesh, shardings_for
+from tests import toy
+
+# dc_ae.md counts of the released checkpoints, running statistics of batch norm not among them.
+ENCODER_SANA = 153_027_104
+COUNTS = {
+    "dc-ae-f32c32-sana-1.0": (ENCODER_SANA, 159_223_171),
+    "dc-ae-f32c32-sana-1.1": (ENCODER_SANA, 159_223_171),
+    "dc-ae-lite-f32c32-sana-1.1": (ENCODER_SANA, 268_154_124),
+    "dc-ae-f32c32-in-1.0": (123_172_384, 200_184_076),
+    "dc-ae-f32c32-mix-1.0": (123_172_384, 200_184_076),
+    "dc-ae-f64c128-in-1.0": (264_550_528, 412_345_612),
+    "dc-ae-f64c128-mix-1.0": (264_550_528, 412_345_612),
+    "dc-ae-f128c512-in-1.0": (415_661_056, 705_021_196),
+    "dc-ae-f128c512-mix-1.0": (415_661_056, 705_021_196),
+}
+
+_replace = dataclasses.replace
+WIDTHS = (8, 16, 32, 32, 64, 64)
+SANA = DCAEConfig(
+    encoder_channels=WIDTHS,
+    decoder_channels=WIDTHS,
+    encoder_layers=(1, 1, 2, 2, 1, 1),
+    decoder_layers=(1, 2, 1, 1, 1, 2),
+)
+LITE = _replace(
+    PRESETS["dc-ae-lite-f32c32-sana-1.1"],
+    encoder_channels=WIDTHS,
+    decoder_channels=WIDTHS,
+    encoder_layers=(1, 1, 1, 1, 1, 1),
+    decoder_layers=(0, 1, 2, 1, 1, 1),
+)
+IN = _replace(
+    PRESETS["dc-ae-f32c32-in-1.0"],
+    encoder_channels=WIDTHS,
+    decoder_channels=WIDTHS,
+    encoder_layers=(0, 1, 2, 1, 1, 1),
+    decoder_layers=(0, 1, 2, 1, 1, 1),
+)
+F64 = _replace(
+    PRESETS["dc-ae-f64c128-in-1.0"],
+    encoder_channels=(*WIDTHS, 128),
+    decoder_channels=(*WIDTHS, 128),
+    encoder_layers=(0, 1, 1, 1, 1, 1, 1),
+    decoder_layers=(0, 1, 1, 1, 1, 1, 1),
+)
+# Not a release: the branches above have not met, in a network that compiles in a moment.
+SMALL = DCAEConfig(
+    latent_channels=16,
+    encoder_blocks=("ResBlock", "ResBlock", "EfficientViTBlock"),
+    decoder_blocks=("ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    encoder_channels=(8, 16, 32),
+    decoder_channels=(16, 32, 32),
+    encoder_layers=(0, 1, 1),
+    decoder_layers=(0, 1, 1),
+    encoder_qkv_multiscales=((), (), (3, 5)),
+    decoder_qkv_multiscales=((), (5,), ()),
+    decoder_norms=("rms_norm", "batch_norm", "rms_norm"),
+    decoder_activations=("silu",) * 3,
+    encoder_out_shortcut=False,
+    decoder_in_shortcut=False,
+    scaling_factor=1.0,
+)
+
+
+def build(config, seed=0):
+    """diffusers' network of `config` with random weights."""
+    return toy.randomise(AutoencoderDC.from_config(config.to_diffusers()), seed)
+
+
+def convert(vae, config):
+    """The weights of diffusers' network, at our paths."""
+    state = {name: tensor.float().numpy() for name, tensor in vae.state_dict().items()}
+
+    def named(prefix, **names):
+        return {k: state[f"{prefix}.{v}"] for k, v in names.items() if f"{prefix}.{v}" in state}
+
+    def conv(prefix):
+        prefix += ".conv" * (f"{prefix}.conv.weight" in state)
+        leaves = named(prefix, kernel="weight", bias="bias")
+        return leaves | {"kernel": leaves["kernel"].transpose(2, 3, 1, 0)}
+
+    def norm(prefix):
+        return named(prefix, scale="weight", bias="bias", mean="running_mean", var="running_var")
+
+    def depthwise(prefix):
+        return state[f"{prefix}.weight"][:, 0].transpose(1, 2, 0)
+
+    def pointwise(prefix):
+        return state[f"{prefix}.weight"][..., 0, 0]
+
+    def block(prefix, kind, scales):
+        if kind == "ResBlock":
+            convs = {name: conv(f"{prefix}.{name}") for name in ("conv1", "conv2")}
+            return convs | {"norm": norm(f"{prefix}.norm")}
+        attn, ffn = f"{prefix}.attn", f"{prefix}.conv_out"
+        qkv = np.concatenate([state[f"{attn}.to_{t}.weight"].T for t in "qkv"], axis=1)
+        leaves = {"qkv": {"kernel": qkv}, "out": {"kernel": state[f"{attn}.to_out.weight"].T}}
+        for j in range(len(scales)):
+            scale = f"{attn}.to_qkv_multiscale.{j}"
+            kernel = pointwise(f"{scale}.proj_out")  # (groups * out, in)
+            kernel = kernel.reshape(-1, config.attention_head_dim, kernel.shape[-1])
+            leaves[f"multiscale_{j}"] = {
+                "depthwise_kernel": depthwise(f"{scale}.proj_in"),
+                "pointwise_kernel": kernel.transpose(0, 2, 1),
+            }
+        leaves["ffn"] = {
+            "expand": {"kernel": pointwise(f"{ffn}.conv_inverted").T},
+            "expand_bias": state[f"{ffn}.conv_inverted.bias"],
+            "depthwise_kernel": depthwise(f"{ffn}.conv_depth"),
+            "depthwise_bias": state[f"{ffn}.conv_depth.bias"],
+            "contract": {"kernel": pointwise(f"{ffn}.conv_point").T},
+        }
+        return leaves | {"norm": norm(f"{attn}.norm_out"), "ffn_norm": norm(f"{ffn}.norm")}
+
+    params = {}
+    for side, theirs in (("encoder", "down"), ("decoder", "up")):
+        ours = {name: conv(f"{side}.{name}") for name in ("conv_in", "conv_out")}
+        if side == "decoder":
+            ours["norm_out"] = norm("decoder.norm_out")
+        kinds, layers = getattr(config, f"{side}_blocks"), getattr(config, f"{side}_layers")
+        for i, count in enumerate(layers):
+            if count == 0:
+                continue
+            prefix, scales = (
+                f"{side}.{theirs}_blocks.{i}",
+                getattr(config, f"{side}_qkv_multiscales"),
+            )
+            resizes = i + 1 < len(layers)
+            first = int(resizes and side == "decoder")
+            blocks = [block(f"{prefix}.{first + j}", kinds[i], scales[i]) for j in range(count)]
+            stage = {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
+            if resizes:
+                stage[theirs] = conv(f"{prefix}.{0 if first else count}")
+            ours[f"stage_{i}"] = stage
+        params[side] = ours
+    return params
+
+
+@functools.cache
+def jitted(config, dtype=jnp.float32):
+    """encode(params, images) and decode(params, latents)."""
+    model = DCAE(config, dtype=dtype)
+
+    def method(name):
+        return jax.jit(lambda params, x: model.apply({"params": params}, x, method=name))
+
+    return method("encode"), method("decode")
+
+
+@functools.cache
+def pair(config):
+    """diffusers' network and our (encode, decode) with its weights."""
+    vae = build(config)
+    params = convert(vae, config)
+    return vae, tuple(functools.partial(f, params) for f in jitted(config))
+
+
+def random_array(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@torch.no_grad()
+def theirs(method, x):
+    """A method of diffusers on a channels-last array."""
+    tensor = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
+    dtype = next(method.__self__.parameters()).dtype
+    return method(tensor.to(dtype))[0].float().permute(0, 2, 3, 1).numpy()
+
+
+def abstract_params(config):
+    images = jax.ShapeDtypeStruct(
+        (1, config.factor, config.factor, config.in_channels), jnp.float32
+    )
+    return jax.eval_shape(DCAE(config).init, jax.random.key(0), images)["params"]
+
+
+def count(params):
+    leaves = traverse_util.flatten_dict(nn.unbox(params)).items()
+    return sum(leaf.size for path, leaf in leaves if path[-1] not in ("mean", "var"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_released_sizes(name):
+    params = abstract_params(PRESETS[name])
+    assert (count(params["encoder"]), count(params["decoder"])) == COUNTS[name]
+
+
+def test_batch_norm_statistics_are_weights():
+    """The published f32c32-in file has 323,369,260 numbers, 12,800 of them running statistics."""
+    leaves = jax.tree.leaves(abstract_params(PRESETS["dc-ae-f32c32-in-1.0"]))
+    assert sum(leaf.size for leaf in leaves) == 323_369_260
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_round_trip(name):
+    config = PRESETS[name]
+    with torch.device("meta"):
+        vae = AutoencoderDC.from_config(config.to_diffusers())
+    assert DCAEConfig.from_diffusers(dict(vae.config)) == config
+    assert hash(config) == hash(DCAEConfig.from_diffusers(config.to_diffusers()))
+    assert config.factor == vae.spatial_compression_ratio
+    assert sum(p.numel() for p in vae.parameters()) == sum(COUNTS[name])
+
+
+def test_config_of_an_older_diffusers():
+    with torch.device("meta"):
+        full = dict(AutoencoderDC().config)
+    assert DCAEConfig.from_diffusers({"_class_name": "AutoencoderDC"}) == (
+        DCAEConfig.from_diffusers(full)
+    )
+    assert DCAEConfig.from_diffusers({**full, "downsample_block_type": "Conv"}).downsample == "conv"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("encoder_block_types", "EViTS5_GLU"),
+        ("decoder_norm_types", ["rms_norm"] * 5 + ["layer_norm"]),
+        ("decoder_act_fns", "gelu"),
+        ("decoder_conv_act_fn", "mish"),
+        ("downsample_block_type", "avg_pool"),
+        ("upsample_block_type", "InterpolateConv"),
+        ("decoder_layers_per_block", [3, 3, 3]),
+        ("encoder_layers_per_block", [2, 2, 0, 3, 3, 3]),
+        ("encoder_block_out_channels", [128, 256, 512, 512, 1024, 1000]),
+        ("attention_head_dim", 48),
+    ],
+)
+def test_config_names_what_is_not_supported(key, value):
+    config = PRESETS["dc-ae-f32c32-sana-1.0"].to_diffusers()
+    with pytest.raises(ValueError, match=key):
+        DCAEConfig.from_diffusers({**config, key: value})
+
+
+@pytest.mark.parametrize(
+    "config", [SANA, LITE, IN, F64, SMALL], ids="sana lite in f64 small".split()
+)
+def test_paths_and_shapes_of_the_weights(config):
+    ours = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(abstract_params(config)))
+    assert ours == jax.tree.map(np.shape, convert(build(config), config))
+
+
+def test_weights_shard():
+    """Every weight of a release divides over fsdp 4 x tensor 2, no mesh axis named twice."""
+    params = abstract_params(PRESETS["dc-ae-f32c32-sana-1.0"])
+    shardings = shardings_for(params, make_mesh(replica=1, fsdp=4, tensor=2))
+    shards = jax.tree.map(lambda s, p: s.shard_shape(p.shape), shardings, nn.unbox(params))
+    total = sum(np.prod(s) for s in jax.tree.leaves(shards, is_leaf=lambda s: isinstance(s, tuple)))
+    assert total < count(params) / 7
+
+
+# At 64 x 96 the deepest attention sees fewer pixels than head_dim, where diffusers takes a
+# quadratic path; at 192 x 256 no stage does.
+@pytest.mark.parametrize(
+    "config, shape",
+    [
+        (SANA, (2, 64, 96, 3)),
+        (SANA, (1, 192, 256, 3)),
+        (LITE, (1, 64, 96, 3)),
+        (IN, (1, 96, 64, 3)),
+        (F64, (1, 64, 128, 3)),
+        (SMALL, (1, 40, 24, 3)),
+    ],
+    ids="sana sana-large lite in f64 small".split(),
+)
+def test_parity(config, shape):
+    vae, (encode, decode) = pair(config)
+    images = random_array(*shape)
+    latents = theirs(vae.encode, images)
+    ours = encode(images)
+    assert ours.dtype == jnp.float32
+    toy.assert_close(ours, latents, 1e-5, "encode")
+    toy.assert_close(decode(latents), theirs(vae.decode, latents), 1e-5, "decode")
+
+
+def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
+    """Reconstruction against float32, the median of eight sets of weights."""
+    config, images = SMALL, random_array(1, 40, 24, 3)
+    encode, decode = jitted(config, jnp.bfloat16)
+    ours, reference = [], []
+    for seed in range(8):
+        vae = build(config, seed)
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), convert(vae, config))
+        exact = theirs(vae.forward, images)
+        reconstruction = decode(params, encode(params, images))
+        assert reconstruction.dtype == jnp.float32
+        ours.append(toy.relative_error(reconstruction, exact))
+        reference.append(toy.relative_error(theirs(vae.to(torch.bfloat16).forward, images), exact))
+    assert np.median(ours) <= 1.5 * np.median(reference), (ours, reference)
+
+
+def test_sides_must_be_multiples_of_the_factor():
+    encode, _ = jitted(SMALL)
+    params = convert(build(SMALL), SMALL)
+    with pytest.raises(ValueError, match="30 x 24"):
+        encode(params, random_array(1, 30, 24, 3))
+
+
+def test_batch_norm_statistics_are_constants():
+    x = random_array(1, 2, 2, 8)
+    params = BatchNorm().init(jax.random.key(0), x)["params"]
+    gradient = jax.grad(lambda p: jnp.sum(BatchNorm().apply({"params": p}, x) ** 2))(
+        nn.unbox(params)
+    )
+    assert {k for k, v in gradient.items() if np.any(v != 0)} == {"scale", "bias"}
+
+
+def set_tiling(vae, tile, stride):
+    vae.enable_tiling(tile[0], tile[1], stride[0], stride[1])
+    return vae
+
+
+# Slivers at the right and at the bottom.
+@pytest.mark.parametrize(
+    "size, tile, stride",
+    [((40, 56), 24, 16), ((36, 32), (16, 28), (12, 20))],
+    ids=["square", "not"],
+)
+def test_tiles_of_diffusers(size, tile, stride):
+    _, (encode, decode) = pair(SMALL)
+    pairs = [s if isinstance(s, tuple) else (s, s) for s in (tile, stride)]
+    vae = set_tiling(build(SMALL), *pairs)
+    images = random_array(1, *size, 3)
+    latents = theirs(vae.encode, images)
+    toy.assert_close(tiled_encode(encode, images, tile, stride, 4), latents, 1e-5, "encode")
+    ours = tiled_decode(decode, latents, tile, stride, 4)
+    toy.assert_close(ours, theirs(vae.decode, latents), 1e-5, "decode")
+    # A test of the blending only if tiles matter.
+    assert toy.relative_error(ours, decode(latents)) > 1e-3
+
+
+class Ramp(torch.nn.Module):
+    """Stands for a network: what it makes of a pixel depends on the place within the tile."""
+
+    def __init__(self, up):
+        super().__init__()
+        self.up = up
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        resize = torch.nn.functional.interpolate
+        x = resize(x, scale_factor=4) if self.up else torch.nn.functional.avg_pool2d(x, 4)
+        down, right = torch.arange(x.shape[2]), torch.arange(x.shape[3])
+        return x * (1 + down[:, None] + 0.1 * right)
+
+    def on_array(self, x):
+        return jnp.asarray(theirs(self.as_method, x))
+
+    def as_method(self, x):
+        return (self(x),)
+
+
+@pytest.mark.parametrize(
+    "tile, stride",
+    [
+        ((24, 24), (24, 24)),  # no overlap
+        ((24, 16), (4, 8)),  # overlaps wider than a stride
+        ((48, 12), (40, 8)),  # one row of tiles
+        ((22, 25), (13, 19)),  # no multiples of the factor: padded tiles, another size
+        ((4, 60), (4, 60)),
+    ],
+)
+def test_any_tile_and_stride(tile, stride):
+    vae = set_tiling(AutoencoderDC.from_config(SMALL.to_diffusers()), tile, stride)
+    vae.encoder, vae.decoder = Ramp(up=False), Ramp(up=True)
+    for name, x in (("encode", random_array(2, 40, 44, 3)), ("decode", random_array(2, 10, 11, 3))):
+        tiled = tiled_encode if name == "encode" else tiled_decode
+        ours = tiled(getattr(vae, f"{name}r").on_array, x, tile, stride, 4)
+        toy.assert_close(ours, theirs(getattr(vae, name), x), 1e-6, name)
+
+
+def test_an_image_of_one_tile_is_not_tiled():
+    images, latents = random_array(1, 24, 24, 3), random_array(1, 6, 6, 16)
+    once = object()
+    assert tiled_encode(lambda x: once, images, 24, 16, 4) is once
+    assert tiled_decode(lambda x: once, latents, (24, 27), 16, 4) is once
+
+
+@pytest.mark.parametrize(
+    "size, tile, stride, word",
+    [
+        ((42, 40), 24, 16, "42 x 40"),
+        ((40, 40), 24, 3, "stride"),
+        ((40, 40), 16, 24, "stride"),
+        ((40, 40), (24, 16), (16, 20), "stride"),
+        ((40, 40), 24, 0, "stride"),
+    ],
+)
+def test_tilings_that_cannot_be(size, tile, stride, word):
+    with pytest.raises(ValueError, match=word):
+        tiled_encode(None, random_array(1, *size, 3), tile, stride, 4)
+    if word == "stride":
+        with pytest.raises(ValueError, match=word):
+            tiled_decode(None, random_array(1, 10, 10, 16), tile, stride, 4)
+
+
+def test_one_tile_at_a_time():
+    """No tile starts before the one before it is done, and two rows of them are all that is kept."""
+    import weakref
+
+    alive = []
+
+    def decode(latents):
+        out = jnp.repeat(jnp.repeat(latents, 4, axis=1), 4, axis=2)
+        alive[:] = [r for r in alive if r() is not None]
+        alive.append(weakref.ref(out))
+        assert len(alive) <= 2 * 5 + 1
+        return out
+
+    tiled_decode(decode, random_array(1, 40, 10, 3), 8, 8, 4)

@@ -1,0 +1,223 @@
+"""The linear DiT against diffusers, in float32 with random weights of every kind."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from sana_jax.models.dit import PRESETS, SanaConfig, SanaTransformer
+from tests import toy
+
+TIMESTEPS = (999, 847, 562, 249, 13)
+# Non-square, with text of 11 rows of which 11, 4 and 1 count.
+BATCH, HEIGHT, WIDTH, ROWS = 3, 6, 10, 11
+LENGTHS = (11, 4, 1)
+
+KINDS = {
+    "plain": {},
+    "qk norm": dict(qk_norm="rms_norm_across_heads"),
+    "positions": dict(interpolation_scale=1.0),
+    "positions interpolated": dict(interpolation_scale=2.0, sample_size=16),
+    # 70 heads of 32 and 20 of 112, as a fourteenth of it: ragged against every power of two.
+    "1.6B-like": dict(
+        num_attention_heads=7,
+        attention_head_dim=32,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=112,
+        cross_attention_dim=224,
+    ),
+    "patches of 2": dict(patch_size=2),
+    "attention bias": dict(attention_bias=True),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: SanaTransformer, params, *args):
+    return model.apply({"params": params}, *args)
+
+
+def inputs(config: SanaConfig, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    latents = rng.standard_normal((BATCH, HEIGHT, WIDTH, config.latent_channels), np.float32)
+    caption = 3 * rng.standard_normal((BATCH, ROWS, config.caption_channels), np.float32)
+    mask = np.arange(ROWS)[None] < np.array(LENGTHS)[:, None]
+    return latents, caption, mask
+
+
+@torch.no_grad()
+def reference(module, latents, timestep, caption, mask):
+    """diffusers' velocity, channels last in float32, in the module's dtype."""
+    dtype = next(module.parameters()).dtype
+    out = module(
+        torch.tensor(latents).permute(0, 3, 1, 2).to(dtype),
+        encoder_hidden_states=torch.tensor(caption).to(dtype),
+        timestep=torch.full((len(latents),), timestep),
+        encoder_attention_mask=torch.tensor(mask).int(),
+    ).sample
+    return out.float().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_velocity_is_that_of_diffusers(kind):
+    module, config = toy.transformer(**KINDS[kind])
+    params = toy.params(module, config)
+    latents, caption, mask = inputs(config)
+    for timestep in TIMESTEPS:
+        # One timestep for the batch, then one an image: both are allowed.
+        times = [float(timestep)] if timestep > 500 else [float(timestep)] * BATCH
+        ours = apply(SanaTransformer(config), params, latents, jnp.array(times), caption, mask)
+        theirs = reference(module, latents, timestep, caption, mask)
+        toy.assert_close(ours, theirs, 1e-5, f"{kind}, timestep {timestep}")
+
+
+def test_native_size_positions():
+    """At the native size diffusers takes its positions from a table made in advance."""
+    module, config = toy.transformer(interpolation_scale=2.0)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((1, 8, 8, 8), np.float32)
+    _, caption, mask = inputs(config)
+    caption, mask = caption[:1], mask[:1]
+    params, timestep = toy.params(module, config), jnp.array([500.0])
+    ours = apply(SanaTransformer(config), params, latents, timestep, caption, mask)
+    toy.assert_close(ours, reference(module, latents, 500, caption, mask), 1e-5)
+
+
+def test_hidden_rows_change_nothing():
+    module, config = toy.transformer()
+    params = toy.params(module, config)
+    latents, caption, mask = inputs(config)
+    noisy = np.where(mask[..., None], caption, 100.0).astype(np.float32)
+    expected, found = (
+        apply(SanaTransformer(config), params, latents, jnp.array([500.0]), rows, mask)
+        for rows in (caption, noisy)
+    )
+    np.testing.assert_array_equal(expected, found)
+
+
+def test_keys_and_values_once_a_prompt():
+    """Samplers hoist them out of the loop: the same velocity, without the caption."""
+    module, config = toy.transformer(qk_norm="rms_norm_across_heads")
+    params = toy.params(module, config)
+    latents, caption, mask = inputs(config)
+    model, timestep = SanaTransformer(config), jnp.array([420.0])
+    variables = {"params": params}
+    keys_values = model.apply(variables, caption, method="keys_values")
+    assert keys_values[0].shape == (3, BATCH, ROWS, 2, 32)
+    ours = model.apply(variables, latents, timestep, keys_values, mask, method="denoise")
+    toy.assert_close(ours, apply(model, params, latents, timestep, caption, mask), 1e-6)
+
+
+def exploding(**changes):
+    """A model whose linear attention leaves float16's range, as the published weights' does."""
+    module, config = toy.transformer(**changes)
+    with torch.no_grad():
+        module.transformer_blocks[1].attn1.to_out[0].weight *= 1e5
+        # What follows must stay in range: the gate, and the projection that reads the raw stream.
+        module.time_embed.linear.weight *= 0.1
+        for block in module.transformer_blocks:
+            block.attn2.to_q.weight *= 1e-3
+            block.scale_shift_table.clip_(-0.5, 0.5)
+    return module, config
+
+
+@pytest.mark.parametrize("clip", [None, True, False])
+def test_clip_attention(clip):
+    module, config = exploding()
+    config = dataclasses.replace(config, clip_attention=clip)
+    params = toy.params(module, config)
+    latents, caption, mask = inputs(config)
+    ours = apply(SanaTransformer(config), params, latents, jnp.array([500.0]), caption, mask)
+    free = reference(module, latents, 500, caption, mask)
+
+    def clipped(_, __, output):
+        return output.clip(-65504, 65504)
+
+    for block in module.transformer_blocks:
+        block.attn1.register_forward_hook(clipped)
+    held = reference(module, latents, 500, caption, mask)
+    assert toy.relative_error(free, held) > 1e-2, "the weights are too small to reach the clip"
+    toy.assert_close(ours, held if clip else free, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_clip_attention_by_dtype(dtype):
+    """None clips in float16, as diffusers does, and in no other type."""
+    module, config = exploding()
+    params = toy.params(module, config)
+    latents, caption, mask = inputs(config)
+
+    def run(clip):
+        model = SanaTransformer(dataclasses.replace(config, clip_attention=clip), dtype=dtype)
+        return apply(model, params, latents, jnp.array([500.0]), caption, mask)
+
+    same = np.array_equal(run(None), run(True))
+    assert same == (dtype == "float16")
+    assert np.isfinite(run(None)).all()
+
+
+def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
+    ours, theirs = [], []
+    for seed in range(8):
+        module, config = toy.transformer(seed, num_layers=4)
+        latents, caption, mask = inputs(config, seed)
+        exact = reference(module, latents, 749, caption, mask)
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toy.params(module, config))
+        model = SanaTransformer(config, dtype=jnp.bfloat16)
+        out = apply(model, params, latents, jnp.array([749.0]), caption, mask)
+        half = reference(module.to(torch.bfloat16), latents, 749, caption, mask)
+        ours.append(toy.relative_error(out, exact))
+        theirs.append(toy.relative_error(half, exact))
+    ours, theirs = np.median(ours), np.median(theirs)
+    assert ours <= 1.5 * theirs, f"ours {ours:.2e}, diffusers' {theirs:.2e}"
+    assert ours > 1e-4, "this is not bfloat16"
+
+
+@pytest.mark.parametrize(
+    "preset, count",
+    [
+        ("sana_600m_512", 591_747_872),
+        ("sana_600m_1024", 591_747_872),
+        ("sana_1600m_512", 1_604_462_752),
+        ("sana_1600m_1024", 1_604_462_752),
+        ("sana_1600m_2048", 1_604_462_752),
+        ("sana_1600m_4096", 1_604_462_752),
+        ("sana1.5_1600m_1024", 1_604_641_952),
+        ("sana1.5_4800m_1024", 4_721_825_952),
+    ],
+)
+def test_parameter_count(preset, count):
+    model = SanaTransformer(PRESETS[preset])
+    latents, caption = jnp.zeros((1, 2, 2, 32)), jnp.zeros((1, 1, 2304))
+    params = jax.eval_shape(
+        model.init, jax.random.key(0), latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool)
+    )
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+
+
+def test_config_round_trip():
+    for preset in PRESETS.values():
+        assert SanaConfig.from_diffusers(preset.to_diffusers()) == preset
+    # A config.json of an older diffusers leaves these out.
+    old = PRESETS["sana_1600m_1024"].to_diffusers()
+    for key in ("guidance_embeds", "qk_norm", "timestep_scale"):
+        del old[key]
+    assert SanaConfig.from_diffusers(old) == PRESETS["sana_1600m_1024"]
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(guidance_embeds=True), "Sprint"),
+        (dict(qk_norm="layer_norm"), "qk_norm"),
+        (dict(cross_attention_dim=77), "cross_attention_dim"),
+        (dict(out_channels=64), "out_channels"),
+        (dict(norm_eps=1e-5), "norm_eps"),
+    ],
+)
+def test_unsupported_configs_are_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        SanaConfig.from_diffusers({**PRESETS["sana_1600m_1024"].to_diffusers(), **change})
