@@ -99,7 +99,7 @@ def make(preset: str, dtype: str = "float32", seed: int = 0):
     from sana_jax.checkpoints.components import Checkpoint, layout, module_for
     from sana_jax.checkpoints.tensors import numpy_dtype
     from sana_jax.sharding import make_mesh
-    from sana_jax.text import toy_tokenizer
+    from sana_jax.toy_tokenizer import toy_tokenizer
 
     names = dict(zip(("dit", "vae", "text_encoder"), configs(preset), strict=True))
     mesh, params = make_mesh(), {}

@@ -47,8 +47,19 @@ def make_mesh(
 
 
 def shardings_for(abstract_params, mesh: Mesh):
-    """The NamedSharding of every weight of a tree as `jax.eval_shape(module.init, ...)` gives it."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
+    """The NamedSharding of every weight of a tree as `jax.eval_shape(module.init, ...)` gives it.
+
+    A dimension that its mesh axis does not divide stays whole.
+    """
+    specs = nn.get_partition_spec(abstract_params)
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+
+    def fit(leaf, sharding):
+        axes = zip(leaf.shape, sharding.spec, strict=False)
+        spec = (a if a is None or size % mesh.shape[a] == 0 else None for size, a in axes)
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(fit, nn.unbox(abstract_params), shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

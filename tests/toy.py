@@ -1,12 +1,22 @@
 """Small random models that diffusers and transformers build, and the measures of the parity tests."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import torch
-from diffusers import SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 from flax import traverse_util
+from transformers import Gemma2Config, Gemma2Model
 
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.models.dit import SanaConfig
+from sana_jax.toy_tokenizer import toy_tokenizer
 
 
 def relative_error(ours, reference) -> float:
@@ -25,7 +35,7 @@ def assert_close(ours, reference, tolerance: float, what: str = "") -> None:
 
 @torch.no_grad()
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter and buffer a value that a wrong formula cannot hide behind.
+    """Gives every parameter and batch-norm statistic a value that a wrong formula cannot hide behind.
 
     Matrices keep the spread that preserves the size of activations; norm scales vary around one,
     biases and modulation tables around zero; batch-norm variances stay positive.
@@ -35,9 +45,8 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     def normal(tensor):
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
 
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if not tensor.is_floating_point() or "pos_embed" in name or "inv_freq" in name:
-            continue
+    statistics = [(n, b) for n, b in module.named_buffers() if "running_" in n]
+    for name, tensor in [*module.named_parameters(), *statistics]:
         if name.endswith("running_var"):
             tensor.copy_(0.5 + normal(tensor).abs())
         elif "scale_shift_table" in name:
@@ -74,3 +83,70 @@ def transformer(seed: int = 0, **changes) -> tuple[torch.nn.Module, SanaConfig]:
     )
     module = SanaTransformer2DModel(**{**config, **changes})
     return randomise(module, seed), SanaConfig.from_diffusers(dict(module.config))
+
+
+def autoencoder(seed: int = 0, **changes) -> torch.nn.Module:
+    """A small AutoencoderDC in the style of Sana's, factor 32."""
+    widths = (8, 16, 16, 32, 32, 64)
+    config = dict(
+        latent_channels=8,
+        attention_head_dim=16,
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(1, 1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 2, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    module = randomise(AutoencoderDC(**{**config, **changes}), seed)
+    with torch.no_grad():  # few pixels leave the range of an image
+        module.decoder.conv_out.weight *= 0.4
+    return module
+
+
+def text_encoder(vocab_size: int, seed: int = 0) -> torch.nn.Module:
+    """A small Gemma2Model whose sliding window and soft cap are reached."""
+    config = Gemma2Config(
+        vocab_size=vocab_size,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        sliding_window=8,
+        attn_logit_softcapping=5.0,
+        attn_implementation="eager",
+    )
+    return randomise(Gemma2Model(config), seed)
+
+
+def pipeline(seed: int = 0, **changes) -> SanaPipeline:
+    """A whole diffusers pipeline of small networks; `changes` go to the transformer."""
+    tokenizer = toy_tokenizer()
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder(len(tokenizer), seed),
+        vae=autoencoder(seed),
+        transformer=transformer(seed, **changes)[0],
+        scheduler=DPMSolverMultistepScheduler(
+            flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+        ),
+    )
+
+
+def devices(count: int):
+    """The first forced host devices."""
+    assert len(jax.devices()) >= count
+    return jax.devices()[:count]
+
+
+def replace_config(pipe, **changes):
+    """Our pipeline with other fields in the transformer's config, the weights as they are."""
+    dit = dataclasses.replace(pipe.checkpoint.dit, **changes)
+    checkpoint = dataclasses.replace(pipe.checkpoint, dit=dit)
+    return type(pipe)(checkpoint, pipe.mesh, pipe.dtype)

@@ -64,13 +64,14 @@ class Gemma2Config:
     @classmethod
     def from_transformers(cls, config: dict[str, Any]) -> "Gemma2Config":
         """Reads a config.json of transformers 4 or 5. Raises ValueError naming what is not ours."""
+        if config.get("model_type") != "gemma2":
+            kind = config.get("model_type")
+            raise ValueError(f"text encoder model_type {kind!r} is not supported, only 'gemma2'")
         for key, accepted in _SUPPORTED.items():
             if config.get(key, accepted[0]) not in accepted:
                 raise ValueError(
                     f"text encoder {key} {config[key]!r} is not supported, only {accepted[0]!r}"
                 )
-        if "model_type" not in config:
-            raise ValueError("text encoder has no model_type, only 'gemma2' is supported")
         values = {ours: config[theirs] for ours, theirs in _NAMES.items() if theirs in config}
         rope = {"rope_theta": config.get("rope_theta", cls.rope_theta)}
         for key in ("rope_scaling", "rope_parameters"):  # transformers 4, transformers 5
@@ -82,17 +83,24 @@ class Gemma2Config:
         kinds = config.get("layer_types")
         if kinds is None or plain.sliding_window is None:
             return plain
-        if not set(kinds) <= {_SLIDING, _FULL}:
-            raise ValueError(f"text encoder layer_types {sorted(set(kinds))} are not all supported")
+        if unknown := set(kinds) - {_SLIDING, _FULL}:
+            raise ValueError(f"text encoder layer_types {sorted(unknown)} are not supported")
         slides = tuple(kind == _SLIDING for kind in kinds)
-        return plain if slides == plain.slides else dataclasses.replace(plain, sliding_layers=slides)
+        if not any(slides):
+            return dataclasses.replace(plain, sliding_window=None)
+        if slides == plain.slides:
+            return plain
+        return dataclasses.replace(plain, sliding_layers=slides)
 
     def to_transformers(self) -> dict[str, Any]:
         """The config.json of the same network for transformers 5."""
         return {
             "architectures": ["Gemma2Model"],
+            "model_type": "gemma2",
             **{key: accepted[0] for key, accepted in _SUPPORTED.items()},
             **{theirs: getattr(self, ours) for ours, theirs in _NAMES.items()},
+            # transformers wants a number even where no layer slides.
+            "sliding_window": self.sliding_window or self.max_positions,
             "layer_types": [_SLIDING if slides else _FULL for slides in self.slides],
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
             "pad_token_id": 0,
@@ -119,7 +127,6 @@ _NAMES = dict(
 # The values of a field that mean what this file computes, the usual one first. The three
 # activations are spellings of one formula; "gelu" is the exact one, which differs.
 _SUPPORTED = dict(
-    model_type=("gemma2",),
     hidden_activation=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
     attention_bias=(False, None),
     use_bidirectional_attention=(None, False),

@@ -45,8 +45,7 @@ def tiled_encode(
         return jnp.pad(pixels, ((0, 0), (0, below), (0, right), (0, 0)))
 
     rows = ((encode(padded(t)) for t in row) for row in _cut(images, tile, stride))
-    tile, stride = _divide(tile, factor), _divide(stride, factor)
-    latents = _join(rows, tile, stride)
+    latents = _join(rows, _divide(tile, factor), _divide(stride, factor))
     return latents[:, : height // factor, : width // factor]
 
 

@@ -17,7 +17,7 @@ from sana_jax.models.tiling import tiled_decode, tiled_encode
 from sana_jax.sharding import make_mesh, shardings_for
 from tests import toy
 
-# dc_ae.md counts of the released checkpoints, running statistics of batch norm not among them.
+# Parameters of encoder and decoder; the running statistics of batch norm are not counted.
 ENCODER_SANA = 153_027_104
 COUNTS = {
     "dc-ae-f32c32-sana-1.0": (ENCODER_SANA, 159_223_171),
@@ -60,17 +60,17 @@ F64 = _replace(
     encoder_layers=(0, 1, 1, 1, 1, 1, 1),
     decoder_layers=(0, 1, 1, 1, 1, 1, 1),
 )
-# Not a release: the branches above have not met, in a network that compiles in a moment.
+# No release: what those have not, in a network that compiles fast.
 SMALL = DCAEConfig(
     latent_channels=16,
     encoder_blocks=("ResBlock", "ResBlock", "EfficientViTBlock"),
-    decoder_blocks=("ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    decoder_blocks=("ResBlock", "ResBlock", "EfficientViTBlock"),
     encoder_channels=(8, 16, 32),
-    decoder_channels=(16, 32, 32),
+    decoder_channels=(8, 16, 64),
     encoder_layers=(0, 1, 1),
     decoder_layers=(0, 1, 1),
     encoder_qkv_multiscales=((), (), (3, 5)),
-    decoder_qkv_multiscales=((), (5,), ()),
+    decoder_qkv_multiscales=((), (), ()),
     decoder_norms=("rms_norm", "batch_norm", "rms_norm"),
     decoder_activations=("silu",) * 3,
     encoder_out_shortcut=False,
@@ -82,75 +82,6 @@ SMALL = DCAEConfig(
 def build(config, seed=0):
     """diffusers' network of `config` with random weights."""
     return toy.randomise(AutoencoderDC.from_config(config.to_diffusers()), seed)
-
-
-def convert(vae, config):
-    """The weights of diffusers' network, at our paths."""
-    state = {name: tensor.float().numpy() for name, tensor in vae.state_dict().items()}
-
-    def named(prefix, **names):
-        return {k: state[f"{prefix}.{v}"] for k, v in names.items() if f"{prefix}.{v}" in state}
-
-    def conv(prefix):
-        prefix += ".conv" * (f"{prefix}.conv.weight" in state)
-        leaves = named(prefix, kernel="weight", bias="bias")
-        return leaves | {"kernel": leaves["kernel"].transpose(2, 3, 1, 0)}
-
-    def norm(prefix):
-        return named(prefix, scale="weight", bias="bias", mean="running_mean", var="running_var")
-
-    def depthwise(prefix):
-        return state[f"{prefix}.weight"][:, 0].transpose(1, 2, 0)
-
-    def pointwise(prefix):
-        return state[f"{prefix}.weight"][..., 0, 0]
-
-    def block(prefix, kind, scales):
-        if kind == "ResBlock":
-            convs = {name: conv(f"{prefix}.{name}") for name in ("conv1", "conv2")}
-            return convs | {"norm": norm(f"{prefix}.norm")}
-        attn, ffn = f"{prefix}.attn", f"{prefix}.conv_out"
-        qkv = np.concatenate([state[f"{attn}.to_{t}.weight"].T for t in "qkv"], axis=1)
-        leaves = {"qkv": {"kernel": qkv}, "out": {"kernel": state[f"{attn}.to_out.weight"].T}}
-        for j in range(len(scales)):
-            scale = f"{attn}.to_qkv_multiscale.{j}"
-            kernel = pointwise(f"{scale}.proj_out")  # (groups * out, in)
-            kernel = kernel.reshape(-1, config.attention_head_dim, kernel.shape[-1])
-            leaves[f"multiscale_{j}"] = {
-                "depthwise_kernel": depthwise(f"{scale}.proj_in"),
-                "pointwise_kernel": kernel.transpose(0, 2, 1),
-            }
-        leaves["ffn"] = {
-            "expand": {"kernel": pointwise(f"{ffn}.conv_inverted").T},
-            "expand_bias": state[f"{ffn}.conv_inverted.bias"],
-            "depthwise_kernel": depthwise(f"{ffn}.conv_depth"),
-            "depthwise_bias": state[f"{ffn}.conv_depth.bias"],
-            "contract": {"kernel": pointwise(f"{ffn}.conv_point").T},
-        }
-        return leaves | {"norm": norm(f"{attn}.norm_out"), "ffn_norm": norm(f"{ffn}.norm")}
-
-    params = {}
-    for side, theirs in (("encoder", "down"), ("decoder", "up")):
-        ours = {name: conv(f"{side}.{name}") for name in ("conv_in", "conv_out")}
-        if side == "decoder":
-            ours["norm_out"] = norm("decoder.norm_out")
-        kinds, layers = getattr(config, f"{side}_blocks"), getattr(config, f"{side}_layers")
-        for i, count in enumerate(layers):
-            if count == 0:
-                continue
-            prefix, scales = (
-                f"{side}.{theirs}_blocks.{i}",
-                getattr(config, f"{side}_qkv_multiscales"),
-            )
-            resizes = i + 1 < len(layers)
-            first = int(resizes and side == "decoder")
-            blocks = [block(f"{prefix}.{first + j}", kinds[i], scales[i]) for j in range(count)]
-            stage = {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
-            if resizes:
-                stage[theirs] = conv(f"{prefix}.{0 if first else count}")
-            ours[f"stage_{i}"] = stage
-        params[side] = ours
-    return params
 
 
 @functools.cache
@@ -168,7 +99,10 @@ def jitted(config, dtype=jnp.float32):
 def pair(config):
     """diffusers' network and our (encode, decode) with its weights."""
     vae = build(config)
-    params = convert(vae, config)
+    params = toy.params(vae, config)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(
+        np.shape, nn.unbox(abstract_params(config))
+    )
     return vae, tuple(functools.partial(f, params) for f in jitted(config))
 
 
@@ -184,6 +118,7 @@ def theirs(method, x):
     return method(tensor.to(dtype))[0].float().permute(0, 2, 3, 1).numpy()
 
 
+@functools.cache
 def abstract_params(config):
     images = jax.ShapeDtypeStruct(
         (1, config.factor, config.factor, config.in_channels), jnp.float32
@@ -198,13 +133,14 @@ def count(params):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_released_sizes(name):
-    params = abstract_params(PRESETS[name])
+    params = abstract_params(_replace(PRESETS[name], scaling_factor=1.0))
     assert (count(params["encoder"]), count(params["decoder"])) == COUNTS[name]
 
 
 def test_batch_norm_statistics_are_weights():
     """The published f32c32-in file has 323,369,260 numbers, 12,800 of them running statistics."""
-    leaves = jax.tree.leaves(abstract_params(PRESETS["dc-ae-f32c32-in-1.0"]))
+    config = _replace(PRESETS["dc-ae-f32c32-in-1.0"], scaling_factor=1.0)
+    leaves = jax.tree.leaves(abstract_params(config))
     assert sum(leaf.size for leaf in leaves) == 323_369_260
 
 
@@ -239,7 +175,7 @@ def test_config_of_an_older_diffusers():
         ("upsample_block_type", "InterpolateConv"),
         ("decoder_layers_per_block", [3, 3, 3]),
         ("encoder_layers_per_block", [2, 2, 0, 3, 3, 3]),
-        ("encoder_block_out_channels", [128, 256, 512, 512, 1024, 1000]),
+        ("encoder_block_out_channels", [128, 256, 512, 512, 1024, 1536]),
         ("attention_head_dim", 48),
     ],
 )
@@ -249,17 +185,9 @@ def test_config_names_what_is_not_supported(key, value):
         DCAEConfig.from_diffusers({**config, key: value})
 
 
-@pytest.mark.parametrize(
-    "config", [SANA, LITE, IN, F64, SMALL], ids="sana lite in f64 small".split()
-)
-def test_paths_and_shapes_of_the_weights(config):
-    ours = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(abstract_params(config)))
-    assert ours == jax.tree.map(np.shape, convert(build(config), config))
-
-
 def test_weights_shard():
     """Every weight of a release divides over fsdp 4 x tensor 2, no mesh axis named twice."""
-    params = abstract_params(PRESETS["dc-ae-f32c32-sana-1.0"])
+    params = abstract_params(_replace(PRESETS["dc-ae-f32c32-sana-1.0"], scaling_factor=1.0))
     shardings = shardings_for(params, make_mesh(replica=1, fsdp=4, tensor=2))
     shards = jax.tree.map(lambda s, p: s.shard_shape(p.shape), shardings, nn.unbox(params))
     total = sum(np.prod(s) for s in jax.tree.leaves(shards, is_leaf=lambda s: isinstance(s, tuple)))
@@ -297,7 +225,7 @@ def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
     ours, reference = [], []
     for seed in range(8):
         vae = build(config, seed)
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), convert(vae, config))
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), toy.params(vae, config))
         exact = theirs(vae.forward, images)
         reconstruction = decode(params, encode(params, images))
         assert reconstruction.dtype == jnp.float32
@@ -308,7 +236,7 @@ def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
 
 def test_sides_must_be_multiples_of_the_factor():
     encode, _ = jitted(SMALL)
-    params = convert(build(SMALL), SMALL)
+    params = toy.params(build(SMALL), SMALL)
     with pytest.raises(ValueError, match="30 x 24"):
         encode(params, random_array(1, 30, 24, 3))
 
@@ -371,7 +299,7 @@ class Ramp(torch.nn.Module):
     "tile, stride",
     [
         ((24, 24), (24, 24)),  # no overlap
-        ((24, 16), (4, 8)),  # overlaps wider than a stride
+        ((24, 16), (8, 8)),  # overlaps wider than a stride
         ((48, 12), (40, 8)),  # one row of tiles
         ((22, 25), (13, 19)),  # no multiples of the factor: padded tiles, another size
         ((4, 60), (4, 60)),
@@ -380,7 +308,7 @@ class Ramp(torch.nn.Module):
 def test_any_tile_and_stride(tile, stride):
     vae = set_tiling(AutoencoderDC.from_config(SMALL.to_diffusers()), tile, stride)
     vae.encoder, vae.decoder = Ramp(up=False), Ramp(up=True)
-    for name, x in (("encode", random_array(2, 40, 44, 3)), ("decode", random_array(2, 10, 11, 3))):
+    for name, x in (("encode", random_array(2, 32, 36, 3)), ("decode", random_array(2, 8, 9, 3))):
         tiled = tiled_encode if name == "encode" else tiled_decode
         ours = tiled(getattr(vae, f"{name}r").on_array, x, tile, stride, 4)
         toy.assert_close(ours, theirs(getattr(vae, name), x), 1e-6, name)
@@ -411,17 +339,15 @@ def test_tilings_that_cannot_be(size, tile, stride, word):
             tiled_decode(None, random_array(1, 10, 10, 16), tile, stride, 4)
 
 
-def test_one_tile_at_a_time():
-    """No tile starts before the one before it is done, and two rows of them are all that is kept."""
-    import weakref
-
+def test_few_tiles_are_kept():
+    """The row above and the row at hand, however many there are."""
     alive = []
 
     def decode(latents):
-        out = jnp.repeat(jnp.repeat(latents, 4, axis=1), 4, axis=2)
-        alive[:] = [r for r in alive if r() is not None]
-        alive.append(weakref.ref(out))
-        assert len(alive) <= 2 * 5 + 1
-        return out
+        images = jnp.repeat(jnp.repeat(latents, 4, axis=1), 4, axis=2)
+        alive.append(sum(array.shape == (1, 12, 12, 3) for array in jax.live_arrays()))
+        return images
 
-    tiled_decode(decode, random_array(1, 40, 10, 3), 8, 8, 4)
+    tiled_decode(decode, random_array(1, 30, 10, 3), 12, 8, 4)
+    assert len(alive) == 15 * 5
+    assert 5 < max(alive) <= 2 * 5 + 1

@@ -1,0 +1,253 @@
+"""Gemma-2 against transformers, in float32 with random weights of every kind."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import linen as nn
+from flax import traverse_util
+
+from sana_jax.models.gemma2 import Gemma2, Gemma2Config
+from sana_jax.sharding import batch_sharding, make_mesh, shardings_for
+from tests import toy
+
+TOY = Gemma2Config(
+    vocab_size=97,
+    hidden_size=60,  # its root is no bfloat16
+    intermediate_size=88,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=14,
+    query_pre_attn_scalar=7,
+    attn_logit_softcap=1.5,  # logits have a deviation of about 1.4
+    sliding_window=4,
+    rms_norm_eps=1e-5,
+)
+replace = dataclasses.replace
+KINDS = {
+    "grouped queries": TOY,
+    "one key-value head": replace(TOY, num_kv_heads=1),
+    "a key-value head a query head": replace(TOY, num_kv_heads=6),
+    "no cap": replace(TOY, attn_logit_softcap=None),
+    "no window": replace(TOY, sliding_window=None),
+    "odd layers slide": replace(TOY, sliding_layers=(False, True, False)),
+    "small theta": replace(TOY, rope_theta=50.0),
+    "2b-like": replace(TOY, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcap=50.0),
+}
+
+
+@functools.cache
+def reference(config: Gemma2Config):
+    """transformers' Gemma-2 with random weights, and these as our parameters."""
+    theirs = transformers.Gemma2Config(**config.to_transformers())
+    theirs._attn_implementation = "eager"
+    module = toy.randomise(transformers.Gemma2Model(theirs))
+    module.embed_tokens.embed_scale.fill_(config.hidden_size**0.5)  # a constant, not a weight
+    return module, toy.params(module, config)
+
+
+@torch.no_grad()
+def theirs(config, tokens, mask=None):
+    module, _ = reference(config)
+    mask = None if mask is None else torch.tensor(mask).long()
+    return module(torch.tensor(tokens).long(), attention_mask=mask)[0].numpy()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def apply(config, dtype, params, tokens):
+    return Gemma2(config, dtype).apply({"params": params}, tokens)
+
+
+def ours(config, tokens, dtype=jnp.float32):
+    return np.asarray(apply(config, dtype, reference(config)[1], jnp.asarray(tokens)))
+
+
+def random_tokens(batch: int, length: int, seed: int = 0):
+    shape = (batch, length)
+    return np.random.default_rng(seed).integers(0, TOY.vocab_size, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_are_those_of_transformers(kind):
+    config = KINDS[kind]
+    for length in (1, 5, 33):
+        tokens = random_tokens(2, length)
+        toy.assert_close(ours(config, tokens), theirs(config, tokens), 2e-5, f"{kind}, {length}")
+
+
+@pytest.mark.parametrize("kind", ["no cap", "no window", "odd layers slide", "small theta"])
+def test_toy_feels_its_fields(kind):
+    """Else the parity above would not see them."""
+    tokens = random_tokens(2, 33)
+    params = reference(TOY)[1]
+    other = apply(KINDS[kind], jnp.float32, params, tokens)
+    assert toy.relative_error(other, ours(TOY, tokens)) > 0.05
+
+
+def test_padding_changes_no_row_of_the_text():
+    lengths = (1, 3, 8, 13)
+    tokens = random_tokens(len(lengths), 13)
+    mask = np.arange(13)[None] < np.array(lengths)[:, None]
+    tokens[~mask] = 0
+    padded, reference_rows = ours(TOY, tokens), theirs(TOY, tokens, mask)
+    toy.assert_close(padded[mask], reference_rows[mask], 2e-5, "padded")
+    for row, length in enumerate(lengths):
+        cropped = ours(TOY, tokens[row : row + 1, :length])
+        toy.assert_close(padded[row : row + 1, :length], cropped, 1e-6, f"length {length}")
+
+
+def test_embedding_is_scaled_in_the_dtype_of_the_weights():
+    """sqrt(60) = 7.746 is 7.75 in bfloat16."""
+    # The branches are silent, and the norm at the end divides by its epsilon only.
+    config = replace(TOY, num_layers=1, rms_norm_eps=1e12)
+    model = Gemma2(config, jnp.float32, jnp.bfloat16)
+    tokens = np.arange(20, dtype=np.int32)[None]
+    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(abstract))
+    embedding = jax.random.normal(jax.random.key(0), (97, 60), jnp.bfloat16)
+    params["params"]["embed"]["embedding"] = embedding
+    rows = model.apply(params, tokens)  # not under jit, which may skip roundings
+
+    embed = reference(TOY)[0].embed_tokens
+    embed = type(embed)(97, 60, 0, embed_scale=60**0.5).bfloat16()
+    with torch.no_grad():
+        embed.weight.copy_(torch.tensor(np.asarray(embedding, np.float32)))
+        expected = embed(torch.tensor(tokens)).float().numpy()
+    toy.assert_close(np.asarray(rows) * 1e6, expected, 1e-5)
+
+
+def test_bfloat16():
+    tokens = random_tokens(2, 17)
+    rows = ours(TOY, tokens, jnp.bfloat16)
+    assert rows.dtype == jnp.bfloat16
+    toy.assert_close(rows.astype(np.float32), ours(TOY, tokens), 5e-2)  # 8 bits, 3 layers
+
+
+def test_sharded_over_a_mesh():
+    config = replace(TOY, vocab_size=98)
+    params, tokens = reference(config)[1], random_tokens(4, 9)
+    mesh = make_mesh(replica=2, fsdp=2, tensor=2)
+    model = Gemma2(config)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, shardings_for(abstract, mesh))
+        rows = jax.jit(model.apply)(
+            {"params": sharded}, jax.device_put(tokens, batch_sharding(mesh))
+        )
+    assert sharded["layers"]["gate"]["kernel"].sharding.shard_shape((3, 60, 88)) == (3, 30, 44)
+    toy.assert_close(rows, ours(config, tokens), 2e-6)
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(Gemma2(Gemma2Config()).init, jax.random.key(0), tokens)["params"]
+
+
+def test_full_size(full_size):
+    assert sum(x.size for x in jax.tree.leaves(full_size)) == 2_614_341_888
+    shapes = jax.tree.map(jnp.shape, nn.unbox(full_size))
+    square = {name: {"kernel": (26, *shape)} for name, shape in KERNELS.items()}
+    norms = ("input_norm", "post_attention_norm", "pre_ffn_norm", "post_ffn_norm")
+    assert shapes == {
+        "embed": {"embedding": (256000, 2304)},
+        "layers": {**square, **{name: {"scale": (26, 2304)} for name in norms}},
+        "final_norm": {"scale": (2304,)},
+    }
+
+
+KERNELS = {
+    "q": (2304, 2048),
+    "k": (2304, 1024),
+    "v": (2304, 1024),
+    "o": (2048, 2304),
+    "gate": (2304, 9216),
+    "up": (2304, 9216),
+    "down": (9216, 2304),
+}
+
+
+def test_logical_axes(full_size):
+    specs = traverse_util.flatten_dict(nn.get_partition_spec(full_size), sep="/")
+    expected = {"embed/embedding": ("vocab", "embed"), "final_norm/scale": ("embed",)}
+    for name in KERNELS:
+        hidden = "heads" if name in "qkvo" else "mlp"
+        axes = (hidden, "embed") if name in ("o", "down") else ("embed", hidden)
+        expected[f"layers/{name}/kernel"] = ("layers", *axes)
+    assert {path: tuple(specs[path]) for path in expected} == expected
+
+
+@pytest.mark.parametrize("config", [Gemma2Config(), *KINDS.values()])
+def test_config_round_trip(config):
+    theirs = transformers.Gemma2Config(**config.to_transformers())
+    assert Gemma2Config.from_transformers(theirs.to_dict()) == config
+    assert Gemma2Config.from_transformers(config.to_transformers()) == config
+
+
+def test_default_config_is_that_of_transformers():
+    theirs = {**transformers.Gemma2Config().to_dict(), "architectures": ["Gemma2Model"]}
+    assert transformers.Gemma2Config(**Gemma2Config().to_transformers()).to_dict() == theirs
+    assert Gemma2Config.from_transformers(theirs) == Gemma2Config()
+
+
+def test_config_of_transformers_4():
+    """No layer_types, rope_theta at the top, and both spellings of the activation."""
+    config = dict(
+        architectures=["Gemma2ForCausalLM"],
+        attention_bias=False,
+        attn_logit_softcapping=20.0,
+        cache_implementation="hybrid",
+        hidden_act="gelu_pytorch_tanh",
+        hidden_activation="gelu_pytorch_tanh",
+        model_type="gemma2",
+        num_hidden_layers=5,
+        rope_theta=500.0,
+        sliding_window=7,
+    )
+    expected = Gemma2Config(
+        num_layers=5, attn_logit_softcap=20.0, rope_theta=500.0, sliding_window=7
+    )
+    assert Gemma2Config.from_transformers(config) == expected
+    assert expected.slides == (True, False, True, False, True)
+    no_window = Gemma2Config.from_transformers({**config, "sliding_window": None})
+    assert no_window.slides == (False,) * 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(model_type="gemma"),
+        dict(hidden_activation="gelu"),
+        dict(hidden_activation="silu"),
+        dict(attention_bias=True),
+        dict(use_bidirectional_attention=True),
+        dict(rope_scaling={"type": "linear", "factor": 2.0}),
+        dict(rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0}),
+        dict(layer_types=["full_attention", "chunked_attention"] * 13),
+        dict(num_key_value_heads=3),
+        dict(head_dim=15),
+    ],
+    ids=lambda change: str(*change),
+)
+def test_unsupported_config_is_named(change):
+    config = {**transformers.Gemma2Config().to_dict(), **change}
+    (field,) = change
+    ours = {"num_key_value_heads": "num_kv_heads"}
+    with pytest.raises(ValueError, match=ours.get(field, field)):
+        Gemma2Config.from_transformers(config)
+
+
+def test_a_config_without_a_model_type_is_refused():
+    with pytest.raises(ValueError, match="model_type None"):
+        Gemma2Config.from_transformers({})
+
+
+def test_sliding_layers_must_name_every_layer():
+    with pytest.raises(ValueError, match="sliding_layers"):
+        Gemma2Config(sliding_layers=(True, False))

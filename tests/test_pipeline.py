@@ -1,0 +1,285 @@
+"""The whole way from a diffusers folder and a prompt to pixels, against diffusers in float32."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from sana_jax import SanaPipeline
+from sana_jax.errors import UserError
+from sana_jax.sharding import make_mesh
+from tests import toy
+
+# Of very different lengths; upper case, white space and the empty prompt are part of the contract.
+PROMPTS = [
+    "A red circle",
+    "  a small Blue square above a large green triangle, between two dark lines on a gray sky ",
+    "",
+]
+NEGATIVE = "a dark photo of a car"
+HEIGHT, WIDTH = 128, 192
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return toy.pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    theirs.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=one_device())
+
+
+def one_device():
+    return make_mesh(devices=toy.devices(1))
+
+
+def noise(count: int, seed: int = 0) -> np.ndarray:
+    shape = (count, HEIGHT // 32, WIDTH // 32, 8)
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@torch.no_grad()
+def reference(pipeline, prompts, latents, output_type="latent", **kwargs):
+    size = dict(height=HEIGHT, width=WIDTH, use_resolution_binning=False)
+    kwargs = {"negative_prompt": NEGATIVE, **size, **kwargs}
+    pipeline.set_progress_bar_config(disable=True)
+    start = torch.tensor(latents).permute(0, 3, 1, 2)
+    out = pipeline(prompts, latents=start, output_type=output_type, **kwargs).images
+    if output_type == "latent":
+        return out.permute(0, 2, 3, 1).numpy()
+    return np.stack([np.asarray(image) for image in out])
+
+
+SETTINGS = {
+    "14 steps": dict(num_steps=14),
+    "20 steps": dict(num_steps=20),
+    "20 steps, no guidance": dict(num_steps=20, guidance_scale=1.0),
+    "20 steps, no instruction": dict(num_steps=20, instruction=None),
+    "Euler": dict(num_steps=14, sampler="flow_euler"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_latents_are_those_of_diffusers(theirs, ours, name):
+    settings = SETTINGS[name]
+    latents = noise(len(PROMPTS))
+    found = ours(
+        PROMPTS,
+        negative_prompt=NEGATIVE,
+        height=HEIGHT,
+        width=WIDTH,
+        latents=latents,
+        output="latent",
+        **settings,
+    )
+    kwargs = dict(
+        num_inference_steps=settings["num_steps"],
+        guidance_scale=settings.get("guidance_scale", 4.5),
+    )
+    if "instruction" in settings:
+        kwargs["complex_human_instruction"] = None
+    scheduler = theirs.scheduler
+    if settings.get("sampler") == "flow_euler":
+        theirs.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    expected = reference(theirs, PROMPTS, latents, **kwargs)
+    theirs.scheduler = scheduler
+    toy.assert_close(found, expected, 1e-4, name)
+
+
+def assert_same_pictures(found: np.ndarray, expected: np.ndarray):
+    """At most one value in a thousand off, none by more than one grey level."""
+    assert found.shape == expected.shape and found.dtype == np.uint8
+    inside = np.mean((expected >= 1) & (expected <= 254))
+    assert inside >= 0.8, f"only {inside:.0%} of the values can tell a difference"
+    off = np.abs(found.astype(int) - expected)
+    assert off.max() <= 1 and np.mean(off > 0) <= 1e-3, (off.max(), np.mean(off > 0))
+
+
+def test_pictures_are_those_of_diffusers(theirs, ours):
+    latents = noise(len(PROMPTS))
+    size = dict(height=HEIGHT, width=WIDTH, latents=latents, negative_prompt=NEGATIVE)
+    found = ours(PROMPTS, num_steps=20, **size)
+    assert all(isinstance(image, Image.Image) for image in found)
+    found = np.stack([np.asarray(image) for image in found])
+    expected = reference(theirs, PROMPTS, latents, "pil", num_inference_steps=20)
+    assert_same_pictures(found, expected)
+
+
+def test_resolution_binning(folder):
+    """Sampled at the nearest published size, resized and cropped to the asked one."""
+    theirs = toy.pipeline(sample_size=16)  # binning knows the published sizes only
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=one_device())
+    ours = toy.replace_config(pipe, sample_size=16)
+    bucket = (448, 576)
+    shape = (1, bucket[0] // 32, bucket[1] // 32, 8)
+    latents = np.random.default_rng(0).standard_normal(shape, np.float32)
+    size = dict(height=500, width=650, use_resolution_binning=True)
+    found = ours("a red circle", num_steps=2, latents=latents, output="np", **size)
+    expected = reference(
+        theirs, "a red circle", latents, "pil", num_inference_steps=2, negative_prompt="", **size
+    )
+    assert found.shape == (1, 500, 650, 3)
+    assert_same_pictures(found, expected)
+
+
+def draw(pipe, prompts=PROMPTS, **kwargs):
+    settings = dict(height=128, width=128, num_steps=4, output="np", seed=5)
+    return pipe(prompts, **{**settings, **kwargs})
+
+
+def test_same_seed_same_bits(ours):
+    np.testing.assert_array_equal(draw(ours), draw(ours))
+    assert (draw(ours) != draw(ours, seed=6)).any()
+
+
+def test_batch_position_and_devices_change_one_grey_level_at_most(ours, folder):
+    expected = draw(ours)
+
+    def check(found, rows):
+        difference = np.abs(found.astype(int) - expected[rows].astype(int))
+        assert difference.max() <= 1
+
+    check(draw(ours, PROMPTS[1], seed=6), [1])  # alone; in the batch its seed is 5 + 1
+    check(draw(ours, PROMPTS[::-1], seed=[7, 6, 5]), [2, 1, 0])
+    for count in (2, 8):
+        mesh = make_mesh(devices=toy.devices(count))
+        pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
+        check(draw(pipe), [0, 1, 2])
+        np.testing.assert_array_equal(draw(pipe), draw(pipe))
+
+
+def test_weights_sharded_over_the_mesh(ours, folder):
+    mesh = make_mesh(replica=1, fsdp=2, tensor=2, devices=toy.devices(4))
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
+    kernel = pipe.params["dit"]["blocks"]["ffn"]["expand"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    assert np.abs(draw(pipe).astype(int) - draw(ours)).max() <= 1
+
+
+def test_images_of_one_prompt(ours):
+    """They stand in a row and count up from the seed."""
+    pictures = draw(ours, PROMPTS[:2], num_images_per_prompt=2, seed=10)
+    for i, prompt in enumerate(PROMPTS[:2]):
+        alone = draw(ours, prompt, num_images_per_prompt=2, seed=10 + 2 * i)
+        assert np.abs(pictures[2 * i : 2 * i + 2].astype(int) - alone).max() <= 1
+
+
+def test_guidance_interval(ours):
+    """All of sigma is plain guidance; none of it is no guidance."""
+    everywhere = draw(ours, guidance_interval=(-1.0, 2.0), output="latent")
+    toy.assert_close(everywhere, draw(ours, output="latent"), 1e-5)
+    nowhere = draw(ours, guidance_interval=(2.0, 3.0), output="latent")
+    toy.assert_close(nowhere, draw(ours, guidance_scale=1.0, output="latent"), 1e-5)
+    middle = draw(ours, guidance_interval=(0.2, 0.9), output="latent")
+    assert toy.relative_error(middle, everywhere) > 1e-3 < toy.relative_error(middle, nowhere)
+
+
+def test_on_step_sees_every_step(ours):
+    seen = []
+    found = draw(ours, on_step=lambda i, x: seen.append((i, np.asarray(x))), output="latent")
+    assert [i for i, _ in seen] == [0, 1, 2, 3]
+    np.testing.assert_array_equal(seen[-1][1], found)
+    toy.assert_close(found, draw(ours, output="latent"), 1e-5)
+
+
+def test_prompt_embeddings_in_place_of_prompts(ours):
+    embeddings, mask = ours.encode_prompt(PROMPTS)
+    assert embeddings.shape == (3, 300, 48) and embeddings.dtype == np.float32
+    assert not np.asarray(embeddings)[~np.asarray(mask)].any()
+    found = draw(ours, None, prompt_embeddings=embeddings, prompt_mask=mask)
+    np.testing.assert_array_equal(found, draw(ours))
+
+
+def test_outputs(ours):
+    pixels = draw(ours, output="float")
+    assert pixels.dtype == np.float32 and pixels.min() >= 0 and pixels.max() <= 1
+    np.testing.assert_array_equal(np.round(np.asarray(pixels) * 255), draw(ours))
+    latents = draw(ours, output="latent")
+    decoded = np.clip(np.asarray(ours.decode(latents)) * 0.5 + 0.5, 0, 1)
+    np.testing.assert_allclose(decoded, pixels, atol=1e-6)
+
+
+def test_encode_and_decode_scale_the_latents(theirs, ours):
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 192, 128, 3)).astype(np.float32)
+    with torch.no_grad():
+        latents = theirs.vae.encode(torch.tensor(images).permute(0, 3, 1, 2)).latent
+        expected = (latents * theirs.vae.config.scaling_factor).permute(0, 2, 3, 1).numpy()
+    found = ours.encode(images)
+    toy.assert_close(found, expected, 1e-5)
+    with torch.no_grad():
+        expected = theirs.vae.decode(latents).sample.permute(0, 2, 3, 1).numpy()
+    toy.assert_close(ours.decode(found), expected, 1e-5)
+
+
+def test_tiles(theirs, ours):
+    latents = np.random.default_rng(0).standard_normal((1, 6, 9, 8), np.float32)
+    theirs.vae.enable_tiling(128, 128, 96, 96)
+    z = torch.tensor(latents).permute(0, 3, 1, 2) / theirs.vae.config.scaling_factor
+    with torch.no_grad():
+        expected = theirs.vae.decode(z).sample.permute(0, 2, 3, 1).numpy()
+    theirs.vae.disable_tiling()
+    toy.assert_close(ours.decode(latents, tile=(128, 96)), expected, 1e-5)
+
+
+def test_velocity_is_the_network_once(theirs, ours):
+    embeddings, mask = ours.encode_prompt(PROMPTS)
+    latents = noise(3)
+    with torch.no_grad():
+        expected = theirs.transformer(
+            torch.tensor(latents).permute(0, 3, 1, 2),
+            encoder_hidden_states=torch.tensor(np.asarray(embeddings)),
+            encoder_attention_mask=torch.tensor(np.asarray(mask)).int(),
+            timestep=torch.full((3,), 749),
+        ).sample.permute(0, 2, 3, 1)
+    found = ours.velocity(latents, np.full(3, 749.0), embeddings, mask)
+    toy.assert_close(found, expected.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_types(ours, folder, dtype):
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype=dtype, mesh=one_device())
+    assert pipe.params["dit"]["patch_embed"]["kernel"].dtype == dtype
+    assert pipe.params["vae"]["decoder"]["conv_out"]["kernel"].dtype == "bfloat16"
+    error = toy.relative_error(draw(pipe, output="latent"), draw(ours, output="latent"))
+    assert 1e-5 < error < 0.2, error
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(height=100), "height 100 is not a multiple of 32: try 96 or 128"),
+        (dict(width=0), "width 0"),
+        (dict(height=-32), "height -32"),
+        (dict(height=32.5), "height 32.5"),
+        (dict(num_steps=0), "num_steps 0"),
+        (dict(num_steps=10**9), "num_steps 1000000000"),
+        (dict(guidance_scale=float("nan")), "guidance_scale nan"),
+        (dict(seed=-1), "seed -1"),
+        (dict(seed=2**32), "seed 4294967296"),
+        (dict(seed=[1, 2]), "2 seeds for 3 images"),
+        (dict(sampler="ddim"), "sampler 'ddim'"),
+        (dict(output="jpg"), "output 'jpg'"),
+        (dict(flow_shift=0.0), "flow_shift 0.0"),
+        (dict(negative_prompt=["a", "b"]), "2 negative prompts for 3 prompts"),
+        (dict(latents=np.zeros((3, 4, 4, 5), np.float32)), "latents are"),
+    ],
+)
+def test_bad_arguments_are_refused(ours, change, words):
+    with pytest.raises(UserError) as error:
+        draw(ours, **change)
+    assert words in str(error.value)
+
+
+def test_no_prompt_is_refused(ours):
+    for prompts in (None, []):
+        with pytest.raises(UserError):
+            draw(ours, prompts)
