@@ -57,7 +57,7 @@ class SanaPipeline:
         Args:
           name: the folder, the bundled name, or org/name.
           dtype: "float32", "bfloat16" or "float16", of weights and activations.
-          mesh: as sharding.make_mesh makes it; None: this host's devices, the batch split over them.
+          mesh: of sharding.make_mesh; None: this host's devices, the batch split over them.
           variant: of the weight files in a diffusers folder, such as "bf16".
           revision: branch, tag or commit on the hub.
           instruction_file: the complex human instruction, where the checkpoint does not hold it.
@@ -283,7 +283,8 @@ class SanaPipeline:
             wrong = [seed] if not 0 <= seed <= MAX_SEED else []
         else:
             seeds = list(seed)
-            wrong = [s for s in seeds if not (isinstance(s, int | np.integer) and 0 <= s <= MAX_SEED)]
+            wrong = [s for s in seeds if not isinstance(s, int | np.integer)]
+            wrong = wrong or [s for s in seeds if not 0 <= s <= MAX_SEED]
         if wrong:
             raise UserError(f"seed {wrong[0]!r} is not a whole number in 0 .. {MAX_SEED}")
         if len(seeds) != count:

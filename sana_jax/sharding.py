@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sana_jax.errors import UserError
+
 MESH_AXES = ("replica", "fsdp", "sequence", "tensor")
 
 # Logical name -> mesh axis. Weights first, activations after.
@@ -36,14 +38,13 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over `devices` (default: this host's); one size may be -1, "all that is left"."""
     devices = np.asarray(jax.local_devices() if devices is None else devices)
-    sizes = [replica, fsdp, sequence, tensor]
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) > 1 or devices.size % known:
-        raise ValueError(f"mesh {dict(zip(MESH_AXES, sizes))} does not fit {devices.size} devices")
-    sizes = [devices.size // known if s == -1 else s for s in sizes]
-    if int(np.prod(sizes)) != devices.size:
-        raise ValueError(f"mesh {dict(zip(MESH_AXES, sizes))} does not fit {devices.size} devices")
-    return Mesh(devices.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    sizes = replica, fsdp, sequence, tensor
+    try:
+        devices = devices.reshape(sizes)
+    except ValueError:
+        wanted = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(f"a mesh of {wanted} does not fit {devices.size} devices") from None
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def shardings_for(abstract_params, mesh: Mesh):
@@ -56,7 +57,7 @@ def shardings_for(abstract_params, mesh: Mesh):
 
     def fit(leaf, sharding):
         axes = zip(leaf.shape, sharding.spec, strict=False)
-        spec = (a if a is None or size % mesh.shape[a] == 0 else None for size, a in axes)
+        spec = (a if a and size % mesh.shape[a] == 0 else None for size, a in axes)
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree.map(fit, nn.unbox(abstract_params), shardings)

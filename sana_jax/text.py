@@ -14,7 +14,6 @@ import importlib.util
 import json
 import logging as standard_logging
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +45,7 @@ class TokenizedPrompts:
 
     tokens: Int32[np.ndarray, "B L"]
     window: Int32[np.ndarray, " rows"]  # positions in 0 .. L - 1
-    mask: Bool[np.ndarray, "B rows"]  # False: the row hides
+    mask: Bool[np.ndarray, "B rows"]  # False: a row to ignore
 
 
 def import_transformers():
@@ -174,7 +173,7 @@ def _mend(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _warn_of_cuts(tokenizer, texts: list[str], lengths: Any, limit: int, rows: int) -> None:
+def _warn_of_cuts(tokenizer, texts: list[str], lengths: np.ndarray, limit: int, rows: int) -> None:
     """Says in one line how many tokens of the prompts of a batch are kept, of how many given."""
     full = (len(tokenizer.encode(t)) for t, n in zip(texts, lengths, strict=True) if n == limit)
     cuts = [f"{rows}/{n - limit + rows}" for n in full if n > limit]

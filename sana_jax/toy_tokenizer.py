@@ -1,5 +1,7 @@
 """A small tokenizer that behaves as Gemma's does: for tests and for random checkpoints."""
 
+import string
+
 from sana_jax.text import import_transformers
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -23,9 +25,8 @@ def toy_tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     # Every merge adds a letter to the beginning of a word.
-    letters = "".join(sorted({word[0] for word in WORDS} | set("abcdefghijklmnopqrstuvwxyz")))
     merges = {}
-    for word in (SPACE, *letters, *WORDS):
+    for word in (SPACE, *string.ascii_lowercase, *WORDS):
         for end in range(1, len(word) + 1):
             merges[SPACE + word[:end]] = (SPACE + word[: end - 1], word[end - 1])
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]

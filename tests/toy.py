@@ -1,4 +1,4 @@
-"""Small random models that diffusers and transformers build, and the measures of the parity tests."""
+"""Small random models that diffusers and transformers build, and the parity tests' measures."""
 
 import dataclasses
 
@@ -30,12 +30,13 @@ def assert_close(ours, reference, tolerance: float, what: str = "") -> None:
     """Fails with the relative error and the largest absolute difference beside it."""
     error = relative_error(ours, reference)
     largest = np.abs(np.asarray(ours, np.float64) - np.asarray(reference, np.float64)).max()
-    assert error <= tolerance, f"{what}: relative {error:.2e} > {tolerance:.0e}, largest {largest:.2e}"
+    message = f"{what}: relative {error:.2e} > {tolerance:.0e}, largest {largest:.2e}"
+    assert error <= tolerance, message
 
 
 @torch.no_grad()
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter and batch-norm statistic a value that a wrong formula cannot hide behind.
+    """Gives every parameter and statistic a value that a wrong formula cannot hide behind.
 
     Matrices keep the spread that preserves the size of activations; norm scales vary around one,
     biases and modulation tables around zero; batch-norm variances stay positive.

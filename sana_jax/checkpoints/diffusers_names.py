@@ -76,19 +76,24 @@ def gemma2_entries(config: Gemma2Config) -> Iterator[Entry]:
 def _res_block(ours: str, theirs: str, batch_norm: bool, **layers) -> Iterator[Entry]:
     yield from conv(f"{ours}/conv1", f"{theirs}.conv1", **layers)
     yield from conv(f"{ours}/conv2", f"{theirs}.conv2", bias=False, **layers)
-    yield from _norm(f"{ours}/norm", f"{theirs}.norm", **layers)
-    if batch_norm:
-        yield Entry(f"{ours}/norm/mean", (f"{theirs}.norm.running_mean",), **layers)
-        yield Entry(f"{ours}/norm/var", (f"{theirs}.norm.running_var",), **layers)
+    yield from _norm(f"{ours}/norm", f"{theirs}.norm", batch_norm, **layers)
 
 
-def _norm(ours: str, theirs: str, **layers) -> Iterator[Entry]:
+def _norm(ours: str, theirs: str, batch_norm: bool = False, **layers) -> Iterator[Entry]:
     yield Entry(f"{ours}/scale", (f"{theirs}.weight",), **layers)
     yield Entry(f"{ours}/bias", (f"{theirs}.bias",), **layers)
+    if batch_norm:
+        yield Entry(f"{ours}/mean", (f"{theirs}.running_mean",), **layers)
+        yield Entry(f"{ours}/var", (f"{theirs}.running_var",), **layers)
 
 
 def _efficient_vit_block(
-    ours: str, theirs: str, groups: int, scales: tuple[int, ...], **layers
+    ours: str,
+    theirs: str,
+    batch_norm: bool,
+    groups: int,
+    scales: tuple[int, ...],
+    **layers,
 ) -> Iterator[Entry]:
     attn = f"{theirs}.attn"
     # Despite their names, to_q, to_k and to_v are the thirds of one projection whose outputs are
@@ -102,7 +107,7 @@ def _efficient_vit_block(
         grouped, sizes = "(g o) i 1 1 -> g i o", (("g", groups),)
         yield Entry(f"{scale}/pointwise_kernel", (pointwise,), grouped, sizes=sizes, **layers)
     yield from linear(f"{ours}/out", f"{attn}.to_out", bias=False, **layers)
-    yield from _norm(f"{ours}/norm", f"{attn}.norm_out", **layers)
+    yield from _norm(f"{ours}/norm", f"{attn}.norm_out", batch_norm, **layers)
     yield from glumbconv_entries(f"{ours}/ffn", f"{theirs}.conv_out", **layers)
     yield from _norm(f"{ours}/ffn_norm", f"{theirs}.conv_out.norm", **layers)
 
@@ -117,14 +122,14 @@ def dc_ae_entries(config: DCAEConfig) -> Iterator[Entry]:
         layers = {"layers": range(first, first + depth)}
         if depth == 0:
             return
+        batch_norm = side == "decoder" and config.decoder_norms[stage] == "batch_norm"
         if getattr(config, f"{side}_blocks")[stage] == "ResBlock":
-            batch_norm = side == "decoder" and config.decoder_norms[stage] == "batch_norm"
             yield from _res_block(ours, theirs, batch_norm, **layers)
         else:
             width = getattr(config, f"{side}_channels")[stage]
             scales = getattr(config, f"{side}_qkv_multiscales")[stage]
             groups = 3 * width // config.attention_head_dim
-            yield from _efficient_vit_block(ours, theirs, groups, scales, **layers)
+            yield from _efficient_vit_block(ours, theirs, batch_norm, groups, scales, **layers)
 
     last = len(config.encoder_channels) - 1
     skips = {side: getattr(config, f"{side}_layers")[0] == 0 for side in ("encoder", "decoder")}

@@ -148,7 +148,8 @@ def read_params(
     params = {}
     for entry in entries:
         array = entry.read(theirs)
-        cast = array.astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # named below
+            cast = array.astype(dtype, copy=False)
         if not np.isfinite(cast).all():
             names = ", ".join(entry.layer_names()[0])
             what = "holds NaN or Inf" if not np.isfinite(array).all() else f"overflows {dtype}"

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files: one file, or shards under an index as Hugging Face writes them."""
+"""Named tensors in safetensors files: one, or shards under an index as Hugging Face has them."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -55,6 +55,14 @@ class SanaConfig:
     # rely on. None: only where activations are float16, as diffusers does.
     clip_attention: bool | None = None
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"transformer {field.name} {value!r} is not a positive number")
+        if self.width % self.head_dim or self.width % self.cross_heads:
+            raise ValueError(f"transformer width {self.width} does not divide into its heads")
+
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> "SanaConfig":
         """Reads a SanaTransformer2DModel's config.json. Raises ValueError naming what is not ours."""

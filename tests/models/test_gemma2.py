@@ -25,10 +25,19 @@ TOY = Gemma2Config(
     num_kv_heads=2,
     head_dim=14,
     query_pre_attn_scalar=7,
-    attn_logit_softcap=1.5,  # logits have a deviation of about 1.4
+    attn_logit_softcap=1.5,  # bends most logits
     sliding_window=4,
     rms_norm_eps=1e-5,
 )
+KERNELS = {
+    "q": (2304, 2048),
+    "k": (2304, 1024),
+    "v": (2304, 1024),
+    "o": (2048, 2304),
+    "gate": (2304, 9216),
+    "up": (2304, 9216),
+    "down": (9216, 2304),
+}
 replace = dataclasses.replace
 KINDS = {
     "grouped queries": TOY,
@@ -45,9 +54,8 @@ KINDS = {
 @functools.cache
 def reference(config: Gemma2Config):
     """transformers' Gemma-2 with random weights, and these as our parameters."""
-    theirs = transformers.Gemma2Config(**config.to_transformers())
-    theirs._attn_implementation = "eager"
-    module = toy.randomise(transformers.Gemma2Model(theirs))
+    same = transformers.Gemma2Config(**config.to_transformers(), attn_implementation="eager")
+    module = toy.randomise(transformers.Gemma2Model(same))
     module.embed_tokens.embed_scale.fill_(config.hidden_size**0.5)  # a constant, not a weight
     return module, toy.params(module, config)
 
@@ -162,17 +170,6 @@ def test_full_size(full_size):
     }
 
 
-KERNELS = {
-    "q": (2304, 2048),
-    "k": (2304, 1024),
-    "v": (2304, 1024),
-    "o": (2048, 2304),
-    "gate": (2304, 9216),
-    "up": (2304, 9216),
-    "down": (9216, 2304),
-}
-
-
 def test_logical_axes(full_size):
     specs = traverse_util.flatten_dict(nn.get_partition_spec(full_size), sep="/")
     expected = {"embed/embedding": ("vocab", "embed"), "final_norm/scale": ("embed",)}
@@ -185,15 +182,15 @@ def test_logical_axes(full_size):
 
 @pytest.mark.parametrize("config", [Gemma2Config(), *KINDS.values()])
 def test_config_round_trip(config):
-    theirs = transformers.Gemma2Config(**config.to_transformers())
-    assert Gemma2Config.from_transformers(theirs.to_dict()) == config
+    loaded = transformers.Gemma2Config(**config.to_transformers())
+    assert Gemma2Config.from_transformers(loaded.to_dict()) == config
     assert Gemma2Config.from_transformers(config.to_transformers()) == config
 
 
 def test_default_config_is_that_of_transformers():
-    theirs = {**transformers.Gemma2Config().to_dict(), "architectures": ["Gemma2Model"]}
-    assert transformers.Gemma2Config(**Gemma2Config().to_transformers()).to_dict() == theirs
-    assert Gemma2Config.from_transformers(theirs) == Gemma2Config()
+    default = {**transformers.Gemma2Config().to_dict(), "architectures": ["Gemma2Model"]}
+    assert transformers.Gemma2Config(**Gemma2Config().to_transformers()).to_dict() == default
+    assert Gemma2Config.from_transformers(default) == Gemma2Config()
 
 
 def test_config_of_transformers_4():
@@ -238,8 +235,8 @@ def test_config_of_transformers_4():
 def test_unsupported_config_is_named(change):
     config = {**transformers.Gemma2Config().to_dict(), **change}
     (field,) = change
-    ours = {"num_key_value_heads": "num_kv_heads"}
-    with pytest.raises(ValueError, match=ours.get(field, field)):
+    name = {"num_key_value_heads": "num_kv_heads"}.get(field, field)
+    with pytest.raises(ValueError, match=name):
         Gemma2Config.from_transformers(config)
 
 

@@ -1,0 +1,328 @@
+"""Folders of diffusers: every way they are written is read, and what is wrong is named."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaPipeline as TheirPipeline
+from flax import traverse_util
+from safetensors.torch import load_file, save_file
+
+from sana_jax import checkpoints
+from sana_jax.checkpoints import diffusers, native
+from sana_jax.errors import UserError
+from sana_jax.sharding import make_mesh
+from tests import toy
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return toy.pipeline(qk_norm="rms_norm_across_heads")
+
+
+@pytest.fixture(scope="module")
+def written(theirs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(written, tmp_path / "checkpoint")
+
+
+def load(folder, dtype="float32", **kwargs):
+    return checkpoints.load(str(folder), dtype, make_mesh(devices=toy.devices(1)), **kwargs)
+
+
+def flat(checkpoint) -> dict:
+    leaves = traverse_util.flatten_dict(checkpoint.params, sep="/")
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def assert_same(found, expected):
+    found, expected = flat(found), flat(expected)
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        assert found[path].dtype == array.dtype, path
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+def test_single_files(theirs, written):
+    checkpoint = load(written)
+    for name, module in (
+        ("dit", theirs.transformer),
+        ("vae", theirs.vae),
+        ("text_encoder", theirs.text_encoder),
+    ):
+        expected = toy.params(module, checkpoint.config(name))
+        jax.tree.map(np.testing.assert_array_equal, checkpoint.params[name], expected)
+    assert checkpoint.flow_shift == 3.0 and checkpoint.text_rows == 300
+    assert checkpoint.vae.scaling_factor == 0.41407
+
+
+def test_shards(theirs, written, tmp_path):
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("transformer/*-of-*.safetensors"))) > 2
+    assert_same(load(tmp_path), load(written))
+
+
+def test_variants(theirs, written, folder):
+    """Beside full-precision files, in one file or in shards with an index of their own."""
+    half = toy.pipeline(seed=1, qk_norm="rms_norm_across_heads")
+    for name in ("transformer", "vae", "text_encoder"):
+        getattr(half, name).to(torch.bfloat16)
+    half.save_pretrained(folder, variant="bf16")
+    half.save_pretrained(folder, variant="fp16", max_shard_size="100KB")
+    assert_same(load(folder), load(written))
+    whole, shards = (load(folder, variant=v) for v in ("bf16", "fp16"))
+    assert_same(whole, shards)
+    assert (flat(whole)["dit/patch_embed/kernel"] != flat(load(written))["dit/patch_embed/kernel"]).any()
+    with pytest.raises(UserError, match="no files of variant 'int8'"):
+        load(folder, variant="int8")
+
+
+def test_only_a_variant(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(UserError, match="has no .* there are files of variant fp16"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_types(written, folder, stored, dtype):
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({n: t.to(stored) for n, t in load_file(path).items()}, path)
+    found = load(folder, dtype).params["dit"]["proj_out"]["kernel"]
+    exact = load_file(path)["proj_out.weight"].float().numpy().T
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found), exact.astype(jnp.dtype(dtype)))
+
+
+def edit_json(path, **changes):
+    contents = json.loads(path.read_text())
+    contents.update({k: v for k, v in changes.items() if v is not ...})
+    for key in [k for k, v in changes.items() if v is ...]:
+        contents.pop(key, None)
+    path.write_text(json.dumps(contents))
+
+
+def test_spellings_of_transformers_4(written, folder):
+    """rope_theta at the top level, no layer types, the prefix of a whole language model."""
+    config = folder / "text_encoder" / "config.json"
+    edit_json(config, rope_theta=10000.0, rope_parameters=..., layer_types=..., dtype=...)
+    edit_json(config, torch_dtype="float32", cache_implementation="hybrid")
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, path)
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="GemmaTokenizerFast")
+    found = load(folder)
+    assert_same(found, load(written))
+    assert found.text_encoder == load(written).text_encoder
+    assert found.tokenizer.encode("a cat") == load(written).tokenizer.encode("a cat")
+
+
+def test_older_transformer_config(written, folder):
+    config = folder / "transformer" / "config.json"
+    edit_json(config, guidance_embeds=..., guidance_embeds_scale=..., timestep_scale=...)
+    assert load(folder).dit == load(written).dit
+
+
+@pytest.mark.parametrize(
+    "scheduler, shift",
+    [
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=6.0), 6.0),
+        (dict(flow_shift=4.0, lambda_min_clipped=float("-inf")), 4.0),
+    ],
+)
+def test_schedulers(folder, scheduler, shift):
+    edit_json(folder / "scheduler" / "scheduler_config.json", **scheduler)
+    assert load(folder).flow_shift == shift
+
+
+def test_batch_norm_counters_are_not_read(theirs, folder):
+    vae = toy.autoencoder(decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3)
+    vae.save_pretrained(folder / "vae")
+    names = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert any(name.endswith("num_batches_tracked") for name in names)
+    checkpoint = load(folder)
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoint.params["vae"], toy.params(vae, checkpoint.vae)
+    )
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def spoil(folder, change):
+    """Rewrites the transformer's tensors."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def rename(tensors):
+    tensors["proj.weight"] = tensors.pop("proj_out.weight")
+
+
+def transpose(tensors):
+    tensors["caption_projection.linear_1.weight"] = (
+        tensors["caption_projection.linear_1.weight"].T.contiguous()
+    )
+
+
+def poison(value):
+    def change(tensors):
+        tensors["transformer_blocks.1.ff.conv_depth.weight"][3, 0, 1, 1] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (rename, ["missing proj_out.weight", "unexpected proj.weight"]),
+        (transpose, ["caption_projection.linear_1.weight is [48, 64] instead of [64, 48]"]),
+        (lambda t: t.update({"proj_out.bias": t["proj_out.bias"].int()}), ["proj_out.bias is I32"]),
+        (lambda t: t.clear(), ["missing", "(88 in all)"]),
+        (poison(float("nan")), ["conv_depth.weight", "NaN"]),
+        (poison(float("inf")), ["conv_depth.weight", "Inf"]),
+    ],
+)
+def test_wrong_tensors_are_named(folder, change, words):
+    spoil(folder, change)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    for word in [*words, "transformer"]:
+        assert word in str(error.value), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_values_beyond_float16_are_named(folder):
+    spoil(folder, poison(1e6))
+    load(folder, "bfloat16")
+    with pytest.raises(UserError, match="conv_depth.weight overflows float16"):
+        load(folder, "float16")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (truncate, "not a whole safetensors file"),
+        (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
+        (lambda p: p.write_text("<html><body>404</body></html>"), "a web page"),
+        (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-LFS pointer"),
+        (lambda p: p.unlink(), "has no diffusion_pytorch_model.safetensors"),
+        (lambda p: p.rename(p.with_suffix(".bin")), "pickled .bin"),
+    ],
+)
+def test_damaged_files_are_named(folder, change, words):
+    change(folder / WEIGHTS)
+    with pytest.raises(UserError, match="transformer.*" + words):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda i: i.unlink(), "has no diffusion_pytorch_model"),
+        (lambda i: i.write_text("{}"), "not an index"),
+        (lambda i: i.write_text("not json"), "not an index"),
+        (lambda i: next(i.parent.glob("*-of-*")).unlink(), "is missing"),
+        (lambda i: i.write_text(i.read_text().replace('": "', '": "../')), "outside its folder"),
+        (lambda i: i.write_text(i.read_text().replace('": "', '": "/')), "outside its folder"),
+        (
+            lambda i: i.write_text(i.read_text().replace('"scale_shift_table"', '"no_such"')),
+            "lacks no_such",
+        ),
+    ],
+)
+def test_damaged_indices_are_named(theirs, folder, change, words):
+    (folder / WEIGHTS).unlink()
+    theirs.transformer.save_pretrained(folder / "transformer", max_shard_size="100KB")
+    change(folder / f"{WEIGHTS}.index.json")
+    with pytest.raises(UserError, match=words):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "file, changes, words",
+    [
+        ("model_index.json", dict(_class_name="SanaSprintPipeline"), "Sana Sprint"),
+        ("model_index.json", dict(_class_name="SanaControlNetPipeline"), "Sana ControlNet"),
+        ("model_index.json", dict(_class_name="SanaPAGPipeline"), "Sana PAG"),
+        ("model_index.json", dict(_class_name="SanaVideoPipeline"), "Sana Video"),
+        ("model_index.json", dict(_class_name="FluxPipeline"), "FluxPipeline"),
+        ("transformer/config.json", dict(guidance_embeds=True), "Sprint"),
+        ("transformer/config.json", dict(num_layers=4), "missing transformer_blocks.3"),
+        ("transformer/config.json", dict(num_layers="3"), "transformer/config.json.*depth '3'"),
+        ("vae/config.json", dict(encoder_block_types="OtherBlock"), "OtherBlock"),
+        ("text_encoder/config.json", dict(model_type="t5"), "t5"),
+        ("scheduler/scheduler_config.json", dict(_class_name="SCMScheduler"), "SCMScheduler"),
+        ("scheduler/scheduler_config.json", dict(prediction_type="epsilon"), "epsilon"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(folder, file, changes, words):
+    edit_json(folder / file, **changes)
+    with pytest.raises(UserError, match=words):
+        load(folder)
+
+
+def test_missing_and_broken_configs(folder):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer is missing"):
+        load(folder)
+    (folder / "vae" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="vae/config.json is not JSON"):
+        load(folder)
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match="vae/config.json is missing"):
+        load(folder)
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="native folder, a diffusers folder, a bundled name"):
+        load("no_such_model")
+    with pytest.raises(UserError, match="neither model.json"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="some/model is no folder here"):
+        load("some/model")  # the hub is out of reach in tests
+
+
+def test_native_round_trip(written, tmp_path):
+    """diffusers -> native -> diffusers: the same weights to the bit, and diffusers loads them."""
+    first = load(written)
+    native.save(first, tmp_path / "native", max_shard_bytes=100_000)
+    assert (tmp_path / "native" / "dit.safetensors.index.json").is_file()
+    second = load(tmp_path / "native")
+    assert_same(second, first)
+    for name in ("dit", "vae", "text_encoder", "flow_shift", "text_rows", "instruction"):
+        assert getattr(second, name) == getattr(first, name), name
+    diffusers.save(second, tmp_path / "diffusers", max_shard_bytes=100_000)
+    assert_same(load(tmp_path / "diffusers"), first)
+    their = TheirPipeline.from_pretrained(tmp_path / "diffusers")
+    again = toy.params(their.transformer, first.dit)
+    jax.tree.map(np.testing.assert_array_equal, again, first.params["dit"])
+
+
+def test_damaged_native_folder(written, tmp_path):
+    native.save(load(written), tmp_path / "native")
+    weights = tmp_path / "native" / "dit.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match="dit.safetensors is damaged"):
+        load(tmp_path / "native")
+    edit_json(tmp_path / "native" / "model.json", version=2)
+    with pytest.raises(UserError, match="version 2"):
+        load(tmp_path / "native")
