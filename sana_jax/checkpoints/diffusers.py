@@ -56,17 +56,13 @@ def load(
     """
     folder = Path(folder)
     _check_kind(folder)
-    configs, params = {}, {}
-    for name, (subfolder, _, from_dict) in COMPONENTS.items():
-        configs[name] = _read_config(folder / subfolder, from_dict)
+    configs = {name: _read_config(folder, name) for name in COMPONENTS}
     flow_shift = _read_flow_shift(folder / "scheduler")
     tokenizer = text.load_tokenizer(folder / "tokenizer")
-    weights = {n: _find_weights(folder / d, s, variant) for n, (d, s, _) in COMPONENTS.items()}
-    if variant and not any(found for _, found in weights.values()):
+    found = [_find_weights(folder, name, variant)[1] for name in COMPONENTS]
+    if variant and not any(found):
         raise UserError(f"{folder} has no files of variant {variant!r}")
-    for name, (path, _) in weights.items():
-        logging.info("reading %s", path)
-        params[name] = _read_component(name, path, configs[name], dtype, mesh)
+    params = {name: load_component(folder, name, dtype, mesh, variant)[1] for name in COMPONENTS}
     return Checkpoint(
         **configs,
         params=params,
@@ -76,6 +72,22 @@ def load(
         instruction=instruction,
         provenance={"source": str(folder), "layout": "diffusers"},
     )
+
+
+def load_component(
+    folder: Path, name: str, dtype: Dtype, mesh: Mesh, variant: str | None = None
+) -> tuple[Config, Any]:
+    """The config and the parameters of one network: "dit", "vae" or "text_encoder"."""
+    config, dtype = _read_config(folder, name), component_dtype(name, dtype)
+    path, is_variant = _find_weights(folder, name, variant)
+    if variant and not is_variant:
+        logging.warning("%s has no variant %s: reading %s", path.parent, variant, path.name)
+    shapes, shardings = layout(module_for(config, dtype), mesh)
+    table = entries(config)
+    tensors = TensorReader(path, prefix="model." if name == "text_encoder" else "")
+    component = f"{path.parent.name} ({path.name})"
+    check(component, table, shapes, tensors, IGNORED)
+    return config, read_params(component, table, tensors, jnp.dtype(dtype), shardings)
 
 
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 2**30) -> None:
@@ -119,12 +131,15 @@ def _check_kind(folder: Path) -> None:
         raise UserError(f"{folder} is a {kind} checkpoint; only SanaPipeline is supported")
 
 
-def _read_config(folder: Path, from_dict) -> Config:
-    contents = read_json(folder / "config.json")
+def _read_config(folder: Path, name: str) -> Config:
+    subfolder, _, from_dict = COMPONENTS[name]
+    path = folder / subfolder / "config.json"
     try:
-        return from_dict(contents)
+        return from_dict(read_json(path))
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _read_flow_shift(folder: Path) -> float:
@@ -143,8 +158,10 @@ def _read_flow_shift(folder: Path) -> float:
     return float(config.get("flow_shift", 1.0))
 
 
-def _find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, bool]:
+def _find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, bool]:
     """The weight file, or the index of several, and whether it is of the asked variant."""
+    subfolder, stem, _ = COMPONENTS[name]
+    folder = folder / subfolder
 
     def candidates(v: str | None):
         if v is None:
@@ -153,11 +170,9 @@ def _find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, b
         return (f"{stem}.{v}.safetensors", *index)
 
     for v in (variant, None) if variant else (None,):
-        for name in candidates(v):
-            if (folder / name).is_file():
-                if v != variant:
-                    logging.info("%s has no variant %s: reading %s", folder, variant, name)
-                return folder / name, v is not None
+        for file in candidates(v):
+            if (folder / file).is_file():
+                return folder / file, v is not None
     there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".json"))
     wanted = candidates(variant)[0]
     hint = ""
@@ -168,13 +183,3 @@ def _find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, b
     elif any(name.endswith(".bin") for name in there):
         hint = "; pickled .bin weights are not read: save them as safetensors"
     raise UserError(f"{folder} has no {wanted}{hint}")
-
-
-def _read_component(name: str, path: Path, config: Config, dtype: Dtype, mesh: Mesh):
-    dtype = component_dtype(name, dtype)
-    shapes, shardings = layout(module_for(config, dtype), mesh)
-    table = entries(config)
-    tensors = TensorReader(path, prefix="model." if name == "text_encoder" else "")
-    component = f"{path.parent.name} ({path.name})"
-    check(component, table, shapes, tensors, IGNORED)
-    return read_params(component, table, tensors, jnp.dtype(dtype), shardings)
