@@ -43,7 +43,8 @@ class RandomArray:
 
     def _scaled(self, normal: np.ndarray) -> np.ndarray:
         """Spreads that keep activations in range; nothing is left at a neutral value."""
-        name, stacked = self.path.rsplit("/", 1)[-1], "blocks/" in self.path or "/layers" in self.path
+        name = self.path.rsplit("/", 1)[-1]
+        stacked = "/blocks/" in self.path or "/layers/" in self.path
         if name in ("kernel", "depthwise_kernel", "pointwise_kernel"):
             sums = self.shape[stacked:-1]  # what one output is a sum over
             fan_in = sums[-1] if name == "pointwise_kernel" else np.prod(sums)

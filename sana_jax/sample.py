@@ -17,7 +17,7 @@ from sana_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "native or diffusers folder, bundled name, or hub id org/name", required=True
+    "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; an empty one draws unconditionally")
 _PROMPTS = flags.DEFINE_string("prompts", None, "text file with one prompt a line")
@@ -41,7 +41,9 @@ _INSTRUCTION = flags.DEFINE_string(
     "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
 )
 _NO_INSTRUCTION = flags.DEFINE_bool("no_instruction", False, "encode the prompts alone")
-_DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: bfloat16, on CPU float32")
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "float32, bfloat16 or float16; default: bfloat16, on a CPU float32"
+)
 _VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
 _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "prompts drawn at once", lower_bound=1)

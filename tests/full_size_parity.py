@@ -88,7 +88,7 @@ def main(folder: str, *names: str) -> int:
     for name in names or ("dit", "vae", "text_encoder"):
         found, expected, bar = globals()[name](Path(folder))
         error, largest = toy.relative_error(found, expected), np.abs(found - expected).max()
-        print(f"{name}: relative error {error:.2e} (bar {bar:.0e}), largest {largest:.2e}", flush=True)
+        print(f"{name}: relative error {error:.2e} (bar {bar:.0e}), largest {largest:.2e}")
         failed += error > bar
     return int(failed > 0)
 

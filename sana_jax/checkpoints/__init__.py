@@ -65,8 +65,8 @@ def find(name: str, revision: str | None = None) -> Path:
         return _download(name, revision)
     names = " or ".join(bundled()) or "none yet"
     raise UserError(
-        f"no checkpoint {name!r}: give a native folder, a diffusers folder, a bundled name ({names})"
-        " or a hub id (org/name)"
+        f"no checkpoint {name!r}: give a native folder, a diffusers folder, "
+        f"a bundled name ({names}) or a hub id (org/name)"
     )
 
 

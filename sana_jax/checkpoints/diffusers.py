@@ -151,10 +151,8 @@ def _read_flow_shift(folder: Path) -> float:
     expected = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     wrong = [k for k, v in expected.items() if config.get(k) != v]
     if kind != "DPMSolverMultistepScheduler" or wrong:
-        raise UserError(
-            f"{path}: {kind} with {', '.join(f'{k}={config.get(k)}' for k in wrong) or 'this class'}"
-            " is not supported, only flow DPM-Solver++ and flow-match Euler"
-        )
+        found = " ".join([str(kind), *(f"{k}={config.get(k)}" for k in wrong)])
+        raise UserError(f"{path}: {found} is not supported, only flow DPM-Solver++ or flow Euler")
     return float(config.get("flow_shift", 1.0))
 
 
@@ -173,13 +171,12 @@ def _find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, b
         for file in candidates(v):
             if (folder / file).is_file():
                 return folder / file, v is not None
-    there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".json"))
-    wanted = candidates(variant)[0]
+    # STEM.VARIANT.safetensors, STEM.VARIANT-00001-of-00002.safetensors
+    parts = {p.name.removeprefix(f"{stem}.") for p in folder.glob(f"{stem}.*.safetensors")}
+    variants = sorted({part.partition(".")[0].partition("-")[0] for part in parts})
     hint = ""
-    variants = sorted({n.split(".")[1] for n in there if n.startswith(f"{stem}.")} - {"safetensors"})
-    variants = [v.split("-")[0] for v in variants if v not in ("bin", "index")]
     if variants:
-        hint = f"; there are files of variant {' and '.join(sorted(set(variants)))}"
-    elif any(name.endswith(".bin") for name in there):
+        hint = f"; there are files of variant {' and '.join(variants)}"
+    elif any(folder.glob("*.bin")):
         hint = "; pickled .bin weights are not read: save them as safetensors"
-    raise UserError(f"{folder} has no {wanted}{hint}")
+    raise UserError(f"{folder} has no {candidates(variant)[0]}{hint}")

@@ -27,8 +27,11 @@ def guide(
     """
 
     def guided(x, timestep):
-        u, c = rearrange(both(repeat(x, "b ... -> (b two) ...", two=2), timestep),
-                         "(b two) ... -> two b ...", two=2)
+        u, c = rearrange(
+            both(repeat(x, "b ... -> (b two) ...", two=2), timestep),
+            "(b two) ... -> two b ...",
+            two=2,
+        )
         return u + scale * (c - u)
 
     if interval is None:

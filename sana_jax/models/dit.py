@@ -65,7 +65,7 @@ class SanaConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> "SanaConfig":
-        """Reads a SanaTransformer2DModel's config.json. Raises ValueError naming what is not ours."""
+        """Reads a SanaTransformer2DModel's config.json. Raises ValueError naming the field."""
         get = {**_DIFFUSERS_DEFAULTS, **config}.__getitem__
         width = get("num_attention_heads") * get("attention_head_dim")
         if get("guidance_embeds"):
@@ -78,7 +78,8 @@ class SanaConfig:
         }
         for key, value in expected.items():
             if config.get(key, value) not in (value, None):
-                raise ValueError(f"transformer {key} {config[key]!r} is not supported, only {value!r}")
+                message = f"transformer {key} {config[key]!r} is not supported, only {value!r}"
+                raise ValueError(message)
         if get("num_cross_attention_heads") * get("cross_attention_head_dim") != width:
             raise ValueError(f"transformer cross_attention_head_dim does not divide width {width}")
         if get("qk_norm") not in (None, "rms_norm_across_heads"):
@@ -382,7 +383,8 @@ class SanaTransformer(nn.Module):
             (2, config.width),
             self.param_dtype,
         )
-        self.proj_out = dense(config.patch_size**2 * config.latent_channels, ("embed", None), **types)
+        channels = config.patch_size**2 * config.latent_channels
+        self.proj_out = dense(channels, ("embed", None), **types)
 
     def keys_values(self, caption: Float[Array, "B L T"]) -> tuple[Array, Array]:
         """The cross-attention keys and values of all blocks, (depth, B, L, heads, D) each."""
@@ -434,9 +436,7 @@ class SanaTransformer(nn.Module):
         table = self.final_table.astype(jnp.float32)[None] + embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         x = self.proj_out(modulate(x, shift, scale, self.dtype)).astype(jnp.float32)
-        return rearrange(
-            x, "b (h w) (p q c) -> b (h p) (w q) c", h=height, p=patch, q=patch
-        )
+        return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=height, p=patch, q=patch)
 
     def _positions(self, height: int, width: int) -> Float[Array, "1 h w C"]:
         """The width's coordinate in the first half of the channels, the height's in the second."""

@@ -83,7 +83,8 @@ def test_variants(theirs, written, folder):
     assert_same(load(folder), load(written))
     whole, shards = (load(folder, variant=v) for v in ("bf16", "fp16"))
     assert_same(whole, shards)
-    assert (flat(whole)["dit/patch_embed/kernel"] != flat(load(written))["dit/patch_embed/kernel"]).any()
+    kernel = "dit/patch_embed/kernel"
+    assert (flat(whole)[kernel] != flat(load(written))[kernel]).any()
     with pytest.raises(UserError, match="no files of variant 'int8'"):
         load(folder, variant="int8")
 
@@ -172,9 +173,9 @@ def rename(tensors):
 
 
 def transpose(tensors):
-    tensors["caption_projection.linear_1.weight"] = (
-        tensors["caption_projection.linear_1.weight"].T.contiguous()
-    )
+    tensors["caption_projection.linear_1.weight"] = tensors[
+        "caption_projection.linear_1.weight"
+    ].T.contiguous()
 
 
 def poison(value):
