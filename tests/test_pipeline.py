@@ -1,12 +1,16 @@
 """The whole way from a diffusers folder and a prompt to pixels, against diffusers in float32."""
 
+import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from sana_jax import SanaPipeline
+from sana_jax import SanaPipeline, pipeline
+from sana_jax.diffusion.dpm_solver import flow_dpm_solver
 from sana_jax.errors import UserError
 from sana_jax.sharding import make_mesh
 from tests import toy
@@ -48,12 +52,12 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
 
 
 @torch.no_grad()
-def reference(pipeline, prompts, latents, output_type="latent", **kwargs):
+def reference(theirs, prompts, latents, output_type="latent", **kwargs):
     size = dict(height=HEIGHT, width=WIDTH, use_resolution_binning=False)
     kwargs = {"negative_prompt": NEGATIVE, **size, **kwargs}
-    pipeline.set_progress_bar_config(disable=True)
+    theirs.set_progress_bar_config(disable=True)
     start = torch.tensor(latents).permute(0, 3, 1, 2)
-    out = pipeline(prompts, latents=start, output_type=output_type, **kwargs).images
+    out = theirs(prompts, latents=start, output_type=output_type, **kwargs).images
     if output_type == "latent":
         return out.permute(0, 2, 3, 1).numpy()
     return np.stack([np.asarray(image) for image in out])
@@ -283,3 +287,37 @@ def test_no_prompt_is_refused(ours):
     for prompts in (None, []):
         with pytest.raises(UserError):
             draw(ours, prompts)
+
+
+def test_one_compilation_a_shape(ours):
+    """Seeds, prompts, scales, shifts and intervals are inputs; sizes and steps are shapes."""
+    draw(ours, guidance_interval=(0.1, 0.9))
+    draw(ours)
+    before = pipeline._sample._cache_size()
+    draw(ours, ["a", "b", "c"], seed=9, guidance_scale=2.0, flow_shift=5.0, sampler="flow_euler")
+    draw(ours, negative_prompt="a dog", guidance_interval=(0.3, 0.5))
+    assert pipeline._sample._cache_size() == before
+    draw(ours, num_steps=5)
+    assert pipeline._sample._cache_size() == before + 1
+
+
+def primitives(jaxpr) -> set[str]:
+    found = set()
+    for equation in jaxpr.eqns:
+        found.add(equation.primitive.name)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found |= primitives(inner)
+    return found
+
+
+def test_caption_work_stays_outside_the_loop(ours):
+    """The caption MLP has the network's only tanh: it is traced, but not in the scan over steps."""
+    schedule = flow_dpm_solver(7, 3.0)
+    captions, masks = jnp.zeros((1, 2, 300, 48)), jnp.ones((1, 2, 300), bool)
+    arguments = (jnp.zeros((1, 4, 4, 8)), schedule, captions, masks, 4.5, None)
+    jaxpr = jax.make_jaxpr(pipeline._sample, static_argnums=0)(
+        ours.dit, ours.params["dit"], *arguments
+    ).jaxpr.eqns[0].params["jaxpr"].jaxpr
+    (loop,) = (e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 7)
+    assert "tanh" in primitives(jaxpr)
+    assert "tanh" not in primitives(loop.params["jaxpr"].jaxpr)

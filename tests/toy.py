@@ -27,11 +27,11 @@ def relative_error(ours, reference) -> float:
 
 
 def assert_close(ours, reference, tolerance: float, what: str = "") -> None:
-    """Fails with the relative error and the largest absolute difference beside it."""
+    """Fails where the relative error is above `tolerance`; `pytest -rP` shows what it was."""
     error = relative_error(ours, reference)
     largest = np.abs(np.asarray(ours, np.float64) - np.asarray(reference, np.float64)).max()
-    message = f"{what}: relative {error:.2e} > {tolerance:.0e}, largest {largest:.2e}"
-    assert error <= tolerance, message
+    print(f"{what}: relative error {error:.2e}, bar {tolerance:.0e}, largest {largest:.2e}")
+    assert error <= tolerance
 
 
 @torch.no_grad()

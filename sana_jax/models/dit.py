@@ -15,7 +15,6 @@ only the 2048 and 4096 px models add positions. Not here: Sprint's guidance embe
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -161,7 +160,8 @@ PRESETS = {
 def timestep_features(timestep: Float[Array, " B"], size: int = 256) -> Float[Array, "B size"]:
     """[cos | sin] of the timestep at frequencies 10000^(-i / (size/2)), in float32."""
     half = size // 2
-    frequencies = np.exp(-math.log(10000) / half * np.arange(half, dtype=np.float32))
+    # Exact before it is rounded: at timestep 999 an error of 5e-7 is 5e-4 of a radian.
+    frequencies = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
     angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -12,7 +12,7 @@ from diffusers import SanaPipeline as TheirPipeline
 from flax import traverse_util
 from safetensors.torch import load_file, save_file
 
-from sana_jax import checkpoints
+from sana_jax import checkpoints, text
 from sana_jax.checkpoints import diffusers, native
 from sana_jax.errors import UserError
 from sana_jax.sharding import make_mesh
@@ -327,3 +327,16 @@ def test_damaged_native_folder(written, tmp_path):
     edit_json(tmp_path / "native" / "model.json", version=2)
     with pytest.raises(UserError, match="version 2"):
         load(tmp_path / "native")
+
+
+def test_instruction_of_a_diffusers_folder(written, tmp_path, monkeypatch, caplog):
+    """From the file given, else from the installed diffusers; without either one line says so."""
+    assert load(written).instruction.source.startswith("diffusers/")
+    file = tmp_path / "instruction.txt"
+    file.write_text("draw: ")
+    assert load(written, instruction_file=str(file)).instruction.text == "draw: "
+    monkeypatch.setattr(text, "_diffusers_instruction", lambda: None)
+    with caplog.at_level("WARNING"):
+        assert load(written).instruction is None
+    (line,) = [r.getMessage() for r in caplog.records if "instruction" in r.getMessage()]
+    assert "--instruction_file" in line and "\n" not in line

@@ -1,0 +1,178 @@
+"""The transformer in the .pth files of NVIDIA's own repository (github.com/NVlabs/Sana).
+
+A release is a state dict, bare or under "state_dict"; a training checkpoint has the average of the
+weights under "state_dict_ema" and much that is not read. Neither says how the network is built:
+that follows from the shapes, but for what `open_checkpoint` says.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+
+from sana_jax.checkpoints.components import layout, module_for
+from sana_jax.checkpoints.mapping import DEPTHWISE, POINTWISE, Entry, check, linear, read_params
+from sana_jax.checkpoints.pth import PthReader
+from sana_jax.errors import UserError
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.layers import Dtype
+
+# In the files and not of the network: positions, which are computed; the text embedding of an
+# empty prompt; a head that only a loss of distillation needs.
+IGNORED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
+PATCH = "x_embedder.proj.weight"
+# part of a name -> the relative of SANA that has it
+UNSUPPORTED = {
+    "cfg_embedder.": "Sana Sprint",
+    "controlnet.": "Sana ControlNet",
+    ".t_conv.": "Sana Video",
+    ".flash_attn_additional.": "Sana Video",
+}
+CROSS_HEADS = {1152: 16, 2240: 20}  # of the published widths
+PIXELS = 32  # of the image, along one side of a latent pixel
+IMAGE_SIZES = {"512": 512, "1024": 1024, "2048": 2048, "2K": 2048, "4096": 4096, "4K": 4096}
+INTERPOLATION_SCALES = {64: 1.0, 128: 2.0}  # native latent -> scale; smaller ones have no positions
+
+
+def dit_entries(config: SanaConfig) -> Iterator[Entry]:
+    """Which of their tensors make which parameters of ours."""
+    sizes = (("p", config.patch_size), ("q", config.patch_size))
+    yield Entry("patch_embed/kernel", (PATCH,), "o c p q -> (c p q) o", sizes=sizes)
+    yield Entry("patch_embed/bias", ("x_embedder.proj.bias",))
+    yield from linear("time_embed/linear_1", "t_embedder.mlp.0")
+    yield from linear("time_embed/linear_2", "t_embedder.mlp.2")
+    yield from linear("time_embed/modulation", "t_block.1")
+    yield from linear("caption_embed/linear_1", "y_embedder.y_proj.fc1")
+    yield from linear("caption_embed/linear_2", "y_embedder.y_proj.fc2")
+    yield Entry("caption_embed/norm/scale", ("attention_y_norm.weight",))
+    yield Entry("final_table", ("final_layer.scale_shift_table",))
+    yield from linear("proj_out", "final_layer.linear")
+
+    layers = {"layers": range(config.depth)}
+    attention, cross, mlp = (f"blocks.{{i}}.{part}" for part in ("attn", "cross_attn", "mlp"))
+    yield Entry("blocks/modulation_table", ("blocks.{i}.scale_shift_table",), **layers)
+    bias = config.attention_bias
+    yield from linear("blocks/attention/qkv", f"{attention}.qkv", bias=bias, **layers)
+    yield from linear("blocks/attention/out", f"{attention}.proj", **layers)
+    yield from linear("blocks/cross_attention/q", f"{cross}.q_linear", **layers)
+    yield from linear("blocks/cross_attention/kv", f"{cross}.kv_linear", **layers)
+    yield from linear("blocks/cross_attention/out", f"{cross}.proj", **layers)
+    if config.qk_norm:
+        for ours, theirs in ("attention", attention), ("cross_attention", cross):
+            for t in "qk":
+                yield Entry(
+                    f"blocks/{ours}/{t}_norm/scale", (f"{theirs}.{t}_norm.weight",), **layers
+                )
+    expand, depthwise = f"{mlp}.inverted_conv.conv", f"{mlp}.depth_conv.conv"
+    yield Entry("blocks/ffn/expand/kernel", (f"{expand}.weight",), POINTWISE, **layers)
+    yield Entry("blocks/ffn/expand_bias", (f"{expand}.bias",), **layers)
+    yield Entry("blocks/ffn/depthwise_kernel", (f"{depthwise}.weight",), DEPTHWISE, **layers)
+    yield Entry("blocks/ffn/depthwise_bias", (f"{depthwise}.bias",), **layers)
+    point = f"{mlp}.point_conv.conv.weight"
+    yield Entry("blocks/ffn/contract/kernel", (point,), POINTWISE, **layers)
+
+
+def open_checkpoint(
+    path: Path,
+    use_ema: bool = False,
+    image_size: int | None = None,
+    cross_heads: int | None = None,
+) -> tuple[SanaConfig, PthReader]:
+    """The architecture in a .pth file, and its tensors. Raises UserError.
+
+    use_ema: the averaged weights. image_size: the native side in pixels, which decides about
+    positions; None takes it from the length of the stored positions, else from the file's name,
+    else 1024. cross_heads: of the cross-attention; None is enough for the published widths.
+    """
+    path = Path(path)
+    reader = PthReader(path)
+    if use_ema and "state_dict_ema" not in reader.sections:
+        raise UserError(f"{path} has no state_dict_ema: read it without the averaged weights")
+    section = "state_dict_ema" if use_ema else "state_dict"
+    if section in reader.sections:
+        reader = PthReader(path, reader.sections[section])
+    for mark, kind in UNSUPPORTED.items():
+        if any(mark in f".{name}" for name in reader):
+            raise UserError(f"{path} is a {kind} checkpoint, which is not supported")
+    return _infer(path, reader, image_size, cross_heads), reader
+
+
+def load_dit(
+    path: Path,
+    dtype: Dtype,
+    mesh: Mesh,
+    use_ema: bool = False,
+    image_size: int | None = None,
+    cross_heads: int | None = None,
+):
+    """Config and parameters of a .pth file, every weight to its place on `mesh`. Raises UserError.
+
+    The arguments are those of `open_checkpoint`.
+    """
+    config, reader = open_checkpoint(path, use_ema, image_size, cross_heads)
+    shapes, shardings = layout(module_for(config, dtype), mesh)
+    component, table = f"transformer ({Path(path).name})", list(dit_entries(config))
+    check(component, table, shapes, reader, IGNORED)
+    return config, read_params(component, table, reader, jnp.dtype(dtype), shardings)
+
+
+def _infer(
+    path: Path, reader: PthReader, image_size: int | None, cross_heads: int | None
+) -> SanaConfig:
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        found = reader.shape(name) if name in reader else None
+        if found is None or len(found) != axes or 0 in found:
+            what = "no" if found is None else f"{list(found)} as"
+            raise UserError(f"{path} is no Sana transformer: it has {what} {name}")
+        return found
+
+    if PATCH in reader and len(reader.shape(PATCH)) == 5:
+        raise UserError(f"{path} is a Sana Video checkpoint, which is not supported")
+    width, channels, patch, _ = shape(PATCH, 4)
+    _, hidden, _, _ = shape("blocks.0.mlp.point_conv.conv.weight", 4)
+    _, caption_channels = shape("y_embedder.y_proj.fc1.weight", 2)
+    head_dim = SanaConfig.head_dim
+    heads = cross_heads or CROSS_HEADS.get(width)
+    if heads is None or width % heads or width % head_dim:
+        known = " and ".join(map(str, CROSS_HEADS))
+        raise UserError(
+            f"{path} has width {width}, in heads of {head_dim}: shapes do not tell the number of"
+            f" cross-attention heads, known for {known} only; give cross_heads, a divisor"
+        )
+    sample_size = _sample_size(path, reader, image_size, patch)
+    # The least ratio whose product, rounded down, is the hidden width.
+    ratio = hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width
+    blocks = {found[1] for name in reader if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return SanaConfig(
+        latent_channels=channels,
+        depth=len(blocks),
+        width=width,
+        cross_heads=heads,
+        caption_channels=caption_channels,
+        mlp_ratio=ratio,
+        patch_size=patch,
+        sample_size=sample_size,
+        interpolation_scale=INTERPOLATION_SCALES.get(sample_size),
+        qk_norm="blocks.0.attn.q_norm.weight" in reader,
+    )
+
+
+def _sample_size(path: Path, reader: PthReader, image_size: int | None, patch: int) -> int:
+    """The side of the native latent."""
+    positions = reader.shape("pos_embed") if "pos_embed" in reader else ()
+    if image_size is None and len(positions) == 3:
+        side = math.isqrt(positions[1])
+        if side and side**2 == positions[1]:
+            return side * patch
+    if image_size is None:
+        named = re.search(r"(?<!\d)(512|1024|2048|4096|2K|4K)px", path.name)
+        image_size = IMAGE_SIZES[named[1]] if named else 1024
+        if not named:
+            logging.warning("%s does not say its native size: taken as 1024 pixels", path)
+    if image_size < PIXELS or image_size % (PIXELS * patch):
+        raise UserError(f"image_size {image_size} is no multiple of {PIXELS * patch}")
+    return image_size // PIXELS

@@ -1,0 +1,219 @@
+"""PyTorch's .pth files, read without PyTorch and without running anything they hold.
+
+Such a file is a zip: NAME/data.pkl pickles a nest of containers, NAME/data/KEY holds the bytes of
+a storage, and a pickled tensor is a view (offset, shape, strides) of a storage. Pickles may name
+any function for their reader to call: ours knows a few names, which do no more than note what a
+tensor is. Bytes are read when a tensor is asked for.
+"""
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from sana_jax.checkpoints.tensors import numpy_dtype
+from sana_jax.errors import UserError
+
+TORCH = "Double  Float   Half    BFloat16 Long  Int   Short Char Byte  Bool".split()
+NUMPY = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+NAMES = "F64     F32     F16     BF16     I64   I32   I16   I8   U8    BOOL".split()
+DTYPES = [numpy_dtype(name) for name in NUMPY]
+# What the state of random generators and optimizers is made of; we have no use for it.
+INERT = (
+    *("_codecs.encode", "numpy.dtype", "numpy.ndarray", "torch.device"),
+    *(f"numpy.{c}.multiarray.{n}" for c in ("core", "_core") for n in ("_reconstruct", "scalar")),
+    *(f"torch.{name}" for name in NUMPY),
+)
+HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
+OTHERS = {  # what stands at the head of other files
+    b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
+    b"<": "a web page, not the weights: download it again",
+    b"\x80": "in PyTorch's format of before 1.6: load and save it once in a newer PyTorch",
+    b"": "not a PyTorch file",
+}
+
+
+class _Member(NamedTuple):
+    start: int  # in the file, in bytes
+    size: int
+    crc: int
+
+
+class _Tensor(NamedTuple):
+    member: _Member
+    dtype: np.dtype
+    offset: int  # in elements, as strides and extent
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    extent: int  # of the stretch of the storage that the tensor spans
+
+
+class PthReader(Mapping):
+    """name -> numpy array, for the tensors at the top of a .pth file; bfloat16 as ml_dtypes has it.
+
+    `sections` are the dicts that a training checkpoint holds beside: give one as `contents` to
+    read its tensors. Raises UserError where the file is missing, damaged or of another kind, and
+    where it asks for a function that tensors do not need.
+    """
+
+    def __init__(self, path: Path, contents: dict | None = None):
+        self.path = Path(path)
+        contents = _Unpickler(self.path).load() if contents is None else contents
+        named = {k: v for k, v in contents.items() if isinstance(k, str)}
+        self._tensors = {k: v for k, v in named.items() if isinstance(v, _Tensor)}
+        self.sections = {k: v for k, v in named.items() if isinstance(v, dict)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """In safetensors' spelling: F32, BF16, I64, ..."""
+        return NAMES[DTYPES.index(self._tensors[name].dtype)]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        width = tensor.dtype.itemsize
+        # With strides of zero a few bytes make a tensor of any size.
+        if math.prod(max(n, 1) for n in tensor.shape) * width > self.path.stat().st_size:
+            raise _damaged(self.path, f"{name!r:.100} is larger than the whole file")
+        data = _read(self.path, tensor.member, tensor.offset * width, tensor.extent * width)
+        strides = [stride * width for stride in tensor.strides]
+        view = as_strided(np.frombuffer(data, tensor.dtype), tensor.shape, strides)
+        return np.asarray(view, order="C")
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _inert(*args):  # stands for an object that is not built, and for the function to build it
+    return _inert
+
+
+class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting an object's state
+    """Knows no names but `known`, and calls nothing else."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+    for code in pickle.EXT1 + pickle.EXT2 + pickle.EXT4:  # these reach objects past find_class
+        del dispatch[code]
+
+    def __init__(self, path: Path):
+        self.path = path
+        members = _directory(path)
+        tops = [n.removesuffix("data.pkl") for n in members if n.endswith("/data.pkl")]
+        if len(tops) != 1:
+            raise UserError(f"{path} is a zip file but not PyTorch's: it has no data.pkl")
+        self.members = {n.removeprefix(tops[0]): info for n, info in members.items()}
+        if "byteorder" in self.members and _read(path, self.locate("byteorder")) != b"little":
+            raise UserError(f"{path} is big-endian: save it again on a little-endian machine")
+        super().__init__(io.BytesIO(_read(path, self.locate("data.pkl"))), encoding="utf-8")
+        self.known = {
+            "collections.OrderedDict": OrderedDict,
+            "torch.Size": tuple,
+            "torch._utils._rebuild_tensor_v2": self.rebuild_tensor,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch.storage.UntypedStorage": np.dtype(np.uint8),
+            **{f"torch.{t}Storage": dtype for t, dtype in zip(TORCH, DTYPES, strict=True)},
+            **dict.fromkeys(INERT, _inert),
+        }
+
+    def load(self) -> dict:
+        try:
+            contents = super().load()
+        except UserError:
+            raise
+        except Exception as error:  # damaged bytes make an unpickler raise anything
+            raise _damaged(self.path, f"{type(error).__name__} in data.pkl") from None
+        if not isinstance(contents, dict):
+            raise UserError(f"{self.path} holds no state dict")
+        return contents
+
+    def locate(self, name: str) -> _Member:
+        info = self.members.get(name)
+        if info is None:
+            raise _damaged(self.path, f"{name!r:.100} is missing")
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not stored or info.flag_bits & 1:
+            raise UserError(f"{self.path}: {name!r:.100} is compressed or encrypted")
+        header = _read(self.path, _Member(info.header_offset, 30, 0))
+        if header[:4] != HEADER:
+            raise _damaged(self.path, f"{name!r:.100} is not where it should be")
+        names = sum(struct.unpack("<HH", header[26:]))
+        return _Member(info.header_offset + 30 + names, info.file_size, info.CRC)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in self.known:
+            return self.known[f"{module}.{name}"]
+        module = {"posix": "os", "nt": "os", "__builtin__": "builtins"}.get(module, module)
+        what = repr(f"{module}.{name}")[1:-1]  # on one line, whatever it is
+        raise UserError(f"refused: unsafe object {what:.100} in {self.path}")
+
+    def load_build(self) -> None:
+        self.stack.pop()  # the state that an object is to take: no object here needs one
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def persistent_load(self, pid: Any) -> tuple[_Member, np.dtype]:
+        _, dtype, key, _, count = pid
+        member = self.locate("data/" + key)
+        if count * dtype.itemsize != member.size:
+            raise _damaged(self.path, f"{key!r:.100} has not the size that data.pkl says")
+        return member, dtype
+
+    def rebuild_tensor(self, storage, offset, shape, strides, *_) -> _Tensor:
+        member, dtype = storage
+        whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
+        if not whole or len(shape) > 32:
+            raise pickle.UnpicklingError
+        steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+        extent = 0 if 0 in shape else 1 + sum(steps)
+        if (offset + extent) * dtype.itemsize > member.size:
+            raise _damaged(self.path, f"a tensor {list(shape)} lies outside its storage")
+        # An axis that never steps may have any stride, beyond what numpy takes.
+        strides = tuple(s if extent and n > 1 else 0 for n, s in zip(shape, strides, strict=True))
+        return _Tensor(member, dtype, offset, tuple(shape), strides, extent)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged: {reason}; download it again")
+
+
+def _read(path: Path, member: _Member, start: int = 0, size: int | None = None) -> bytearray:
+    """Bytes of a member; its checksum is compared where the whole of it is read."""
+    size = member.size if size is None else size
+    start += member.start
+    if start < 0 or start + size > path.stat().st_size:
+        raise _damaged(path, "it is truncated")
+    data = bytearray(size)  # and not bytes: arrays over it can be written to
+    with path.open("rb") as file:
+        file.seek(start)
+        file.readinto(data)
+    # torch.save leaves zero where its checksums are turned off.
+    if size == member.size and member.crc and zlib.crc32(data) != member.crc:
+        raise _damaged(path, "a checksum does not fit")
+    return data
+
+
+def _directory(path: Path) -> dict[str, zipfile.ZipInfo]:
+    if not path.is_file():
+        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'missing'}")
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+        if not head.startswith(HEADER):
+            reason = next(reason for sign, reason in OTHERS.items() if head.startswith(sign))
+            raise UserError(f"{path} is {reason}")
+        try:
+            return {info.filename: info for info in zipfile.ZipFile(file).infolist()}
+        except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError):
+            raise _damaged(path, "it is truncated, or its end is wrong") from None
