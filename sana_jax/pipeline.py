@@ -23,7 +23,7 @@ from sana_jax.diffusion import dpm_solver, guidance
 from sana_jax.errors import UserError
 from sana_jax.models import tiling
 
-OUTPUTS = ("pil", "np", "float", "latent")
+OUTPUTS = ("pil", "np", "float", "latent", "device")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**32 - 1  # jax.random.key keeps 32 bits
 
@@ -85,7 +85,7 @@ class SanaPipeline:
         height: int | None = None,
         width: int | None = None,
         num_steps: int = 20,
-        guidance_scale: float = 4.5,
+        guidance_scale: float | Sequence[float] = 4.5,
         guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
@@ -105,7 +105,7 @@ class SanaPipeline:
           negative_prompt: one for all, or one a prompt.
           height, width: pixels, multiples of the autoencoder's factor; None: the native size.
           num_steps: evaluations of the network (pairs of them, under guidance).
-          guidance_scale: no guidance where it is <= 1.
+          guidance_scale: one for all, or one a prompt; no guidance where it is <= 1.
           guidance_interval: (low, high) in sigma; guide only inside.
           seed: 0 .. 2**32 - 1; one an image, or the first image's, which the others count up from.
           latents: the noise to start from, float32; overrides `seed`.
@@ -115,14 +115,16 @@ class SanaPipeline:
           instruction: "auto": the checkpoint's own; None: none; or the text.
           use_resolution_binning: sample at the nearest published size, then resize and crop.
           on_step: called as on_step(step, latents) after every step; slower than without.
-          output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]) or "latent".
+          output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]), "latent", or "device":
+            as "np", but a jax array that is not waited for.
 
         Raises UserError, a ValueError, where an argument is out of range.
         """
         height, width, crop = self._sizes(height, width, use_resolution_binning)
         if not (isinstance(num_steps, int) and 1 <= num_steps <= 1000):
             raise UserError(f"num_steps {num_steps!r} is not a whole number in 1 .. 1000")
-        if not np.isfinite(guidance_scale):
+        scale = np.asarray(guidance_scale, np.float32)
+        if not np.isfinite(scale).all():
             raise UserError(f"guidance_scale {guidance_scale} is not finite")
         if sampler not in dpm_solver.SAMPLERS:
             raise UserError(f"sampler {sampler!r} is not one of {', '.join(dpm_solver.SAMPLERS)}")
@@ -141,13 +143,15 @@ class SanaPipeline:
             raise UserError("give a prompt, or prompt_embeddings and prompt_mask")
         count = prompt_embeddings.shape[0]
         captions, masks = prompt_embeddings[:, None], prompt_mask[:, None]  # (B, 1, L, T)
-        guided = guidance_scale > 1
-        if guided:
+        if scale.shape not in ((), (count,)):
+            raise UserError(f"{scale.size} guidance scales for {count} prompts")
+        if (scale > 1).any():
             negative = self._negative(negative_prompt, count)
             captions = jnp.concatenate([negative[0][:, None], captions], axis=1)
             masks = jnp.concatenate([negative[1][:, None], masks], axis=1)
         captions = jnp.repeat(captions, num_images_per_prompt, axis=0)
         masks = jnp.repeat(masks, num_images_per_prompt, axis=0)
+        scale = np.broadcast_to(np.maximum(scale, 1), count).repeat(num_images_per_prompt)
         count *= num_images_per_prompt
 
         shape = (height // self.factor, width // self.factor, self.latent_channels)
@@ -157,7 +161,7 @@ class SanaPipeline:
         inputs = dict(
             captions=self._spread(captions),
             masks=self._spread(masks),
-            scale=np.float32(guidance_scale),
+            scale=self._spread(scale[:, None, None, None]),
             interval=interval,
         )
         noise = self._spread(noise)
@@ -172,7 +176,7 @@ class SanaPipeline:
         if crop is not None:
             images = _resize_and_crop(images, crop)
         images = (_to_float if output == "float" else _to_uint8)(images)[:count]
-        if output == "float":
+        if output in ("float", "device"):
             return images
         images = np.asarray(images)
         return [Image.fromarray(image) for image in images] if output == "pil" else images

@@ -187,6 +187,13 @@ def test_guidance_interval(ours):
     assert toy.relative_error(middle, everywhere) > 1e-3 < toy.relative_error(middle, nowhere)
 
 
+def test_guidance_of_each_prompt(ours):
+    found = draw(ours, guidance_scale=[4.5, 1.0, 2.0], negative_prompt="a dog")
+    for i, scale in enumerate([4.5, 1.0, 2.0]):
+        alone = draw(ours, PROMPTS[i], guidance_scale=scale, seed=5 + i, negative_prompt="a dog")
+        assert np.abs(found[i].astype(int) - alone[0]).max() <= 1
+
+
 def test_on_step_sees_every_step(ours):
     seen = []
     found = draw(ours, on_step=lambda i, x: seen.append((i, np.asarray(x))), output="latent")
@@ -274,6 +281,7 @@ def test_narrow_types(ours, folder, dtype):
         (dict(output="jpg"), "output 'jpg'"),
         (dict(flow_shift=0.0), "flow_shift 0.0"),
         (dict(negative_prompt=["a", "b"]), "2 negative prompts for 3 prompts"),
+        (dict(guidance_scale=[1.0, 2.0]), "2 guidance scales for 3 prompts"),
         (dict(latents=np.zeros((3, 4, 4, 5), np.float32)), "latents are"),
     ],
 )
@@ -314,10 +322,13 @@ def test_caption_work_stays_outside_the_loop(ours):
     """The caption MLP has the network's only tanh: it is traced, but not in the scan over steps."""
     schedule = flow_dpm_solver(7, 3.0)
     captions, masks = jnp.zeros((1, 2, 300, 48)), jnp.ones((1, 2, 300), bool)
-    arguments = (jnp.zeros((1, 4, 4, 8)), schedule, captions, masks, 4.5, None)
-    jaxpr = jax.make_jaxpr(pipeline._sample, static_argnums=0)(
-        ours.dit, ours.params["dit"], *arguments
-    ).jaxpr.eqns[0].params["jaxpr"].jaxpr
+    arguments = (jnp.zeros((1, 4, 4, 8)), schedule, captions, masks, jnp.ones((1, 1, 1, 1)), None)
+    jaxpr = (
+        jax.make_jaxpr(pipeline._sample, static_argnums=0)(ours.dit, ours.params["dit"], *arguments)
+        .jaxpr.eqns[0]
+        .params["jaxpr"]
+        .jaxpr
+    )
     (loop,) = (e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 7)
     assert "tanh" in primitives(jaxpr)
     assert "tanh" not in primitives(loop.params["jaxpr"].jaxpr)

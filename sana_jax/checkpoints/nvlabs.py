@@ -25,8 +25,9 @@ from sana_jax.models.layers import Dtype
 # empty prompt; a head that only a loss of distillation needs.
 IGNORED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
 PATCH = "x_embedder.proj.weight"
-# part of a name -> the relative of SANA that has it
+# part of a tensor's name, or of the file's -> the relative of SANA that has it
 UNSUPPORTED = {
+    "Sana_Sprint": "Sana Sprint",  # its teacher has the usual names, but timesteps from 0 to 1
     "cfg_embedder.": "Sana Sprint",
     "controlnet.": "Sana ControlNet",
     ".t_conv.": "Sana Video",
@@ -96,7 +97,7 @@ def open_checkpoint(
     if section in reader.sections:
         reader = PthReader(path, reader.sections[section])
     for mark, kind in UNSUPPORTED.items():
-        if any(mark in f".{name}" for name in reader):
+        if any(mark in name for name in (path.stem, *reader)):
             raise UserError(f"{path} is a {kind} checkpoint, which is not supported")
     return _infer(path, reader, image_size, cross_heads), reader
 
@@ -125,7 +126,7 @@ def _infer(
 ) -> SanaConfig:
     def shape(name: str, axes: int) -> tuple[int, ...]:
         found = reader.shape(name) if name in reader else None
-        if found is None or len(found) != axes or 0 in found:
+        if found is None or len(found) != axes or not all(0 < n < 2**20 for n in found):
             what = "no" if found is None else f"{list(found)} as"
             raise UserError(f"{path} is no Sana transformer: it has {what} {name}")
         return found
@@ -137,14 +138,14 @@ def _infer(
     _, caption_channels = shape("y_embedder.y_proj.fc1.weight", 2)
     head_dim = SanaConfig.head_dim
     heads = cross_heads or CROSS_HEADS.get(width)
-    if heads is None or width % heads or width % head_dim:
+    if not heads or heads < 1 or width % heads or width % head_dim:
         known = " and ".join(map(str, CROSS_HEADS))
         raise UserError(
             f"{path} has width {width}, in heads of {head_dim}: shapes do not tell the number of"
             f" cross-attention heads, known for {known} only; give cross_heads, a divisor"
         )
     sample_size = _sample_size(path, reader, image_size, patch)
-    # The least ratio whose product, rounded down, is the hidden width.
+    # The network rounds width times ratio down, which must give the same number.
     ratio = hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width
     blocks = {found[1] for name in reader if (found := re.match(r"blocks\.(\d+)\.", name))}
     return SanaConfig(
