@@ -17,7 +17,7 @@ from PIL import Image
 
 from sana_jax import checkpoints, sharding, text
 from sana_jax.checkpoints import diffusers, native
-from sana_jax.checkpoints.components import Checkpoint, component_dtype, module_for
+from sana_jax.checkpoints.components import CONFIGS, Checkpoint, component_dtype, module_for
 from sana_jax.data import buckets
 from sana_jax.diffusion import dpm_solver, guidance
 from sana_jax.errors import UserError
@@ -35,10 +35,11 @@ class SanaPipeline:
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):
         """`checkpoint` as `checkpoints.load` gives it, with its weights on `mesh`."""
+        if missing := CONFIGS.keys() - checkpoint.configs():
+            raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: it draws nothing")
         self.checkpoint, self.mesh, self.dtype = checkpoint, mesh, dtype
         self.dit, self.vae, self.text_encoder = (
-            module_for(checkpoint.config(name), component_dtype(name, dtype))
-            for name in ("dit", "vae", "text_encoder")
+            module_for(getattr(checkpoint, name), component_dtype(name, dtype)) for name in CONFIGS
         )
         self.params = checkpoint.params
 
@@ -67,8 +68,15 @@ class SanaPipeline:
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         mesh = mesh or sharding.make_mesh()
-        load = checkpoints.load
-        return cls(load(name, dtype, mesh, variant, revision, instruction_file), mesh, dtype)
+        checkpoint = checkpoints.load(
+            name,
+            dtype,
+            mesh,
+            variant=variant,
+            revision=revision,
+            instruction_file=instruction_file,
+        )
+        return cls(checkpoint, mesh, dtype)
 
     def save_pretrained(self, path: str | Path, format: str = "native") -> None:
         """Writes a folder that from_pretrained reads; "diffusers": one that diffusers reads too."""

@@ -7,7 +7,7 @@ Every preset but tiny has the full-size autoencoder and Gemma-2 2B (5 GB of weig
 Weights are made and written one shard after the other. Pictures from them show nothing.
 """
 
-import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,38 +27,30 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
 _SHARD = flags.DEFINE_integer("max_shard_mb", 2000, "size of a weight file, MB", lower_bound=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomArray:
-    """A weight that comes into being when it is written, so that no whole network is in memory."""
+def random_weight(path: str, shape: tuple[int, ...], seed: int, dtype: np.dtype) -> np.ndarray:
+    """A spread that keeps activations in range; nothing is left at a neutral value."""
+    key = [seed, *path.encode()]
+    normal = np.random.default_rng(key).standard_normal(shape, np.float32)
+    return (normal * _spread(path, shape) + _centre(path)).astype(dtype, copy=False)
 
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    seed: int
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        key = [self.seed, *self.path.encode()]
-        normal = np.random.default_rng(key).standard_normal(self.shape, np.float32)
-        return self._scaled(normal).astype(dtype or self.dtype)
+def _centre(path: str) -> np.float32:
+    # Gemma's scales are offsets from one.
+    plain = path.endswith("/scale") and not path.startswith("text_encoder")
+    return np.float32(1 if plain or path.endswith("/var") else 0)
 
-    def _scaled(self, normal: np.ndarray) -> np.ndarray:
-        """Spreads that keep activations in range; nothing is left at a neutral value."""
-        name = self.path.rsplit("/", 1)[-1]
-        stacked = "/blocks/" in self.path or "/layers/" in self.path
-        if name in ("kernel", "depthwise_kernel", "pointwise_kernel"):
-            sums = self.shape[stacked:-1]  # what one output is a sum over
-            fan_in = sums[-1] if name == "pointwise_kernel" else np.prod(sums)
-            gain = 0.5 if self.path.endswith("decoder/conv_out/kernel") else 1.0  # few pixels clip
-            return normal * np.float32(gain * fan_in**-0.5)
-        if name == "embedding":
-            return normal * np.float32(self.shape[-1] ** -0.5)
-        if name == "scale" and self.path.startswith("text_encoder"):
-            return 0.1 * normal  # an offset from one
-        if name == "scale":
-            return 1 + 0.1 * normal
-        if name == "var":
-            return 0.5 + np.abs(normal)
-        return (0.3 if name.endswith("table") else 0.1) * normal
+
+def _spread(path: str, shape: tuple[int, ...]) -> np.float32:
+    name = path.rsplit("/", 1)[-1]
+    if name.endswith("kernel"):
+        stacked = "/blocks/" in path or "/layers/" in path
+        sums = shape[stacked:-1]  # what one output is a sum over
+        fan_in = sums[-1] if name == "pointwise_kernel" else np.prod(sums)
+        gain = 0.5 if path.endswith("decoder/conv_out/kernel") else 1  # few pixels clip
+        return np.float32(gain * fan_in**-0.5)
+    if name == "embedding":
+        return np.float32(shape[-1] ** -0.5)
+    return np.float32(0.3 if name.endswith("table") else 0.1)
 
 
 def configs(preset: str):
@@ -94,25 +86,22 @@ def configs(preset: str):
 
 
 def make(preset: str, dtype: str = "float32", seed: int = 0):
-    """A Checkpoint whose weights are RandomArrays: it can be saved, not run."""
+    """A Checkpoint whose weights are made when they are used, none sooner."""
     from flax import traverse_util
 
-    from sana_jax.checkpoints.components import Checkpoint, layout, module_for
-    from sana_jax.checkpoints.tensors import numpy_dtype
-    from sana_jax.sharding import make_mesh
+    from sana_jax.checkpoints.components import CONFIGS, Checkpoint, param_shapes
+    from sana_jax.checkpoints.tensors import LazyArray, numpy_dtype
     from sana_jax.toy_tokenizer import toy_tokenizer
 
-    names = dict(zip(("dit", "vae", "text_encoder"), configs(preset), strict=True))
-    mesh, params = make_mesh(), {}
-    for name, config in names.items():
-        shapes, _ = layout(module_for(config, dtype), mesh)
-        arrays = {
-            path: RandomArray(f"{name}/{path}", leaf.shape, numpy_dtype(dtype), seed)
-            for path, leaf in shapes.items()
-        }
+    networks, params = dict(zip(CONFIGS, configs(preset), strict=True)), {}
+    for name, config in networks.items():
+        arrays = {}
+        for path, leaf in param_shapes(config).items():
+            make_weight = partial(random_weight, f"{name}/{path}", leaf.shape, seed)
+            arrays[path] = LazyArray(leaf.shape, numpy_dtype(dtype), make_weight)
         params[name] = traverse_util.unflatten_dict(arrays, sep="/")
     provenance = {"source": f"random weights, preset {preset}, seed {seed}"}
-    return Checkpoint(**names, params=params, tokenizer=toy_tokenizer(), provenance=provenance)
+    return Checkpoint(**networks, params=params, tokenizer=toy_tokenizer(), provenance=provenance)
 
 
 def main(argv):

@@ -22,7 +22,7 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel  # noqa: E402
 from transformers import Gemma2Model  # noqa: E402
 
 from sana_jax.checkpoints import diffusers  # noqa: E402
-from sana_jax.checkpoints.components import module_for  # noqa: E402
+from sana_jax.checkpoints.components import module_for, place  # noqa: E402
 from sana_jax.sharding import make_mesh  # noqa: E402
 from tests import toy  # noqa: E402
 
@@ -30,7 +30,8 @@ jax.config.update("jax_default_matmul_precision", "float32")
 
 
 def ours(folder: Path, name: str, method: str, *args):
-    config, params = diffusers.load_component(folder, name, "float32", make_mesh())
+    config, params = diffusers.open_component(folder, name)
+    params = place(params, config, "float32", make_mesh())
     module = module_for(config, "float32")
     apply = jax.jit(functools.partial(module.apply, method=method))
     start = time.monotonic()

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import sharding
-from sana_jax.checkpoints.components import abstract_params, module_for
+from sana_jax.checkpoints.components import abstract_params
 from sana_jax.errors import UserError
 from sana_jax.models.dc_ae import DCAEConfig
 from sana_jax.models.dit import PRESETS
@@ -22,7 +22,7 @@ ACTIVATIONS = {"batch", "tokens", "residual"}
 
 
 def specs(config):
-    tree = nn.get_partition_spec(abstract_params(module_for(config, jnp.float32)))
+    tree = nn.get_partition_spec(abstract_params(config))
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, P))
 
 
@@ -37,7 +37,7 @@ def test_every_name_has_a_rule_and_every_rule_a_use():
 def test_weights_divide_over_a_pod(network):
     """fsdp 32 x tensor 2: no matrix of the trunk or of Gemma stays whole, no axis is used twice."""
     mesh = jax.sharding.AbstractMesh((1, 32, 1, 2), sharding.MESH_AXES)
-    boxed = abstract_params(module_for(NETWORKS[network], jnp.float32))
+    boxed = abstract_params(NETWORKS[network])
     leaves = jax.tree.leaves_with_path(sharding.shardings_for(boxed, mesh))
     shapes = dict(jax.tree.leaves_with_path(nn.unbox(boxed)))
     for path, leaf in leaves:

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from sana_jax import text
 from sana_jax.checkpoints import diffusers, native
-from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.checkpoints.components import Checkpoint, component_dtype, place
 from sana_jax.errors import UserError
 from sana_jax.models.layers import Dtype
 
@@ -16,26 +16,24 @@ ASSETS = Path(__file__).parent.parent / "assets"
 HUB_FILES = ["model.json", "*.json", "*.safetensors", "tokenizer/*"]
 
 
-def load(
+def open_checkpoint(
     name: str,
-    dtype: Dtype,
-    mesh: Mesh,
     variant: str | None = None,
     revision: str | None = None,
     instruction_file: str | None = None,
 ) -> Checkpoint:
-    """Reads the checkpoint that `name` stands for (design: see SanaPipeline.from_pretrained)."""
+    """The checkpoint that `name` stands for, checked, its weights unread. Raises UserError."""
     folder = find(name, revision)
     given = text.find_instruction(instruction_file) if instruction_file else None
     if (folder / "model.json").is_file():
         if variant:
             raise UserError(f"{folder} is a native folder, which has no variants")
-        checkpoint = native.load(folder, dtype, mesh)
+        checkpoint = native.open_folder(folder)
         checkpoint.instruction = given or checkpoint.instruction
     else:
-        given = given or text.find_instruction()
-        checkpoint = diffusers.load(folder, dtype, mesh, variant, given)
-        if given is None:
+        checkpoint = diffusers.open_folder(folder, variant)
+        checkpoint.instruction = given or text.find_instruction()
+        if checkpoint.instruction is None:
             logging.warning(
                 "No complex human instruction was found, which this checkpoint was trained with: "
                 "pass --instruction_file, or install diffusers, for the pictures it is known for."
@@ -43,6 +41,19 @@ def load(
     if checkpoint.instruction:
         found = checkpoint.instruction
         logging.info("instruction %s from %s", found.sha256[:12], found.source)
+    return checkpoint
+
+
+def load(name: str, dtype: Dtype, mesh: Mesh, **kwargs) -> Checkpoint:
+    """`open_checkpoint`, with every weight cast to `dtype` and in its place on `mesh`."""
+    checkpoint = open_checkpoint(name, **kwargs)
+    for component, config in checkpoint.configs().items():
+        logging.info("reading %s", component)
+        params, narrow = checkpoint.params[component], component_dtype(component, dtype)
+        try:
+            checkpoint.params[component] = place(params, config, narrow, mesh)
+        except UserError as error:  # a tensor's name alone does not say where it is
+            raise UserError(f"{name}, {component}: {error}") from None
     return checkpoint
 
 

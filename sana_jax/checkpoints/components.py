@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -17,24 +18,31 @@ from sana_jax.sharding import shardings_for
 from sana_jax.text import Instruction
 
 Config = SanaConfig | DCAEConfig | Gemma2Config
+CONFIGS = {"dit": SanaConfig, "vae": DCAEConfig, "text_encoder": Gemma2Config}
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A loaded folder. `params` has the keys "dit", "vae" and "text_encoder"."""
+    """A folder, or what is to become one; an autoencoder may stand alone.
 
-    dit: SanaConfig
+    `params` has the keys of CONFIGS; its leaves are arrays of any kind. Those of a folder that was
+    opened are LazyArrays, read when they are used: `place` puts them on devices.
+    """
+
     vae: DCAEConfig
-    text_encoder: Gemma2Config
-    params: dict[str, Any]
-    tokenizer: Any
+    dit: SanaConfig | None = None
+    text_encoder: Gemma2Config | None = None
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Any = None
     text_rows: int = 300  # rows of text that the network attends to
     flow_shift: float = 3.0
     instruction: Instruction | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def config(self, component: str) -> Config:
-        return getattr(self, component)
+    def configs(self) -> dict[str, Config]:
+        """The networks that are there."""
+        configs = {name: getattr(self, name) for name in CONFIGS}
+        return {name: config for name, config in configs.items() if config is not None}
 
 
 def component_dtype(component: str, dtype: Dtype) -> Dtype:
@@ -49,9 +57,8 @@ def module_for(config: Config, dtype: Dtype, param_dtype: Dtype | None = None) -
     return module(config, dtype=dtype, param_dtype=param_dtype or dtype)
 
 
-def abstract_params(module: nn.Module):
+def abstract_params(config: Config):
     """The shapes of a network's parameters, boxed with their logical axes; computes nothing."""
-    config = module.config
     if isinstance(config, SanaConfig):
         latents = jnp.zeros((1, config.patch_size, config.patch_size, config.latent_channels))
         caption = jnp.zeros((1, 1, config.caption_channels))
@@ -60,10 +67,19 @@ def abstract_params(module: nn.Module):
         inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
     else:
         inputs = (jnp.zeros((1, 1), jnp.int32),)
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return jax.eval_shape(module_for(config, "float32").init, jax.random.key(0), *inputs)["params"]
 
 
-def layout(module: nn.Module, mesh: Mesh):
-    """The shape and the sharding of every parameter, both by "/"-joined path."""
-    boxed = abstract_params(module)
-    return flat_shapes(nn.unbox(boxed)), flat_shapes(shardings_for(boxed, mesh))
+def param_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of every parameter by its "/"-joined path."""
+    return flat_shapes(nn.unbox(abstract_params(config)))
+
+
+def place(params, config: Config, dtype: Dtype, mesh: Mesh):
+    """Parameters on the devices of `mesh`, cast to `dtype`, one after the other."""
+    shardings = shardings_for(abstract_params(config), mesh)
+
+    def put(array, sharding):
+        return jax.device_put(np.asarray(array, jnp.dtype(dtype)), sharding)
+
+    return jax.tree.map(put, params, shardings)

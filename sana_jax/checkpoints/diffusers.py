@@ -7,27 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from sana_jax import text
-from sana_jax.checkpoints.components import (
-    Checkpoint,
-    Config,
-    component_dtype,
-    layout,
-    module_for,
-)
+from sana_jax.checkpoints.components import Checkpoint, Config, param_shapes
 from sana_jax.checkpoints.diffusers_names import entries
-from sana_jax.checkpoints.mapping import check, read_params, write_params
+from sana_jax.checkpoints.mapping import check, lazy_params, write_params
 from sana_jax.checkpoints.native import read_json
-from sana_jax.checkpoints.tensors import TensorReader, write_tensors
+from sana_jax.checkpoints.tensors import LazyArray, TensorReader, write_tensors
 from sana_jax.errors import UserError
 from sana_jax.models.dc_ae import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
-from sana_jax.models.layers import Dtype
 
 # ours -> their folder, the stem of its weight files, how its config.json is read
 COMPONENTS = {
@@ -36,67 +28,62 @@ COMPONENTS = {
     "text_encoder": ("text_encoder", "model", Gemma2Config.from_transformers),
 }
 # Found in some files and never needed: counters, and buffers that follow from the config.
-IGNORED = ("num_batches_tracked", "rotary_emb.inv_freq", "pos_embed", "lm_head.weight")
+COUNTER = "num_batches_tracked"
+IGNORED = (COUNTER, "rotary_emb.inv_freq", "pos_embed", "lm_head.weight")
 UNSUPPORTED = {"Sprint": "Sana Sprint", "ControlNet": "Sana ControlNet", "PAG": "Sana PAG"}
 UNSUPPORTED |= {"Video": "Sana Video"}
 TEXT_ROWS = 300  # the default of max_sequence_length in diffusers' pipeline; no folder stores it
 
 
-def load(
-    folder: Path,
-    dtype: Dtype,
-    mesh: Mesh,
-    variant: str | None = None,
-    instruction: text.Instruction | None = None,
-) -> Checkpoint:
-    """Reads a folder with a model_index.json; every weight goes to its place on `mesh`.
+def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder with a model_index.json, its weights unread.
 
-    `variant` picks files such as diffusion_pytorch_model.bf16.safetensors. `instruction`: the
-    complex human instruction, which these folders do not hold. Raises UserError.
+    `variant` picks files such as diffusion_pytorch_model.bf16.safetensors. These folders hold no
+    complex human instruction. Raises UserError.
     """
     folder = Path(folder)
     _check_kind(folder)
-    configs = {name: _read_config(folder, name) for name in COMPONENTS}
-    flow_shift = _read_flow_shift(folder / "scheduler")
-    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    networks = {name: open_component(folder, name, variant) for name in COMPONENTS}
     found = [_find_weights(folder, name, variant)[1] for name in COMPONENTS]
     if variant and not any(found):
         raise UserError(f"{folder} has no files of variant {variant!r}")
-    params = {name: load_component(folder, name, dtype, mesh, variant)[1] for name in COMPONENTS}
     return Checkpoint(
-        **configs,
-        params=params,
-        tokenizer=tokenizer,
+        **{name: config for name, (config, _) in networks.items()},
+        params={name: params for name, (_, params) in networks.items()},
+        tokenizer=text.load_tokenizer(folder / "tokenizer"),
         text_rows=TEXT_ROWS,
-        flow_shift=flow_shift,
-        instruction=instruction,
-        provenance={"source": str(folder), "layout": "diffusers"},
+        flow_shift=_read_flow_shift(folder / "scheduler"),
+        provenance={"source": folder.name, "layout": "diffusers"},
     )
 
 
-def load_component(
-    folder: Path, name: str, dtype: Dtype, mesh: Mesh, variant: str | None = None
-) -> tuple[Config, Any]:
-    """The config and the parameters of one network: "dit", "vae" or "text_encoder"."""
-    config, dtype = _read_config(folder, name), component_dtype(name, dtype)
+def open_component(folder: Path, name: str, variant: str | None = None) -> tuple[Config, Any]:
+    """The config and the unread parameters of one network: "dit", "vae" or "text_encoder"."""
+    config = _read_config(folder, name)
     path, is_variant = _find_weights(folder, name, variant)
     if variant and not is_variant:
         logging.warning("%s has no variant %s: reading %s", path.parent, variant, path.name)
-    shapes, shardings = layout(module_for(config, dtype), mesh)
-    table = entries(config)
+    shapes, table = param_shapes(config), entries(config)
     tensors = TensorReader(path, prefix="model." if name == "text_encoder" else "")
-    component = f"{path.parent.name} ({path.name})"
-    check(component, table, shapes, tensors, IGNORED)
-    return config, read_params(component, table, tensors, jnp.dtype(dtype), shardings)
+    check(f"{path.parent.name} ({path.name})", table, shapes, tensors, IGNORED)
+    return config, lazy_params(table, shapes, tensors)
 
 
-def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 2**30) -> None:
-    """Writes a folder that `load`, and diffusers, can read; weights keep the dtype they have."""
+def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Writes a folder that diffusers loads; weights keep the dtype they have."""
     folder = Path(folder)
+    if missing := COMPONENTS.keys() - checkpoint.configs():
+        raise UserError(
+            f"a diffusers folder needs {', '.join(sorted(missing))}, which is not there"
+        )
     index: dict[str, Any] = {"_class_name": "SanaPipeline", "_diffusers_version": "0.42.1"}
-    for name, (subfolder, stem, _) in COMPONENTS.items():
-        config = checkpoint.config(name)
-        tensors = write_params(entries(config), checkpoint.params[name])
+    for name, config in checkpoint.configs().items():
+        subfolder, stem, _ = COMPONENTS[name]
+        tensors = [*write_params(entries(config), checkpoint.params[name])]
+        # torch's batch norm counts its batches, and misses the counter where it is left out.
+        counters = [n.replace("running_var", COUNTER) for n, _ in tensors if "running_var" in n]
+        zero = LazyArray((), np.dtype("int64"), lambda dtype: np.zeros((), dtype))
+        tensors += [(name, zero) for name in counters]
         write_tensors(tensors, folder / subfolder, stem, max_shard_bytes)
         is_text = name == "text_encoder"
         contents = config.to_transformers() if is_text else config.to_diffusers()

@@ -5,15 +5,15 @@ An `Entry` says which of their tensors make one of ours, and how axes move, as a
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
 
-from sana_jax.checkpoints.tensors import FLOAT_DTYPES, TensorReader
+from sana_jax.checkpoints.tensors import FLOAT_DTYPES, LazyArray, TensorReader
 from sana_jax.errors import UserError
 
 LINEAR = "o i -> i o"
@@ -45,14 +45,23 @@ class Entry:
         layers = [None] if self.layers is None else self.layers
         return [tuple(name.replace("{i}", str(i)) for name in self.names) for i in layers]
 
-    def read(self, theirs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Our parameter, from their tensors."""
-        arrays = []
-        for names in self.layer_names():
-            joined = [theirs[name] for name in names]
-            joined = joined[0] if len(joined) == 1 else np.concatenate(joined)
-            arrays.append(rearrange(joined, self.pattern, **dict(self.sizes)))
-        return arrays[0] if self.layers is None else np.stack(arrays)
+    def read(self, theirs: Mapping[str, np.ndarray], dtype=None) -> np.ndarray:
+        """Our parameter, from their tensors, cast to `dtype`; one layer is in memory beside it.
+
+        Raises UserError that names the tensor where a value is NaN or infinite, in the file or
+        after the cast.
+        """
+        stacked = None
+        for i, names in enumerate(self.layer_names()):
+            parts = [_cast(name, theirs[name], dtype) for name in names]
+            joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            layer = rearrange(joined, self.pattern, **dict(self.sizes))
+            if self.layers is None:
+                return layer
+            if stacked is None:
+                stacked = np.empty((len(self.layers), *layer.shape), layer.dtype)
+            stacked[i] = layer
+        return stacked
 
     def write(self, ours: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Their tensors, from our parameter."""
@@ -133,37 +142,35 @@ def check(
         raise UserError(f"{component} does not fit its config.json: {'; '.join(problems)}")
 
 
-def read_params(
-    component: str,
-    entries: Iterable[Entry],
-    theirs: Mapping[str, np.ndarray],
-    dtype: np.dtype,
-    shardings: Mapping[str, jax.sharding.Sharding],
-):
-    """Our nested parameters on device, cast to `dtype`, one parameter after the other.
-
-    Raises UserError that names the tensor where a value is NaN or infinite, in the file or after
-    the cast.
-    """
+def lazy_params(entries: Iterable[Entry], shapes, theirs: TensorReader):
+    """Our nested parameters as LazyArrays, in the types that the tensors have."""
     params = {}
     for entry in entries:
-        array = entry.read(theirs)
-        with np.errstate(over="ignore"):  # named below
-            cast = array.astype(dtype, copy=False)
-        if not np.isfinite(cast).all():
-            names = ", ".join(entry.layer_names()[0])
-            what = "holds NaN or Inf" if not np.isfinite(array).all() else f"overflows {dtype}"
-            raise UserError(f"{component}: {names} {what}")
-        params[entry.path] = jax.device_put(cast, shardings[entry.path])
+        types = {theirs.dtype(name) for names in entry.layer_names() for name in names}
+        dtype = FLOAT_DTYPES[types.pop()] if len(types) == 1 else "float32"
+        load = functools.partial(entry.read, theirs)
+        params[entry.path] = LazyArray(shapes[entry.path].shape, np.dtype(dtype), load)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors, one after the other, from our nested parameters."""
+def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, LazyArray]]:
+    """Their tensors, lazily, from our nested parameters, which may be lazy themselves."""
     flat = traverse_util.flatten_dict(params, sep="/")
+
+    @functools.lru_cache(maxsize=1)  # the layers of a stack are written one after the other
+    def tensors(entry: Entry) -> dict[str, np.ndarray]:
+        return dict(entry.write(np.asarray(flat[entry.path])))
+
     for entry in entries:
-        yield from entry.write(np.asarray(flat[entry.path]))
+        ours = flat[entry.path]
+        for name, shape in entry.their_shapes(ours.shape).items():
+            yield name, LazyArray(shape, ours.dtype, lambda _, e=entry, n=name: tensors(e)[n])
 
 
-def abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
+def _cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # named below
+        cast = array.astype(dtype or array.dtype, copy=False)
+    if not np.isfinite(cast).all():
+        finite = np.isfinite(array).all()
+        raise UserError(f"{name} {f'overflows {dtype}' if finite else 'holds NaN or Inf'}")
+    return cast

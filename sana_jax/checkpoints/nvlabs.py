@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from sana_jax.checkpoints.components import layout, module_for
-from sana_jax.checkpoints.mapping import DEPTHWISE, POINTWISE, Entry, check, linear, read_params
+from sana_jax.checkpoints.components import param_shapes, place
+from sana_jax.checkpoints.mapping import DEPTHWISE, POINTWISE, Entry, check, lazy_params, linear
 from sana_jax.checkpoints.pth import PthReader
 from sana_jax.errors import UserError
 from sana_jax.models.dit import SanaConfig
@@ -102,23 +101,24 @@ def open_checkpoint(
     return _infer(path, reader, image_size, cross_heads), reader
 
 
-def load_dit(
-    path: Path,
-    dtype: Dtype,
-    mesh: Mesh,
-    use_ema: bool = False,
-    image_size: int | None = None,
-    cross_heads: int | None = None,
-):
-    """Config and parameters of a .pth file, every weight to its place on `mesh`. Raises UserError.
+def open_dit(path: Path, **kwargs):
+    """Config and unread parameters of a .pth file, checked against each other. Raises UserError.
 
-    The arguments are those of `open_checkpoint`.
+    The keywords are those of `open_checkpoint`.
     """
-    config, reader = open_checkpoint(path, use_ema, image_size, cross_heads)
-    shapes, shardings = layout(module_for(config, dtype), mesh)
-    component, table = f"transformer ({Path(path).name})", list(dit_entries(config))
-    check(component, table, shapes, reader, IGNORED)
-    return config, read_params(component, table, reader, jnp.dtype(dtype), shardings)
+    config, reader = open_checkpoint(path, **kwargs)
+    shapes, table = param_shapes(config), list(dit_entries(config))
+    check(f"transformer ({Path(path).name})", table, shapes, reader, IGNORED)
+    return config, lazy_params(table, shapes, reader)
+
+
+def load_dit(path: Path, dtype: Dtype, mesh: Mesh, **kwargs):
+    """`open_dit`, with every weight cast to `dtype` and in its place on `mesh`."""
+    config, params = open_dit(path, **kwargs)
+    try:
+        return config, place(params, config, dtype, mesh)
+    except UserError as error:  # a tensor's name alone does not say where it is
+        raise UserError(f"{Path(path).name}: {error}") from None
 
 
 def _infer(

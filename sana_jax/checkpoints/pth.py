@@ -90,6 +90,9 @@ class PthReader(Mapping):
         view = as_strided(np.frombuffer(data, tensor.dtype), tensor.shape, strides)
         return np.asarray(view, order="C")
 
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
+        return name in self._tensors
+
     def __iter__(self):
         return iter(self._tensors)
 
@@ -189,16 +192,13 @@ def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is damaged: {reason}; download it again")
 
 
-def _read(path: Path, member: _Member, start: int = 0, size: int | None = None) -> bytearray:
+def _read(path: Path, member: _Member, start: int = 0, size: int | None = None) -> memoryview:
     """Bytes of a member; its checksum is compared where the whole of it is read."""
     size = member.size if size is None else size
     start += member.start
     if start < 0 or start + size > path.stat().st_size:
         raise _damaged(path, "it is truncated")
-    data = bytearray(size)  # and not bytes: arrays over it can be written to
-    with path.open("rb") as file:
-        file.seek(start)
-        file.readinto(data)
+    data = np.fromfile(path, np.uint8, size, offset=start).data
     # torch.save leaves zero where its checksums are turned off.
     if size == member.size and member.crc and zlib.crc32(data) != member.crc:
         raise _damaged(path, "a checksum does not fit")

@@ -1,17 +1,34 @@
 """Named tensors in safetensors files: one, or shards under an index as Hugging Face has them."""
 
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sana_jax.errors import UserError
 
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+# safetensors' spelling of the types that weights have, and of the counters among them
+FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": ml_dtypes.bfloat16}
+_NAMES = {np.dtype(dtype): name for name, dtype in FLOAT_DTYPES.items()} | {
+    np.dtype("int64"): "I64"
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is read, or made, when somebody takes np.asarray of it, and not kept."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[np.dtype], np.ndarray]  # called with the dtype that is wanted
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.load(np.dtype(dtype or self.dtype))
 
 
 class TensorReader(Mapping):
@@ -87,48 +104,57 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 
 def write_tensors(
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, "LazyArray | np.ndarray"]],
     folder: Path,
     stem: str,
-    max_shard_bytes: int = 5 * 2**30,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> list[Path]:
-    """Writes `tensors` as they come; never more than one shard is in memory. Returns the files.
+    """Writes named arrays one after the other, so that lazy ones never meet in memory.
 
-    One shard is STEM.safetensors; more are STEM-00001-of-0000N.safetensors with an index.
+    One shard is STEM.safetensors; more are STEM-00001-of-0000N.safetensors with an index. Returns
+    the files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts: list[tuple[Path, list[str]]] = []
-    shard: dict[str, np.ndarray] = {}
-    total = size = 0
-
-    def flush():
-        nonlocal shard, size
-        part = folder / f"{stem}.part{len(parts)}"
-        save_file(shard, part, metadata={"format": "pt"})
-        parts.append((part, list(shard)))
-        shard, size = {}, 0
-
-    for name, array in tensors:
-        array = np.ascontiguousarray(array)
-        if shard and size + array.nbytes > max_shard_bytes:
-            flush()
-        shard[name] = array
-        size += array.nbytes
-        total += array.nbytes
-    flush()
-    if len(parts) == 1:
-        return [parts[0][0].rename(folder / f"{stem}.safetensors")]
-    weight_map, files = {}, []
-    for i, (part, names) in enumerate(parts):
-        file = part.rename(folder / f"{stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors")
-        weight_map.update(dict.fromkeys(names, file.name))
-        files.append(file)
+    shards, size, total = [[]], 0, 0
+    for name, tensor in tensors:
+        nbytes = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, tensor, nbytes))
+        size, total = size + nbytes, total + nbytes
+    if len(shards) == 1:
+        return [_write_file(folder / f"{stem}.safetensors", shards[0])]
+    files, weight_map = [], {}
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        files.append(_write_file(folder / name, shard))
+        weight_map.update({tensor: name for tensor, *_ in shard})
     index = folder / f"{stem}.safetensors.index.json"
-    index.write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    )
+    metadata = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index.write_text(json.dumps(metadata, indent=2) + "\n")
     return [*files, index]
+
+
+def _write_file(path: Path, tensors: list[tuple[str, "LazyArray | np.ndarray", int]]) -> Path:
+    """The safetensors format: length of the header, header, then the bytes of every array."""
+    # Wide types first, as the format's own writer has them: then all are aligned.
+    tensors = sorted(tensors, key=lambda item: -np.dtype(item[1].dtype).itemsize)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor, nbytes in tensors:
+        dtype = _NAMES[np.dtype(tensor.dtype)]
+        offsets = [end, end := end + nbytes]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor, nbytes in tensors:
+            array = np.ascontiguousarray(np.asarray(tensor))
+            assert array.nbytes == nbytes, name
+            file.write(array.reshape(-1).view(np.uint8))
+    return path
 
 
 def numpy_dtype(name: str) -> np.dtype:

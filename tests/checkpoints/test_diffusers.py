@@ -61,7 +61,7 @@ def test_single_files(theirs, written):
         ("vae", theirs.vae),
         ("text_encoder", theirs.text_encoder),
     ):
-        expected = toy.params(module, checkpoint.config(name))
+        expected = toy.params(module, getattr(checkpoint, name))
         jax.tree.map(np.testing.assert_array_equal, checkpoint.params[name], expected)
     assert checkpoint.flow_shift == 3.0 and checkpoint.text_rows == 300
     assert checkpoint.vae.scaling_factor == 0.41407
