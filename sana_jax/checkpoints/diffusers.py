@@ -43,10 +43,9 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
     """
     folder = Path(folder)
     _check_kind(folder)
-    networks = {name: open_component(folder, name, variant) for name in COMPONENTS}
-    found = [_find_weights(folder, name, variant)[1] for name in COMPONENTS]
-    if variant and not any(found):
+    if variant and not any(_find_weights(folder, name, variant)[1] for name in COMPONENTS):
         raise UserError(f"{folder} has no files of variant {variant!r}")
+    networks = {name: open_component(folder, name, variant) for name in COMPONENTS}
     return Checkpoint(
         **{name: config for name, (config, _) in networks.items()},
         params={name: params for name, (_, params) in networks.items()},

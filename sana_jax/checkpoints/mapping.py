@@ -139,7 +139,7 @@ def check(
     if types:
         problems.append(f"types: {_some(types)} (floating point is needed)")
     if problems:
-        raise UserError(f"{component} does not fit its config.json: {'; '.join(problems)}")
+        raise UserError(f"{component} does not fit its architecture: {'; '.join(problems)}")
 
 
 def lazy_params(entries: Iterable[Entry], shapes, theirs: TensorReader):

@@ -101,6 +101,11 @@ def open_checkpoint(
     return _infer(path, reader, image_size, cross_heads), reader
 
 
+def flow_shift(config: SanaConfig) -> float:
+    """Of the noise schedule, which the file does not say: 3, and 6 for the 4096 px model."""
+    return 6.0 if config.sample_size == 128 else 3.0
+
+
 def open_dit(path: Path, **kwargs):
     """Config and unread parameters of a .pth file, checked against each other. Raises UserError.
 

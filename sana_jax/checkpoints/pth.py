@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from sana_jax.checkpoints.tensors import numpy_dtype
+from sana_jax.checkpoints.tensors import NO_WEIGHTS, numpy_dtype
 from sana_jax.errors import UserError
 
 TORCH = "Double  Float   Half    BFloat16 Long  Int   Short Char Byte  Bool".split()
@@ -34,9 +34,7 @@ INERT = (
     *(f"torch.{name}" for name in NUMPY),
 )
 HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
-OTHERS = {  # what stands at the head of other files
-    b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
-    b"<": "a web page, not the weights: download it again",
+OTHERS = NO_WEIGHTS | {  # what stands at the head of other files
     b"\x80": "in PyTorch's format of before 1.6: load and save it once in a newer PyTorch",
     b"": "not a PyTorch file",
 }

@@ -17,6 +17,11 @@ FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": ml
 _NAMES = {np.dtype(dtype): name for name, dtype in FLOAT_DTYPES.items()} | {
     np.dtype("int64"): "I64"
 }
+# What stands at the head of a file that is none of weights, and what it is.
+NO_WEIGHTS = {
+    b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
+    b"<": "a web page, not the weights: download it again",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,9 @@ class TensorReader(Mapping):
         handle, name = self._where[name]
         return handle.get_tensor(name)
 
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
+        return name in self._where
+
     def __iter__(self):
         return iter(self._where)
 
@@ -80,14 +88,11 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
-        head = path.open("rb").read(64).lstrip()
-        if head.startswith(b"version https://git-lfs"):
-            reason = "a git-LFS pointer, not the weights: run `git lfs pull`"
-        elif head[:1] == b"<":
-            reason = "a web page, not the weights: download it again"
-        else:
-            reason = f"not a whole safetensors file ({error}): download it again"
-        raise UserError(f"{path} is {reason}") from None
+        with path.open("rb") as file:
+            head = file.read(64).lstrip()
+        kinds = [kind for start, kind in NO_WEIGHTS.items() if head.startswith(start)]
+        kinds.append(f"not a whole safetensors file ({error}): download it again")
+        raise UserError(f"{path} is {kinds[0]}") from None
 
 
 def _read_index(path: Path) -> dict[str, Path]:

@@ -1,20 +1,20 @@
 """The reader of .pth files: the bits of torch.load, and nothing that a file asks for is run."""
 
-import builtins
 import copyreg
 import io
 import os
 import pickle
 import random
-import subprocess
+import shutil
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
 import torch
 
+from sana_jax.checkpoints import pth
 from sana_jax.checkpoints.pth import PthReader
 from sana_jax.errors import UserError
 
@@ -156,6 +156,9 @@ class Call:
     def __reduce__(self):
         return self.function, self.args
 
+    def __call__(self):
+        """Only so that pickle takes what comes out of a call for a function."""
+
 
 class State:
     """Pickles as an object that takes a state after it is made."""
@@ -176,18 +179,18 @@ def sentinel(tmp_path):
 
 
 def attacks(sentinel) -> dict:
+    """The name to refuse -> an object that asks for it."""
     touch, code = f"touch {sentinel}", f"open({str(sentinel)!r}, 'w')"
     return {
         "os.system": Call(os.system, touch),
         "builtins.eval": Call(eval, code),
         "builtins.exec": Call(exec, code),
         "builtins.getattr": Call(Call(getattr, Call(__import__, "os"), "system"), touch),
-        "subprocess.Popen": Call(subprocess.Popen, ["touch", str(sentinel)]),
-        "builtins.open": Call(open, str(sentinel), "w"),
-        "builtins.__import__": Call(__import__, "antigravity"),
-        "torch.load": Call(torch.load, str(sentinel)),
+        "shutil.copy": Call(shutil.copy, __file__, str(sentinel)),
+        "torch.serialization.load": Call(torch.load, str(sentinel)),
         "argparse.Namespace": Namespace(a=1),
-        "collections.defaultdict": State(OrderedDict, (), {"x": Call(builtins.eval, code)}),
+        "numpy.load": Call(np.load, str(sentinel)),
+        "collections.defaultdict": defaultdict(list),
     }
 
 
@@ -205,16 +208,12 @@ def test_unsafe_objects_are_refused_by_name(tmp_path, sentinel, name, place, pro
     }[place]
     path = tmp_path / "model.pth"
     torch.save(contents, path, pickle_protocol=protocol)
-    expected = {"collections.defaultdict": "builtins.eval", "builtins.getattr": "builtins."}
-    if name == "torch.load":
-        refused(path, "refused: unsafe object torch.serialization.load")
-    else:
-        refused(path, f"refused: unsafe object {expected.get(name, name)}")
+    refused(path, f"refused: unsafe object {name} in")
 
 
 def test_the_attacks_are_live(tmp_path):
     """Or their refusal would prove nothing."""
-    for name in ("os.system", "builtins.eval", "builtins.exec", "builtins.getattr"):
+    for name in ("os.system", "builtins.eval", "builtins.exec", "builtins.getattr", "shutil.copy"):
         path = tmp_path / name
         pickle.loads(pickle.dumps(attacks(path)[name]))
         assert path.exists(), name
@@ -277,14 +276,13 @@ def test_no_state_is_taken(tmp_path):
     """A pickle cannot change the functions that it may name, for itself or for later files."""
     names = (b"collections\nOrderedDict", b"numpy\nndarray", b"torch._utils\n_rebuild_parameter")
     for name in names:
-        state = b"}U\x0c__setstate__" + b"c" + name + b"\ns"
-        data = b"\x80\x02}U\x01xc" + name + b"\n" + state + b"}" + state + b"\x86bs."
+        state = b"}U\x0c__setstate__c" + name + b"\ns"
+        data = b"\x80\x02}U\x01xc" + name + b"\n" + state + state + b"\x86bs."
         pickled(tmp_path / "model.pth", data)
-        pickle.loads(data[:2] + b"}.")  # the head is a pickle
-        PthReader(tmp_path / "model.pth")
+        assert not PthReader(tmp_path / "model.pth")
     torch.save(state_dict(), tmp_path / "next.pth")
     assert_same(PthReader(tmp_path / "next.pth"), state_dict())
-    assert not hasattr(OrderedDict, "__setstate__")
+    assert not hasattr(pth._inert, "__setstate__")
 
 
 # Tensors that are not what they say

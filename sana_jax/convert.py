@@ -1,0 +1,139 @@
+"""Converts a checkpoint (diffusers, native or NVlabs .pth) to the native or the diffusers layout.
+
+    python -m sana_jax.convert --source=DIR_OR_HUB_ID --out=DIR
+    python -m sana_jax.convert --source=NATIVE_DIR --out=DIR --format=diffusers --dtype=bfloat16
+    python -m sana_jax.convert --source=Sana_600M_1024px.pth --rest=DIR --out=DIR
+
+Tensors pass through one by one: memory holds the largest, not the checkpoint. A .pth holds the
+transformer alone; --rest names the checkpoint that lends the autoencoder, the text encoder and the
+tokenizer. The complex human instruction is stored with its sha256 and where it was found.
+"""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+from absl import flags
+
+from sana_jax import cli
+from sana_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+_SOURCE = flags.DEFINE_string("source", None, "folder, hub id, or .pth file", required=True)
+_OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
+_FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of --out")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: as they are"
+)
+_VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
+_REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+_INSTRUCTION = flags.DEFINE_string(
+    "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
+)
+_REST = flags.DEFINE_string("rest", None, "for a .pth: the checkpoint with the other networks")
+_EMA = flags.DEFINE_bool("ema", False, "for a .pth: the averaged weights")
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "for a .pth: the side in pixels it was trained at; default: by its name"
+)
+_SHARD = flags.DEFINE_integer("max_shard_mb", 5000, "size of a weight file, MB", lower_bound=1)
+
+
+def open_source():
+    """The Checkpoint to write, its weights unread."""
+    from sana_jax import checkpoints
+    from sana_jax.checkpoints import nvlabs
+
+    options = dict(revision=_REVISION.value, instruction_file=_INSTRUCTION.value)
+    source = Path(_SOURCE.value)
+    if source.suffix != ".pth":
+        for flag in (_REST, _EMA, _IMAGE_SIZE):
+            if flag.value:
+                raise UserError(f"--{flag.name} is for a .pth file; --source={source} is none")
+        return checkpoints.open_checkpoint(_SOURCE.value, _VARIANT.value, **options)
+    if _REST.value is None:
+        raise UserError(f"{source} holds the transformer alone: name the others with --rest=DIR")
+    rest = checkpoints.open_checkpoint(_REST.value, _VARIANT.value, **options)
+    config, params = nvlabs.open_dit(source, use_ema=_EMA.value, image_size=_IMAGE_SIZE.value)
+    return dataclasses.replace(
+        rest,
+        dit=config,
+        params={**rest.params, "dit": params},
+        flow_shift=nvlabs.flow_shift(config),
+        provenance={"source": source.name, "layout": "nvlabs", "rest": rest.provenance},
+    )
+
+
+def prepare(checkpoint, dtype: str | None, progress):
+    """The same checkpoint, its weights cast when they are read, which moves the progress bar."""
+    import jax
+    import numpy as np
+
+    from sana_jax.checkpoints.components import component_dtype
+    from sana_jax.checkpoints.tensors import numpy_dtype
+
+    def watched(lazy, wanted):
+        nbytes = math.prod(lazy.shape) * wanted.itemsize
+
+        def load(dtype: np.dtype):
+            array = lazy.load(dtype)
+            progress.update(nbytes)
+            return array
+
+        progress.total = (progress.total or 0) + nbytes
+        return dataclasses.replace(lazy, dtype=wanted, load=load)
+
+    params = {}
+    for name, tree in checkpoint.params.items():
+        wanted = dtype and numpy_dtype(str(np.dtype(component_dtype(name, numpy_dtype(dtype)))))
+        params[name] = jax.tree.map(lambda x, w=wanted: watched(x, w or x.dtype), tree)
+    return dataclasses.replace(checkpoint, params=params)
+
+
+@contextlib.contextmanager
+def removed_on_failure(folder: Path):
+    """Leaves nothing of an unfinished folder behind."""
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        _remove(folder, existed)
+        raise UserError(f"--out={folder}: {error.strerror or error}") from error
+    except BaseException:
+        _remove(folder, existed)
+        raise
+
+
+def _remove(folder: Path, existed: bool) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if existed:
+        folder.mkdir(exist_ok=True)
+
+
+def main(argv):
+    del argv
+    out = Path(_OUT.value)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} exists and is not an empty folder")
+    checkpoint = open_source()
+
+    from tqdm import tqdm
+
+    from sana_jax.checkpoints import diffusers, native
+
+    save = {"native": native.save, "diffusers": diffusers.save}[_FORMAT.value]
+    with (
+        removed_on_failure(out),
+        tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as progress,
+    ):
+        prepared = prepare(checkpoint, _DTYPE.value, progress)
+        save(prepared, out, max_shard_bytes=_SHARD.value * 10**6)
+    found = checkpoint.instruction
+    told = f"instruction {found.sha256} from {found.source}" if found else "no instruction"
+    print(f"{out}: {_FORMAT.value} layout, {told}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
