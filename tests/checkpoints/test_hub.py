@@ -1,0 +1,134 @@
+"""Hub ids, against a small server on loopback that speaks as much of the hub as is needed."""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests import toy
+
+NAME, COMMIT = "someone/toy-sana", "0123456789abcdef0123456789abcdef01234567"
+LOAD = """
+import sys
+from sana_jax import checkpoints, cli
+from absl import app, flags
+def main(argv):
+    print(checkpoints.open_checkpoint("{name}", revision={revision!r}).dit.depth)
+cli.run(main)
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """One repository, one commit; branch "main" and tag "v1" lead to it."""
+
+    def __init__(self, *args, root: Path, asked: list[str], **kwargs):
+        self.root, self.asked = root, asked
+        super().__init__(*args, **kwargs)
+
+    def files(self) -> list[str]:
+        return [str(p.relative_to(self.root)) for p in sorted(self.root.rglob("*")) if p.is_file()]
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        repository, revisions = f"/api/models/{NAME}", ("main", "v1", COMMIT)
+        if path in [f"{repository}/revision/{r}" for r in revisions]:
+            siblings = [{"rfilename": name} for name in self.files()]
+            return self.send({"id": NAME, "sha": COMMIT, "siblings": siblings}, body)
+        if path in [f"{repository}/tree/{r}" for r in revisions]:
+            tree = [
+                {"type": "file", "path": n, "oid": n, "size": (self.root / n).stat().st_size}
+                for n in self.files()
+            ]
+            return self.send(tree, body)
+        for revision in revisions:
+            prefix = f"/{NAME}/resolve/{revision}/"
+            file = self.root / path.removeprefix(prefix)
+            if path.startswith(prefix) and file.is_file():
+                return self.send(file.read_bytes(), body)
+        self.send({"error": "not found"}, body, status=404)
+
+    def send(self, content, body: bool, status: int = 200):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        if status == 404:
+            self.send_header("X-Error-Code", "RevisionNotFound")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """(address, list of the paths asked for) of a server with a toy checkpoint."""
+    root, asked = tmp_path_factory.mktemp("hub"), []
+    toy.pipeline().save_pretrained(root)
+    (root / "picture.bin").write_bytes(b"not wanted")
+    handler = functools.partial(Hub, root=root, asked=asked)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+
+
+def load(cache: Path, name: str = NAME, revision: str | None = None, **environment: str):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env = {**clean, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+    code = LOAD.format(name=name, revision=revision)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+def test_download_then_cache(hub, tmp_path):
+    address, asked = hub
+    result = load(tmp_path, HF_ENDPOINT=address)
+    assert result.returncode == 0 and result.stdout == "3\n", result.stderr
+    assert not any(path.endswith("picture.bin") for path in asked)
+    asked.clear()
+    result = load(tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+    assert result.returncode == 0 and result.stdout == "3\n", result.stderr
+    assert asked == []
+    # A hub that does not answer is no harm either where the files are there.
+    result = load(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 0 and result.stdout == "3\n", result.stderr
+
+
+def test_revision(hub, tmp_path):
+    address, asked = hub
+    asked.clear()
+    assert load(tmp_path, revision="v1", HF_ENDPOINT=address).returncode == 0
+    assert any("v1" in path for path in asked)
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        (dict(name="someone/else"), "someone/else"),
+        (dict(revision="v2"), NAME),
+        (dict(HF_HUB_OFFLINE="1"), NAME),
+        (dict(HF_ENDPOINT="http://127.0.0.1:9"), NAME),
+    ],
+)
+def test_what_is_not_there(hub, tmp_path, changes, word):
+    result = load(tmp_path, **{"HF_ENDPOINT": hub[0], **changes})
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ") and word in lines[0] and "hub" in lines[0]
