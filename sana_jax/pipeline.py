@@ -9,17 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 from PIL import Image
 
-from sana_jax import checkpoints, sharding, text
+from sana_jax import checkpoints, denoise, sharding, text
 from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.components import CONFIGS, Checkpoint, component_dtype, module_for
 from sana_jax.data import buckets
-from sana_jax.diffusion import dpm_solver, guidance
+from sana_jax.diffusion import dpm_solver
 from sana_jax.errors import UserError
 from sana_jax.models import tiling
 
@@ -27,7 +26,11 @@ OUTPUTS = ("pil", "np", "float", "latent", "device")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**32 - 1  # jax.random.key keeps 32 bits
 
-Tile = tuple[int | tuple[int, int], int | tuple[int, int]]
+# Pixels above which pictures are decoded in tiles unless told otherwise, and of what size: those
+# that the reference recommends for 4096 px. Smaller ones show their seams in flat areas.
+LARGE, LARGE_TILE = 2048 * 2048, (1024, 896)
+
+Tile = tuple[tiling.Size, tiling.Size]  # size, stride
 
 
 class SanaPipeline:
@@ -106,6 +109,8 @@ class SanaPipeline:
         use_resolution_binning: bool = False,
         on_step: Callable[[int, Array], None] | None = None,
         output: str = "pil",
+        sequential_guidance: bool = False,
+        tile: Tile | str | None = "auto",
     ) -> list[Image.Image] | np.ndarray | Array:
         """Draws `num_images_per_prompt` images of every prompt, those of one prompt in a row.
 
@@ -125,6 +130,8 @@ class SanaPipeline:
           on_step: called as on_step(step, latents) after every step; slower than without.
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]), "latent", or "device":
             as "np", but a jax array that is not waited for.
+          sequential_guidance: the halves of guidance one after the other, in half the memory.
+          tile: as in `decode`; "auto": above 2048 x 2048 pixels in tiles of 1024, else at once.
 
         Raises UserError, a ValueError, where an argument is out of range.
         """
@@ -166,21 +173,28 @@ class SanaPipeline:
         noise = self._noise(seed, latents, count, shape)
         schedule = dpm_solver.SAMPLERS[sampler](num_steps, float(shift))
         interval = None if guidance_interval is None else tuple(map(np.float32, guidance_interval))
-        inputs = dict(
-            captions=self._spread(captions),
-            masks=self._spread(masks),
-            scale=self._spread(scale[:, None, None, None]),
-            interval=interval,
-        )
-        noise = self._spread(noise)
+        scale = scale[:, None, None, None]
+        noise, captions, masks, scale = map(self._spread, (noise, captions, masks, scale))
+        run = denoise.sample
+        if on_step is not None:
+            run = partial(denoise.sample_slowly, lambda i, x: on_step(i, x[:count]))
         with self._context():
-            if on_step is None:
-                latents = _sample(self.dit, self.params["dit"], noise, schedule, **inputs)
-            else:
-                latents = self._sample_slowly(noise, schedule, on_step, count, **inputs)
+            latents = run(
+                self.dit,
+                self.params["dit"],
+                noise,
+                schedule,
+                captions,
+                masks,
+                scale,
+                interval,
+                sequential=sequential_guidance,
+            )
         if output == "latent":
             return latents[:count]
-        images = self._decode_padded(latents)
+        if tile == "auto":
+            tile = LARGE_TILE if height * width > LARGE else None
+        images = self._decode_padded(latents, tile)
         if crop is not None:
             images = _resize_and_crop(images, crop)
         images = (_to_float if output == "float" else _to_uint8)(images)[:count]
@@ -265,17 +279,6 @@ class SanaPipeline:
                 return run(latents)
             return tiling.tiled_decode(run, latents, *tile, self.factor)
 
-    def _sample_slowly(self, noise, schedule, on_step, count, captions, masks, scale, interval):
-        """One dispatch a step, so that `on_step` sees the state between them."""
-        keys_values = _keys_values(self.dit, self.params["dit"], captions)
-        carry = noise, jnp.zeros_like(noise)
-        for i in range(len(schedule.sigma)):
-            row = jax.tree.map(lambda column, i=i: column[i], schedule)
-            run = partial(_step, self.dit, self.params["dit"])
-            carry = run(carry, row, keys_values, masks, scale, interval)
-            on_step(i, carry[0][:count])
-        return carry[0]
-
     def _negative(self, negative_prompt: str | Sequence[str], count: int):
         """Rows and mask of the negative prompts, which get no instruction."""
         if isinstance(negative_prompt, str):
@@ -340,70 +343,23 @@ class SanaPipeline:
             yield
 
 
-# One compilation a network and shape, shared by all pipelines of a process.
-_jit = partial(jax.jit, static_argnums=0)
-
-
-@_jit
+@partial(jax.jit, static_argnums=0)
 def _encode_text(module: nn.Module, params: Any, tokens, window, mask):
     return text.gather_window(module.apply({"params": params}, tokens), window, mask)
 
 
-@_jit
+@partial(jax.jit, static_argnums=0)
 def _velocity(module: nn.Module, params: Any, latents, timestep, captions, mask):
     return module.apply({"params": params}, latents, timestep, captions, mask)
 
 
-@_jit
-def _keys_values(module: nn.Module, params: Any, captions):
-    """Of all blocks, (depth, B, halves, L, heads, D), from captions (B, halves, L, T)."""
-    halves = captions.shape[1]
-    captions = rearrange(captions, "b s l t -> (b s) l t")
-    keys_values = module.apply({"params": params}, captions, method="keys_values")
-    return tuple(rearrange(x, "n (b s) l h d -> n b s l h d", s=halves) for x in keys_values)
-
-
-def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval):
-    """The velocity that the sampler follows. One half of captions: no guidance."""
-
-    def evaluate(x, timestep, halves: slice):
-        kv = tuple(rearrange(t[:, :, halves], "n b s l h d -> n (b s) l h d") for t in keys_values)
-        mask = rearrange(masks[:, halves], "b s l -> (b s) l")
-        timestep = timestep[None] * module.config.timestep_scale
-        return module.apply({"params": params}, x, timestep, kv, mask, method="denoise")
-
-    def conditional(x, timestep):
-        return evaluate(x, timestep, slice(-1, None))
-
-    if masks.shape[1] == 1:
-        return lambda x, timestep, sigma: conditional(x, timestep)
-
-    def both(x, timestep):
-        return evaluate(x, timestep, slice(None))
-
-    return guidance.guide(both, conditional, scale, interval)
-
-
-@_jit
-def _sample(module: nn.Module, params: Any, noise, schedule, captions, masks, scale, interval):
-    keys_values = _keys_values(module, params, captions)
-    velocity = _guided(module, params, keys_values, masks, scale, interval)
-    return dpm_solver.solve(velocity, noise, schedule)
-
-
-@_jit
-def _step(module: nn.Module, params: Any, carry, row, keys_values, masks, scale, interval):
-    velocity = _guided(module, params, keys_values, masks, scale, interval)
-    return dpm_solver.step(velocity, carry, row)
-
-
-@_jit
+@partial(jax.jit, static_argnums=0)
 def _decode(module: nn.Module, params: Any, latents):
     latents = latents / module.config.scaling_factor
     return module.apply({"params": params}, latents, method="decode")
 
 
-@_jit
+@partial(jax.jit, static_argnums=0)
 def _encode(module: nn.Module, params: Any, images):
     latents = module.apply({"params": params}, images, method="encode")
     return latents * module.config.scaling_factor

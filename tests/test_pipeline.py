@@ -1,5 +1,7 @@
 """The whole way from a diffusers folder and a prompt to pixels, against diffusers in float32."""
 
+import functools
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from sana_jax import SanaPipeline, pipeline
+from sana_jax import SanaPipeline, denoise, pipeline
 from sana_jax.diffusion.dpm_solver import flow_dpm_solver
 from sana_jax.errors import UserError
 from sana_jax.sharding import make_mesh
@@ -241,6 +243,32 @@ def test_tiles(theirs, ours):
     toy.assert_close(ours.decode(latents, tile=(128, 96)), expected, 1e-5)
 
 
+def test_tiles_over_a_mesh(ours, folder):
+    latents = np.random.default_rng(0).standard_normal((1, 6, 9, 8), np.float32)
+    mesh = make_mesh(devices=toy.devices(8))
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
+    found, expected = (p.decode(latents, tile=(128, 96)) for p in (pipe, ours))
+    toy.assert_close(found, expected, 1e-5)
+
+
+def test_large_pictures_are_decoded_in_tiles(ours, monkeypatch):
+    """By themselves above a size, here a small one; smaller ones at once."""
+    monkeypatch.setattr(pipeline, "LARGE", 128 * 128)
+    monkeypatch.setattr(pipeline, "LARGE_TILE", (128, 96))
+    latents = draw(ours, "a", height=160, width=256, output="latent")
+    for tile, expected in (("auto", (128, 96)), (None, None), ((64, 64), (64, 64))):
+        found = draw(ours, "a", height=160, width=256, output="float", tile=tile)
+        pixels = np.asarray(ours.decode(latents, tile=expected))
+        np.testing.assert_allclose(found, np.clip(pixels * 0.5 + 0.5, 0, 1), atol=1e-6)
+    small = draw(ours, "a", output="float")
+    np.testing.assert_array_equal(small, draw(ours, "a", output="float", tile=None))
+
+
+def test_guidance_in_sequence(ours):
+    together = draw(ours, output="latent")
+    toy.assert_close(draw(ours, output="latent", sequential_guidance=True), together, 1e-5)
+
+
 def test_velocity_is_the_network_once(theirs, ours):
     embeddings, mask = ours.encode_prompt(PROMPTS)
     latents = noise(3)
@@ -301,12 +329,12 @@ def test_one_compilation_a_shape(ours):
     """Seeds, prompts, scales, shifts and intervals are inputs; sizes and steps are shapes."""
     draw(ours, guidance_interval=(0.1, 0.9))
     draw(ours)
-    before = pipeline._sample._cache_size()
+    before = denoise.sample._cache_size()
     draw(ours, ["a", "b", "c"], seed=9, guidance_scale=2.0, flow_shift=5.0, sampler="flow_euler")
     draw(ours, negative_prompt="a dog", guidance_interval=(0.3, 0.5))
-    assert pipeline._sample._cache_size() == before
+    assert denoise.sample._cache_size() == before
     draw(ours, num_steps=5)
-    assert pipeline._sample._cache_size() == before + 1
+    assert denoise.sample._cache_size() == before + 1
 
 
 def primitives(jaxpr) -> set[str]:
@@ -323,12 +351,9 @@ def test_caption_work_stays_outside_the_loop(ours):
     schedule = flow_dpm_solver(7, 3.0)
     captions, masks = jnp.zeros((1, 2, 300, 48)), jnp.ones((1, 2, 300), bool)
     arguments = (jnp.zeros((1, 4, 4, 8)), schedule, captions, masks, jnp.ones((1, 1, 1, 1)), None)
-    jaxpr = (
-        jax.make_jaxpr(pipeline._sample, static_argnums=0)(ours.dit, ours.params["dit"], *arguments)
-        .jaxpr.eqns[0]
-        .params["jaxpr"]
-        .jaxpr
-    )
+    trace = jax.make_jaxpr(functools.partial(denoise.sample, ours.dit, sequential=False))
+    (call,) = trace(ours.params["dit"], *arguments).jaxpr.eqns
+    jaxpr = call.params["jaxpr"].jaxpr
     (loop,) = (e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 7)
     assert "tanh" in primitives(jaxpr)
     assert "tanh" not in primitives(loop.params["jaxpr"].jaxpr)

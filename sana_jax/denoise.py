@@ -1,0 +1,96 @@
+"""The denoising loop: network, guidance and sampler in one dispatch.
+
+Networks are static arguments, parameters are inputs: one compilation a network, a batch, a size
+and a number of steps, shared by all pipelines of a process. What depends on the prompt alone, the
+caption's embedding and the keys and values of cross-attention, is computed before the loop.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from sana_jax.diffusion import dpm_solver
+from sana_jax.diffusion.guidance import guide
+
+
+@partial(jax.jit, static_argnames="module")
+def keys_values_of(
+    module: nn.Module, params: Any, captions: Float[Array, "B S L T"]
+) -> tuple[Float[Array, "depth B S L H D"], Float[Array, "depth B S L H D"]]:
+    """What the cross-attention of all blocks needs of the captions, S of them an image."""
+    halves = captions.shape[1]
+    captions = rearrange(captions, "b s l t -> (b s) l t")
+    keys_values = module.apply({"params": params}, captions, method="keys_values")
+    return tuple(rearrange(x, "n (b s) l h d -> n b s l h d", s=halves) for x in keys_values)
+
+
+@partial(jax.jit, static_argnames=("module", "sequential"))
+def sample(
+    module: nn.Module,
+    params: Any,
+    noise: Float[Array, "B h w c"],
+    schedule: dpm_solver.Schedule,
+    captions: Float[Array, "B S L T"],
+    masks: Bool[Array, "B S L"],
+    scale: Float[Array, "B 1 1 1"],
+    interval: tuple[Array, Array] | None,
+    sequential: bool,
+) -> Float[Array, "B h w c"]:
+    """Latents from noise. S is 2, without and with the prompt, or 1, which means no guidance.
+
+    `sequential`: the two one after the other, in half the memory. Others: see guidance.py.
+    """
+    keys_values = keys_values_of(module, params, captions)
+    velocity = _guided(module, params, keys_values, masks, scale, interval, sequential)
+    return dpm_solver.solve(velocity, noise, schedule)
+
+
+def sample_slowly(on_step, module, params, noise, schedule, captions, *guidance, sequential):
+    """`sample` with one dispatch a step, between which on_step(step, latents) sees the state."""
+    keys_values = keys_values_of(module, params, captions)
+    carry = noise, jnp.zeros_like(noise)
+    for i in range(len(schedule.sigma)):
+        row = jax.tree.map(lambda column, i=i: column[i], schedule)
+        carry = _step(module, params, carry, row, keys_values, *guidance, sequential=sequential)
+        on_step(i, carry[0])
+    return carry[0]
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="sequential")
+def _step(module, params, carry, row, keys_values, *guidance, sequential):
+    return dpm_solver.step(_guided(module, params, keys_values, *guidance, sequential), carry, row)
+
+
+def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval, sequential):
+    """The velocity that the sampler follows.
+
+    The halves of one image sit side by side in the batch, [u_0, c_0, u_1, c_1, ...], so that
+    splitting the batch over devices never parts them.
+    """
+
+    def evaluate(x, timestep, keys_values, masks):
+        timestep = timestep[None] * module.config.timestep_scale
+        return module.apply({"params": params}, x, timestep, keys_values, masks, method="denoise")
+
+    def half(x, timestep, i):
+        return evaluate(x, timestep, tuple(t[:, :, i] for t in keys_values), masks[:, i])
+
+    def together(x, timestep):
+        kv = tuple(rearrange(t, "n b s l h d -> n (b s) l h d") for t in keys_values)
+        x = repeat(x, "b ... -> (b s) ...", s=2)
+        out = evaluate(x, timestep, kv, rearrange(masks, "b s l -> (b s) l"))
+        return tuple(rearrange(out, "(b s) ... -> s b ...", s=2))
+
+    def in_turn(x, timestep):
+        return tuple(lax.map(lambda i: half(x, timestep, i), jnp.arange(2)))
+
+    if masks.shape[1] == 1:
+        return lambda x, timestep, sigma: half(x, timestep, 0)
+    conditional = partial(half, i=1)
+    return guide(in_turn if sequential else together, conditional, scale, interval)
