@@ -231,7 +231,9 @@ def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
         assert reconstruction.dtype == jnp.float32
         ours.append(toy.relative_error(reconstruction, exact))
         reference.append(toy.relative_error(theirs(vae.to(torch.bfloat16).forward, images), exact))
-    assert np.median(ours) <= 1.5 * np.median(reference), (ours, reference)
+    ours, reference = np.median(ours), np.median(reference)
+    print(f"bfloat16 error: ours {ours:.2e}, diffusers' {reference:.2e}")
+    assert ours <= 1.5 * reference
 
 
 def test_sides_must_be_multiples_of_the_factor():

@@ -172,7 +172,8 @@ def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
         ours.append(toy.relative_error(out, exact))
         theirs.append(toy.relative_error(half, exact))
     ours, theirs = np.median(ours), np.median(theirs)
-    assert ours <= 1.5 * theirs, f"ours {ours:.2e}, diffusers' {theirs:.2e}"
+    print(f"bfloat16 error: ours {ours:.2e}, diffusers' {theirs:.2e}")
+    assert ours <= 1.5 * theirs
     assert ours > 1e-4, "this is not bfloat16"
 
 

@@ -1,0 +1,59 @@
+"""Random checkpoints: reproducible, loadable in both layouts, without neutral values."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sana_jax import checkpoints, random_checkpoint
+
+
+def write(*flags):
+    command = [sys.executable, "-m", "sana_jax.random_checkpoint", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+def test_both_layouts_hold_the_same_weights(tmp_path, layout):
+    result = write(f"--out={tmp_path / 'c'}", f"--format={layout}", "--max_shard_mb=1")
+    assert result.returncode == 0, result.stderr
+    found = checkpoints.open_checkpoint(str(tmp_path / "c"))
+    expected = random_checkpoint.make("tiny")
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    assert found.dit == expected.dit and found.vae == expected.vae
+    assert found.text_encoder == expected.text_encoder
+
+
+def test_nothing_is_neutral():
+    for path, leaf in jax.tree.leaves_with_path(random_checkpoint.make("tiny").params):
+        values = np.asarray(leaf)
+        assert np.isfinite(values).all() and values.std() > 1e-3, path
+
+
+def test_seeds_differ():
+    first, second = (random_checkpoint.make("tiny", seed=s).params["dit"] for s in (0, 1))
+    assert (np.asarray(first["final_table"]) != np.asarray(second["final_table"])).all()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--preset=sana_9b"], "preset 'sana_9b' is not one of tiny, sana_600m_512"),
+        (["--seed=-1"], "--seed"),
+        (["--dtype=int8"], "--dtype"),
+        (["--sed=1"], "did you mean --seed?"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, words):
+    result = write(f"--out={tmp_path / 'c'}", *flags)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert words in result.stderr and not (tmp_path / "c").exists()
+
+
+def test_an_occupied_folder_is_kept(tmp_path):
+    (tmp_path / "mine").write_text("keep me")
+    result = write(f"--out={tmp_path}")
+    assert result.returncode == 2 and "not an empty folder" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
