@@ -1,6 +1,7 @@
 """SanaPipeline: text -> embeddings -> latents -> pixels, jitted, sharded over a mesh."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 from PIL import Image
 
-from sana_jax import checkpoints, denoise, sharding, text
+from sana_jax import arguments, checkpoints, denoise, sharding, text
 from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.components import CONFIGS, Checkpoint, component_dtype, module_for
 from sana_jax.data import buckets
@@ -24,7 +25,7 @@ from sana_jax.models import tiling
 
 OUTPUTS = ("pil", "np", "float", "latent", "device")
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_SEED = 2**32 - 1  # jax.random.key keeps 32 bits
+MAX_SIDE = 2**16  # pixels
 
 # Pixels above which pictures are decoded in tiles unless told otherwise, and of what size: those
 # that the reference recommends for 4096 px. Smaller ones show their seams in flat areas.
@@ -55,22 +56,26 @@ class SanaPipeline:
         variant: str | None = None,
         revision: str | None = None,
         instruction_file: str | None = None,
+        clip_attention: bool | None = None,
     ) -> "SanaPipeline":
         """Loads a native or diffusers folder, a bundled model or a hub id.
 
         Args:
           name: the folder, the bundled name, or org/name.
-          dtype: "float32", "bfloat16" or "float16", of weights and activations.
+          dtype: "float32", "bfloat16" or "float16", of weights and activations; beside a float16
+            transformer the autoencoder and the text encoder are bfloat16.
           mesh: of sharding.make_mesh; None: this host's devices, the batch split over them.
           variant: of the weight files in a diffusers folder, such as "bf16".
           revision: branch, tag or commit on the hub.
           instruction_file: the complex human instruction, where the checkpoint does not hold it.
+          clip_attention: True for weights that were trained in float16 (Sana 1.0 without BF16 in
+            its name) and are run in another dtype; None: as the checkpoint says, else by dtype.
 
         Raises UserError, a ValueError, that says what is wrong with the checkpoint.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        mesh = mesh or sharding.make_mesh()
+        arguments.choice("dtype", dtype, DTYPES)
+        mesh = sharding.make_mesh() if mesh is None else mesh
+        sharding.check_mesh(mesh)
         checkpoint = checkpoints.load(
             name,
             dtype,
@@ -79,6 +84,8 @@ class SanaPipeline:
             revision=revision,
             instruction_file=instruction_file,
         )
+        if clip_attention is not None:
+            checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
         return cls(checkpoint, mesh, dtype)
 
     def save_pretrained(self, path: str | Path, format: str = "native") -> None:
@@ -86,7 +93,9 @@ class SanaPipeline:
         formats = {"native": native.save, "diffusers": diffusers.save}
         if format not in formats:
             raise UserError(f"format {format!r} is not one of {', '.join(formats)}")
-        formats[format](self.checkpoint, Path(path))
+        if (path := Path(path)).exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path} exists and is not an empty folder")
+        formats[format](self.checkpoint, path)
 
     def __call__(
         self,
@@ -136,44 +145,51 @@ class SanaPipeline:
         Raises UserError, a ValueError, where an argument is out of range.
         """
         height, width, crop = self._sizes(height, width, use_resolution_binning)
-        if not (isinstance(num_steps, int) and 1 <= num_steps <= 1000):
-            raise UserError(f"num_steps {num_steps!r} is not a whole number in 1 .. 1000")
-        scale = np.asarray(guidance_scale, np.float32)
-        if not np.isfinite(scale).all():
-            raise UserError(f"guidance_scale {guidance_scale} is not finite")
-        if sampler not in dpm_solver.SAMPLERS:
-            raise UserError(f"sampler {sampler!r} is not one of {', '.join(dpm_solver.SAMPLERS)}")
-        if output not in OUTPUTS:
-            raise UserError(f"output {output!r} is not one of {', '.join(OUTPUTS)}")
+        num_steps = arguments.whole("num_steps", num_steps, 1, arguments.MAX_STEPS)
+        each = arguments.whole("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
+        sampler = arguments.choice("sampler", sampler, dpm_solver.SAMPLERS)
+        output = arguments.choice("output", output, OUTPUTS)
         shift = self.checkpoint.flow_shift if flow_shift is None else flow_shift
-        if not (np.isfinite(shift) and shift > 0):
-            raise UserError(f"flow_shift {shift} is not a positive number")
+        shift = arguments.number("flow_shift", shift, 1e-3, 1e3)
+        interval = arguments.interval("guidance_interval", guidance_interval)
+        tile = self._tile(tile, height * width > LARGE)
+        if on_step is not None and not callable(on_step):
+            raise UserError(f"on_step {on_step!r} cannot be called")
+        if prompt is None:
+            rows = self.checkpoint.text_rows
+            shape = ("prompts", rows, self.checkpoint.dit.caption_channels)
+            count = arguments.array("prompt_embeddings", prompt_embeddings, shape).shape[0]
+            arguments.array("prompt_mask", prompt_mask, (count, rows), np.bool_)
+        elif prompt_embeddings is None and prompt_mask is None:
+            prompt = arguments.texts("prompt", prompt)
+            count = len(prompt)
+        else:
+            raise UserError("give prompt or prompt_embeddings, not both")
+        negative = arguments.texts("negative_prompt", negative_prompt or "")
+        if len(negative) not in (1, count):
+            raise UserError(f"{len(negative)} negative prompts for {count} prompts")
+        scale = arguments.per_prompt("guidance_scale", guidance_scale, count)
+        shape = (height // self.factor, width // self.factor, self.latent_channels)
+        if latents is None:
+            seeds = arguments.seeds(seed, count * each)
+        else:
+            arguments.array("latents", latents, (count * each, *shape))
 
         if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if prompt_embeddings is not None or prompt_mask is not None:
-                raise UserError("give prompts or prompt_embeddings, not both")
-            prompt_embeddings, prompt_mask = self.encode_prompt(prompts, instruction)
-        elif prompt_embeddings is None or prompt_mask is None:
-            raise UserError("give a prompt, or prompt_embeddings and prompt_mask")
-        count = prompt_embeddings.shape[0]
+            prompt_embeddings, prompt_mask = self.encode_prompt(prompt, instruction)
         captions, masks = prompt_embeddings[:, None], prompt_mask[:, None]  # (B, 1, L, T)
-        if scale.shape not in ((), (count,)):
-            raise UserError(f"{scale.size} guidance scales for {count} prompts")
         if (scale > 1).any():
-            negative = self._negative(negative_prompt, count)
-            captions = jnp.concatenate([negative[0][:, None], captions], axis=1)
-            masks = jnp.concatenate([negative[1][:, None], masks], axis=1)
-        captions = jnp.repeat(captions, num_images_per_prompt, axis=0)
-        masks = jnp.repeat(masks, num_images_per_prompt, axis=0)
-        scale = np.broadcast_to(np.maximum(scale, 1), count).repeat(num_images_per_prompt)
-        count *= num_images_per_prompt
+            rows, mask = self.encode_prompt(negative, None)  # they get no instruction
+            rows = jnp.broadcast_to(rows[:, None], captions.shape)
+            mask = jnp.broadcast_to(mask[:, None], masks.shape)
+            captions = jnp.concatenate([rows, captions], axis=1)
+            masks = jnp.concatenate([mask, masks], axis=1)
+        captions, masks = (jnp.repeat(x, each, axis=0) for x in (captions, masks))
+        scale = np.maximum(scale, 1).repeat(each)[:, None, None, None]
+        count *= each
 
-        shape = (height // self.factor, width // self.factor, self.latent_channels)
-        noise = self._noise(seed, latents, count, shape)
-        schedule = dpm_solver.SAMPLERS[sampler](num_steps, float(shift))
-        interval = None if guidance_interval is None else tuple(map(np.float32, guidance_interval))
-        scale = scale[:, None, None, None]
+        noise = _draw(seeds, shape) if latents is None else jnp.asarray(latents, jnp.float32)
+        schedule = dpm_solver.SAMPLERS[sampler](num_steps, shift)
         noise, captions, masks, scale = map(self._spread, (noise, captions, masks, scale))
         run = denoise.sample
         if on_step is not None:
@@ -192,8 +208,6 @@ class SanaPipeline:
             )
         if output == "latent":
             return latents[:count]
-        if tile == "auto":
-            tile = LARGE_TILE if height * width > LARGE else None
         images = self._decode_padded(latents, tile)
         if crop is not None:
             images = _resize_and_crop(images, crop)
@@ -207,12 +221,12 @@ class SanaPipeline:
         self, prompts: str | Sequence[str], instruction: str | None = "auto"
     ) -> tuple[Float[Array, "B L T"], Bool[Array, "B L"]]:
         """The text encoder's rows in float32 and which of them count; hidden rows are zeros."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise UserError("the list of prompts is empty")
+        prompts = arguments.texts("prompt", prompts)
         if instruction == "auto":
             found = self.checkpoint.instruction
             instruction = found and found.text
+        elif instruction is not None and not isinstance(instruction, str):
+            raise UserError(f"instruction {instruction!r} is neither a text nor None")
         tokenized = text.tokenize(
             self.checkpoint.tokenizer, prompts, self.checkpoint.text_rows, instruction
         )
@@ -230,7 +244,16 @@ class SanaPipeline:
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
         """The network once, without guidance; `timestep` in 0 .. 1000, used as given."""
-        timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), latents.shape[:1])
+        patch, rows = self.checkpoint.dit.patch_size, "text rows"
+        batch = arguments.array("latents", latents, ("B", "h", "w", self.latent_channels)).shape[0]
+        if latents.shape[1] % patch or latents.shape[2] % patch:
+            raise UserError(f"latents {latents.shape} do not divide into patches of {patch}")
+        embeddings_shape = (batch, rows, self.checkpoint.dit.caption_channels)
+        rows = arguments.array("embeddings", embeddings, embeddings_shape).shape[1]
+        arguments.array("mask", mask, (batch, rows), np.bool_)
+        if np.ndim(timestep):
+            arguments.array("timestep", timestep, (batch,), np.number)
+        timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
         inputs = [self._spread(x) for x in (latents, timestep, embeddings, mask)]
         with self._context():
             return _velocity(self.dit, self.params["dit"], *inputs)[: latents.shape[0]]
@@ -242,17 +265,23 @@ class SanaPipeline:
 
         `tile`: (size, stride) in pixels, for pictures too large to decode at once.
         """
+        arguments.array("latents", latents, ("B", "h", "w", self.latent_channels))
+        tile = self._tile(tile, large=False)
         return self._decode_padded(self._spread(latents), tile)[: latents.shape[0]]
 
     def encode(
         self, images: Float[Array, "B H W 3"], tile: Tile | None = None
     ) -> Float[Array, "B h w c"]:
         """Latents as the sampler sees them (scaled), from pixels in [-1, 1]."""
+        channels = self.checkpoint.vae.in_channels
+        arguments.array("images", images, ("B", "H", "W", channels))
+        for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
+            self._check_multiple(name, side, self.factor)
+        tile = self._tile(tile, large=False)
         run = partial(_encode, self.vae, self.params["vae"])
         padded = self._spread(images)
         with self._context():
             if tile is None:
-                self._check_multiple(*images.shape[1:3])
                 latents = run(padded)
             else:
                 latents = tiling.tiled_encode(run, padded, *tile, self.factor)
@@ -279,53 +308,34 @@ class SanaPipeline:
                 return run(latents)
             return tiling.tiled_decode(run, latents, *tile, self.factor)
 
-    def _negative(self, negative_prompt: str | Sequence[str], count: int):
-        """Rows and mask of the negative prompts, which get no instruction."""
-        if isinstance(negative_prompt, str):
-            rows, mask = self.encode_prompt([negative_prompt], None)
-            return jnp.repeat(rows, count, axis=0), jnp.repeat(mask, count, axis=0)
-        if len(negative_prompt) != count:
-            raise UserError(f"{len(negative_prompt)} negative prompts for {count} prompts")
-        return self.encode_prompt(negative_prompt, None)
-
-    def _noise(self, seed, latents, count: int, shape: tuple[int, ...]) -> Array:
-        if latents is not None:
-            if latents.shape != (count, *shape):
-                raise UserError(f"latents are {latents.shape} instead of {(count, *shape)}")
-            return jnp.asarray(latents, jnp.float32)
-        if isinstance(seed, int | np.integer):
-            seeds = [(int(seed) + i) % (MAX_SEED + 1) for i in range(count)]
-            wrong = [seed] if not 0 <= seed <= MAX_SEED else []
-        else:
-            seeds = list(seed)
-            wrong = [s for s in seeds if not isinstance(s, int | np.integer)]
-            wrong = wrong or [s for s in seeds if not 0 <= s <= MAX_SEED]
-        if wrong:
-            raise UserError(f"seed {wrong[0]!r} is not a whole number in 0 .. {MAX_SEED}")
-        if len(seeds) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} images")
-        return _draw(np.asarray(seeds, np.uint32), shape)
+    def _tile(self, tile, large: bool) -> Tile | None:
+        """(size, stride) as tiling.py takes them, or None for the whole picture at once."""
+        if isinstance(tile, str) and tile == "auto":
+            return LARGE_TILE if large else None
+        if tile is None:
+            return None
+        if not isinstance(tile, Sequence) or isinstance(tile, str) or len(tile) != 2:
+            raise UserError(f"tile {tile!r} is not a pair (size, stride) in pixels")
+        tiling.check(*tile, self.factor)
+        return tuple(tile)
 
     def _sizes(self, height, width, binning: bool):
         """(height, width) to sample at, and the size to resize and crop to, or None."""
         native = self.native_size
-        height, width = native if height is None else height, native if width is None else width
-        for name, value in ("height", height), ("width", width):
-            if not isinstance(value, int | np.integer) or value <= 0:
-                raise UserError(f"{name} {value!r} is not a positive whole number of pixels")
+        height = arguments.whole("height", native if height is None else height, 1, MAX_SIDE)
+        width = arguments.whole("width", native if width is None else width, 1, MAX_SIDE)
         if not binning:
-            self._check_multiple(height, width)
+            for name, side in ("height", height), ("width", width):
+                self._check_multiple(name, side, self.factor * self.checkpoint.dit.patch_size)
             return height, width, None
         bucket = buckets.nearest(height, width, native)
         return *bucket, (None if bucket == (height, width) else (height, width))
 
-    def _check_multiple(self, height: int, width: int) -> None:
-        step = self.factor * self.checkpoint.dit.patch_size
-        for name, value in ("height", height), ("width", width):
-            if value % step:
-                low = value // step * step
-                near = f"{low} or {low + step}" if low else str(step)
-                raise UserError(f"{name} {value} is not a multiple of {step}: try {near}")
+    def _check_multiple(self, name: str, side: int, step: int) -> None:
+        if side % step:
+            low = side // step * step
+            near = f"{low} or {low + step}" if low else str(step)
+            raise UserError(f"{name} {side} is not a multiple of {step}: try {near}")
 
     def _spread(self, x) -> Array:
         """`x` with its batch split over the mesh; padded with copies of the last row to fit."""
@@ -338,8 +348,10 @@ class SanaPipeline:
     @contextlib.contextmanager
     def _context(self):
         """Inside, networks know the mesh, and float32 means float32 on every device."""
-        precision = "float32" if self.dtype == "float32" else None
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.set_mesh(self.mesh))
+            if self.dtype == "float32":
+                stack.enter_context(jax.default_matmul_precision("float32"))
             yield
 
 
@@ -367,8 +379,16 @@ def _encode(module: nn.Module, params: Any, images):
 
 @partial(jax.jit, static_argnums=1)
 def _draw(seeds, shape: tuple[int, ...]):
-    """Standard normal noise, each image from its own key."""
-    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+    """Standard normal noise, each image from its own key.
+
+    The generator is named, or the environment's default would decide about the picture.
+    """
+
+    def draw(seed):
+        return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape, jnp.float32)
+
+    with jax.threefry_partitionable(True):
+        return jax.vmap(draw)(seeds)
 
 
 @jax.jit

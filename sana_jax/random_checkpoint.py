@@ -55,7 +55,7 @@ def _spread(path: str, shape: tuple[int, ...]) -> np.float32:
 
 def configs(preset: str):
     """The three networks of a preset."""
-    from sana_jax.models.dc_ae import DCAEConfig
+    from sana_jax.models.dc_ae_config import DCAEConfig
     from sana_jax.models.dit import PRESETS, SanaConfig
     from sana_jax.models.gemma2 import Gemma2Config
 

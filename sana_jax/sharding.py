@@ -4,10 +4,12 @@ Mesh axes: `replica` holds copies of the weights, `fsdp` shards them, both split
 `sequence` splits the tokens of an image, `tensor` the heads and the hidden width.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,11 +42,21 @@ def make_mesh(
     devices = np.asarray(jax.local_devices() if devices is None else devices)
     sizes = replica, fsdp, sequence, tensor
     try:
-        devices = devices.reshape(sizes)
+        sizes = np.empty(devices.size).reshape(sizes).shape  # fills in the -1
     except ValueError:
         wanted = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"a mesh of {wanted} does not fit {devices.size} devices") from None
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    # Orders the devices of a TPU slice so that neighbours in the mesh are neighbours in it.
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices.ravel())
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises UserError for a mesh that a pipeline cannot run on."""
+    if not isinstance(mesh, Mesh) or mesh.axis_names != MESH_AXES:
+        raise UserError(f"mesh {mesh!r} is not one of sharding.make_mesh")
+    if mesh.is_multi_process:
+        raise UserError("the mesh has devices of other hosts; a pipeline uses those of its own")
 
 
 def shardings_for(abstract_params, mesh: Mesh):
@@ -56,11 +68,14 @@ def shardings_for(abstract_params, mesh: Mesh):
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
     def fit(leaf, sharding):
-        axes = zip(leaf.shape, sharding.spec, strict=False)
-        spec = (a if a and size % mesh.shape[a] == 0 else None for size, a in axes)
-        return NamedSharding(mesh, P(*spec))
+        return NamedSharding(mesh, _fit(leaf.shape, sharding.spec, mesh))
 
-    return jax.tree.map(fit, nn.unbox(abstract_params), shardings)
+    fitted = jax.tree.map(fit, nn.unbox(abstract_params), shardings)
+    if mesh.shape["fsdp"] > 1 and not any("fsdp" in s.spec for s in jax.tree.leaves(fitted)):
+        logging.warning(
+            "no weight divides over fsdp=%d: every device holds all", mesh.shape["fsdp"]
+        )
+    return fitted
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -74,5 +89,25 @@ def batch_divisor(mesh: Mesh) -> int:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Fixes the layout of an activation inside a network; does nothing where no mesh is set."""
-    return nn.with_logical_constraint(x, names, rules=RULES)
+    """Fixes the layout of an activation inside a network, a name an axis.
+
+    Without it the compiler may copy activations to where the weights are. Does nothing where no
+    mesh is set; an axis that its mesh axes do not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = dict(RULES)
+    axes = [name and rules[name] for name in names]
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fit(x.shape, axes, mesh)))
+
+
+def _fit(shape: tuple[int, ...], axes, mesh) -> P:
+    """`axes` without those that do not divide their dimension."""
+
+    def divides(size, axis):
+        names = (axis,) if isinstance(axis, str) else axis
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    pairs = zip(shape, axes, strict=False)
+    return P(*(axis if axis and divides(size, axis) else None for size, axis in pairs))

@@ -76,7 +76,8 @@ def load_tokenizer(folder: str | Path):
         config = folder / "tokenizer_config.json"
         name = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
         # By its name, because AutoTokenizer imports torch where that is installed.
-        kind = getattr(transformers, str(name), None) or transformers.AutoTokenizer
+        known = getattr(transformers, str(name), None) if "Token" in str(name) else None
+        kind = known or transformers.AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

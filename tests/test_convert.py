@@ -160,7 +160,7 @@ def test_vae_alone(tmp_path):
     """A native folder may hold the autoencoder alone; such a folder draws nothing."""
     from sana_jax.checkpoints import native, open_checkpoint
     from sana_jax.checkpoints.components import Checkpoint
-    from sana_jax.models.dc_ae import DCAEConfig
+    from sana_jax.models.dc_ae_config import DCAEConfig
 
     vae = toy.autoencoder()
     config = DCAEConfig.from_diffusers(dict(vae.config))

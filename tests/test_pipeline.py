@@ -1,6 +1,7 @@
 """The whole way from a diffusers folder and a prompt to pixels, against diffusers in float32."""
 
 import functools
+import tempfile
 
 import jax
 import jax.extend
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from sana_jax import SanaPipeline, denoise, pipeline
@@ -138,6 +139,7 @@ def test_resolution_binning(folder):
 
 
 def draw(pipe, prompts=PROMPTS, **kwargs):
+    """Small and fast; `prompts` may be None."""
     settings = dict(height=128, width=128, num_steps=4, output="np", seed=5)
     return pipe(prompts, **{**settings, **kwargs})
 
@@ -299,30 +301,172 @@ def test_narrow_types(ours, folder, dtype):
         (dict(width=0), "width 0"),
         (dict(height=-32), "height -32"),
         (dict(height=32.5), "height 32.5"),
+        (dict(height=True), "height True"),
         (dict(num_steps=0), "num_steps 0"),
         (dict(num_steps=10**9), "num_steps 1000000000"),
         (dict(guidance_scale=float("nan")), "guidance_scale nan"),
         (dict(seed=-1), "seed -1"),
         (dict(seed=2**32), "seed 4294967296"),
         (dict(seed=[1, 2]), "2 seeds for 3 images"),
+        (dict(seed=None), "seed None"),
+        (dict(seed=1.5), "seed 1.5"),
+        (dict(seed=[1, 2, "3"]), "seed '3'"),
+        (dict(num_steps=True), "num_steps True"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt 0"),
+        (dict(num_images_per_prompt=1.5), "num_images_per_prompt 1.5"),
+        (dict(guidance_scale="4"), "guidance_scale '4'"),
+        (dict(guidance_interval=(0.5,)), "guidance_interval (0.5,)"),
+        (dict(guidance_interval=0.5), "guidance_interval 0.5"),
+        (dict(guidance_interval=(0.9, 0.1)), "guidance_interval (0.9, 0.1)"),
+        (dict(guidance_interval=(None, 1)), "guidance_interval None"),
+        (dict(guidance_interval=(float("nan"), 1)), "guidance_interval nan"),
+        (dict(prompts=5), "prompt 5"),
+        (dict(prompts=[None]), "prompt [None]"),
+        (dict(negative_prompt=5), "negative_prompt 5"),
+        (dict(negative_prompt=[1]), "negative_prompt [1]"),
+        (dict(instruction=["a", "b"]), "instruction ['a', 'b']"),
+        (dict(sampler=["x"]), "sampler ['x']"),
+        (dict(flow_shift="3"), "flow_shift '3'"),
+        (dict(flow_shift=1e-300), "flow_shift 1e-300"),
+        (dict(on_step=5), "on_step 5"),
+        (dict(latents=[[1]]), "latents is list"),
+        (dict(latents=np.zeros((3, 4, 4, 8), np.int32)), "latents holds int32"),
+        (dict(tile="x"), "tile 'x'"),
+        (dict(tile=64), "tile 64"),
+        (dict(tile=(64, 96)), "stride (96, 96)"),
+        (dict(tile=(64, "a")), "'a'"),
+        (dict(prompt_embeddings=np.zeros((3, 300, 48))), "not both"),
+        (dict(prompts=None), "prompt_embeddings is NoneType"),
+        (dict(prompts=None, prompt_embeddings=np.zeros((3, 10, 48))), "(3, 10, 48)"),
+        (dict(prompts=None, prompt_embeddings=np.zeros((3, 300, 48))), "prompt_mask is NoneType"),
+        (
+            dict(
+                prompts=None,
+                prompt_embeddings=np.zeros((3, 300, 48)),
+                prompt_mask=np.ones((2, 300), bool),
+            ),
+            "prompt_mask is (2, 300)",
+        ),
         (dict(sampler="ddim"), "sampler 'ddim'"),
         (dict(output="jpg"), "output 'jpg'"),
         (dict(flow_shift=0.0), "flow_shift 0.0"),
         (dict(negative_prompt=["a", "b"]), "2 negative prompts for 3 prompts"),
-        (dict(guidance_scale=[1.0, 2.0]), "2 guidance scales for 3 prompts"),
-        (dict(latents=np.zeros((3, 4, 4, 5), np.float32)), "latents are"),
+        (dict(guidance_scale=[1.0, 2.0]), "3 of them, one a prompt"),
+        (dict(latents=np.zeros((3, 4, 4, 5), np.float32)), "latents is (3, 4, 4, 5)"),
     ],
 )
 def test_bad_arguments_are_refused(ours, change, words):
+    prompts = {"prompts": PROMPTS, **change}
     with pytest.raises(UserError) as error:
-        draw(ours, **change)
-    assert words in str(error.value)
+        draw(ours, **prompts)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_prompt_is_refused(ours):
     for prompts in (None, []):
         with pytest.raises(UserError):
             draw(ours, prompts)
+
+
+def test_what_diffusers_users_write_is_taken(ours):
+    """negative_prompt=None, numpy's numbers, a tuple of prompts."""
+    numbers = dict(num_steps=np.int64(4), height=np.int32(128), seed=np.uint32(5))
+    found = draw(ours, tuple(PROMPTS), negative_prompt=None, **numbers)
+    np.testing.assert_array_equal(found, draw(ours))
+
+
+EMBEDDINGS, MASK = np.zeros((1, 300, 48), np.float32), np.ones((1, 300), bool)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda p: p.decode(np.zeros((1, 4, 4, 5), np.float32)), "latents is (1, 4, 4, 5)"),
+        (lambda p: p.decode(np.zeros((4, 4, 8), np.float32)), "latents is (4, 4, 8)"),
+        (lambda p: p.decode([1]), "latents is list"),
+        (lambda p: p.decode(np.zeros((1, 4, 4, 8), np.float32), tile=64), "tile 64"),
+        (lambda p: p.decode(np.zeros((1, 4, 4, 8), np.float32), tile=(64,)), "tile (64,)"),
+        (lambda p: p.encode(np.zeros((1, 64, 64, 3), np.uint8)), "images holds uint8"),
+        (lambda p: p.encode(np.zeros((1, 64, 64, 1), np.float32)), "images is (1, 64, 64, 1)"),
+        (lambda p: p.encode(np.zeros((1, 60, 64, 3), np.float32)), "height 60"),
+        (lambda p: p.encode(np.zeros((1, 64, 60, 3), np.float32), tile=(64, 32)), "width 60"),
+        (
+            lambda p: p.velocity(np.zeros((2, 4, 4, 8), np.float32), 5.0, EMBEDDINGS, MASK),
+            "embeddings is (1, 300, 48)",
+        ),
+        (
+            lambda p: p.velocity(np.zeros((1, 4, 4, 8), np.float32), np.ones(3), EMBEDDINGS, MASK),
+            "timestep is (3,)",
+        ),
+        (
+            lambda p: p.velocity(np.zeros((1, 4, 4, 8), np.float32), 5.0, EMBEDDINGS, MASK * 1.0),
+            "mask holds float64",
+        ),
+        (lambda p: p.save_pretrained("gs://bucket/x"), "gs:"),
+        (lambda p: p.save_pretrained(__file__), "not an empty folder"),
+        (lambda p: p.save_pretrained("x", format="onnx"), "format 'onnx'"),
+        (lambda p: SanaPipeline.from_pretrained(5), "not by 5"),
+        (lambda p: SanaPipeline.from_pretrained("gs://bucket/x"), "gs://bucket/x"),
+        (lambda p: SanaPipeline.from_pretrained("shapez"), "no checkpoint 'shapez'"),
+        (lambda p: SanaPipeline.from_pretrained("x", mesh=5), "mesh 5"),
+        (lambda p: SanaPipeline.from_pretrained("x", dtype="int8"), "dtype 'int8'"),
+        (lambda p: SanaPipeline.from_pretrained("/", revision="v1"), "no revision 'v1'"),
+    ],
+)
+def test_other_bad_calls_are_refused(ours, call, words):
+    with pytest.raises(UserError) as error:
+        call(ours)
+    assert words in str(error.value)
+
+
+def test_everything_that_a_checkpoint_can_change():
+    """Positions, qk norms, a timestep scale, another shift: the whole way, as at 4096 px."""
+    changes = dict(qk_norm="rms_norm_across_heads", interpolation_scale=2.0, timestep_scale=0.5)
+    theirs = toy.pipeline(seed=3, sample_size=16, **changes)
+    shifted = dict(theirs.scheduler.config, flow_shift=6.0)
+    theirs.scheduler = DPMSolverMultistepScheduler.from_config(shifted)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = SanaPipeline.from_pretrained(folder, dtype="float32", mesh=one_device())
+    latents = noise(len(PROMPTS))
+    size = dict(height=HEIGHT, width=WIDTH, negative_prompt=NEGATIVE)
+    found = ours(PROMPTS, latents=latents, num_steps=10, output="latent", **size)
+    expected = reference(theirs, PROMPTS, latents, num_inference_steps=10)
+    toy.assert_close(found, expected, 1e-4, "shift 6, timestep scale 0.5")
+    for wrong in (dict(timestep_scale=1.0), dict(interpolation_scale=1.0)):
+        other = toy.replace_config(ours, **wrong)
+        found = other(PROMPTS, latents=latents, num_steps=10, output="latent", **size)
+        assert toy.relative_error(found, expected) > 1e-3, wrong
+
+
+def test_noise_does_not_depend_on_the_environment(ours):
+    """TPU users set the rbg generator, whose numbers depend on the batch."""
+    seeds = np.arange(3, dtype=np.uint32)
+    expected = np.asarray(pipeline._draw(seeds, (4, 4, 8)))
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), jax.enable_x64(True):
+        found = np.asarray(pipeline._draw(seeds, (4, 4, 8)))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(pipeline._draw(seeds[2:], (4, 4, 8))[0], expected[2])
+
+
+def test_saving_leaves_no_copy_of_the_weights_on_the_host(folder, tmp_path):
+    mesh = make_mesh(replica=1, fsdp=8)
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
+    pipe.save_pretrained(tmp_path / "native")
+    pipe.save_pretrained(tmp_path / "diffusers", format="diffusers")
+    sharded = [x for x in jax.tree.leaves(pipe.params) if not x.is_fully_replicated]
+    assert sharded and all(x._npy_value is None for x in sharded)
+    with pytest.raises(UserError, match="not an empty folder"):
+        pipe.save_pretrained(tmp_path / "native")
+
+
+def test_clip_attention_is_a_choice_of_the_user(folder):
+    for choice in (None, True, False):
+        pipe = SanaPipeline.from_pretrained(
+            str(folder), dtype="float32", mesh=one_device(), clip_attention=choice
+        )
+        assert pipe.dit.config.clip_attention is choice
 
 
 def test_one_compilation_a_shape(ours):

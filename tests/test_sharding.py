@@ -1,16 +1,20 @@
 """The mesh and the rule table."""
 
+import ast
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from sana_jax import sharding
-from sana_jax.checkpoints.components import abstract_params
+from sana_jax import models, sharding
+from sana_jax.checkpoints.components import abstract_params, module_for
 from sana_jax.errors import UserError
-from sana_jax.models.dc_ae import DCAEConfig
-from sana_jax.models.dit import PRESETS
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.models.dit import PRESETS, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 
 NETWORKS = {
@@ -18,7 +22,6 @@ NETWORKS = {
     "vae": DCAEConfig(),
     "text_encoder": Gemma2Config(),
 }
-ACTIVATIONS = {"batch", "tokens", "residual"}
 
 
 def specs(config):
@@ -26,11 +29,23 @@ def specs(config):
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, P))
 
 
+def constrained_names() -> set[str]:
+    """The names that networks give the axes of their activations, read from their source."""
+    calls = (
+        node
+        for file in Path(models.__path__[0]).glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "constrain"
+    )
+    names = [a.value for call in calls for a in call.args[1:] if isinstance(a, ast.Constant)]
+    return {name for name in names if name is not None}
+
+
 def test_every_name_has_a_rule_and_every_rule_a_use():
-    names = {n for c in NETWORKS.values() for spec in specs(c) for n in spec if n is not None}
+    weights = {n for c in NETWORKS.values() for spec in specs(c) for n in spec if n is not None}
     rules = [name for name, _ in sharding.RULES]
     assert len(set(rules)) == len(rules)
-    assert names | ACTIVATIONS == set(rules)
+    assert weights | constrained_names() == set(rules)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -59,3 +74,90 @@ def test_mesh_sizes():
 def test_constrain_needs_no_mesh():
     x = jnp.ones((2, 3, 4))
     assert (sharding.constrain(x, "batch", "tokens", "residual") == x).all()
+    with pytest.raises(KeyError):
+        sharding.constrain(x, "bach", "tokens", "residual")
+
+
+def test_constrain_leaves_whole_what_does_not_divide():
+    with jax.set_mesh(sharding.make_mesh(fsdp=8)):
+        assert sharding.constrain(jnp.ones((3, 5)), "batch", None).shape == (3, 5)
+
+
+SMALL = {
+    "dit": SanaConfig(depth=2, width=64, cross_heads=2, caption_channels=48, latent_channels=8),
+    "vae": DCAEConfig(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_channels=(16,) * 3 + (32,) * 3,
+        decoder_channels=(16,) * 3 + (32,) * 3,
+        encoder_layers=(1,) * 6,
+        decoder_layers=(1,) * 6,
+    ),
+}
+
+
+def collectives(config, mesh, method, *inputs) -> list[tuple[int, ...]]:
+    """The shapes that devices exchange in a compiled network, batch and weights sharded."""
+    boxed = abstract_params(config)
+    place = sharding.batch_sharding(mesh)
+    params = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        nn.unbox(boxed),
+        sharding.shardings_for(boxed, mesh),
+    )
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in inputs]
+    module = module_for(config, "float32")
+    with jax.set_mesh(mesh):
+        apply = jax.jit(lambda p, *a: module.apply({"params": p}, *a, method=method))
+        text = apply.lower(params, *inputs).compile().as_text()
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= \(?\w+\[([\d,]*)\]\S* (?:{kinds})", text)
+    return [tuple(map(int, shape.split(","))) if shape else () for shape in found]
+
+
+@pytest.mark.parametrize("network", SMALL)
+def test_weights_travel_and_activations_stay(network):
+    """With weights and batch over fsdp=8, nothing that has pixels or tokens is exchanged."""
+    mesh, config = sharding.make_mesh(replica=1, fsdp=8), SMALL[network]
+    batch, height, width, rows = 8, 6, 10, 7
+    latents = ((batch, height, width, 8), jnp.float32)
+    if network == "vae":
+        found = collectives(config, mesh, "decode", latents)
+    else:
+        caption, mask = ((batch, rows, 48), jnp.float32), ((batch, rows), jnp.bool_)
+        found = collectives(
+            config, mesh, "__call__", latents, ((batch,), jnp.float32), caption, mask
+        )
+    weights = {leaf.shape for leaf in jax.tree.leaves(nn.unbox(abstract_params(config)))}
+    layer = {shape[1:] for shape in weights}
+    assert found, "nothing is exchanged: the weights are not sharded"
+    for shape in found:
+        squeezed = tuple(n for n in shape if n != 1)
+        known = {tuple(n for n in s if n != 1) for s in weights | layer}
+        assert squeezed in known, f"{shape} is exchanged and no weight"
+
+
+@pytest.mark.parametrize("network", SMALL)
+def test_float32_islands_are_float32_on_a_tpu(network):
+    """In bfloat16, every product of float32 numbers asks for full precision.
+
+    TPUs would round them to bfloat16 otherwise, which no run on a CPU can show.
+    """
+    config = SMALL[network]
+    module = module_for(config, "bfloat16")
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
+        nn.unbox(abstract_params(config)),
+    )
+    latents = jnp.zeros((2, 6, 10, 8))
+    inputs = [latents, jnp.zeros(2), jnp.zeros((2, 7, 48)), jnp.ones((2, 7), bool)]
+    method, inputs = ("decode", [latents]) if network == "vae" else ("__call__", inputs)
+    apply = jax.jit(lambda p, *a: module.apply({"params": p}, *a, method=method))
+    with jax.default_matmul_precision("default"):
+        text = apply.trace(params, *inputs).lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    exact = [
+        line for line in products if re.search(r": \(tensor<[\dx]*f32>, tensor<[\dx]*f32>", line)
+    ]
+    assert exact and len(exact) < len(products)
+    assert all("HIGHEST" in line for line in exact), exact

@@ -1,5 +1,6 @@
 """Where a checkpoint's name leads: a native folder, a diffusers folder, a bundled name, the hub."""
 
+import os
 from pathlib import Path
 
 from absl import logging
@@ -64,8 +65,15 @@ def bundled() -> dict[str, Path]:
 
 def find(name: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint; downloads it where `name` is a hub id. Raises UserError."""
-    path = Path(name).expanduser()
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"a checkpoint is named by a text, not by {name!r}")
+    name = os.fspath(name)
+    if "://" in name:
+        raise UserError(f"{name}: checkpoints are read from local folders; copy it to one first")
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
+        if revision:
+            raise UserError(f"{name} is a folder, which has no revision {revision!r}")
         for marker in ("model.json", "model_index.json"):
             if (path / marker).is_file():
                 return path

@@ -10,7 +10,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints.mapping import flat_shapes
-from sana_jax.models.dc_ae import DCAE, DCAEConfig
+from sana_jax.models.dc_ae import DCAE
+from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig, SanaTransformer
 from sana_jax.models.gemma2 import Gemma2, Gemma2Config
 from sana_jax.models.layers import Dtype
@@ -59,15 +60,21 @@ def module_for(config: Config, dtype: Dtype, param_dtype: Dtype | None = None) -
 
 def abstract_params(config: Config):
     """The shapes of a network's parameters, boxed with their logical axes; computes nothing."""
-    if isinstance(config, SanaConfig):
-        latents = jnp.zeros((1, config.patch_size, config.patch_size, config.latent_channels))
-        caption = jnp.zeros((1, 1, config.caption_channels))
-        inputs = latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool)
-    elif isinstance(config, DCAEConfig):
-        inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
-    else:
-        inputs = (jnp.zeros((1, 1), jnp.int32),)
-    return jax.eval_shape(module_for(config, "float32").init, jax.random.key(0), *inputs)["params"]
+    module = module_for(config, "float32")
+
+    def init():
+        if isinstance(config, SanaConfig):
+            patch = config.patch_size
+            latents = jnp.zeros((1, patch, patch, config.latent_channels))
+            caption = jnp.zeros((1, 1, config.caption_channels))
+            inputs = latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool)
+        elif isinstance(config, DCAEConfig):
+            inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+        else:
+            inputs = (jnp.zeros((1, 1), jnp.int32),)
+        return module.init(jax.random.key(0), *inputs)["params"]
+
+    return jax.eval_shape(init)
 
 
 def param_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -4,6 +4,7 @@ Reading needs neither diffusers nor torch. Tensor names are in diffusers_names.p
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from sana_jax import text
 from sana_jax.checkpoints.components import Checkpoint, Config, param_shapes
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
-from sana_jax.checkpoints.native import read_json
+from sana_jax.checkpoints.native import local, read_json
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, write_tensors
 from sana_jax.errors import UserError
-from sana_jax.models.dc_ae import DCAEConfig
+from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 
@@ -70,10 +71,14 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes a folder that diffusers loads; weights keep the dtype they have."""
-    folder = Path(folder)
+    folder = local(folder)
     if missing := COMPONENTS.keys() - checkpoint.configs():
         raise UserError(
             f"a diffusers folder needs {', '.join(sorted(missing))}, which is not there"
+        )
+    if checkpoint.text_rows != TEXT_ROWS or checkpoint.dit.clip_attention is not None:
+        logging.warning(
+            "a diffusers folder cannot hold text_rows and clip_attention: they are lost"
         )
     index: dict[str, Any] = {"_class_name": "SanaPipeline", "_diffusers_version": "0.42.1"}
     for name, config in checkpoint.configs().items():
@@ -128,18 +133,43 @@ def _read_config(folder: Path, name: str) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
+# The settings of a scheduler that mean what diffusion/dpm_solver.py computes; those that a file
+# leaves out have diffusers' default, the second value.
+SCHEDULERS = {
+    "DPMSolverMultistepScheduler": {
+        "use_flow_sigmas": (True, False),
+        "prediction_type": ("flow_prediction", "epsilon"),
+        "algorithm_type": ("dpmsolver++", "dpmsolver++"),
+        "solver_order": (2, 2),
+        "solver_type": ("midpoint", "midpoint"),
+        "lower_order_final": (True, True),
+        "euler_at_final": (False, False),
+        "final_sigmas_type": ("zero", "zero"),
+        "use_dynamic_shifting": (False, False),
+        "thresholding": (False, False),
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        "use_dynamic_shifting": (False, False),
+        "stochastic_sampling": (False, False),
+    },
+}
+
+
 def _read_flow_shift(folder: Path) -> float:
     path = folder / "scheduler_config.json"
     config = read_json(path)
     kind = config.get("_class_name")
-    if kind == "FlowMatchEulerDiscreteScheduler":
-        return float(config.get("shift", 1.0))
-    expected = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    wrong = [k for k, v in expected.items() if config.get(k) != v]
-    if kind != "DPMSolverMultistepScheduler" or wrong:
-        found = " ".join([str(kind), *(f"{k}={config.get(k)}" for k in wrong)])
-        raise UserError(f"{path}: {found} is not supported, only flow DPM-Solver++ or flow Euler")
-    return float(config.get("flow_shift", 1.0))
+    if kind not in SCHEDULERS:
+        raise UserError(f"{path}: {kind} is not supported, only {' and '.join(SCHEDULERS)}")
+    for key, (ours, default) in SCHEDULERS[kind].items():
+        if config.get(key, default) != ours:
+            found = config.get(key, default)
+            raise UserError(f"{path}: {kind} with {key} {found!r} is not supported, only {ours!r}")
+    key = "flow_shift" if kind == "DPMSolverMultistepScheduler" else "shift"
+    shift = config.get(key, 1.0)
+    if type(shift) not in (int, float) or not 0 < shift < math.inf:
+        raise UserError(f"{path}: {key} {shift!r} is not a positive number")
+    return float(shift)
 
 
 def _find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, bool]:

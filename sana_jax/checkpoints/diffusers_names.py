@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from sana_jax.checkpoints.mapping import DEPTHWISE, POINTWISE, Entry, conv, linear
-from sana_jax.models.dc_ae import DCAEConfig
+from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 

@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import traverse_util
 
-from sana_jax.checkpoints.tensors import FLOAT_DTYPES, LazyArray, TensorReader
+from sana_jax.checkpoints.tensors import FLOAT_DTYPES, LazyArray, TensorReader, on_host
 from sana_jax.errors import UserError
 
 LINEAR = "o i -> i o"
@@ -159,7 +159,7 @@ def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, LazyAr
 
     @functools.lru_cache(maxsize=1)  # the layers of a stack are written one after the other
     def tensors(entry: Entry) -> dict[str, np.ndarray]:
-        return dict(entry.write(np.asarray(flat[entry.path])))
+        return dict(entry.write(on_host(flat[entry.path])))
 
     for entry in entries:
         ours = flat[entry.path]

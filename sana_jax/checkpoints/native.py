@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ FORMAT, VERSION = "sana_jax", 1
 
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes `checkpoint` to a new or empty `folder`; weights keep the dtype they have."""
-    folder = Path(folder)
+    folder = local(folder)
     configs = checkpoint.configs()
     for name in configs:
         flat = traverse_util.flatten_dict(checkpoint.params[name], sep="/")
@@ -31,6 +32,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         "format": FORMAT,
         "version": VERSION,
         **{name: dataclasses.asdict(config) for name, config in configs.items()},
+        # For people and other programs; the autoencoder's config is what is read.
         "latent_channels": checkpoint.vae.latent_channels,
         "factor": checkpoint.vae.factor,
         "scaling_factor": checkpoint.vae.scaling_factor,
@@ -62,23 +64,30 @@ def open_folder(folder: Path) -> Checkpoint:
         )
     try:
         configs = {n: cls(**_freeze(model[n])) for n, cls in CONFIGS.items() if model.get(n)}
-        sampler, files, instruction = model["sampler"], model["files"], model["instruction"]
+        files, instruction = dict(model["files"]), model["instruction"]
         if instruction is not None:
+            sha256 = instruction["sha256"]
             instruction = text.Instruction(instruction["text"], instruction["source"])
+            if instruction.sha256 != sha256:
+                raise ValueError("the instruction's sha256 is not that of its text")
         checkpoint = Checkpoint(
             **configs,
-            flow_shift=sampler["flow_shift"],
-            text_rows=sampler["text_rows"],
+            flow_shift=_positive(float, model["sampler"]["flow_shift"]),
+            text_rows=_positive(int, model["sampler"]["text_rows"]),
             instruction=instruction,
             provenance=model.get("provenance", {}),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'model.json'} is incomplete: {error!r}") from None
     for name, digest in files.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing")
         if _sha256(folder / name) != digest:
             raise UserError(f"{folder / name} is damaged: its sha256 is not the one in model.json")
+    if loose := sorted(p.name for p in folder.glob("*.safetensors") if p.name not in files):
+        raise UserError(
+            f"{folder / loose[0]} is not in model.json: it was put there by another hand"
+        )
     for name, config in configs.items():
         single = folder / f"{name}.safetensors"
         tensors = TensorReader(single if single.is_file() else Path(f"{single}.index.json"))
@@ -89,6 +98,13 @@ def open_folder(folder: Path) -> Checkpoint:
     if (folder / "tokenizer").is_dir():
         checkpoint.tokenizer = text.load_tokenizer(folder / "tokenizer")
     return checkpoint
+
+
+def local(folder: Path) -> Path:
+    """`folder`, unless it is an address: a path such as gs://bucket would be made beside us."""
+    if "://" in str(folder) or str(folder).startswith("gs:/"):
+        raise UserError(f"{folder}: checkpoints are written to local folders; copy it from there")
+    return Path(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,6 +118,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds no JSON object")
     return contents
+
+
+def _positive(kind: type, value):
+    if type(value) not in (kind, int) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is not a positive number")
+    return value
 
 
 def _freeze(value):

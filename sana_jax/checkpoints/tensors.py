@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -156,10 +158,15 @@ def _write_file(path: Path, tensors: list[tuple[str, "LazyArray | np.ndarray", i
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor, nbytes in tensors:
-            array = np.ascontiguousarray(np.asarray(tensor))
+            array = np.ascontiguousarray(on_host(tensor))
             assert array.nbytes == nbytes, name
             file.write(array.reshape(-1).view(np.uint8))
     return path
+
+
+def on_host(array) -> np.ndarray:
+    """`array` as numpy; unlike np.asarray it leaves no copy with a jax array, for its lifetime."""
+    return np.asarray(jnp.copy(array) if isinstance(array, jax.Array) else array)
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -19,8 +19,6 @@ No KL term and no sampling: the latents are what the encoder returns. They are u
 diffusion model works on `latents * config.scaling_factor`.
 """
 
-import dataclasses
-import itertools
 from typing import Any
 
 import jax
@@ -31,6 +29,7 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.glumbconv import depthwise_conv
 from sana_jax.kernels.linear_attention import linear_attention
+from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.layers import (
     Dtype,
     GLUMBConv,
@@ -40,178 +39,10 @@ from sana_jax.models.layers import (
     fan_in_uniform,
     partitioned,
 )
+from sana_jax.sharding import constrain
 
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 EPSILON = 1e-5  # of every norm
-
-_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-_SCALES = ((),) * 3 + ((5,),) * 3
-
-
-@dataclasses.dataclass(frozen=True)
-class DCAEConfig:
-    """The architecture of a release; the defaults are SANA's autoencoder.
-
-    Tuples have an entry a stage, full resolution first. A first stage of no layers is left out: the
-    outermost convolution then changes the resolution itself. Raises ValueError, naming the field,
-    for what the networks below cannot be.
-    """
-
-    in_channels: int = 3
-    latent_channels: int = 32
-    attention_head_dim: int = 32
-    encoder_blocks: tuple[str, ...] = _BLOCKS
-    decoder_blocks: tuple[str, ...] = _BLOCKS
-    encoder_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
-    decoder_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
-    encoder_layers: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
-    decoder_layers: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
-    # Depthwise kernel sizes; each adds heads that see q, k and v of a neighbourhood.
-    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
-    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
-    decoder_norms: tuple[str, ...] = ("rms_norm",) * 6  # the encoder's all are
-    decoder_activations: tuple[str, ...] = ("silu",) * 6  # of ResBlocks; the encoder's all are
-    downsample: str = "conv"  # with stride 2; "pixel_unshuffle": conv, then space to channel
-    upsample: str = "interpolate"  # to the nearest, then conv; "pixel_shuffle": channel to space
-    encoder_out_shortcut: bool = True
-    decoder_in_shortcut: bool = True
-    decoder_out_activation: str = "relu"
-    scaling_factor: float = 0.41407  # 1 / root mean square of the latents
-
-    def __post_init__(self):
-        def reject(field, problem):
-            alias = f" ({_NAMES[field]} in diffusers)" if field in _NAMES else ""
-            raise ValueError(f"autoencoder {field}{alias} {getattr(self, field)!r}: {problem}")
-
-        stages = len(self.encoder_channels)
-        for field in _PER_STAGE:
-            if len(getattr(self, field)) != stages:
-                reject(field, f"needs one entry for each of {stages} stages")
-        for field, choices in _CHOICES.items():
-            value = getattr(self, field)
-            if {*([value] if isinstance(value, str) else value)} - {*choices}:
-                reject(field, f"only {' and '.join(choices)} are supported")
-        for side in ("encoder", "decoder"):
-            channels, layers = getattr(self, f"{side}_channels"), getattr(self, f"{side}_layers")
-            attention = zip(getattr(self, f"{side}_blocks"), channels, strict=True)
-            if any(b == "EfficientViTBlock" and c % self.attention_head_dim for b, c in attention):
-                reject("attention_head_dim", f"does not divide {side}_channels {channels}")
-            if not all(layers[1:-1]):
-                reject(f"{side}_layers", "only the first or last stage may have no layers")
-            whole = [4 * c % deeper == 0 for c, deeper in itertools.pairwise(channels)]
-            if not all(whole) or channels[-1] % self.latent_channels:
-                reject(f"{side}_channels", "the shortcuts need whole groups of channels")
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a side of one latent."""
-        return 2 ** (len(self.encoder_channels) - 1)
-
-    @classmethod
-    def from_diffusers(cls, config: dict[str, Any]) -> "DCAEConfig":
-        """Reads an AutoencoderDC's config.json. Raises ValueError naming what is not ours."""
-
-        def freeze(value):
-            return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
-
-        ours = {}
-        for field in dataclasses.fields(cls):
-            missing = _DIFFUSERS_DEFAULTS.get(field.name, field.default)
-            ours[field.name] = freeze(config.get(_NAMES.get(field.name, field.name), missing))
-        stages = len(ours["encoder_channels"])
-        for field in _PER_STAGE:
-            # As diffusers reads them: a string holds for all stages, what is beyond them for none.
-            value = ours[field]
-            ours[field] = (value,) * stages if isinstance(value, str) else value[:stages]
-        ours["downsample"] = ours["downsample"].lower()  # published files say "Conv"
-        return cls(**ours)
-
-    def to_diffusers(self) -> dict[str, Any]:
-        """The config.json of the same network."""
-
-        def thaw(value):
-            return [thaw(v) for v in value] if isinstance(value, tuple) else value
-
-        ours = {_NAMES.get(k, k): thaw(v) for k, v in vars(self).items()}
-        return {"_class_name": "AutoencoderDC", **ours}
-
-
-_PER_STAGE = [f.name for f in dataclasses.fields(DCAEConfig) if isinstance(f.default, tuple)]
-_CHOICES = {
-    "encoder_blocks": ("ResBlock", "EfficientViTBlock"),
-    "decoder_blocks": ("ResBlock", "EfficientViTBlock"),
-    "decoder_norms": ("rms_norm", "batch_norm"),
-    "decoder_activations": tuple(ACTIVATIONS),
-    "downsample": ("conv", "pixel_unshuffle"),
-    "upsample": ("interpolate", "pixel_shuffle"),
-    "decoder_out_activation": tuple(ACTIVATIONS),
-}
-# Where diffusers has another name for a field.
-_NAMES = {
-    "encoder_blocks": "encoder_block_types",
-    "decoder_blocks": "decoder_block_types",
-    "encoder_channels": "encoder_block_out_channels",
-    "decoder_channels": "decoder_block_out_channels",
-    "encoder_layers": "encoder_layers_per_block",
-    "decoder_layers": "decoder_layers_per_block",
-    "decoder_norms": "decoder_norm_types",
-    "decoder_activations": "decoder_act_fns",
-    "downsample": "downsample_block_type",
-    "upsample": "upsample_block_type",
-    "decoder_out_activation": "decoder_conv_act_fn",
-}
-# What an absent field means to diffusers, where that is not our default.
-_DIFFUSERS_DEFAULTS = {
-    "encoder_blocks": "ResBlock",
-    "decoder_blocks": "ResBlock",
-    "decoder_norms": "rms_norm",
-    "decoder_activations": "silu",
-    "downsample": "pixel_unshuffle",
-    "upsample": "pixel_shuffle",
-    "scaling_factor": 1.0,
-}
-
-
-def _paper(latent_channels: int, scaling_factor: float, *deeper: int) -> DCAEConfig:
-    """A release of the DC-AE paper; `deeper` are the widths of the stages past the sixth."""
-    extra = len(deeper)
-    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (3 + extra)
-    channels = (128, 256, 512, 512, 1024, 1024, *deeper)
-    return DCAEConfig(
-        latent_channels=latent_channels,
-        encoder_blocks=blocks,
-        decoder_blocks=blocks,
-        encoder_channels=channels,
-        decoder_channels=channels,
-        encoder_layers=(0, 4, 8, 2, 2, 2) + (2,) * extra,
-        decoder_layers=(0, 5, 10, 2, 2, 2) + (2,) * extra,
-        encoder_qkv_multiscales=((),) * (6 + extra),
-        decoder_qkv_multiscales=((),) * (6 + extra),
-        decoder_norms=("batch_norm",) * 3 + ("rms_norm",) * (3 + extra),
-        decoder_activations=("relu",) * 3 + ("silu",) * (3 + extra),
-        downsample="pixel_unshuffle",
-        upsample="pixel_shuffle",
-        scaling_factor=scaling_factor,
-    )
-
-
-PRESETS = {
-    "dc-ae-f32c32-sana-1.0": DCAEConfig(),
-    "dc-ae-f32c32-sana-1.1": DCAEConfig(),  # other weights of the decoder
-    "dc-ae-lite-f32c32-sana-1.1": DCAEConfig(
-        decoder_blocks=("ResBlock",) * 6,
-        decoder_layers=(0, 3, 5, 4, 4, 4),
-        decoder_qkv_multiscales=((),) * 6,
-        upsample="pixel_shuffle",
-        decoder_out_activation="silu",
-    ),
-    "dc-ae-f32c32-in-1.0": _paper(32, 0.3189),
-    "dc-ae-f32c32-mix-1.0": _paper(32, 0.4552),
-    "dc-ae-f64c128-in-1.0": _paper(128, 0.2889, 2048),
-    "dc-ae-f64c128-mix-1.0": _paper(128, 0.4538, 2048),
-    "dc-ae-f128c512-in-1.0": _paper(512, 0.4883, 2048, 2048),
-    "dc-ae-f128c512-mix-1.0": _paper(512, 0.3620, 2048, 2048),
-}
 
 
 def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 4*C"]:
@@ -256,6 +87,11 @@ def upsample(
     return y + channel_to_space(duplicate(x, 4 * channels)) if shortcut else y
 
 
+def split_batch(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Keeps activations where their images are; the compiler would move them to the weights."""
+    return constrain(x, "batch", None, None, "residual")
+
+
 class BatchNorm(nn.Module):
     """Batch norm as a finished network applies it: the stored statistics are constants."""
 
@@ -297,7 +133,7 @@ class ResBlock(nn.Module):
         y = conv3x3(width, ("embed", "mlp"), name="conv1", **types)(x)
         y = ACTIVATIONS[self.activation](y)
         y = conv3x3(width, ("mlp", "embed"), use_bias=False, name="conv2", **types)(y)
-        return x + make_norm(self.norm, name="norm", **types)(y), None
+        return split_batch(x + make_norm(self.norm, name="norm", **types)(y)), None
 
 
 class Multiscale(nn.Module):
@@ -359,10 +195,10 @@ class EfficientViTBlock(nn.Module):
         q, k, v = rearrange(qkv, "b h w (n s d) -> s b (h w) n d", s=3, d=head_dim)
         y = rearrange(linear_attention(q, k, v), "b (h w) n d -> b h w (n d)", h=height)
         y = dense(width, ("heads", "embed"), name="out", **linear)(y)
-        x = x + make_norm(self.norm, name="norm", **types)(y)
+        x = split_batch(x + make_norm(self.norm, name="norm", **types)(y))
 
         y = GLUMBConv(4 * width, name="ffn", **types)(x)
-        return x + make_norm("rms_norm", name="ffn_norm", **types)(y), None
+        return split_batch(x + make_norm("rms_norm", name="ffn_norm", **types)(y)), None
 
 
 class Stage(nn.Module):
@@ -389,7 +225,7 @@ class Stage(nn.Module):
         resize = dict(axes=("embed", "mlp"), **types)
         deepest = i + 1 == len(config.encoder_channels)
         if decoder and not deepest:
-            x = upsample(x, of_stage("channels"), config.upsample, name="up", **resize)
+            x = split_batch(upsample(x, of_stage("channels"), config.upsample, name="up", **resize))
 
         fields = dict(norm=config.decoder_norms[i] if decoder else "rms_norm", **types)
         if of_stage("blocks") == "ResBlock":
@@ -410,7 +246,7 @@ class Stage(nn.Module):
 
         if not decoder and not deepest:
             channels = config.encoder_channels[i + 1]
-            x = downsample(x, channels, config.downsample, name="down", **resize)
+            x = split_batch(downsample(x, channels, config.downsample, name="down", **resize))
         return x
 
 
@@ -431,6 +267,7 @@ class Encoder(nn.Module):
             x = conv3x3(channels[0], **stem)(images)
         else:
             x = downsample(images, channels[1], config.downsample, shortcut=False, **stem)
+        x = split_batch(x)
         for i in range(first, len(channels)):
             x = Stage(config, "encoder", i, name=f"stage_{i}", **types)(x)
         latents = conv3x3(config.latent_channels, ("embed", None), name="conv_out", **types)(x)
@@ -454,6 +291,7 @@ class Decoder(nn.Module):
         x = conv3x3(channels[-1], (None, "embed"), name="conv_in", **types)(latents)
         if config.decoder_in_shortcut:
             x = x + duplicate(latents, channels[-1])
+        x = split_batch(x)
         first = 0 if config.decoder_layers[0] else 1
         for i in reversed(range(first, len(channels))):
             x = Stage(config, "decoder", i, name=f"stage_{i}", **types)(x)

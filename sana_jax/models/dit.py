@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.mixed_einsum import einsum_float32
+from sana_jax.models.config import check_fields
 from sana_jax.models.layers import Dtype, GLUMBConv, RMSNorm, dense, partitioned
 from sana_jax.sharding import constrain
 
@@ -55,16 +56,16 @@ class SanaConfig:
     clip_attention: bool | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"transformer {field.name} {value!r} is not a positive number")
+        check_fields(self, "transformer")
         if self.width % self.head_dim or self.width % self.cross_heads:
             raise ValueError(f"transformer width {self.width} does not divide into its heads")
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> "SanaConfig":
         """Reads a SanaTransformer2DModel's config.json. Raises ValueError naming the field."""
+        kind = config.get("_class_name", "SanaTransformer2DModel")
+        if kind != "SanaTransformer2DModel":
+            raise ValueError(f"transformer {kind} is not supported, only SanaTransformer2DModel")
         get = {**_DIFFUSERS_DEFAULTS, **config}.__getitem__
         width = get("num_attention_heads") * get("attention_head_dim")
         if get("guidance_embeds"):
@@ -319,11 +320,14 @@ class TimestepEmbedder(nn.Module):
                 kernel_init=small_normal,
                 dtype=jnp.float32,
                 param_dtype=self.param_dtype,
+                precision=jax.lax.Precision.HIGHEST,
                 name=name,
             )
 
         x = linear(self.width, "linear_1", (None, "embed"))(timestep_features(timestep))
+        x = constrain(x, "batch", "residual")
         embedding = linear(self.width, "linear_2", ("embed", "heads"))(jax.nn.silu(x))
+        embedding = constrain(embedding, "batch", "residual")
         modulation = linear(6 * self.width, "modulation", ("embed", "heads"))
         return embedding, rearrange(modulation(jax.nn.silu(embedding)), "b (s c) -> b s c", s=6)
 
@@ -339,9 +343,12 @@ class CaptionEmbedder(nn.Module):
     def __call__(self, caption: Float[Array, "B L T"]) -> Float[Array, "B L C"]:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         linear = dict(kernel_init=small_normal, **types)
+        caption = constrain(caption, "batch", None, None)
         x = dense(self.width, (None, "embed"), name="linear_1", **linear)(caption)
+        x = constrain(x, "batch", None, "residual")
         x = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
         x = dense(self.width, ("embed", "heads"), name="linear_2", **linear)(x)
+        x = constrain(x, "batch", None, "residual")
         return RMSNorm(1e-5, scale_init=0.01, name="norm", **types)(x)
 
 
@@ -426,7 +433,7 @@ class SanaTransformer(nn.Module):
     def _velocity(self, latents, timestep, blocks):
         config, patch = self.config, self.config.patch_size
         x = rearrange(latents, "b (h p) (w q) c -> b h w (c p q)", p=patch, q=patch)
-        x = self.patch_embed(x)
+        x = constrain(self.patch_embed(x), "batch", None, None, "residual")
         if config.interpolation_scale is not None:
             x = x + self._positions(*x.shape[1:3]).astype(x.dtype)
         embedding, modulation = self.time_embed(timestep)

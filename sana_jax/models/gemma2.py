@@ -21,6 +21,8 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from sana_jax.kernels.mixed_einsum import einsum_float32
+from sana_jax.models.config import check_fields
 from sana_jax.models.layers import Dtype, RMSNorm, dense, partitioned
 from sana_jax.sharding import constrain
 
@@ -45,6 +47,7 @@ class Gemma2Config:
     max_positions: int = 8192  # what the release was trained for; nothing is sized by it
 
     def __post_init__(self):
+        check_fields(self, "text encoder")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide {self.num_heads}")
         if self.head_dim % 2:
@@ -157,14 +160,14 @@ def attend(
 ) -> Float[Array, "B L C"]:
     """Grouped-query attention; `mask` is True where a row may look. The softmax is float32."""
     q = rearrange(q, "b l (k g) d -> b l k g d", k=config.num_kv_heads)
-    logits = jnp.einsum("blkgd,bmkd->bkglm", q, k, preferred_element_type=jnp.float32)
+    logits = einsum_float32("blkgd,bmkd->bkglm", q, k)
     logits = logits * config.query_pre_attn_scalar**-0.5
     if config.attn_logit_softcap is not None:
         logits = config.attn_logit_softcap * jnp.tanh(logits / config.attn_logit_softcap)
     # After the cap, which would pull minus infinity back among the others.
     logits = jnp.where(mask[None, None, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkglm,bmkd->blkgd", weights, v)
+    out = einsum_float32("bkglm,bmkd->blkgd", weights, v).astype(v.dtype)
     return rearrange(out, "b l k g d -> b l (k g d)")
 
 

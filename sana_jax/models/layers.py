@@ -34,6 +34,7 @@ def dense(
     kernel_init: nn.initializers.Initializer = xavier,
     dtype: Dtype,
     param_dtype: Dtype,
+    precision: jax.lax.Precision | None = None,
     name: str | None = None,
 ) -> nn.Dense:
     """A matrix product with logical axes (in, out)."""
@@ -42,6 +43,7 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
+        precision=precision,
         kernel_init=partitioned(kernel_init, axes),
         bias_init=partitioned(nn.initializers.zeros, axes[-1:]),
         name=name,

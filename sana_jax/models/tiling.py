@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from sana_jax.errors import UserError
+
 Size = int | tuple[int, int]  # pixels: both sides, or (height, width)
 
 
@@ -33,7 +35,7 @@ def tiled_encode(
     gives latents of another size than h, w, both as in diffusers. Raises ValueError where a side of
     the images is no multiple of `factor`, or a stride is not between `factor` and the tile.
     """
-    tile, stride = _check(tile, stride, factor)
+    tile, stride = check(tile, stride, factor)
     height, width = images.shape[1:3]
     if height % factor or width % factor:
         raise ValueError(f"images of {height} x {width} pixels: not multiples of {factor}")
@@ -61,7 +63,7 @@ def tiled_decode(
     As `tiled_encode`: tile and stride are in pixels here too, and a stride that is no multiple of
     `factor` gives images of another size than H, W.
     """
-    tile, stride = _check(tile, stride, factor)
+    tile, stride = check(tile, stride, factor)
     small = _divide(tile, factor)
     if latents.shape[1] <= small[0] and latents.shape[2] <= small[1]:
         return decode(latents)
@@ -69,11 +71,15 @@ def tiled_decode(
     return _join(rows, tile, stride)
 
 
-def _check(tile: Size, stride: Size, factor: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Both as (height, width)."""
-    tile, stride = ((s, s) if isinstance(s, int) else tuple(s) for s in (tile, stride))
+def check(tile: Size, stride: Size, factor: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Both as (height, width). Raises UserError."""
+    pairs = [(s, s) if isinstance(s, int) else s for s in (tile, stride)]
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or [type(side) for side in pair] != [int, int]:
+            raise UserError(f"tile size or stride {pair!r} is neither pixels nor a pair of them")
+    tile, stride = map(tuple, pairs)
     if not all(factor <= s <= t for s, t in zip(stride, tile, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"stride {stride} must lie between the factor {factor} and the tile {tile}, in pixels"
         )
     return tile, stride

@@ -12,7 +12,8 @@ from diffusers import AutoencoderDC
 from flax import linen as nn
 from flax import traverse_util
 
-from sana_jax.models.dc_ae import DCAE, PRESETS, BatchNorm, DCAEConfig
+from sana_jax.models.dc_ae import DCAE, BatchNorm
+from sana_jax.models.dc_ae_config import PRESETS, DCAEConfig
 from sana_jax.models.tiling import tiled_decode, tiled_encode
 from sana_jax.sharding import make_mesh, shardings_for
 from tests import toy

@@ -7,6 +7,8 @@
 SANA (arXiv 2410.10629, section 2.3, eq. 1): linear in the number of tokens N, no softmax, no scale.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,6 +30,8 @@ def linear_attention(
     state = einsum_float32("bnhd,bnhe->bhde", k, v)
     total = jnp.sum(k, axis=1, dtype=jnp.float32)  # (B, H, D)
     q = q.astype(jnp.float32)
-    numerator = jnp.einsum("bnhd,bhde->bnhe", q, state)
-    denominator = jnp.einsum("bnhd,bhd->bnh", q, total)
+    # Or TPUs would round the float32 sums to bfloat16 first.
+    exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    numerator = exact("bnhd,bhde->bnhe", q, state)
+    denominator = exact("bnhd,bhd->bnh", q, total)
     return (numerator / (denominator[..., None] + epsilon)).astype(v.dtype)

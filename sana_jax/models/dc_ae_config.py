@@ -1,0 +1,183 @@
+"""The architectures of DC-AE: what a config.json of diffusers says, and the published ones."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from sana_jax.models.config import check_fields
+
+_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+_SCALES = ((),) * 3 + ((5,),) * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DCAEConfig:
+    """The architecture of a release; the defaults are SANA's autoencoder.
+
+    Tuples have an entry a stage, full resolution first. A first stage of no layers is left out: the
+    outermost convolution then changes the resolution itself. Raises ValueError, naming the field,
+    for what the networks below cannot be.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 32
+    attention_head_dim: int = 32
+    encoder_blocks: tuple[str, ...] = _BLOCKS
+    decoder_blocks: tuple[str, ...] = _BLOCKS
+    encoder_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    decoder_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
+    decoder_layers: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
+    # Depthwise kernel sizes; each adds heads that see q, k and v of a neighbourhood.
+    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
+    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
+    decoder_norms: tuple[str, ...] = ("rms_norm",) * 6  # the encoder's all are
+    decoder_activations: tuple[str, ...] = ("silu",) * 6  # of ResBlocks; the encoder's all are
+    downsample: str = "conv"  # with stride 2; "pixel_unshuffle": conv, then space to channel
+    upsample: str = "interpolate"  # to the nearest, then conv; "pixel_shuffle": channel to space
+    encoder_out_shortcut: bool = True
+    decoder_in_shortcut: bool = True
+    decoder_out_activation: str = "relu"
+    scaling_factor: float = 0.41407  # 1 / root mean square of the latents
+
+    def __post_init__(self):
+        def reject(field, problem):
+            alias = f" ({_NAMES[field]} in diffusers)" if field in _NAMES else ""
+            raise ValueError(f"autoencoder {field}{alias} {getattr(self, field)!r}: {problem}")
+
+        check_fields(self, "autoencoder")
+        stages = len(self.encoder_channels)
+        if stages < 2 or 0 in self.encoder_channels + self.decoder_channels:
+            reject("encoder_channels", "needs two stages or more, and none of width 0")
+        for field in _PER_STAGE:
+            if len(getattr(self, field)) != stages:
+                reject(field, f"needs one entry for each of {stages} stages")
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if {*([value] if isinstance(value, str) else value)} - {*choices}:
+                reject(field, f"only {' and '.join(choices)} are supported")
+        for side in ("encoder", "decoder"):
+            channels, layers = getattr(self, f"{side}_channels"), getattr(self, f"{side}_layers")
+            attention = zip(getattr(self, f"{side}_blocks"), channels, strict=True)
+            if any(b == "EfficientViTBlock" and c % self.attention_head_dim for b, c in attention):
+                reject("attention_head_dim", f"does not divide {side}_channels {channels}")
+            if not all(layers[1:-1]):
+                reject(f"{side}_layers", "only the first or last stage may have no layers")
+            whole = [4 * c % deeper == 0 for c, deeper in itertools.pairwise(channels)]
+            if not all(whole) or channels[-1] % self.latent_channels:
+                reject(f"{side}_channels", "the shortcuts need whole groups of channels")
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of one latent."""
+        return 2 ** (len(self.encoder_channels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> "DCAEConfig":
+        """Reads an AutoencoderDC's config.json. Raises ValueError naming what is not ours."""
+
+        kind = config.get("_class_name", "AutoencoderDC")
+        if kind != "AutoencoderDC":
+            raise ValueError(f"autoencoder {kind} is not supported, only AutoencoderDC")
+
+        def freeze(value):
+            return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
+
+        ours = {}
+        for field in dataclasses.fields(cls):
+            missing = _DIFFUSERS_DEFAULTS.get(field.name, field.default)
+            ours[field.name] = freeze(config.get(_NAMES.get(field.name, field.name), missing))
+        stages = len(ours["encoder_channels"])
+        for field in _PER_STAGE:
+            # As diffusers reads them: a string holds for all stages, what is beyond them for none.
+            value = ours[field]
+            ours[field] = (value,) * stages if isinstance(value, str) else value[:stages]
+        ours["downsample"] = str(ours["downsample"]).lower()  # published files say "Conv"
+        return cls(**ours)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The config.json of the same network."""
+
+        def thaw(value):
+            return [thaw(v) for v in value] if isinstance(value, tuple) else value
+
+        ours = {_NAMES.get(k, k): thaw(v) for k, v in vars(self).items()}
+        return {"_class_name": "AutoencoderDC", **ours}
+
+
+_PER_STAGE = [f.name for f in dataclasses.fields(DCAEConfig) if isinstance(f.default, tuple)]
+_CHOICES = {
+    "encoder_blocks": ("ResBlock", "EfficientViTBlock"),
+    "decoder_blocks": ("ResBlock", "EfficientViTBlock"),
+    "decoder_norms": ("rms_norm", "batch_norm"),
+    "decoder_activations": ("relu", "silu"),
+    "downsample": ("conv", "pixel_unshuffle"),
+    "upsample": ("interpolate", "pixel_shuffle"),
+    "decoder_out_activation": ("relu", "silu"),
+}
+# Where diffusers has another name for a field.
+_NAMES = {
+    "encoder_blocks": "encoder_block_types",
+    "decoder_blocks": "decoder_block_types",
+    "encoder_channels": "encoder_block_out_channels",
+    "decoder_channels": "decoder_block_out_channels",
+    "encoder_layers": "encoder_layers_per_block",
+    "decoder_layers": "decoder_layers_per_block",
+    "decoder_norms": "decoder_norm_types",
+    "decoder_activations": "decoder_act_fns",
+    "downsample": "downsample_block_type",
+    "upsample": "upsample_block_type",
+    "decoder_out_activation": "decoder_conv_act_fn",
+}
+# What an absent field means to diffusers, where that is not our default.
+_DIFFUSERS_DEFAULTS = {
+    "encoder_blocks": "ResBlock",
+    "decoder_blocks": "ResBlock",
+    "decoder_norms": "rms_norm",
+    "decoder_activations": "silu",
+    "downsample": "pixel_unshuffle",
+    "upsample": "pixel_shuffle",
+    "scaling_factor": 1.0,
+}
+
+
+def _paper(latent_channels: int, scaling_factor: float, *deeper: int) -> DCAEConfig:
+    """A release of the DC-AE paper; `deeper` are the widths of the stages past the sixth."""
+    extra = len(deeper)
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (3 + extra)
+    channels = (128, 256, 512, 512, 1024, 1024, *deeper)
+    return DCAEConfig(
+        latent_channels=latent_channels,
+        encoder_blocks=blocks,
+        decoder_blocks=blocks,
+        encoder_channels=channels,
+        decoder_channels=channels,
+        encoder_layers=(0, 4, 8, 2, 2, 2) + (2,) * extra,
+        decoder_layers=(0, 5, 10, 2, 2, 2) + (2,) * extra,
+        encoder_qkv_multiscales=((),) * (6 + extra),
+        decoder_qkv_multiscales=((),) * (6 + extra),
+        decoder_norms=("batch_norm",) * 3 + ("rms_norm",) * (3 + extra),
+        decoder_activations=("relu",) * 3 + ("silu",) * (3 + extra),
+        downsample="pixel_unshuffle",
+        upsample="pixel_shuffle",
+        scaling_factor=scaling_factor,
+    )
+
+
+PRESETS = {
+    "dc-ae-f32c32-sana-1.0": DCAEConfig(),
+    "dc-ae-f32c32-sana-1.1": DCAEConfig(),  # other weights of the decoder
+    "dc-ae-lite-f32c32-sana-1.1": DCAEConfig(
+        decoder_blocks=("ResBlock",) * 6,
+        decoder_layers=(0, 3, 5, 4, 4, 4),
+        decoder_qkv_multiscales=((),) * 6,
+        upsample="pixel_shuffle",
+        decoder_out_activation="silu",
+    ),
+    "dc-ae-f32c32-in-1.0": _paper(32, 0.3189),
+    "dc-ae-f32c32-mix-1.0": _paper(32, 0.4552),
+    "dc-ae-f64c128-in-1.0": _paper(128, 0.2889, 2048),
+    "dc-ae-f64c128-mix-1.0": _paper(128, 0.4538, 2048),
+    "dc-ae-f128c512-in-1.0": _paper(512, 0.4883, 2048, 2048),
+    "dc-ae-f128c512-mix-1.0": _paper(512, 0.3620, 2048, 2048),
+}
