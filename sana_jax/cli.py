@@ -9,6 +9,7 @@ Ctrl-C and SIGTERM unwind `main`, so `finally` blocks run; a second SIGTERM kill
 """
 
 import difflib
+import os
 import re
 import signal
 import sys
@@ -19,7 +20,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from sana_jax.errors import UserError
+from sana_jax.errors import DoNotRetry, Retry, UserError
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR, EXIT_RETRY, EXIT_DO_NOT_RETRY = 2, 75, 76
@@ -33,14 +34,6 @@ _REMEDIES = {
     r"flag (--\S+): \('Non-boolean": r"\1: it takes true or false",
     r"Type <class '(\w+)'> of field (\S+)": r"--\2 is a \1; change it in the config's file",
 }
-
-
-class Retry(Exception):
-    """The same command may succeed later: preempted, hung, a peer lost, storage away."""
-
-
-class DoNotRetry(Exception):
-    """The command stopped itself and would stop again; the message names the last good step."""
 
 
 class _Terminated(BaseException):
@@ -68,7 +61,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         status, line = 130, "interrupted"
     except _Terminated:
         status, line = 143, "terminated"
-    print(" ".join(line.split()), file=sys.stderr)
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    if status > 128:  # a signal: do not wait, as the interpreter would, for what devices still do
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 

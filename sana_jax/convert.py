@@ -37,6 +37,12 @@ _EMA = flags.DEFINE_bool("ema", False, "for a .pth: the averaged weights")
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "for a .pth: the side in pixels it was trained at; default: by its name"
 )
+_CLIP = flags.DEFINE_bool(
+    "clip_attention",
+    None,
+    "clip the attention's output to float16's range in every dtype: for weights trained in"
+    " float16; default: as --source says, else in float16 alone. Native layout only",
+)
 _SHARD = flags.DEFINE_integer("max_shard_mb", 5000, "size of a weight file, MB", lower_bound=1)
 
 
@@ -118,6 +124,11 @@ def main(argv):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not an empty folder")
     checkpoint = open_source()
+    if _CLIP.value is not None:
+        if _FORMAT.value != "native" or checkpoint.dit is None:
+            raise UserError("--clip_attention is stored in the native layout, with a transformer")
+        dit = dataclasses.replace(checkpoint.dit, clip_attention=_CLIP.value)
+        checkpoint = dataclasses.replace(checkpoint, dit=dit)
 
     from tqdm import tqdm
 

@@ -3,73 +3,89 @@
     python -m sana_jax.sample --checkpoint=DIR_OR_HUB_ID --prompt="a red fox in the snow" --out=DIR
     python -m sana_jax.sample --checkpoint=... --prompts=FILE.txt --out=DIR --batch_size=16
 
-Pictures are written as NUMBER_SEED.png, numbered as the prompts are; a prompt's own text is in its
-picture's PNG header, never in the name. The batch is split over all devices of this host.
+A .txt file has a prompt a line; a .jsonl file an object a line, such as
+{"prompt": "a red fox", "seed": 7, "width": 768}, with the keys prompt, negative_prompt, seed,
+height, width, num_steps and guidance_scale, which go before the flags.
+
+Pictures are written as NUMBER_SEED.png, numbered as the prompts are; prompt and settings are in the
+picture's PNG header and its line of manifest.jsonl, never in the name. The same command again draws
+what is missing. The batch is split over all devices of this host.
 """
 
-import time
+import dataclasses
+import math
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from sana_jax import cli
 from sana_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-_CHECKPOINT = flags.DEFINE_string(
+flags.DEFINE_string(
     "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; an empty one draws unconditionally")
-_PROMPTS = flags.DEFINE_string("prompts", None, "text file with one prompt a line")
+_PROMPTS = flags.DEFINE_string("prompts", None, "a .txt or .jsonl file of prompts")
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures; made if missing", required=True)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "what to steer away from")
 _HEIGHT = flags.DEFINE_integer("height", None, "pixels; default: the checkpoint's native size")
 _WIDTH = flags.DEFINE_integer("width", None, "pixels; default: the checkpoint's native size")
-_BINNING = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "use_resolution_binning", False, "sample at the nearest published size, then resize and crop"
+)
+flags.DEFINE_integer(
+    "max_pixels", 4096 * 4096, "the largest height x width that is taken", lower_bound=1
 )
 _STEPS = flags.DEFINE_integer("num_steps", 20, "evaluations of the network (pairs, if guided)")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 4.5, "classifier-free guidance; off where <= 1")
 _INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "LOW,HIGH in sigma (0 .. 1): guide only inside"
 )
+flags.DEFINE_bool(
+    "sequential_guidance", False, "the halves of guidance one after the other, in half the memory"
+)
+flags.DEFINE_string(
+    "tile", "auto", "decode in tiles: SIZE,STRIDE in pixels; auto: above 2048 x 2048; or none"
+)
+flags.DEFINE_bool(
+    "clip_attention",
+    None,
+    "for weights that were trained in float16 (Sana 1.0 without BF16 in its name) and run in"
+    " another dtype; default: as the checkpoint says",
+)
 _IMAGES = flags.DEFINE_integer("num_images_per_prompt", 1, "pictures of each prompt", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the first picture; the others count up from it")
-_SAMPLER = flags.DEFINE_string("sampler", "flow_dpm_solver", "or flow_euler")
+flags.DEFINE_enum("sampler", "flow_dpm_solver", ["flow_dpm_solver", "flow_euler"], "the solver")
 _SHIFT = flags.DEFINE_float("flow_shift", None, "of the noise schedule; default: the checkpoint's")
-_INSTRUCTION = flags.DEFINE_string(
+flags.DEFINE_string(
     "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
 )
-_NO_INSTRUCTION = flags.DEFINE_bool("no_instruction", False, "encode the prompts alone")
-_DTYPE = flags.DEFINE_string(
-    "dtype", None, "float32, bfloat16 or float16; default: bfloat16, on a CPU float32"
+flags.DEFINE_bool("no_instruction", False, "encode the prompts alone")
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "of weights and activations; default: bfloat16, on a CPU float32",
 )
-_VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
-_REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "prompts drawn at once", lower_bound=1)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace pictures that are in --out already")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, in UTF-8; blank lines are left out. Raises UserError."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"--prompts={path}: {error.strerror}") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError:
-            raise UserError(f"--prompts={path}: line {number} is not UTF-8") from None
-        if prompt:
-            prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"--prompts={path} holds no prompt")
-    return prompts
+flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
+flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+flags.DEFINE_integer(
+    "batch_size", 8, "images drawn at once; rounded up to the number of devices", lower_bound=1
+)
+flags.DEFINE_bool(
+    "overwrite", False, "replace pictures in --out that other settings drew under the same names"
+)
+flags.DEFINE_bool("grid", False, "write grid.png too, which shows the first 64 pictures")
+flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    'folder where compiled programs are kept; "": none; default: ~/.cache/sana_jax',
+)
 
 
 def parse_interval(values: list[str] | None) -> tuple[float, float] | None:
+    """LOW,HIGH as --guidance_interval takes them. Raises UserError."""
     if values is None:
         return None
     try:
@@ -81,80 +97,47 @@ def parse_interval(values: list[str] | None) -> tuple[float, float] | None:
     return low, high
 
 
-def save_png(image, path: Path, texts: dict[str, str]) -> None:
-    """Writes a picture with text chunks in its header; never leaves half of one behind."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in texts.items():
-        info.add_itxt(key, value.encode("utf-8", "replace").decode().replace("\0", ""))
-    part = path.with_name(path.name + ".part")
+def parse_tile(text: str) -> tuple[int, int] | str | None:
+    """SIZE,STRIDE, "auto" or "none", as --tile takes them. Raises UserError."""
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
     try:
-        image.save(part, format="PNG", pnginfo=info)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        size, stride = map(int, text.split(","))
+    except ValueError:
+        raise UserError(f"--tile={text}: give SIZE,STRIDE in pixels, auto or none") from None
+    return size, stride
 
 
 def main(argv):
     del argv
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise UserError('give one of --prompt="..." and --prompts=FILE')
-    prompts = [_PROMPT.value] if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
+    if _SHIFT.value is not None and not 0 < _SHIFT.value < math.inf:
+        raise UserError(f"--flow_shift={_SHIFT.value}: it takes a number above 0")
     interval = parse_interval(_INTERVAL.value)
-    out, each = Path(_OUT.value), _IMAGES.value
-    seeds = [_SEED.value + i for i in range(len(prompts) * each)]
-    if not 0 <= seeds[0] <= seeds[-1] <= 2**32 - 1:
-        raise UserError(f"--seed={_SEED.value}: seeds of all pictures must be in 0 .. 4294967295")
-    paths = [out / f"{i:06d}_{seed}.png" for i, seed in enumerate(seeds)]
-    there = [path for path in paths if path.exists()]
-    if there and not _OVERWRITE.value:
-        raise UserError(f"{there[0]} exists; use another --out, or --overwrite to replace it")
 
-    import jax
-    from tqdm import tqdm
+    from sana_jax.batch.tasks import make_tasks, read_rows
 
-    from sana_jax import SanaPipeline
+    common = {
+        "negative_prompt": _NEGATIVE.value,
+        "height": _HEIGHT.value,
+        "width": _WIDTH.value,
+        "num_steps": _STEPS.value,
+        "guidance_scale": _GUIDANCE.value,
+    }
+    common = {name: value for name, value in common.items() if value is not None}
+    rows = [("--", {"prompt": _PROMPT.value})]
+    if _PROMPTS.value is not None:
+        rows = read_rows(_PROMPTS.value)
+    tasks = make_tasks(rows, common, _SEED.value, _IMAGES.value)
 
-    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipe = SanaPipeline.from_pretrained(
-        _CHECKPOINT.value,
-        dtype=dtype,
-        variant=_VARIANT.value,
-        revision=_REVISION.value,
-        instruction_file=_INSTRUCTION.value,
-    )
-    settings = dict(
-        negative_prompt=_NEGATIVE.value,
-        height=_HEIGHT.value,
-        width=_WIDTH.value,
-        use_resolution_binning=_BINNING.value,
-        num_steps=_STEPS.value,
-        guidance_scale=_GUIDANCE.value,
-        guidance_interval=interval,
-        sampler=_SAMPLER.value,
-        flow_shift=_SHIFT.value,
-        instruction=None if _NO_INSTRUCTION.value else "auto",
-        num_images_per_prompt=each,
-    )
-    batch = min(_BATCH.value, len(prompts))
-    start = time.monotonic()
-    with tqdm(total=len(paths), unit="image", disable=None) as progress:
-        for first in range(0, len(prompts), batch):
-            chosen = prompts[first : first + batch]
-            # The last batch is filled up: another size would be another compilation.
-            filled = chosen + chosen[-1:] * (batch - len(chosen))
-            images = slice(first * each, (first + len(chosen)) * each)
-            used = seeds[images] + seeds[-1:] * (batch - len(chosen)) * each
-            pictures = pipe(filled, seed=used, **settings)
-            out.mkdir(parents=True, exist_ok=True)
-            for i, path in enumerate(paths[images]):
-                texts = {"prompt": chosen[i // each], "seed": str(used[i])}
-                save_png(pictures[i], path, texts)
-                progress.update()
-    seconds = time.monotonic() - start
-    logging.info("%d pictures in %.1f s, compilation included", len(paths), seconds)
-    print(f"{len(paths)} picture{'s' * (len(paths) > 1)} in {out}" if len(paths) > 1 else paths[0])
+    from sana_jax.batch.draw import Options, draw  # jax: errors above need not wait for it
+
+    names = [field.name for field in dataclasses.fields(Options)]
+    values = {name: FLAGS[name].value for name in names} | {"guidance_interval": interval}
+    draw(tasks, Options(**values | {"tile": parse_tile(FLAGS.tile)}))
+    out = Path(_OUT.value)
+    print(f"{len(tasks)} pictures in {out}" if len(tasks) > 1 else out / tasks[0].file)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,13 @@ def assert_same_bits(found: dict, expected: dict):
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+def test_clip_attention_is_stored(native, tmp_path):
+    out = tmp_path / "out"
+    assert convert(f"--source={native}", f"--out={out}", "--clip_attention").returncode == 0
+    assert json.loads((out / "model.json").read_text())["dit"]["clip_attention"] is True
+    assert json.loads((native / "model.json").read_text())["dit"]["clip_attention"] is None
+
+
 def test_instruction_is_stored(native):
     model = json.loads((native / "model.json").read_text())
     assert model["instruction"]["text"] == "think of: "
@@ -224,6 +231,7 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
         (["--source=nowhere"], ["no checkpoint 'nowhere'"]),
         (["--source={folder}", "--variant=bf16"], ["bf16"]),
         (["--source={folder}", "--ema"], ["--ema is for a .pth"]),
+        (["--source={folder}", "--clip_attention", "--format=diffusers"], ["--clip_attention"]),
         (["--source={folder}", "--format=onnx"], ["--format"]),
         (["--source={folder}", "--instruction_file=/no/such"], ["/no/such"]),
         (["--source=missing.pth"], ["--rest"]),

@@ -1,6 +1,7 @@
 """Where a checkpoint's name leads: a native folder, a diffusers folder, a bundled name, the hub."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from absl import logging
@@ -9,12 +10,12 @@ from jax.sharding import Mesh
 from sana_jax import text
 from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.components import Checkpoint, component_dtype, place
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 from sana_jax.models.layers import Dtype
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# What a hub repository holds that we read; its other formats are many gigabytes.
-HUB_FILES = ["model.json", "*.json", "*.safetensors", "tokenizer/*"]
+# What a hub repository holds that we read beside weights, which are fetched by their variant.
+HUB_FILES = ["*.json", "tokenizer/*"]
 
 
 def open_checkpoint(
@@ -24,7 +25,7 @@ def open_checkpoint(
     instruction_file: str | None = None,
 ) -> Checkpoint:
     """The checkpoint that `name` stands for, checked, its weights unread. Raises UserError."""
-    folder = find(name, revision)
+    folder = find(name, revision, variant)
     given = text.find_instruction(instruction_file) if instruction_file else None
     if (folder / "model.json").is_file():
         if variant:
@@ -48,6 +49,12 @@ def open_checkpoint(
 def load(name: str, dtype: Dtype, mesh: Mesh, **kwargs) -> Checkpoint:
     """`open_checkpoint`, with every weight cast to `dtype` and in its place on `mesh`."""
     checkpoint = open_checkpoint(name, **kwargs)
+    place_all(checkpoint, name, dtype, mesh)
+    return checkpoint
+
+
+def place_all(checkpoint: Checkpoint, name: str, dtype: Dtype, mesh: Mesh) -> None:
+    """Reads the weights of an open checkpoint, called `name`, onto the devices of `mesh`."""
     for component, config in checkpoint.configs().items():
         logging.info("reading %s", component)
         params, narrow = checkpoint.params[component], component_dtype(component, dtype)
@@ -55,7 +62,6 @@ def load(name: str, dtype: Dtype, mesh: Mesh, **kwargs) -> Checkpoint:
             checkpoint.params[component] = place(params, config, narrow, mesh)
         except UserError as error:  # a tensor's name alone does not say where it is
             raise UserError(f"{name}, {component}: {error}") from None
-    return checkpoint
 
 
 def bundled() -> dict[str, Path]:
@@ -63,8 +69,11 @@ def bundled() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/model.json"))}
 
 
-def find(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint; downloads it where `name` is a hub id. Raises UserError."""
+def find(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a checkpoint; downloads it where `name` is a hub id.
+
+    Raises UserError, and Retry where the hub does not answer.
+    """
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"a checkpoint is named by a text, not by {name!r}")
     name = os.fspath(name)
@@ -81,7 +90,7 @@ def find(name: str, revision: str | None = None) -> Path:
     if name in bundled():
         return bundled()[name]
     if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
-        return _download(name, revision)
+        return _download(name, revision, variant)
     names = " or ".join(bundled()) or "none yet"
     raise UserError(
         f"no checkpoint {name!r}: give a native folder, a diffusers folder, "
@@ -89,16 +98,30 @@ def find(name: str, revision: str | None = None) -> Path:
     )
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    """A hub repository in the local cache: its configs and the weights that will be read."""
     import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # we say ourselves what is missing
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    fetch = partial(huggingface_hub.snapshot_download, name, revision=revision)
+    # A variant's files have its name between two dots, where plain files have one dot.
+    plain = dict(allow_patterns=["*.safetensors"], ignore_patterns=["*.*.safetensors"])
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
-        )
+        folder = Path(fetch(allow_patterns=HUB_FILES))
+        if variant:
+            fetch(allow_patterns=[f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"])
+            there = {path.parent.name for path in folder.glob(f"*/*.{variant}*.safetensors")}
+            plain["allow_patterns"] = [
+                f"{part}/*.safetensors" for part, *_ in diffusers.COMPONENTS.values()
+            ]
+            plain["ignore_patterns"] += [f"{part}/*" for part in there]
+        fetch(**plain)
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(
-            f"{name} is no folder here, and fetching it from the hub failed: {reason}"
-        ) from error
+        message = f"{name} is no folder here, and fetching it from the hub failed: {reason}"
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        away = isinstance(error, LocalEntryNotFoundError) and not offline
+        raise (Retry if away else UserError)(message) from error

@@ -1,6 +1,7 @@
 """What a checkpoint holds: three networks, a tokenizer, and how to sample."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -58,6 +59,7 @@ def module_for(config: Config, dtype: Dtype, param_dtype: Dtype | None = None) -
     return module(config, dtype=dtype, param_dtype=param_dtype or dtype)
 
 
+@functools.cache
 def abstract_params(config: Config):
     """The shapes of a network's parameters, boxed with their logical axes; computes nothing."""
     module = module_for(config, "float32")

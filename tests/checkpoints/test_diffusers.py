@@ -271,6 +271,37 @@ def test_damaged_indices_are_named(theirs, folder, change, words):
         ("text_encoder/config.json", dict(model_type="t5"), "t5"),
         ("scheduler/scheduler_config.json", dict(_class_name="SCMScheduler"), "SCMScheduler"),
         ("scheduler/scheduler_config.json", dict(prediction_type="epsilon"), "epsilon"),
+        ("scheduler/scheduler_config.json", dict(algorithm_type="sde-dpmsolver++"), "sde-"),
+        ("scheduler/scheduler_config.json", dict(solver_order=3), "solver_order 3"),
+        ("scheduler/scheduler_config.json", dict(use_dynamic_shifting=True), "dynamic_shifting"),
+        ("scheduler/scheduler_config.json", dict(use_flow_sigmas=...), "use_flow_sigmas False"),
+        ("scheduler/scheduler_config.json", dict(flow_shift=None), "flow_shift None"),
+        ("scheduler/scheduler_config.json", dict(flow_shift="3"), "flow_shift '3'"),
+        ("scheduler/scheduler_config.json", dict(flow_shift=-1), "flow_shift -1"),
+        ("transformer/config.json", dict(_class_name="SanaControlNetModel"), "ControlNetModel"),
+        ("transformer/config.json", dict(mlp_ratio="2.5"), "mlp_ratio '2.5'"),
+        ("transformer/config.json", dict(mlp_ratio=0.0), "mlp_ratio 0.0"),
+        ("transformer/config.json", dict(interpolation_scale="1"), "interpolation_scale '1'"),
+        ("transformer/config.json", dict(interpolation_scale=0), "interpolation_scale 0"),
+        ("transformer/config.json", dict(timestep_scale=None), "timestep_scale None"),
+        ("transformer/config.json", dict(attention_head_dim=0), "0"),
+        ("vae/config.json", dict(_class_name="AutoencoderKL"), "AutoencoderKL"),
+        ("vae/config.json", dict(downsample_block_type=None), "downsample"),
+        ("vae/config.json", dict(attention_head_dim=0), "attention_head_dim 0"),
+        ("vae/config.json", dict(latent_channels=0), "latent_channels 0"),
+        ("vae/config.json", dict(encoder_block_out_channels=[]), "encoder_channels"),
+        ("vae/config.json", dict(encoder_block_out_channels=[0] * 6), "encoder_channels"),
+        ("vae/config.json", dict(encoder_qkv_multiscales=[5] * 6), "encoder_qkv_multiscales"),
+        ("vae/config.json", dict(encoder_layers_per_block=["1"] * 6), "encoder_layers"),
+        ("vae/config.json", dict(encoder_layers_per_block=[-1] * 6), "encoder_layers"),
+        ("vae/config.json", dict(scaling_factor=None), "scaling_factor None"),
+        ("vae/config.json", dict(scaling_factor=0), "scaling_factor 0"),
+        ("text_encoder/config.json", dict(num_key_value_heads=0), "num_kv_heads 0"),
+        ("text_encoder/config.json", dict(sliding_window="4"), "sliding_window '4'"),
+        ("text_encoder/config.json", dict(rms_norm_eps="1e-6"), "rms_norm_eps '1e-6'"),
+        ("text_encoder/config.json", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar 0"),
+        ("text_encoder/config.json", dict(attn_logit_softcapping=0), "attn_logit_softcap 0"),
+        ("text_encoder/config.json", dict(rope_parameters=dict(rope_theta=None)), "rope_theta"),
     ],
 )
 def test_other_kinds_are_refused_by_name(folder, file, changes, words):
@@ -297,7 +328,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="neither model.json"):
         load(tmp_path)
     with pytest.raises(UserError, match="some/model is no folder here"):
-        load("some/model")  # the hub is out of reach in tests
+        load("some/model")  # tests are offline
 
 
 def test_native_round_trip(written, tmp_path):
@@ -324,8 +355,38 @@ def test_damaged_native_folder(written, tmp_path):
     weights.write_bytes(data)
     with pytest.raises(UserError, match="dit.safetensors is damaged"):
         load(tmp_path / "native")
+    native.save(load(written), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "dit.safetensors", weights)
+    load(tmp_path / "native")
+    shutil.copy(weights, tmp_path / "native" / "extra.safetensors")
+    with pytest.raises(UserError, match="extra.safetensors is not in model.json"):
+        load(tmp_path / "native")
+    (tmp_path / "native" / "extra.safetensors").unlink()
     edit_json(tmp_path / "native" / "model.json", version=2)
     with pytest.raises(UserError, match="version 2"):
+        load(tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(files=None),
+        dict(files=["a"]),
+        dict(files={}),
+        dict(sampler=...),
+        dict(sampler=dict(flow_shift="3", text_rows=300)),
+        dict(sampler=dict(flow_shift=3.0, text_rows=0)),
+        dict(instruction=dict(text=5, source="x", sha256="y")),
+        dict(instruction=dict(text="a", source="x", sha256="y")),
+        dict(dit=dict(depth="2")),
+        dict(dit=dict(no_such_field=2)),
+        dict(format="other"),
+    ],
+)
+def test_broken_model_json(written, tmp_path, changes):
+    native.save(load(written), tmp_path / "native")
+    edit_json(tmp_path / "native" / "model.json", **changes)
+    with pytest.raises(UserError, match="model.json"):
         load(tmp_path / "native")
 
 

@@ -20,7 +20,7 @@ import sys
 from sana_jax import checkpoints, cli
 from absl import app, flags
 def main(argv):
-    print(checkpoints.open_checkpoint("{name}", revision={revision!r}).dit.depth)
+    print(checkpoints.open_checkpoint("{name}", {variant!r}, {revision!r}).dit.depth)
 cli.run(main)
 """
 
@@ -81,7 +81,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path_factory):
     """(address, list of the paths asked for) of a server with a toy checkpoint."""
     root, asked = tmp_path_factory.mktemp("hub"), []
-    toy.pipeline().save_pretrained(root)
+    pipe = toy.pipeline()
+    pipe.save_pretrained(root)
+    pipe.transformer.save_pretrained(root / "transformer", variant="bf16")
     (root / "picture.bin").write_bytes(b"not wanted")
     handler = functools.partial(Hub, root=root, asked=asked)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -90,10 +92,10 @@ def hub(tmp_path_factory):
     server.shutdown()
 
 
-def load(cache: Path, name: str = NAME, revision: str | None = None, **environment: str):
+def load(cache: Path, name: str = NAME, revision=None, variant=None, **environment: str):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env = {**clean, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
-    code = LOAD.format(name=name, revision=revision)
+    code = LOAD.format(name=name, revision=revision, variant=variant)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
@@ -118,17 +120,31 @@ def test_revision(hub, tmp_path):
     assert any("v1" in path for path in asked)
 
 
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_only_the_asked_variant_is_fetched(hub, tmp_path, variant):
+    """And the plain files of the networks that have no such variant."""
+    address, asked = hub
+    asked.clear()
+    result = load(tmp_path, variant=variant, HF_ENDPOINT=address)
+    assert result.returncode == 0 and result.stdout == "3\n", result.stderr
+    weights = {path.split("/")[-1] for path in asked if "transformer/diffusion" in path}
+    middle = ".bf16" if variant else ""
+    assert weights == {f"diffusion_pytorch_model{middle}.safetensors"}
+    assert any(path.endswith("vae/diffusion_pytorch_model.safetensors") for path in asked)
+
+
 @pytest.mark.parametrize(
-    "changes, word",
+    "changes, word, status",
     [
-        (dict(name="someone/else"), "someone/else"),
-        (dict(revision="v2"), NAME),
-        (dict(HF_HUB_OFFLINE="1"), NAME),
-        (dict(HF_ENDPOINT="http://127.0.0.1:9"), NAME),
+        (dict(name="someone/else"), "someone/else", 2),
+        (dict(revision="v2"), NAME, 2),
+        (dict(variant="fp8"), "fp8", 2),
+        (dict(HF_HUB_OFFLINE="1"), NAME, 2),
+        (dict(HF_ENDPOINT="http://127.0.0.1:9"), NAME, 75),  # a hub that may come back
     ],
 )
-def test_what_is_not_there(hub, tmp_path, changes, word):
+def test_what_is_not_there(hub, tmp_path, changes, word, status):
     result = load(tmp_path, **{"HF_ENDPOINT": hub[0], **changes})
     lines = result.stderr.splitlines()
-    assert result.returncode == 2 and len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ") and word in lines[0] and "hub" in lines[0]
+    assert result.returncode == status and len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ") and word in lines[0]

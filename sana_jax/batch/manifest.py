@@ -1,0 +1,104 @@
+"""manifest.jsonl, the record of a folder of pictures: a JSON object a line, a line a picture.
+
+A line is written after its picture is complete, and says what the picture is of: its `key` is a
+hash of everything that decides the pixels.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import threading
+import time
+from typing import Any
+
+from etils import epath
+
+from sana_jax.errors import UserError
+
+UPLOAD_SECONDS = 10  # between two uploads, where a file cannot be appended to
+
+Line = dict[str, Any]
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """The hash of settings, whatever their order."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether `path` is on a disk, which can rename, append and lock."""
+    return "://" not in os.fspath(path)
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    if not is_local(path):
+        path.write_bytes(content)  # an object store shows no half of it
+        return
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Manifest:
+    """The lines of a manifest by the `file` that they are of. Threads may append."""
+
+    def __init__(self, path: epath.Path):
+        """Reads what is there. A torn last line, of a run that was killed, is left out."""
+        self._path, self._lock, self._uploaded = path, threading.Lock(), time.monotonic()
+        self._content = path.read_bytes() if path.exists() else b""
+        self.lines: dict[str, Line] = {}
+        for number, text in enumerate(self._content.split(b"\n")[:-1], 1):
+            line = _parse(text)
+            if line is None:
+                raise UserError(f"{path} line {number} is not of this program; move the file away")
+            self.lines[line["file"]] = line
+
+    def tidy(self) -> None:
+        """Makes the file hold `lines` and nothing else."""
+        content = b"".join(map(_encode, self.lines.values()))
+        if content != self._content:
+            write_whole(self._path, content)
+            self._content = content
+
+    def append(self, line: Line) -> None:
+        """Adds the line of a picture that is complete. Raises OSError, the file as it was."""
+        with self._lock:
+            if is_local(self._path):
+                self._append(_encode(line))
+            self.lines[line["file"]] = line
+            if not is_local(self._path) and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+                self.tidy()
+                self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        if not is_local(self._path):
+            self.tidy()
+
+    def _append(self, text: bytes) -> None:
+        with open(self._path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
+
+
+def _encode(line: Line) -> bytes:
+    return json.dumps(line).encode() + b"\n"
+
+
+def _parse(text: bytes) -> Line | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(line, dict) and {"file", "key", "sha256"} <= line.keys()
+    return line if known else None

@@ -1,0 +1,210 @@
+"""What to draw: prompts and their settings, from flags and files, and how they share batches."""
+
+import codecs
+import dataclasses
+import difflib
+import json
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from sana_jax.errors import UserError
+
+MAX_SEED = 2**32 - 1  # as in pipeline.py, whose import takes a second
+MAX_IMAGES = 10**6  # of one run: names have six digits
+
+Row = tuple[str, dict[str, Any]]  # how complaints about it begin, and the fields that it gives
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One image to draw."""
+
+    number: int  # position among all images of the run
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    height: int | None = None  # pixels; None: the checkpoint's native size
+    width: int | None = None
+    num_steps: int = 20
+    guidance_scale: float = 4.5
+    row: Row = dataclasses.field(default=("", {}), repr=False, compare=False)  # where it came from
+
+    def place_of(self, name: str) -> str:
+        """Where a field was given: the line, or the flags."""
+        where, given = self.row
+        return where if name in given else "--"
+
+    @property
+    def file(self) -> str:
+        """The picture's name, in which no prompt has a say."""
+        return f"{self.number:06d}_{self.seed}.png"
+
+    @property
+    def shape(self) -> tuple[int | None, int | None, int, bool]:
+        """What a batch must have in common, because it is compiled in."""
+        return self.height, self.width, self.num_steps, self.guidance_scale > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Tasks that are drawn together, and the number of images that the device computes."""
+
+    tasks: list[Task]
+    size: int
+
+    def padded(self) -> list[Task]:
+        """The last task is repeated: a smaller batch would be compiled anew."""
+        return self.tasks + self.tasks[-1:] * (self.size - len(self.tasks))
+
+
+def _is_whole(value, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+# What a line of a .jsonl file may hold: what it takes, and whether a value is that.
+FIELDS = {
+    "prompt": ("a string", _is_text),
+    "negative_prompt": ("a string", _is_text),
+    "seed": (f"a whole number in 0 .. {MAX_SEED}", lambda v: _is_whole(v, 0, MAX_SEED)),
+    "height": ("a whole number of pixels above 0", lambda v: _is_whole(v, 1, 2**31)),
+    "width": ("a whole number of pixels above 0", lambda v: _is_whole(v, 1, 2**31)),
+    "num_steps": ("a whole number in 1 .. 1000", lambda v: _is_whole(v, 1, 1000)),
+    "guidance_scale": (
+        "a number in 0 .. 1000, where up to 1 is no guidance",
+        lambda v: type(v) in (int, float) and 0 <= v <= 1000,
+    ),
+}
+
+
+def read_rows(path: str) -> list[Row]:
+    """The prompts of a file: .txt, one a line; .jsonl, an object a line with keys of FIELDS.
+
+    Blank lines are left out. Raises UserError.
+    """
+    file = epath.Path(path)
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UserError(
+            f"--prompts={path}: give a .txt file with a prompt a line, or a .jsonl file"
+            ' with an object a line, such as {"prompt": "a red circle", "seed": 1}'
+        )
+    try:
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    except OSError as error:
+        raise UserError(f"--prompts={path}: {error.strerror or error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}: "
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            raise UserError(f"{where}it is not UTF-8 text") from None
+        if text:
+            rows.append((where, {"prompt": text} if file.suffix == ".txt" else _parse(text, where)))
+    if not rows:
+        raise UserError(f"--prompts={path} holds no prompt")
+    return rows
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}it is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}it is no JSON object")
+    if "prompt" not in row:
+        raise UserError(f'{where}"prompt" is missing')
+    return row
+
+
+def check_fields(values: dict[str, Any], where: str) -> None:
+    """Raises UserError at the first field that is unknown or out of its range."""
+    for name, value in values.items():
+        if name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
+            raise UserError(f"{where}unknown key {reprlib.repr(name)}; {hint}")
+        takes, accepts = FIELDS[name]
+        if not accepts(value):
+            raise UserError(f"{where}{name}={reprlib.repr(value)}: it takes {takes}")
+
+
+def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: int) -> list[Task]:
+    """A task an image: `rows` over the flags `common`, those of one prompt in a row.
+
+    Seeds count up from `seed`, or from the row's own. Raises UserError.
+    """
+    check_fields({"seed": seed, **common}, "--")
+    if len(rows) * images_each > MAX_IMAGES:
+        count = f"{len(rows)} prompts x {images_each}"
+        raise UserError(f"--num_images_per_prompt={images_each}: {count} is above {MAX_IMAGES}")
+    tasks = []
+    for i, (where, row) in enumerate(rows):
+        check_fields(row, where)
+        first = row.get("seed", seed + i * images_each)
+        if first + images_each - 1 > MAX_SEED:
+            wrong = f"{where}seed={first}" if "seed" in row else f"--seed={seed}"
+            raise UserError(f"{wrong}: seeds count up from it, and end at {MAX_SEED}")
+        values = {**common, **row}
+        values["guidance_scale"] = float(values["guidance_scale"])  # 4 and 4.0 are one setting
+        for j in range(images_each):
+            values["seed"] = first + j
+            tasks.append(Task(number=len(tasks), row=(where, row), **values))
+    return tasks
+
+
+def with_sizes(
+    tasks: Iterable[Task], native: int, multiple: int | None, max_pixels: int
+) -> list[Task]:
+    """The tasks with their sizes filled in; raises UserError at one that cannot be drawn.
+
+    Args:
+      native: pixels a side where a task gives none.
+      multiple: that sides must have; None: any.
+      max_pixels: the largest height x width; a side may reach four times its square root.
+    """
+    return [_with_size(task, native, multiple, max_pixels) for task in tasks]
+
+
+def _with_size(task: Task, native: int, multiple: int | None, max_pixels: int) -> Task:
+    sizes = {"height": task.height or native, "width": task.width or native}
+    for name, value in sizes.items():
+        if multiple and value % multiple:
+            low = value // multiple * multiple
+            near = f"{low} or {low + multiple}" if low else str(multiple)
+            wrong = f"{task.place_of(name)}{name}={value}"
+            raise UserError(f"{wrong}: it must be a multiple of {multiple}; try {near}")
+    height, width = sizes.values()
+    if height * width > max_pixels or max(height, width) ** 2 > 16 * max_pixels:
+        name, side = max(sizes.items(), key=lambda item: item[1])
+        raise UserError(
+            f"{task.place_of(name)}{name}={side}: {height} x {width} pixels are more than"
+            f" --max_pixels={max_pixels} allows; raise it if the memory is there"
+        )
+    return dataclasses.replace(task, **sizes)
+
+
+def make_batches(tasks: list[Task], batch_size: int, divisor: int) -> list[Batch]:
+    """Batches of tasks of one shape, in order; a function of all tasks and of nothing else.
+
+    So a run that is resumed computes the batches of the unbroken one, and the same bits.
+
+    Args:
+      batch_size: images in a batch; fewer where a shape has no more.
+      divisor: the devices that share a batch; sizes are rounded up to its multiples.
+    """
+    groups: dict[tuple, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.shape, []).append(task)
+    batches = []
+    for group in groups.values():
+        size = -(-min(batch_size, len(group)) // divisor) * divisor
+        batches += [Batch(group[i : i + size], size) for i in range(0, len(group), size)]
+    return batches

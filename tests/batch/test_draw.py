@@ -1,0 +1,237 @@
+"""A folder of pictures, drawn by one run or by several, holds the same bytes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_jax import SanaPipeline, checkpoints, denoise
+from sana_jax.batch import draw as batch
+from sana_jax.batch import outputs
+from sana_jax.batch.draw import Options, draw
+from sana_jax.batch.tasks import make_tasks
+from sana_jax.errors import UserError
+from tests import mini
+
+COMMON = {"negative_prompt": "", "num_steps": 2, "guidance_scale": 4.5, "height": 32, "width": 32}
+# Two shapes, since one is not guided; three batches on eight devices.
+ROWS = [
+    ("", {"prompt": f"a thing number {i}", **extra})
+    for i in range(20)
+    for extra in [{"guidance_scale": 1.0} if i % 5 == 2 else {"negative_prompt": "x" * (i % 3)}]
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    mini.save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("unbroken")
+    draw(tasks(), options(checkpoint, path))
+    return path
+
+
+def options(checkpoint, out, **kwargs) -> Options:
+    return Options(checkpoint, str(out), compilation_cache="", **kwargs)
+
+
+def tasks(rows=ROWS, seed=5, images_each=1, **common):
+    return make_tasks(rows, {**COMMON, **common}, seed, images_each)
+
+
+def contents(path) -> dict:
+    found = {p.name: p.read_bytes() for p in path.iterdir()}
+    found["manifest.jsonl"] = sorted(found.get("manifest.jsonl", b"").splitlines())
+    return found
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_pictures_are_those_of_the_pipeline(checkpoint, unbroken):
+    pipe = SanaPipeline.from_pretrained(checkpoint, dtype="float32")
+    assert len(contents(unbroken)) == 21
+    for task in tasks()[::7]:
+        settings = {name: getattr(task, name) for name in (*COMMON, "seed")}
+        alone = pipe(task.prompt, output="np", **settings)[0]
+        found = pixels(unbroken / task.file).astype(int)
+        assert np.abs(found - alone).max() <= 1 and found.std() > 10
+
+
+def test_manifest_says_what_was_drawn(checkpoint, unbroken):
+    lines = [json.loads(x) for x in (unbroken / "manifest.jsonl").read_text().splitlines()]
+    lines = {line["file"]: line for line in lines}
+    assert lines.keys() == {task.file for task in tasks()}
+    line = lines["000003_8.png"]
+    expected = dict(ROWS[3][1], seed=8, height=32, width=32, num_steps=2, guidance_scale=4.5)
+    expected |= dict(sampler="flow_dpm_solver", flow_shift=3.0, dtype="float32")
+    expected |= dict(instruction_sha256=None, guidance_interval=None, checkpoint=checkpoint)
+    assert expected.items() <= line.items()
+    assert all(len(line[n]) == 64 for n in ("checkpoint_sha256", "key", "sha256"))
+
+
+def test_padding_costs_no_compilation(checkpoint, unbroken, tmp_path):
+    before = denoise.sample._cache_size()
+    draw(tasks()[:9], options(checkpoint, tmp_path))
+    assert denoise.sample._cache_size() == before
+
+
+@pytest.mark.parametrize("lost", [[0], [3, 7, 12], [*range(20)]])
+def test_resumed_run_gives_the_same_bits(checkpoint, unbroken, tmp_path, lost):
+    expected = contents(unbroken)
+    for name, content in expected.items():
+        if name != "manifest.jsonl":
+            (tmp_path / name).write_bytes(content)
+    for task in tasks():
+        if task.number in lost:
+            (tmp_path / task.file).unlink()
+    kept = expected["manifest.jsonl"][::2]  # every other line was not written before the kill
+    (tmp_path / "manifest.jsonl").write_bytes(b"".join(x + b"\n" for x in kept) + b'{"fi')
+    draw(tasks(), options(checkpoint, tmp_path))
+    assert contents(tmp_path) == expected
+
+
+def test_interrupted_run_continues(checkpoint, unbroken, tmp_path, monkeypatch):
+    calls = 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    call = SanaPipeline.__call__
+    monkeypatch.setattr(SanaPipeline, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tasks(), options(checkpoint, tmp_path))
+    found = contents(tmp_path)
+    pictures = {name for name in found if name.endswith(".png")}
+    assert {json.loads(x)["file"] for x in found["manifest.jsonl"]} == pictures
+    assert found.keys() - pictures == {"manifest.jsonl"} and len(pictures) < 20
+    draw(tasks(), options(checkpoint, tmp_path))
+    assert contents(tmp_path) == contents(unbroken)
+
+
+def test_nothing_to_do_loads_nothing(checkpoint, unbroken, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "place_all", None)
+    before = contents(unbroken)
+    draw(tasks(), options(checkpoint, unbroken, grid=False))
+    assert capsys.readouterr().err == "nothing to draw: 20 of 20 images are done\n"
+    assert contents(unbroken) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(sampler="flow_euler"),
+        dict(dtype="bfloat16"),
+        dict(instruction_file="instruction.txt"),
+        dict(checkpoint="other"),
+    ],
+)
+def test_other_settings_are_refused(checkpoint, unbroken, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "instruction.txt").write_text("Think.")
+    if "checkpoint" in change:
+        mini.save(tmp_path / "other", seed=1)
+    before = contents(unbroken)
+    with pytest.raises(UserError, match="000000_5.png and 19 more are there"):
+        draw(tasks(), dataclasses.replace(options(checkpoint, unbroken), **change))
+    assert contents(unbroken) == before
+
+
+def test_defaults_are_settings_too(checkpoint, unbroken, monkeypatch):
+    """What is given is the same picture as what is left to the checkpoint."""
+    monkeypatch.setattr(checkpoints, "place_all", None)
+    draw(tasks(), options(checkpoint, unbroken, flow_shift=3, dtype="float32", no_instruction=True))
+
+
+def test_one_batch_on_a_cpu_shows_its_steps(checkpoint, unbroken, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(batch.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(batch, "tqdm", Bar)
+    draw(tasks()[:2], options(checkpoint, tmp_path, grid=True))
+    (bar,) = bars
+    assert (bar.unit, bar.n, bar.total) == (" step", 2, 2)
+    for task in tasks()[:2]:
+        found, expected = (pixels(p / task.file).astype(int) for p in (tmp_path, unbroken))
+        assert np.abs(found - expected).max() <= 1
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (64, 32)
+
+
+def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes."
+        )
+
+    monkeypatch.setattr(checkpoints, "place_all", lambda *args: None)
+    monkeypatch.setattr(SanaPipeline, "__call__", fail)
+    with pytest.raises(UserError) as error:
+        draw(tasks(), options(checkpoint, tmp_path / "out"))
+    for words in "34359738368 bytes asked for", "--batch_size below 8", "--dtype=bfloat16":
+        assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_errors_of_jax_are_bugs(checkpoint, unbroken, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something")
+
+    monkeypatch.setattr(checkpoints, "place_all", lambda *args: None)
+    monkeypatch.setattr(SanaPipeline, "__call__", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        draw(tasks(), options(checkpoint, tmp_path / "out"))
+
+
+def test_disk_that_fills_up(checkpoint, unbroken, tmp_path, monkeypatch):
+    def write(path, content):
+        if path.name.startswith("000012"):
+            raise OSError(28, "No space left on device")
+        return write_whole(path, content)
+
+    write_whole = outputs.write_whole
+    monkeypatch.setattr(outputs, "write_whole", write)
+    with pytest.raises(UserError, match=r"No space left on device; \d+ of 20 images are done"):
+        draw(tasks(), options(checkpoint, tmp_path))
+    monkeypatch.undo()
+    assert not any(p.name.endswith(".part") for p in tmp_path.iterdir())
+    draw(tasks(), options(checkpoint, tmp_path))
+    assert contents(tmp_path) == contents(unbroken)
+
+
+@pytest.mark.parametrize(
+    "common, changes, words",
+    [
+        (dict(height=30), {}, "--height=30: it must be a multiple of 4; try 28 or 32"),
+        (dict(height=65536), {}, "--max_pixels=16777216"),
+        (dict(height=96), dict(max_pixels=64 * 32), "--height=96: 96 x 32"),
+        ({}, dict(use_resolution_binning=True), "there are no buckets for 64 px"),
+        ({}, dict(checkpoint="absent"), "no checkpoint 'absent'"),
+        ({}, dict(variant="bf16"), "which has no variants"),
+        ({}, dict(instruction_file="absent"), "instruction file absent"),
+    ],
+)
+def test_bad_options_write_nothing(checkpoint, tmp_path, common, changes, words):
+    opts = dataclasses.replace(options(checkpoint, tmp_path / "out"), **changes)
+    with pytest.raises(UserError) as error:
+        draw(tasks(**common), opts)
+    assert words in str(error.value)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,302 @@
+"""What a folder of pictures holds after runs that ended in every way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_jax.batch import manifest, outputs
+from sana_jax.batch.manifest import key_of
+from sana_jax.batch.outputs import OutputFolder
+from sana_jax.errors import UserError
+
+NOTES = {"checkpoint": "a name"}
+STRANGE = "../../etc/x\0\n🎨 שלום \ud83c end"
+
+
+def settings(i: int, prompt: str = "a") -> dict:
+    return {"prompt": prompt, "negative_prompt": "", "seed": i, "num_steps": 4}
+
+
+def wanted(count=3, prompt="a") -> dict[str, dict]:
+    return {f"{i:06d}_{i}.png": settings(i, prompt) for i in range(count)}
+
+
+def pixels(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (32, 48, 3), np.uint8)
+
+
+def run(path, want=None, count=None, overwrite=False) -> set[str]:
+    """Draws what is missing, `count` pictures at most, and returns what was missing."""
+    with OutputFolder(str(path), want or wanted(), NOTES, overwrite) as out:
+        missing = out.missing
+        for file in sorted(missing)[:count]:
+            out.save(file, pixels(int(file[:6])))
+    return missing
+
+
+def files(path) -> set[str]:
+    return {p.name for p in path.iterdir()}
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(x) for x in (path / "manifest.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def out(tmp_path):
+    path = tmp_path / "deep" / "out"
+    run(path)
+    return path
+
+
+def contents(path) -> dict:
+    found = {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
+    found["manifest.jsonl"] = sorted(found.get("manifest.jsonl", b"").splitlines())
+    return found
+
+
+def test_first_run(out):
+    assert files(out) == {*wanted(), "manifest.jsonl"}
+    for line, (file, want) in zip(lines(out), wanted().items(), strict=True):
+        assert line == {
+            "file": file,
+            **want,
+            **NOTES,
+            "sha256": line["sha256"],
+            "key": key_of(want),
+        }
+        with Image.open(out / file) as image:
+            np.testing.assert_array_equal(np.asarray(image), pixels(want["seed"]))
+
+
+def test_second_run_has_nothing_to_do(out):
+    before = contents(out)
+    assert run(out) == set()
+    assert contents(out) == before
+
+
+def test_longer_list_continues(out):
+    assert run(out, wanted(5)) == {"000003_3.png", "000004_4.png"}
+    assert len(lines(out)) == 5
+
+
+def test_header_of_a_picture(tmp_path):
+    run(tmp_path, {"000000_0.png": settings(0, STRANGE)})
+    with Image.open(tmp_path / "000000_0.png") as image:
+        texts = image.text
+    assert texts["prompt"] == "../../etc/x\n🎨 שלום ? end"
+    assert texts["seed"] == "0" and texts["negative_prompt"] == ""
+    assert json.loads(texts["settings"]) == settings(0, STRANGE)
+    assert texts["sana_jax"] == key_of(settings(0, STRANGE))
+    assert lines(tmp_path)[0]["prompt"] == STRANGE
+    assert run(tmp_path, {"000000_0.png": settings(0, STRANGE)}) == set()
+
+
+def test_long_prompt(tmp_path):
+    want = {"000000_0.png": settings(0, "é🎨" * 500_000)}
+    run(tmp_path, want)
+    (tmp_path / "manifest.jsonl").unlink()
+    assert run(tmp_path, want) == set()
+
+
+def lose_the_line(out):
+    (out / "manifest.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines(out)[:-1]))
+
+
+def tear_the_line(out):
+    text = (out / "manifest.jsonl").read_bytes()
+    (out / "manifest.jsonl").write_bytes(text[:-20])
+
+
+def lose_the_manifest(out):
+    (out / "manifest.jsonl").unlink()
+
+
+def lose_the_picture(out):
+    (out / "000002_2.png").unlink()
+
+
+def damage_the_picture(out):
+    content = bytearray((out / "000002_2.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / "000002_2.png").write_bytes(content)
+
+
+def tear_the_picture(out):
+    (out / "000002_2.png").write_bytes((out / "000002_2.png").read_bytes()[:-300])
+
+
+def tear_the_picture_without_a_line(out):
+    tear_the_picture(out)
+    lose_the_line(out)
+
+
+def leave_parts(out):
+    for name in "000002_2.png.part", "manifest.jsonl.part", "probe.part":
+        (out / name).write_bytes(b"half")
+
+
+@pytest.mark.parametrize(
+    "harm, redrawn",
+    [
+        (lose_the_line, 0),
+        (tear_the_line, 0),
+        (lose_the_manifest, 0),
+        (lose_the_picture, 1),
+        (damage_the_picture, 1),
+        (tear_the_picture, 1),
+        (tear_the_picture_without_a_line, 1),
+        (leave_parts, 0),
+    ],
+)
+def test_next_run_mends(out, harm, redrawn):
+    before = contents(out)
+    harm(out)
+    assert len(run(out)) == redrawn
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("found", ["line and picture", "picture", "line", "foreign", "junk"])
+def test_other_pictures_are_refused_or_replaced(out, found):
+    if found in ("picture", "foreign", "junk"):
+        (out / "manifest.jsonl").unlink()
+    if found == "foreign":
+        Image.new("RGB", (8, 8)).save(out / "000001_1.png")
+    if found == "junk":
+        (out / "000001_1.png").write_bytes(b"")
+    if found == "line":
+        for file in wanted():
+            (out / file).unlink()
+    before = contents(out)
+    with pytest.raises(UserError, match=r"00000[01]_[01].png.*--overwrite"):
+        run(out, wanted(prompt="b"))
+    assert contents(out) == before
+    assert len(run(out, wanted(prompt="b"), overwrite=True)) == 3
+    assert [line["prompt"] for line in lines(out)] == ["b"] * 3
+
+
+def test_only_the_first_is_named(out):
+    with pytest.raises(UserError) as error:
+        run(out, wanted(prompt="b"))
+    assert "000000_0.png and 2 more are there" in str(error.value)
+
+
+def test_replacing_that_is_cut_short(out):
+    """What is left of the old pictures is not taken for the new ones, nor overwritten unasked."""
+    run(out, wanted(prompt="b"), count=1, overwrite=True)
+    with pytest.raises(UserError, match="000001_1.png and 1 more are there"):
+        run(out, wanted(prompt="b"))
+    assert run(out, wanted(prompt="b"), overwrite=True) == {"000001_1.png", "000002_2.png"}
+    assert len(lines(out)) == 3
+
+
+def test_files_of_others_stay(out):
+    for name in "notes.txt", "film.part", "000900_900.png":
+        (out / name).write_bytes(b"x")
+    before = contents(out)
+    run(out)
+    assert contents(out) == before
+
+
+def test_folder_without_a_picture_goes_away(tmp_path):
+    with OutputFolder(str(tmp_path / "a" / "b"), wanted(), NOTES) as out:
+        out.probe(10**6)
+        assert files(tmp_path / "a" / "b") == {".lock"}
+    assert files(tmp_path) == set()
+    with pytest.raises(UserError, match="stop"):
+        with OutputFolder(str(tmp_path / "a" / "b"), wanted(), NOTES):
+            raise UserError("stop")
+    assert files(tmp_path) == set()
+
+
+def test_second_writer_is_refused(out):
+    with OutputFolder(str(out), wanted(), NOTES):
+        with pytest.raises(UserError, match=f"another run .pid {os.getpid()}, .*--out={out}"):
+            run(out)
+    assert run(out) == set()
+    assert ".lock" not in files(out)
+
+
+def test_lock_of_a_killed_run(out):
+    script = f"""
+import os
+from sana_jax.batch.outputs import OutputFolder
+folder = OutputFolder({str(out)!r}, {{}}, {{}})
+folder.__enter__()
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert ".lock" in files(out)
+    assert run(out) == set() and ".lock" not in files(out)
+
+
+@pytest.fixture
+def small_disk():
+    """Call it to have a disk that is full after that many bytes of a file."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_is_found_by_the_probe(tmp_path, small_disk):
+    with pytest.raises(UserError, match="--out=.*new: File too large$"):
+        with OutputFolder(str(tmp_path / "new"), wanted(), NOTES) as out:
+            small_disk(1000)
+            out.probe(3 * 32 * 48)
+    assert files(tmp_path) == set()
+
+
+def test_full_disk_later(tmp_path, small_disk):
+    run(tmp_path, count=1)
+    before = contents(tmp_path)
+    small_disk(1000)
+    with pytest.raises(UserError, match="File too large; 1 of 3 images are done, and the same"):
+        run(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in tmp_path / "file", tmp_path / "file" / "deeper", "/proc/nothing":
+        with pytest.raises(UserError, match=f"--out={path}: "):
+            run(path)
+    (tmp_path / "000000_0.png").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        run(tmp_path)
+    assert files(tmp_path) == {"file", "000000_0.png"}
+
+
+@pytest.mark.parametrize("count, side", [(1, 1), (5, 3), (70, 8)])
+def test_grid(tmp_path, count, side):
+    with OutputFolder(str(tmp_path), wanted(count), NOTES) as out:
+        for i, file in enumerate(wanted(count)):
+            out.save(file, np.full((512, 256, 3), i, np.uint8))
+        out.write_grid()
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.size == (side * 128, -(-min(count, 64) // side) * 256)
+        values = np.asarray(sheet)[128::256, 64::128, 0]
+    shown = values.ravel()[: min(count, 64)]
+    np.testing.assert_array_equal(shown, np.arange(len(shown)))
+    assert "grid.png" not in {line["file"] for line in lines(tmp_path)}
+
+
+def test_remote_folder(tmp_path, monkeypatch):
+    """Without rename, append and lock: as object stores are."""
+    for module in manifest, outputs:
+        monkeypatch.setattr(module, "is_local", lambda path: False)
+    monkeypatch.setattr(type(outputs.epath.Path()), "replace", None)
+    monkeypatch.setattr(outputs, "_locked", None)
+    run(tmp_path, count=2)
+    assert files(tmp_path) == {"000000_0.png", "000001_1.png", "manifest.jsonl"}
+    before = contents(tmp_path)
+    (tmp_path / "manifest.jsonl").unlink()  # killed before it was uploaded
+    run(tmp_path, count=0)
+    assert contents(tmp_path) == before
+    assert run(tmp_path) == {"000002_2.png"}
+    assert len(lines(tmp_path)) == 3

@@ -1,0 +1,176 @@
+"""Files of prompts, the ranges of their fields, and how tasks share batches."""
+
+import json
+import re
+
+import pytest
+
+from sana_jax.batch.tasks import Task, check_fields, make_batches, make_tasks, read_rows, with_sizes
+from sana_jax.errors import UserError
+
+COMMON = {"negative_prompt": "", "num_steps": 20, "guidance_scale": 4.5}
+
+
+def rows_of(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_rows(str(path))
+
+
+def fields(rows):
+    return [fields for _, fields in rows]
+
+
+def test_text_file(tmp_path):
+    content = "\ufeffa red circle\r\n\n   \n  A Fox\u2028on ice \n../../etc/x\nשלום 🎨\0".encode()
+    prompts = [row["prompt"] for row in fields(rows_of(tmp_path, "p.txt", content))]
+    assert prompts == ["a red circle", "A Fox\u2028on ice", "../../etc/x", "שלום 🎨\0"]
+
+
+def test_jsonl_file(tmp_path):
+    given = [
+        {"prompt": ""},
+        {"prompt": "two\nlines", "seed": 3, "height": 64, "width": 96},
+        {"prompt": "a", "negative_prompt": "b", "guidance_scale": 1, "num_steps": 4},
+    ]
+    lines = [*map(json.dumps, given), "", r'{"prompt": "half \ud83c"}']
+    found = fields(rows_of(tmp_path, "p.jsonl", "\n".join(lines)))
+    assert found == [*given, {"prompt": "half \ud83c"}]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("p.txt", b"good\n\nb\xffd\n", "p.txt line 3: it is not UTF-8"),
+        ("p.txt", "a cat".encode("utf-16"), "p.txt line 1: it is not UTF-8"),
+        ("p.txt", "\n  \n", "holds no prompt"),
+        ("p.csv", "a cat", "give a .txt file"),
+        ("p.jsonl", "", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2: it is not JSON"),
+        ("p.jsonl", "[" * 10**5, "line 1: it is not JSON"),
+        ("p.jsonl", '["a"]', "line 1: it is no JSON object"),
+        ("p.jsonl", '{"seed": 3}', 'line 1: "prompt" is missing'),
+    ],
+)
+def test_bad_file(tmp_path, name, content, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        rows_of(tmp_path, name, content)
+
+
+def test_file_that_cannot_be_read(tmp_path):
+    for path in tmp_path / "absent.txt", tmp_path:
+        with pytest.raises(UserError):
+            read_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"height": 0}, "height=0: it takes a whole number of pixels above 0"),
+        ({"width": -32}, "width=-32"),
+        ({"height": 32.5}, "height=32.5"),
+        ({"height": None}, "height=None"),
+        ({"seed": -1}, "seed=-1: it takes a whole number in 0 .. 4294967295"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+        ({"seed": True}, "seed=True"),
+        ({"num_steps": 0}, "num_steps=0: it takes a whole number in 1 .. 1000"),
+        ({"num_steps": 10**9}, "num_steps=1000000000"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf: it takes a number in 0 .. 1000"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": -1}, "guidance_scale=-1"),
+        ({"guidance_scale": "4"}, "guidance_scale='4'"),
+        ({"prompt": ["a"]}, "prompt=['a']: it takes a string"),
+        ({"promt": "a"}, "unknown key 'promt'; did you mean prompt?"),
+        ({"zzz": 1}, "unknown key 'zzz'; known are prompt, "),
+    ],
+)
+def test_bad_field(values, words):
+    with pytest.raises(UserError) as error:
+        make_tasks([("FILE line 7: ", {"prompt": "a", **values})], COMMON, 0, 1)
+    assert str(error.value).startswith("FILE line 7: " + words)
+    with pytest.raises(UserError) as error:
+        check_fields(values, "--")
+    assert str(error.value).startswith("--" + words)
+
+
+def test_long_values_are_cut_in_complaints():
+    with pytest.raises(UserError) as error:
+        check_fields({"seed": "9" * 10**6, "x" * 10**6: 1}, "")
+    assert len(str(error.value)) < 200
+
+
+def test_seeds_count_up():
+    rows = [("", {"prompt": "a"}), ("", {"prompt": "b", "seed": 70}), ("", {"prompt": "c"})]
+    tasks = make_tasks(rows, COMMON, 10, 2)
+    assert [t.seed for t in tasks] == [10, 11, 70, 71, 14, 15]
+    assert [t.file for t in tasks][:3] == ["000000_10.png", "000001_11.png", "000002_70.png"]
+    assert [t.prompt for t in tasks] == list("aabbcc")
+
+
+def test_seeds_end_somewhere():
+    last = 2**32 - 1
+    assert make_tasks([("", {"prompt": "a"})] * 2, COMMON, last - 1, 1)[-1].seed == last
+    with pytest.raises(UserError, match=f"^--seed={last}: .* end at {last}"):
+        make_tasks([("", {"prompt": "a"})] * 2, COMMON, last, 1)
+    with pytest.raises(UserError, match=f"^F line 1: seed={last}"):
+        make_tasks([("F line 1: ", {"prompt": "a", "seed": last})], COMMON, 0, 2)
+
+
+def test_too_many_images():
+    with pytest.raises(UserError, match="--num_images_per_prompt=1000000000: 1 prompts x"):
+        make_tasks([("", {"prompt": "a"})], COMMON, 0, 10**9)
+
+
+def sizes(row=None, common=None, native=1024, multiple=32, max_pixels=4096 * 4096):
+    row = ("F line 1: ", {"prompt": "a", **(row or {})})
+    tasks = make_tasks([row], {**COMMON, **(common or {})}, 0, 1)
+    (task,) = with_sizes(tasks, native, multiple, max_pixels)
+    return task.height, task.width
+
+
+def test_sizes():
+    assert sizes() == (1024, 1024)
+    assert sizes({"height": 512}, {"height": 64, "width": 96}) == (512, 96)
+    assert sizes({"height": 8192, "width": 2048}) == (8192, 2048)
+    assert sizes({"height": 4096, "width": 4096}) == (4096, 4096)
+    assert sizes({"height": 65536, "width": 65536}, max_pixels=2**32) == (65536, 65536)
+    assert sizes({"height": 1000}, multiple=None) == (1000, 1024)
+
+
+@pytest.mark.parametrize(
+    "row, common, words",
+    [
+        ({"height": 1000}, {}, "F line 1: height=1000: it must be a multiple of 32; try 992 or"),
+        ({}, {"height": 1000}, "--height=1000: it must be a multiple of 32; try 992 or 1024"),
+        ({}, {"width": 8}, "--width=8: it must be a multiple of 32; try 32"),
+        ({}, {"height": 65536}, "--height=65536: 65536 x 1024 pixels are more than --max_pixels"),
+        ({}, {"height": 65536, "width": 32}, "--height=65536: 65536 x 32 pixels"),
+    ],
+)
+def test_bad_sizes(row, common, words):
+    with pytest.raises(UserError) as error:
+        sizes(row, common)
+    assert str(error.value).startswith(words)
+
+
+def test_batches_hold_one_shape_in_order():
+    shapes = [dict(height=h, width=32, guidance_scale=g) for h in (32, 64) for g in (1.0, 4.5)]
+    tasks = [Task(i, "a", i, **shapes[i * 7 % 4]) for i in range(41)]
+    batches = make_batches(tasks, 4, 1)
+    assert sorted(t.number for b in batches for t in b.tasks) == list(range(41))
+    for batch in batches:
+        assert len({t.shape for t in batch.tasks}) == 1
+        numbers = [t.number for t in batch.tasks]
+        assert numbers == sorted(numbers)
+        assert batch.size == 4 == len(batch.padded())
+        assert batch.padded()[: len(batch.tasks)] == batch.tasks
+    assert sum(len(b.tasks) < 4 for b in batches) <= len(shapes)
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, divisor, expected",
+    [(3, 8, 1, [3]), (3, 8, 8, [8]), (20, 8, 1, [8] * 3), (20, 6, 4, [8] * 3), (1, 1, 1, [1])],
+)
+def test_batch_sizes(count, batch_size, divisor, expected):
+    tasks = [Task(i, "a", i) for i in range(count)]
+    assert [b.size for b in make_batches(tasks, batch_size, divisor)] == expected
