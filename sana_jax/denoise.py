@@ -44,7 +44,7 @@ def sample(
 ) -> Float[Array, "B h w c"]:
     """Latents from noise. S is 2, without and with the prompt, or 1, which means no guidance.
 
-    `sequential`: the two one after the other, in half the memory. Others: see guidance.py.
+    `sequential`: the two one after the other, in less memory. Others: see guidance.py.
     """
     keys_values = keys_values_of(module, params, captions)
     velocity = _guided(module, params, keys_values, masks, scale, interval, sequential)

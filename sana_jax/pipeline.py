@@ -27,8 +27,8 @@ OUTPUTS = ("pil", "np", "float", "latent", "device")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SIDE = 2**16  # pixels
 
-# Pixels above which pictures are decoded in tiles unless told otherwise, and of what size: those
-# that the reference recommends for 4096 px. Smaller ones show their seams in flat areas.
+# Pixels above which pictures are decoded in tiles unless told otherwise, and size and stride of
+# these: what the reference recommends for 4096 px. The seams of smaller tiles show in flat areas.
 LARGE, LARGE_TILE = 2048 * 2048, (1024, 896)
 
 Tile = tuple[tiling.Size, tiling.Size]  # size, stride
@@ -139,7 +139,7 @@ class SanaPipeline:
           on_step: called as on_step(step, latents) after every step; slower than without.
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]), "latent", or "device":
             as "np", but a jax array that is not waited for.
-          sequential_guidance: the halves of guidance one after the other, in half the memory.
+          sequential_guidance: the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": above 2048 x 2048 pixels in tiles of 1024, else at once.
 
         Raises UserError, a ValueError, where an argument is out of range.

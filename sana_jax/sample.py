@@ -43,7 +43,7 @@ _INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "LOW,HIGH in sigma (0 .. 1): guide only inside"
 )
 flags.DEFINE_bool(
-    "sequential_guidance", False, "the halves of guidance one after the other, in half the memory"
+    "sequential_guidance", False, "the halves of guidance one after the other, in less memory"
 )
 flags.DEFINE_string(
     "tile", "auto", "decode in tiles: SIZE,STRIDE in pixels; auto: above 2048 x 2048; or none"
