@@ -1,5 +1,6 @@
 """What a folder of pictures holds after runs that ended in every way."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -235,28 +236,33 @@ os.kill(os.getpid(), 9)
     assert run(out) == set() and ".lock" not in files(out)
 
 
-@pytest.fixture
-def small_disk():
-    """Call it to have a disk that is full after that many bytes of a file."""
+@contextlib.contextmanager
+def small_disk(size: int):
+    """A disk that is full after that many bytes of a file.
+
+    The limit is the process's own, so it ends with the block: pytest may write to a log.
+    """
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_is_found_by_the_probe(tmp_path, small_disk):
+def test_full_disk_is_found_by_the_probe(tmp_path):
     with pytest.raises(UserError, match="--out=.*new: File too large$"):
-        with OutputFolder(str(tmp_path / "new"), wanted(), NOTES) as out:
-            small_disk(1000)
+        with OutputFolder(str(tmp_path / "new"), wanted(), NOTES) as out, small_disk(1000):
             out.probe(3 * 32 * 48)
     assert files(tmp_path) == set()
 
 
-def test_full_disk_later(tmp_path, small_disk):
+def test_full_disk_later(tmp_path):
     run(tmp_path, count=1)
     before = contents(tmp_path)
-    small_disk(1000)
-    with pytest.raises(UserError, match="File too large; 1 of 3 images are done, and the same"):
+    message = "File too large; 1 of 3 images are done, and the same"
+    with pytest.raises(UserError, match=message), small_disk(1000):
         run(tmp_path)
     assert contents(tmp_path) == before
 
