@@ -45,6 +45,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
         sys.exit(print(_help()))
     signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.unraisablehook = _raise_again
     if any(re.match("--?(no)?jax_", argument) for argument in sys.argv[1:]):
         import jax  # takes seconds, which a command without such flags may not need
 
@@ -66,6 +67,21 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _raise_again(ignored) -> None:
+    """Python drops what is raised in a callback of its garbage collector, and JAX has one there.
+
+    Ctrl-C and SIGTERM are raised once more, when the callback is over.
+    """
+    if not issubclass(ignored.exc_type, KeyboardInterrupt | _Terminated):
+        return sys.__unraisablehook__(ignored)
+
+    def again(signum, frame):
+        raise ignored.exc_type
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _on_sigterm(signum, frame):

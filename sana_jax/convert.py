@@ -9,16 +9,15 @@ transformer alone; --rest names the checkpoint that lends the autoencoder, the t
 tokenizer. The complex human instruction is stored with its sha256 and where it was found.
 """
 
-import contextlib
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from sana_jax import cli
 from sana_jax.errors import UserError
+from sana_jax.new_folder import check_new, new_folder
 
 FLAGS = flags.FLAGS
 _SOURCE = flags.DEFINE_string("source", None, "folder, hub id, or .pth file", required=True)
@@ -37,6 +36,9 @@ _EMA = flags.DEFINE_bool("ema", False, "for a .pth: the averaged weights")
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "for a .pth: the side in pixels it was trained at; default: by its name"
 )
+_CROSS_HEADS = flags.DEFINE_integer(
+    "cross_heads", None, "for a .pth of an unpublished width: heads of the cross-attention"
+)
 _CLIP = flags.DEFINE_bool(
     "clip_attention",
     None,
@@ -54,14 +56,19 @@ def open_source():
     options = dict(revision=_REVISION.value, instruction_file=_INSTRUCTION.value)
     source = Path(_SOURCE.value)
     if source.suffix != ".pth":
-        for flag in (_REST, _EMA, _IMAGE_SIZE):
+        for flag in (_REST, _EMA, _IMAGE_SIZE, _CROSS_HEADS):
             if flag.value:
                 raise UserError(f"--{flag.name} is for a .pth file; --source={source} is none")
         return checkpoints.open_checkpoint(_SOURCE.value, _VARIANT.value, **options)
     if _REST.value is None:
         raise UserError(f"{source} holds the transformer alone: name the others with --rest=DIR")
     rest = checkpoints.open_checkpoint(_REST.value, _VARIANT.value, **options)
-    config, params = nvlabs.open_dit(source, use_ema=_EMA.value, image_size=_IMAGE_SIZE.value)
+    config, params = nvlabs.open_dit(
+        source,
+        use_ema=_EMA.value,
+        image_size=_IMAGE_SIZE.value,
+        cross_heads=_CROSS_HEADS.value,
+    )
     return dataclasses.replace(
         rest,
         dit=config,
@@ -69,6 +76,20 @@ def open_source():
         flow_shift=nvlabs.flow_shift(config),
         provenance={"source": source.name, "layout": "nvlabs", "rest": rest.provenance},
     )
+
+
+def warn_of_scale(checkpoint) -> None:
+    """One line where the autoencoder's scaling factor looks like another one's."""
+    from sana_jax.checkpoints.scale import TOLERANCE, latent_scale
+
+    found = latent_scale(checkpoint)
+    if abs(found - 1) > TOLERANCE:
+        logging.warning(
+            "the latents of a test picture have a root mean square of %.2f, not 1: is the"
+            " autoencoder's scaling_factor %g that of its weights?",
+            found,
+            checkpoint.vae.scaling_factor,
+        )
 
 
 def prepare(checkpoint, dtype: str | None, progress):
@@ -97,33 +118,17 @@ def prepare(checkpoint, dtype: str | None, progress):
     return dataclasses.replace(checkpoint, params=params)
 
 
-@contextlib.contextmanager
-def removed_on_failure(folder: Path):
-    """Leaves nothing of an unfinished folder behind."""
-    existed = folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        _remove(folder, existed)
-        raise UserError(f"--out={folder}: {error.strerror or error}") from error
-    except BaseException:
-        _remove(folder, existed)
-        raise
-
-
-def _remove(folder: Path, existed: bool) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if existed:
-        folder.mkdir(exist_ok=True)
-
-
 def main(argv):
     del argv
-    out = Path(_OUT.value)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} exists and is not an empty folder")
+    out = check_new(_OUT.value)
+    if out.resolve().is_relative_to(Path(_SOURCE.value).resolve()):
+        raise UserError(f"--out={out} lies inside --source={_SOURCE.value}: write it elsewhere")
+    from sana_jax.checkpoints.components import check_fit
+
     checkpoint = open_source()
+    check_fit(checkpoint)
+    if checkpoint.provenance.get("trained"):  # of random weights there is nothing to expect
+        warn_of_scale(checkpoint)
     if _CLIP.value is not None:
         if _FORMAT.value != "native" or checkpoint.dit is None:
             raise UserError("--clip_attention is stored in the native layout, with a transformer")
@@ -136,7 +141,7 @@ def main(argv):
 
     save = {"native": native.save, "diffusers": diffusers.save}[_FORMAT.value]
     with (
-        removed_on_failure(out),
+        new_folder(out),
         tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as progress,
     ):
         prepared = prepare(checkpoint, _DTYPE.value, progress)

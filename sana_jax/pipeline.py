@@ -17,7 +17,13 @@ from PIL import Image
 
 from sana_jax import arguments, checkpoints, denoise, sharding, text
 from sana_jax.checkpoints import diffusers, native
-from sana_jax.checkpoints.components import CONFIGS, Checkpoint, component_dtype, module_for
+from sana_jax.checkpoints.components import (
+    CONFIGS,
+    Checkpoint,
+    check_fit,
+    component_dtype,
+    module_for,
+)
 from sana_jax.data import buckets
 from sana_jax.diffusion import dpm_solver
 from sana_jax.errors import UserError
@@ -41,6 +47,7 @@ class SanaPipeline:
         """`checkpoint` as `checkpoints.load` gives it, with its weights on `mesh`."""
         if missing := CONFIGS.keys() - checkpoint.configs():
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: it draws nothing")
+        check_fit(checkpoint)
         self.checkpoint, self.mesh, self.dtype = checkpoint, mesh, dtype
         self.dit, self.vae, self.text_encoder = (
             module_for(getattr(checkpoint, name), component_dtype(name, dtype)) for name in CONFIGS
@@ -84,7 +91,7 @@ class SanaPipeline:
             revision=revision,
             instruction_file=instruction_file,
         )
-        if clip_attention is not None:
+        if clip_attention is not None and checkpoint.dit is not None:
             checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
         return cls(checkpoint, mesh, dtype)
 
@@ -155,6 +162,8 @@ class SanaPipeline:
         tile = self._tile(tile, height * width > LARGE)
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step {on_step!r} cannot be called")
+        if prompt is None and prompt_embeddings is None:
+            raise UserError("give a prompt, or prompt_embeddings and prompt_mask")
         if prompt is None:
             rows = self.checkpoint.text_rows
             shape = ("prompts", rows, self.checkpoint.dit.caption_channels)

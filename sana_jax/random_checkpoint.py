@@ -8,22 +8,27 @@ Weights are made and written one shard after the other. Pictures from them show 
 """
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from sana_jax import cli
 from sana_jax.errors import UserError
+from sana_jax.new_folder import check_new, new_folder
 
 TINY = "tiny"
 
 FLAGS = flags.FLAGS
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
-_PRESET = flags.DEFINE_string("preset", TINY, "tiny, or a published model such as sana_600m_1024")
+_PRESET = flags.DEFINE_string(
+    "preset",
+    TINY,
+    "tiny, or sana_600m_512, _1024; sana_1600m_512, _1024, _2048, _4096;"
+    " sana1.5_1600m_1024; sana1.5_4800m_1024",
+)
 _FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of the folder")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the weights")
-_SEED = flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "of the weights", 0, 2**32 - 1)
 _SHARD = flags.DEFINE_integer("max_shard_mb", 2000, "size of a weight file, MB", lower_bound=1)
 
 
@@ -106,14 +111,14 @@ def make(preset: str, dtype: str = "float32", seed: int = 0):
 
 def main(argv):
     del argv
-    out = Path(_OUT.value)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} exists and is not an empty folder")
+    out = check_new(_OUT.value)
+    checkpoint = make(_PRESET.value, _DTYPE.value, _SEED.value)
+
     from sana_jax.checkpoints import diffusers, native
 
-    checkpoint = make(_PRESET.value, _DTYPE.value, _SEED.value)
     save = {"native": native.save, "diffusers": diffusers.save}[_FORMAT.value]
-    save(checkpoint, out, max_shard_bytes=_SHARD.value * 10**6)
+    with new_folder(out):
+        save(checkpoint, out, max_shard_bytes=_SHARD.value * 10**6)
     print(f"{out}: {_PRESET.value} with random weights, {_FORMAT.value} layout")
 
 

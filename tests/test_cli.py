@@ -279,3 +279,31 @@ def start_waiting(folder):
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_inside_a_callback_of_the_garbage_collector_is_heard(tmp_path, name, status):
+    """Python prints and drops what is raised there; jax has such a callback."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import gc, os, signal, time
+from sana_jax import cli
+
+def callback(phase, info):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(0.1)
+
+def main(argv):
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(30)
+
+cli.run(main)
+"""
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=20)
+    assert result.returncode == status and len(result.stderr.splitlines()) == 1, result.stderr

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaPipeline as TheirPipeline
+from flax import traverse_util
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
-from sana_jax import SanaPipeline, checkpoints
+from sana_jax import SanaPipeline, checkpoints, random_checkpoint
+from sana_jax.checkpoints import scale
+from sana_jax.checkpoints.components import param_shapes
 from sana_jax.sharding import make_mesh
 from tests import toy
 from tests.checkpoints.test_nvlabs import official
@@ -165,14 +169,14 @@ def test_dtype(folder, tmp_path, dtype):
 
 def test_vae_alone(tmp_path):
     """A native folder may hold the autoencoder alone; such a folder draws nothing."""
-    from sana_jax.checkpoints import native, open_checkpoint
+    from sana_jax.checkpoints import open_checkpoint
     from sana_jax.checkpoints.components import Checkpoint
     from sana_jax.models.dc_ae_config import DCAEConfig
 
     vae = toy.autoencoder()
     config = DCAEConfig.from_diffusers(dict(vae.config))
     params = {"vae": toy.params(vae, config)}
-    native.save(Checkpoint(vae=config, params=params), tmp_path / "vae")
+    checkpoints.native.save(Checkpoint(vae=config, params=params), tmp_path / "vae")
     found = open_checkpoint(str(tmp_path / "vae"))
     assert found.dit is None and found.vae == config
     jax.tree.map(np.testing.assert_array_equal, found.params["vae"], params["vae"])
@@ -183,6 +187,26 @@ def test_vae_alone(tmp_path):
     )
     refused(result, "dit", "text_encoder")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_scaling_factor_is_noticed(tmp_path):
+    """In checkpoints that say they are trained: of random weights there is nothing to expect."""
+    made = random_checkpoint.make("tiny")
+    right = made.vae.scaling_factor / scale.latent_scale(made)
+
+    def stderr(name, factor, provenance):
+        vae = dataclasses.replace(made.vae, scaling_factor=factor)
+        checkpoints.native.save(
+            dataclasses.replace(made, vae=vae, provenance=provenance), tmp_path / name
+        )
+        result = convert(f"--source={tmp_path / name}", f"--out={tmp_path / name}_out")
+        assert result.returncode == 0
+        return [line for line in result.stderr.splitlines() if "scaling_factor" in line]
+
+    assert stderr("right", right, {"trained": True}) == []
+    (line,) = stderr("wrong", 1.4 * right, {"trained": True})
+    assert "mean square of 1.40" in line
+    assert stderr("random", 1.4 * right, {}) == []
 
 
 def spoiled(folder, tmp_path, change):
@@ -207,7 +231,24 @@ def test_bad_tensors_leave_nothing_behind(folder, tmp_path, change, words):
     out = tmp_path / "deep" / "out"
     result = convert(f"--source={spoiled(folder, tmp_path, change)}", f"--out={out}")
     refused(result, *words)
-    assert not out.exists()
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_link_to_an_empty_folder_stays_one(folder, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    spoil = spoiled(folder, tmp_path, lambda t: t["proj_out.bias"].fill_(float("nan")))
+    refused(convert(f"--source={spoil}", f"--out={tmp_path / 'link'}"), "NaN")
+    assert (tmp_path / "link").is_symlink() and not any((tmp_path / "real").iterdir())
+
+
+def test_networks_that_do_not_fit_are_refused(folder, tmp_path):
+    other = toy.pipeline(caption_channels=32)
+    other.save_pretrained(tmp_path / "other")
+    refused(
+        convert(f"--source={tmp_path / 'other'}", f"--out={tmp_path / 'out'}"), "width 32", "48"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder_stays_empty_on_failure(folder, tmp_path):
@@ -229,6 +270,10 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
     [
         (["--source=no/such/place"], ["no/such/place"]),
         (["--source=nowhere"], ["no checkpoint 'nowhere'"]),
+        (["--source=" + "a" * 300], ["name too long"]),
+        (["--source={folder}/model_index.json"], ["is a file"]),
+        (["--source={folder}", "--out={folder}/inside"], ["inside --source"]),
+        (["--source=launch/quickstar"], ["no checkpoint 'launch/quickstar'"]),
         (["--source={folder}", "--variant=bf16"], ["bf16"]),
         (["--source={folder}", "--ema"], ["--ema is for a .pth"]),
         (["--source={folder}", "--clip_attention", "--format=diffusers"], ["--clip_attention"]),
@@ -240,8 +285,8 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
     ],
 )
 def test_bad_flags(folder, tmp_path, flags, words):
-    flags = [flag.format(folder=folder) for flag in flags]
-    refused(convert(*flags, f"--out={tmp_path / 'out'}"), *words)
+    flags = [f"--out={tmp_path / 'out'}", *(flag.format(folder=folder) for flag in flags)]
+    refused(convert(*flags), *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -269,24 +314,46 @@ finally:
 """
 
 
+def ones(shape, dtype):
+    return np.ones(shape, dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["native", "diffusers"])
 def test_memory_on_a_gigabyte(tmp_path, format):
     """Peak anonymous memory <= 2 x the largest stacked tensor + 300 MB, on 0.6B in bfloat16."""
-    from sana_jax import random_checkpoint
     from sana_jax.checkpoints import diffusers, native
     from sana_jax.models.dit import PRESETS
 
-    # The full transformer beside tiny networks.
+    # The full transformer beside tiny networks, and three equal large stacks after each other.
     large = random_checkpoint.make("sana_600m_512", "bfloat16")
     tiny = random_checkpoint.make("tiny", "bfloat16")
-    params = {**tiny.params, "dit": large.params["dit"]}
-    mixed = dataclasses.replace(tiny, dit=PRESETS["sana_600m_512"], params=params)
+    kernel = tiny.params["text_encoder"]["layers"]["gate"]["kernel"]
+    config = dataclasses.replace(
+        tiny.text_encoder, hidden_size=1152, intermediate_size=9216, num_layers=26
+    )
+    text_encoder = {
+        path: dataclasses.replace(kernel, shape=leaf.shape, load=partial(ones, leaf.shape))
+        for path, leaf in param_shapes(config).items()
+    }
+    text_encoder = traverse_util.unflatten_dict(text_encoder, sep="/")
+    dit = dataclasses.replace(PRESETS["sana_600m_512"], caption_channels=1152)
+    large_dit = dict(large.params["dit"])
+    first, square = large_dit["caption_embed"]["linear_1"]["kernel"], (1152, 1152)
+    large_dit["caption_embed"] = {
+        **large_dit["caption_embed"],
+        "linear_1": {
+            **large_dit["caption_embed"]["linear_1"],
+            "kernel": dataclasses.replace(first, shape=square, load=partial(ones, square)),
+        },
+    }
+    params = {**tiny.params, "dit": large_dit, "text_encoder": text_encoder}
+    mixed = dataclasses.replace(tiny, dit=dit, text_encoder=config, params=params)
     source, out = tmp_path / "source", tmp_path / "out"
     (native if format == "diffusers" else diffusers).save(mixed, source)
     size = sum(p.stat().st_size for p in source.rglob("*") if p.is_file())
     assert size >= 10**9
-    largest = max(2 * np.prod(x.shape) for x in jax.tree.leaves(params["dit"]))
+    largest = max(2 * np.prod(x.shape) for x in jax.tree.leaves(params))
     flags = f"--source={source}", f"--out={out}", f"--format={format}"
     result = subprocess.run(
         [sys.executable, "-c", MEASURED, *flags], capture_output=True, text=True
@@ -322,5 +389,6 @@ def test_pth(folder, tmp_path):
 def test_pth_of_unknown_width(theirs, folder, tmp_path):
     source, out = tmp_path / "Sana_toy_512px.pth", tmp_path / "out"
     torch.save(official(theirs.transformer), source)
-    refused(convert(f"--source={source}", f"--rest={folder}", f"--out={out}"), "width 64")
+    flags = f"--source={source}", f"--rest={folder}", f"--out={out}"
+    refused(convert(*flags), "width 64", "--cross_heads")
     assert not out.exists()

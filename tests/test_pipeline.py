@@ -337,7 +337,7 @@ def test_narrow_types(ours, folder, dtype):
         (dict(tile=(64, 96)), "stride (96, 96)"),
         (dict(tile=(64, "a")), "'a'"),
         (dict(prompt_embeddings=np.zeros((3, 300, 48))), "not both"),
-        (dict(prompts=None), "prompt_embeddings is NoneType"),
+        (dict(prompts=None), "give a prompt"),
         (dict(prompts=None, prompt_embeddings=np.zeros((3, 10, 48))), "(3, 10, 48)"),
         (dict(prompts=None, prompt_embeddings=np.zeros((3, 300, 48))), "prompt_mask is NoneType"),
         (

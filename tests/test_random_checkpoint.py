@@ -57,3 +57,13 @@ def test_an_occupied_folder_is_kept(tmp_path):
     result = write(f"--out={tmp_path}")
     assert result.returncode == 2 and "not an empty folder" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_failed_run_leaves_nothing(tmp_path):
+    """Here for want of a place; a full disk takes the same way."""
+    result = write("--out=/proc/nowhere/c")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    limited = f"ulimit -f 100; {sys.executable} -m sana_jax.random_checkpoint --out={tmp_path}/a/b"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "File too large" in result.stderr and not any(tmp_path.iterdir())

@@ -80,7 +80,13 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
     if "://" in name:
         raise UserError(f"{name}: checkpoints are read from local folders; copy it to one first")
     path = Path(os.path.expanduser(name))
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UserError(f"no checkpoint {name!r:.60}: {error.strerror}") from None
+    if is_file:
+        raise UserError(f"{name} is a file; name the folder of the checkpoint that it belongs to")
+    if is_folder:
         if revision:
             raise UserError(f"{name} is a folder, which has no revision {revision!r}")
         for marker in ("model.json", "model_index.json"):
@@ -89,7 +95,8 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
         raise UserError(f"{name} has neither model.json (native) nor model_index.json (diffusers)")
     if name in bundled():
         return bundled()[name]
-    if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
+    mistyped = path.parent != Path(".") and path.parent.is_dir()  # its parent is a folder here
+    if name.count("/") == 1 and not (path.is_absolute() or name.startswith(".") or mistyped):
         return _download(name, revision, variant)
     names = " or ".join(bundled()) or "none yet"
     raise UserError(
@@ -110,6 +117,8 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     plain = dict(allow_patterns=["*.safetensors"], ignore_patterns=["*.*.safetensors"])
     try:
         folder = Path(fetch(allow_patterns=HUB_FILES))
+        # The commit that it is of: a branch may move on before the next call.
+        fetch = partial(huggingface_hub.snapshot_download, name, revision=folder.name)
         if variant:
             fetch(allow_patterns=[f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"])
             there = {path.parent.name for path in folder.glob(f"*/*.{variant}*.safetensors")}

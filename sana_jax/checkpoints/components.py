@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints.mapping import flat_shapes
+from sana_jax.errors import UserError
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig, SanaTransformer
@@ -45,6 +46,21 @@ class Checkpoint:
         """The networks that are there."""
         configs = {name: getattr(self, name) for name in CONFIGS}
         return {name: config for name, config in configs.items() if config is not None}
+
+
+def check_fit(checkpoint: Checkpoint) -> None:
+    """Raises UserError where the networks do not belong together."""
+    dit, vae, text_encoder = checkpoint.dit, checkpoint.vae, checkpoint.text_encoder
+    if dit and dit.latent_channels != vae.latent_channels:
+        raise UserError(
+            f"the transformer has {dit.latent_channels} latent channels, the autoencoder"
+            f" {vae.latent_channels}: they do not belong together"
+        )
+    if dit and text_encoder and dit.caption_channels != text_encoder.hidden_size:
+        raise UserError(
+            f"the transformer reads text of width {dit.caption_channels}, the text encoder writes"
+            f" {text_encoder.hidden_size}: they do not belong together"
+        )
 
 
 def component_dtype(component: str, dtype: Dtype) -> Dtype:

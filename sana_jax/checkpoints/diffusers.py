@@ -16,7 +16,7 @@ from sana_jax.checkpoints.components import Checkpoint, Config, param_shapes
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
 from sana_jax.checkpoints.native import local, read_json
-from sana_jax.checkpoints.tensors import LazyArray, TensorReader, write_tensors
+from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
 from sana_jax.errors import UserError
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
@@ -69,6 +69,18 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
     return config, lazy_params(table, shapes, tensors)
 
 
+def files(folder: Path, variant: str | None = None) -> list[Path]:
+    """All files that `open_folder` reads, sorted by name."""
+    found = [folder / "scheduler" / "scheduler_config.json"]
+    found += [path for path in (folder / "tokenizer").iterdir() if path.is_file()]
+    for name, (subfolder, *_) in COMPONENTS.items():
+        weights, _ = _find_weights(folder, name, variant)
+        found += [folder / subfolder / "config.json", weights]
+        if weights.suffix == ".json":
+            found += set(read_index(weights).values())
+    return sorted(found)
+
+
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes a folder that diffusers loads; weights keep the dtype they have."""
     folder = local(folder)
@@ -79,6 +91,11 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
     if checkpoint.text_rows != TEXT_ROWS or checkpoint.dit.clip_attention is not None:
         logging.warning(
             "a diffusers folder cannot hold text_rows and clip_attention: they are lost"
+        )
+    if checkpoint.instruction is None:
+        logging.warning(
+            "a diffusers folder cannot say that a model takes no instruction: draw from it with"
+            " instruction=None, or --no_instruction"
         )
     index: dict[str, Any] = {"_class_name": "SanaPipeline", "_diffusers_version": "0.42.1"}
     for name, config in checkpoint.configs().items():

@@ -1,46 +1,31 @@
-"""A hash that stands for a checkpoint's folder."""
+"""A hash that stands for the weights, configs and tokenizer that a folder is read from."""
 
 import hashlib
+import re
 from pathlib import Path
 
-from sana_jax.checkpoints.diffusers import COMPONENTS
-
-SAMPLE, SAMPLES = 4096, 256  # bytes, and how many of them a weight file is known by
+from sana_jax.checkpoints import diffusers
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, variant: str | None = None) -> str:
     """The hash of what a native or a diffusers folder draws with.
 
-    Native: of model.json, which holds the hash of every other file. Diffusers: of the configs and
-    the tokenizer, and of each weight file's name, size, header and evenly spaced samples, a
-    megabyte of them: enough to tell two checkpoints apart in a moment, not to find a flipped bit.
+    Native: of model.json, which holds the hash of every other file. Diffusers: of every file that
+    is read for that variant, byte for byte; the hub's cache has hashed its large files already.
     """
     folder = Path(folder)
     if (folder / "model.json").is_file():
-        return hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
-    subfolders = [*(subfolder for subfolder, *_ in COMPONENTS.values()), "scheduler", "tokenizer"]
-    files = [file for name in subfolders for file in (folder / name).rglob("*") if file.is_file()]
+        return file_sha256(folder / "model.json")
     digest = hashlib.sha256()
-    for file in sorted(files):
-        if file.suffix == ".safetensors":
-            content = _sample(file)
-        elif file.suffix == ".json" or file.parent.name == "tokenizer":
-            content = file.read_bytes()
-        else:
-            continue
-        name = file.relative_to(folder).as_posix()
-        digest.update(f"{name} {file.stat().st_size} {len(content)}\n".encode())
-        digest.update(content)
+    for file in diffusers.files(folder, variant):
+        digest.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _sample(path: Path) -> bytes:
-    """The header of a safetensors file, and samples of what follows it."""
-    size = path.stat().st_size
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file; a large file in the hub's cache is a link to one with that name."""
+    target = path.resolve().name
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", target):
+        return target
     with path.open("rb") as file:
-        header = 8 + min(int.from_bytes(file.read(8), "little"), size)
-        parts = [file.read(header - 8)]
-        for i in range(SAMPLES):
-            file.seek(header + max(0, size - header - SAMPLE) * i // (SAMPLES - 1))
-            parts.append(file.read(SAMPLE))
-    return b"".join(parts)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -157,9 +157,13 @@ def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, LazyAr
     """Their tensors, lazily, from our nested parameters, which may be lazy themselves."""
     flat = traverse_util.flatten_dict(params, sep="/")
 
-    @functools.lru_cache(maxsize=1)  # the layers of a stack are written one after the other
+    held = {}  # the stack whose layers are being written; gone before the next one is read
+
     def tensors(entry: Entry) -> dict[str, np.ndarray]:
-        return dict(entry.write(on_host(flat[entry.path])))
+        if entry.path not in held:
+            held.clear()
+            held[entry.path] = dict(entry.write(on_host(flat[entry.path])))
+        return held[entry.path]
 
     for entry in entries:
         ours = flat[entry.path]
@@ -170,7 +174,12 @@ def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, LazyAr
 def _cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
     with np.errstate(over="ignore"):  # named below
         cast = array.astype(dtype or array.dtype, copy=False)
-    if not np.isfinite(cast).all():
-        finite = np.isfinite(array).all()
-        raise UserError(f"{name} {f'overflows {dtype}' if finite else 'holds NaN or Inf'}")
+    if not _is_finite(cast):
+        what = f"overflows {dtype}" if _is_finite(array) else "holds NaN or Inf"
+        raise UserError(f"{name} {what}")
     return cast
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """In parts, because the truth values of a large array are large too."""
+    return all(np.isfinite(part).all() for part in np.array_split(array.reshape(-1), 64))

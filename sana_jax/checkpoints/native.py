@@ -79,15 +79,7 @@ def open_folder(folder: Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'model.json'} is incomplete: {error!r}") from None
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing")
-        if _sha256(folder / name) != digest:
-            raise UserError(f"{folder / name} is damaged: its sha256 is not the one in model.json")
-    if loose := sorted(p.name for p in folder.glob("*.safetensors") if p.name not in files):
-        raise UserError(
-            f"{folder / loose[0]} is not in model.json: it was put there by another hand"
-        )
+    _verify(folder, files)
     for name, config in configs.items():
         single = folder / f"{name}.safetensors"
         tensors = TensorReader(single if single.is_file() else Path(f"{single}.index.json"))
@@ -98,6 +90,23 @@ def open_folder(folder: Path) -> Checkpoint:
     if (folder / "tokenizer").is_dir():
         checkpoint.tokenizer = text.load_tokenizer(folder / "tokenizer")
     return checkpoint
+
+
+def _verify(folder: Path, files: dict[str, str]) -> None:
+    """Raises UserError unless the files that are read are those in model.json, byte for byte."""
+    there = {path.name for path in folder.glob("*.safetensors*") if path.is_file()}
+    there |= {f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("*")}
+    for name, digest in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{folder / 'model.json'} names a file outside its folder: {name}")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing")
+        if _sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is damaged: its sha256 is not the one in model.json")
+    if loose := sorted(there - files.keys()):
+        raise UserError(
+            f"{folder / loose[0]} is not in model.json: it was put there by another hand"
+        )
 
 
 def local(folder: Path) -> Path:

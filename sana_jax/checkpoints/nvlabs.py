@@ -147,7 +147,7 @@ def _infer(
         known = " and ".join(map(str, CROSS_HEADS))
         raise UserError(
             f"{path} has width {width}, in heads of {head_dim}: shapes do not tell the number of"
-            f" cross-attention heads, known for {known} only; give cross_heads, a divisor"
+            f" cross-attention heads, known for {known} only; give --cross_heads"
         )
     sample_size = _sample_size(path, reader, image_size, patch)
     # The network rounds width times ratio down, which must give the same number.

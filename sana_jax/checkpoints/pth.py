@@ -33,6 +33,7 @@ INERT = (
     *(f"numpy.{c}.multiarray.{n}" for c in ("core", "_core") for n in ("_reconstruct", "scalar")),
     *(f"torch.{name}" for name in NUMPY),
 )
+SETS = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET
 HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
 OTHERS = NO_WEIGHTS | {  # what stands at the head of other files
     b"\x80": "in PyTorch's format of before 1.6: load and save it once in a newer PyTorch",
@@ -106,7 +107,8 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting
     """Knows no names but `known`, and calls nothing else."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    for code in pickle.EXT1 + pickle.EXT2 + pickle.EXT4:  # these reach objects past find_class
+    # EXT reaches objects past find_class; the others hash what they hold, see load_setitems.
+    for code in pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.DICT + SETS:
         del dispatch[code]
 
     def __init__(self, path: Path):
@@ -120,7 +122,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting
             raise UserError(f"{path} is big-endian: save it again on a little-endian machine")
         super().__init__(io.BytesIO(_read(path, self.locate("data.pkl"))), encoding="utf-8")
         self.known = {
-            "collections.OrderedDict": OrderedDict,
+            "collections.OrderedDict": lambda: OrderedDict(),  # and then filled
             "torch.Size": tuple,
             "torch._utils._rebuild_tensor_v2": self.rebuild_tensor,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
@@ -164,6 +166,24 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting
         self.stack.pop()  # the state that an object is to take: no object here needs one
 
     dispatch[pickle.BUILD[0]] = load_build
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.set_items(items[::2], items[1::2])
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key], [value])
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def set_items(self, keys: list, values: list) -> None:
+        # To hash a tuple of the same tuple twice, and so on forty deep, takes for ever.
+        if not all(type(key) in (str, int) for key in keys):
+            raise pickle.UnpicklingError
+        self.stack[-1].update(zip(keys, values, strict=True))
 
     def persistent_load(self, pid: Any) -> tuple[_Member, np.dtype]:
         _, dtype, key, _, count = pid

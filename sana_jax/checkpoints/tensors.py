@@ -49,7 +49,7 @@ class TensorReader(Mapping):
     def __init__(self, path: Path, prefix: str = ""):
         path = Path(path)
         if path.suffix == ".json":
-            files = _read_index(path)
+            files = read_index(path)
         else:
             files = dict.fromkeys(_open(path).keys(), path)
         handles = {file: _open(file) for file in sorted(set(files.values()))}
@@ -97,7 +97,8 @@ def _open(path: Path):
         raise UserError(f"{path} is {kinds[0]}") from None
 
 
-def _read_index(path: Path) -> dict[str, Path]:
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the .json index of several. Raises UserError."""
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         files = {name: path.parent / file for name, file in weight_map.items()}
@@ -161,6 +162,7 @@ def _write_file(path: Path, tensors: list[tuple[str, "LazyArray | np.ndarray", i
             array = np.ascontiguousarray(on_host(tensor))
             assert array.nbytes == nbytes, name
             file.write(array.reshape(-1).view(np.uint8))
+            del array  # before the next one is read
     return path
 
 

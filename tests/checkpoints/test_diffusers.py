@@ -373,6 +373,7 @@ def test_damaged_native_folder(written, tmp_path):
         dict(files=None),
         dict(files=["a"]),
         dict(files={}),
+        dict(files={"../outside": "0"}),
         dict(sampler=...),
         dict(sampler=dict(flow_shift="3", text_rows=300)),
         dict(sampler=dict(flow_shift=3.0, text_rows=0)),

@@ -7,7 +7,7 @@ import pytest
 
 from sana_jax import random_checkpoint
 from sana_jax.checkpoints import diffusers
-from sana_jax.checkpoints.fingerprint import fingerprint
+from sana_jax.checkpoints.fingerprint import file_sha256, fingerprint
 from tests import mini
 
 
@@ -42,15 +42,35 @@ def test_every_file_of_a_diffusers_folder_counts(folder, tmp_path):
         assert len(seen) == i + 1, path
 
 
-def test_large_files_are_sampled(tmp_path):
-    (tmp_path / "vae").mkdir()
-    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    content = np.random.default_rng(0).integers(0, 256, 4 * 2**20, np.uint8)
-    content[:8] = np.frombuffer((1000).to_bytes(8, "little"), np.uint8)
-    path.write_bytes(content.tobytes())
-    before = fingerprint(tmp_path)
-    content[2**20 : 2**20 + 2**15] ^= 1
-    path.write_bytes(content.tobytes())
+def test_every_byte_counts(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before, weights = fingerprint(copy), copy / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 3] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint(copy) != before
+
+
+def test_files_of_another_variant_do_not_count(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before, vae = fingerprint(copy), copy / "vae"
+    plain, half = (vae / f"diffusion_pytorch_model{v}.safetensors" for v in ("", ".bf16"))
+    half.write_bytes(plain.read_bytes() + b" ")
+    assert fingerprint(copy) == before != fingerprint(copy, "bf16")
+
+
+def test_shards_count(tmp_path):
+    diffusers.save(random_checkpoint.make("tiny"), tmp_path, max_shard_bytes=200_000)
+    before, shards = fingerprint(tmp_path), sorted(tmp_path.glob("transformer/*-of-*"))
+    assert len(shards) > 1
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-1] + b"\x01")
     assert fingerprint(tmp_path) != before
-    path.write_bytes(b"\xff" * 8)  # a header of 2**64 bytes
-    assert fingerprint(tmp_path) != before
+
+
+def test_links_of_the_hub_cache_are_not_read(tmp_path):
+    """A large file there has its sha256 as its name."""
+    blob = tmp_path / ("ab" * 32)
+    blob.write_bytes(b"x")
+    (tmp_path / "link").symlink_to(blob)
+    assert file_sha256(tmp_path / "link") == "ab" * 32
+    assert file_sha256(blob) != "ab" * 32

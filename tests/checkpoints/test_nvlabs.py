@@ -300,6 +300,6 @@ def test_unknown_widths_need_the_number_of_heads(tmp_path):
     path = tmp_path / "Sana_1024px.pth"
     torch.save(official(small()[0]), path)
     for cross_heads in (None, 3, -2):
-        with pytest.raises(UserError, match="width 64.*1152 and 2240 only; give cross_heads"):
+        with pytest.raises(UserError, match="width 64.*1152 and 2240 only; give --cross_heads"):
             open_checkpoint(path, cross_heads=cross_heads)
     assert open_checkpoint(path, cross_heads=4)[0].cross_heads == 4

@@ -260,6 +260,12 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
         (b"", "damaged"),
         (b"\x80\x02h\x07.", "damaged"),
         (b"\x80\x63.", "damaged"),
+        # Keys that take 2^40 steps to hash: a tuple of the same tuple twice, forty deep.
+        (b"\x80\x02})" + b"2\x86" * 40 + b"Ns.", "damaged"),
+        (b"\x80\x02}()" + b"2\x86" * 40 + b"Nu.", "damaged"),
+        (b"\x80\x04\x8f()" + b"2\x86" * 40 + b"\x90.", "damaged"),
+        (b"\x80\x02()" + b"2\x86" * 40 + b"Nd.", "damaged"),
+        (b"\x80\x02ccollections\nOrderedDict\n])" + b"2\x86" * 40 + b"N\x86a\x85R.", "damaged"),
     ],
 )
 def test_hand_made_pickles(tmp_path, sentinel, data, words):

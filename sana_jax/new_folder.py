@@ -1,0 +1,45 @@
+"""A new folder for a checkpoint: there when it is finished, gone when it is not."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sana_jax.errors import UserError
+
+
+def check_new(out: str) -> Path:
+    """The path of --out, which must be missing or an empty folder. Raises UserError."""
+    path = Path(out)
+    try:
+        occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise UserError(f"--out={out:.60}: {error.strerror}") from None
+    if not out:
+        raise UserError("--out is empty: name a folder")
+    if occupied:
+        raise UserError(f"--out={out} exists and is not an empty folder")
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Makes the folder; where the block raises, removes what is in it, and it if it is new.
+
+    Errors of the disk become UserErrors.
+    """
+    made = []
+    try:
+        made = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            for child in path.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+        with contextlib.suppress(OSError):
+            for new in made:
+                new.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"--out={path}: {error.strerror or error}") from error
+        raise
