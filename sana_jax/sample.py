@@ -13,8 +13,7 @@ what is missing. The batch is split over all devices of this host.
 """
 
 import dataclasses
-import math
-from pathlib import Path
+import os
 
 from absl import flags
 
@@ -57,7 +56,7 @@ flags.DEFINE_bool(
 _IMAGES = flags.DEFINE_integer("num_images_per_prompt", 1, "pictures of each prompt", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the first picture; the others count up from it")
 flags.DEFINE_enum("sampler", "flow_dpm_solver", ["flow_dpm_solver", "flow_euler"], "the solver")
-_SHIFT = flags.DEFINE_float("flow_shift", None, "of the noise schedule; default: the checkpoint's")
+flags.DEFINE_float("flow_shift", None, "of the noise schedule; default: the checkpoint's")
 flags.DEFINE_string(
     "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
 )
@@ -112,8 +111,10 @@ def main(argv):
     del argv
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise UserError('give one of --prompt="..." and --prompts=FILE')
-    if _SHIFT.value is not None and not 0 < _SHIFT.value < math.inf:
-        raise UserError(f"--flow_shift={_SHIFT.value}: it takes a number above 0")
+    if not _OUT.value:
+        raise UserError("--out= is empty; give it a folder")
+    if FLAGS.no_instruction and FLAGS.instruction_file:
+        raise UserError("--no_instruction and --instruction_file contradict each other; give one")
     interval = parse_interval(_INTERVAL.value)
 
     from sana_jax.batch.tasks import make_tasks, read_rows
@@ -131,13 +132,14 @@ def main(argv):
         rows = read_rows(_PROMPTS.value)
     tasks = make_tasks(rows, common, _SEED.value, _IMAGES.value)
 
-    from sana_jax.batch.draw import Options, draw  # jax: errors above need not wait for it
+    from sana_jax.batch.draw import draw  # jax: errors above need not wait for it
+    from sana_jax.batch.settings import Options
 
     names = [field.name for field in dataclasses.fields(Options)]
     values = {name: FLAGS[name].value for name in names} | {"guidance_interval": interval}
     draw(tasks, Options(**values | {"tile": parse_tile(FLAGS.tile)}))
-    out = Path(_OUT.value)
-    print(f"{len(tasks)} pictures in {out}" if len(tasks) > 1 else out / tasks[0].file)
+    out = _OUT.value
+    print(f"{len(tasks)} pictures in {out}" if tasks[1:] else os.path.join(out, tasks[0].file))
 
 
 if __name__ == "__main__":

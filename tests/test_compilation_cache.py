@@ -1,4 +1,9 @@
-"""The second run finds what the first one compiled."""
+"""Where compiled programs are kept, and that a second process finds what the first one compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -17,6 +22,38 @@ def configuration(monkeypatch, tmp_path):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+SCRIPT = """
+import sys
+import jax
+from sana_jax import compilation_cache
+compilation_cache.enable(sys.argv[1])
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append("cache_hits" in event))
+jax.block_until_ready(jax.jit(lambda x: x @ x + float(sys.argv[2]))(jax.numpy.ones((8, 8))))
+print(any(hits))
+"""
+
+
+def test_second_process_compiles_nothing(tmp_path):
+    def run(number: str) -> tuple[str, set[str]]:
+        environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "kept"), number],
+            env={**os.environ, **environment},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        )
+        return done.stdout.strip(), {path.name for path in (tmp_path / "kept").glob("*-cache")}
+
+    hit, first = run("1")
+    assert hit == "False" and first
+    assert run("1") == ("True", first)
+    hit, other = run("2")  # another program is another entry
+    assert first < other
 
 
 def folder():

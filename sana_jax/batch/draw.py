@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -14,36 +13,12 @@ from tqdm import tqdm
 from sana_jax import checkpoints, compilation_cache, sharding
 from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
+from sana_jax.batch.settings import Options, settings_of, shows_steps
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.data import buckets
 from sana_jax.errors import UserError
 from sana_jax.pipeline import SanaPipeline
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What all images of a run share; the flags of sample.py have the same names."""
-
-    checkpoint: str
-    out: str
-    dtype: str | None = None  # None: bfloat16, on a CPU float32
-    variant: str | None = None
-    revision: str | None = None
-    instruction_file: str | None = None
-    no_instruction: bool = False
-    guidance_interval: tuple[float, float] | None = None
-    sampler: str = "flow_dpm_solver"
-    flow_shift: float | None = None  # None: the checkpoint's
-    use_resolution_binning: bool = False
-    sequential_guidance: bool = False
-    tile: tuple[int, int] | str | None = "auto"
-    clip_attention: bool | None = None  # None: the checkpoint's
-    batch_size: int = 8  # images
-    max_pixels: int = 4096 * 4096
-    overwrite: bool = False
-    grid: bool = False
-    compilation_cache: str | None = None  # None: the default; "": none
 
 
 def draw(tasks: list[Task], options: Options) -> None:
@@ -55,14 +30,14 @@ def draw(tasks: list[Task], options: Options) -> None:
     folder = checkpoints.find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
     tasks = _with_sizes(tasks, pipe, options.use_resolution_binning, options.max_pixels)
-    shared = _shared_settings(pipe, options) | {"checkpoint_sha256": fingerprint(folder)}
-    wanted = {task.file: _own_settings(task) | shared for task in tasks}
+    batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
+    wanted = settings_of(batches, pipe, options, fingerprint(folder, options.variant))
     notes = {"checkpoint": options.checkpoint}
-    with OutputFolder(options.out, wanted, notes, options.overwrite) as out:
+    with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid) as out:
         if out.missing:
             out.probe(3 * max(task.height * task.width for task in tasks))
             compilation_cache.enable(options.compilation_cache)
-            _draw_missing(tasks, pipe, out, options)
+            _draw_missing(batches, pipe, out, options)
         else:
             print(f"nothing to draw: {len(tasks)} of {len(tasks)} images are done", file=sys.stderr)
         if options.grid:
@@ -78,20 +53,16 @@ def _open(name: str, options: Options) -> SanaPipeline:
         raise UserError(
             f"no device for JAX_PLATFORMS={jax.config.jax_platforms}: {reason}"
         ) from None
-    dtype = options.dtype or ("float32" if _on_cpu() else "bfloat16")
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     checkpoint = checkpoints.open_checkpoint(
         name, variant=options.variant, instruction_file=options.instruction_file
     )
     if options.no_instruction:
         checkpoint.instruction = None
-    if options.clip_attention is not None:
+    if options.clip_attention is not None and checkpoint.dit is not None:
         dit = dataclasses.replace(checkpoint.dit, clip_attention=options.clip_attention)
         checkpoint.dit = dit
     return SanaPipeline(checkpoint, mesh, dtype)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
 
 
 def _with_sizes(tasks: list[Task], pipe, binning: bool, max_pixels: int) -> list[Task]:
@@ -102,36 +73,14 @@ def _with_sizes(tasks: list[Task], pipe, binning: bool, max_pixels: int) -> list
     return with_sizes(tasks, pipe.native_size, multiple, max_pixels)
 
 
-def _own_settings(task: Task) -> dict[str, Any]:
-    names = "prompt negative_prompt seed height width num_steps guidance_scale".split()
-    return {name: getattr(task, name) for name in names}
-
-
-def _shared_settings(pipe: SanaPipeline, options: Options) -> dict[str, Any]:
-    """With those of its own, all that decides the pixels of an image on one kind of device."""
-    instruction, shift = pipe.checkpoint.instruction, options.flow_shift
-    return {
-        "guidance_interval": options.guidance_interval,
-        "sampler": options.sampler,
-        "flow_shift": float(pipe.checkpoint.flow_shift if shift is None else shift),
-        "instruction_sha256": instruction and instruction.sha256,
-        "use_resolution_binning": options.use_resolution_binning,
-        "sequential_guidance": options.sequential_guidance,
-        "tile": options.tile,
-        "clip_attention": pipe.dit.config.clip_attention,
-        "dtype": pipe.dtype,
-        "variant": options.variant,
-    }
-
-
-def _draw_missing(tasks: list[Task], pipe: SanaPipeline, out: OutputFolder, options: Options):
+def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, options: Options):
     missing, start = out.missing, time.monotonic()
-    batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
+    count = sum(len(batch.tasks) for batch in batches)
     due = [batch for batch in batches if any(task.file in missing for task in batch.tasks)]
-    progress = dict(total=len(tasks), initial=len(tasks) - len(missing), unit=" image")
-    by_step = _on_cpu() and len(batches) == 1  # and slow: so show more than the end
+    progress = dict(total=count, initial=count - len(missing), unit=" image")
+    by_step = shows_steps(batches)
     if by_step:
-        progress = dict(total=tasks[0].num_steps, unit=" step")
+        progress = dict(total=batches[0].tasks[0].num_steps, unit=" step")
 
     def dispatch(batch: Batch) -> jax.Array:
         tasks = batch.padded()
@@ -170,7 +119,9 @@ def _draw_missing(tasks: list[Task], pipe: SanaPipeline, out: OutputFolder, opti
         throughput = overlap(due, dispatch, save)
     seconds = time.monotonic() - start
     images = f"{len(missing)} image{'s' * (len(missing) > 1)}"
-    print(f"{images} in {seconds:.1f} s; {throughput}", file=sys.stderr)
+    found = pipe.checkpoint.instruction
+    told = f"; instruction {found.sha256[:12]} from {found.source}" if found else ""
+    print(f"{images} in {seconds:.1f} s; {throughput}{told}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -188,5 +139,5 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
             + (f", {limit} bytes" if limit else "")
             + (f", for the {needed[0]} asked for" if needed else "")
             + f"; try a --batch_size below {batch_size}, --dtype=bfloat16, --sequential_guidance,"
-            " or smaller images"
+            " --tile=SIZE,STRIDE or smaller images"
         ) from error

@@ -51,7 +51,7 @@ class Manifest:
     def __init__(self, path: epath.Path):
         """Reads what is there. A torn last line, of a run that was killed, is left out."""
         self._path, self._lock, self._uploaded = path, threading.Lock(), time.monotonic()
-        self._content = path.read_bytes() if path.exists() else b""
+        self._content: bytes | None = path.read_bytes() if path.exists() else b""
         self.lines: dict[str, Line] = {}
         for number, text in enumerate(self._content.split(b"\n")[:-1], 1):
             line = _parse(text)
@@ -66,10 +66,16 @@ class Manifest:
             write_whole(self._path, content)
             self._content = content
 
+    def sort(self) -> None:
+        """Puts the lines in the order of the pictures: the file of a run that never stopped."""
+        self.lines = dict(sorted(self.lines.items()))
+        self.tidy()
+
     def append(self, line: Line) -> None:
         """Adds the line of a picture that is complete. Raises OSError, the file as it was."""
         with self._lock:
             if is_local(self._path):
+                self._content = None  # no longer what the file holds
                 self._append(_encode(line))
             self.lines[line["file"]] = line
             if not is_local(self._path) and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
@@ -100,5 +106,6 @@ def _parse(text: bytes) -> Line | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    known = isinstance(line, dict) and {"file", "key", "sha256"} <= line.keys()
+    names = "file", "key", "sha256"
+    known = isinstance(line, dict) and all(isinstance(line.get(name), str) for name in names)
     return line if known else None

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-import socket
+import reprlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,36 +22,48 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sana_jax.batch.lock import locked
 from sana_jax.batch.manifest import Line, Manifest, is_local, key_of, write_whole
 from sana_jax.errors import UserError
 
 LEFTOVER = re.compile(r"(\d{6,}_\d+\.png|manifest\.jsonl|grid\.png|probe)\.part")
 THUMBNAIL, THUMBNAILS = 256, 64  # pixels a side, and how many the contact sheet shows at most
+OF_GRID = "grid"  # the contact sheet's mark, where pictures have their key
 
 
 class OutputFolder:
     """A context in which no other run writes to the folder. Raises UserError, naming the folder."""
 
-    def __init__(self, path: str, wanted: dict[str, Line], notes: Line, overwrite: bool = False):
+    def __init__(
+        self,
+        path: str,
+        wanted: dict[str, Line],
+        notes: Line,
+        overwrite: bool = False,
+        grid: bool = False,
+    ):
         """
         Args:
           path: the folder, made if missing; it may be remote.
           wanted: file -> the settings that decide its pixels.
           notes: what lines of the manifest hold besides.
           overwrite: replace pictures of other settings that have a wanted name.
+          grid: whether grid.png is wanted too.
         """
         self.path, self._wanted, self._notes = epath.Path(path), wanted, notes
-        self._overwrite, self._stack = overwrite, contextlib.ExitStack()
+        self._overwrite, self._grid = overwrite, grid
+        self._stack, self._done = contextlib.ExitStack(), set()
         self._manifest: Manifest | None = None
 
     def __enter__(self) -> "OutputFolder":
         with self._errors(), contextlib.ExitStack() as stack:
             stack.enter_context(_made(self.path))
             if is_local(self.path):
-                stack.enter_context(_locked(self.path))
+                stack.enter_context(locked(self.path))
             self._manifest = Manifest(self.path / "manifest.jsonl")
             stack.callback(self._manifest.close)
             self._survey()
+            self._check_grid()
             for path in self.path.iterdir():
                 if LEFTOVER.fullmatch(path.name):
                     path.unlink()
@@ -60,13 +72,14 @@ class OutputFolder:
         return self
 
     def __exit__(self, *error) -> None:
-        with self._errors():
-            self._stack.__exit__(*error)
+        with self._errors(), self._stack:
+            if error[0] is None:
+                self._manifest.sort()
 
     @property
     def missing(self) -> set[str]:
         """The wanted files that are still to be drawn."""
-        return self._wanted.keys() - self._manifest.lines.keys()
+        return self._wanted.keys() - self._done
 
     def probe(self, size: int) -> None:
         """Writes `size` bytes and removes them: a full disk is found before any work is done."""
@@ -84,6 +97,7 @@ class OutputFolder:
         with self._errors():
             write_whole(self.path / file, content)
             self._manifest.append(self._line(file, content))
+            self._done.add(file)
 
     def write_grid(self) -> None:
         """grid.png: the wanted pictures, small, side by side; the first 64 of them."""
@@ -100,7 +114,7 @@ class OutputFolder:
             for i, image in enumerate(images):
                 sheet.paste(image, (i % columns * width, i // columns * height))
             content = io.BytesIO()
-            sheet.save(content, format="PNG")
+            sheet.save(content, format="PNG", pnginfo=_texts({"sana_jax": OF_GRID}))
             write_whole(self.path / "grid.png", content.getvalue())
 
     @contextlib.contextmanager
@@ -122,63 +136,100 @@ class OutputFolder:
         key = key_of(settings)
         return {"file": file, **settings, **self._notes, "sha256": sha256, "key": key}
 
+    def _check_grid(self) -> None:
+        path = self.path / "grid.png"
+        if self._grid and not self._overwrite and path.exists():
+            if _read(path.read_bytes())[0].get("sana_jax") != OF_GRID:
+                raise UserError(
+                    f"{path} is not of this program; use another --out, or --overwrite to replace"
+                    " what is there"
+                )
+
     def _survey(self) -> None:
-        """Leaves the lines of exactly those wanted pictures in the manifest that are done."""
-        lines = self._manifest.lines
+        """Finds out which pictures are done, and gives those a line that have none.
+
+        Lines of others stay until the picture that replaces theirs is written.
+        """
         with ThreadPoolExecutor() as pool:
             found = dict(zip(self._wanted, pool.map(self._find, self._wanted), strict=True))
-        others = [file for file, line in found.items() if line == {}]
+        others = [file for file, line in found.items() if isinstance(line, str)]
         if others and not self._overwrite:
             more = f" and {len(others) - 1} more are" if others[1:] else " is"
             raise UserError(
-                f"{self.path / others[0]}{more} there, of other settings or another origin;"
+                f"{self.path / others[0]}{more} there, {found[others[0]]};"
                 " use another --out, or --overwrite to replace what is there"
             )
-        for file, line in found.items():
-            lines.pop(file, None)
-            if line:
-                lines[file] = line
+        done = {file: line for file, line in found.items() if isinstance(line, dict)}
+        self._manifest.lines.update(done)
+        self._done = {*done}
 
-    def _find(self, file: str) -> Line | None:
-        """The line of a picture that is done; None: it is to be drawn; {}: it is another one."""
-        line, key = self._manifest.lines.get(file), key_of(self._wanted[file])
-        if line and line["key"] != key:
-            return {}
+    def _find(self, file: str) -> Line | str | None:
+        """A done picture's line; None: it is to be drawn; a text: what is there is another's."""
+        line, settings = self._manifest.lines.get(file), self._wanted[file]
+        key = key_of(settings)
+        ours = line is not None and line["key"] == key
         try:
             content = (self.path / file).read_bytes()
         except FileNotFoundError:
-            return None
-        if line:
-            return line if hashlib.sha256(content).hexdigest() == line["sha256"] else None
-        # The run was killed before it wrote the line.
-        found, whole = _read_key(content)
-        if found != key:
-            return {}
-        return self._line(file, content) if whole else None
+            return _differences(line, settings) if line and not ours else None
+        if ours and hashlib.sha256(content).hexdigest() == line["sha256"]:
+            return line
+        texts, whole = _read(content)
+        if ours:
+            return "changed since it was drawn" if whole else None
+        if texts.get("sana_jax") == key:  # the run was killed before it wrote the line
+            return self._line(file, content) if whole else None
+        if line is None and "settings" not in texts:
+            return "of another program"
+        return _differences(line or _parse(texts["settings"]), settings)
 
 
 def _encode_png(pixels: np.ndarray, settings: dict[str, Any]) -> bytes:
-    info = PngInfo()
     texts = {name: str(settings[name]) for name in ("prompt", "negative_prompt", "seed")}
     texts |= {"settings": json.dumps(settings), "sana_jax": key_of(settings)}
-    for name, text in texts.items():
-        # Text chunks hold no half surrogates and no NUL; the JSON has them escaped.
-        info.add_itxt(name, text.encode("utf-8", "replace").decode().replace("\0", ""))
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG", pnginfo=info)
+    Image.fromarray(pixels).save(content, format="PNG", pnginfo=_texts(texts))
     return content.getvalue()
 
 
-def _read_key(content: bytes) -> tuple[str | None, bool]:
-    """The key in a PNG's header, and whether the picture can be read to its end."""
-    key = None
+def _texts(texts: dict[str, str]) -> PngInfo:
+    info = PngInfo()
+    for name, text in texts.items():
+        # Text chunks hold no half surrogates and no NUL; the JSON has them escaped.
+        info.add_itxt(name, text.encode("utf-8", "replace").decode().replace("\0", ""))
+    return info
+
+
+def _read(content: bytes) -> tuple[dict[str, str], bool]:
+    """The texts in a PNG's header, and whether the picture can be read to its end."""
+    texts = {}
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            key = image.info.get("sana_jax")
+            texts = {**image.info}
             image.load()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.verify()  # the checksums, at which loading does not look
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return key, False
-    return key, True
+        return texts, False
+    return texts, True
+
+
+def _parse(text: str) -> Line:
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    return {}
+
+
+def _differences(old: Line, new: Line) -> str:
+    """Which settings are others, such as "batch_size 8 -> 3"."""
+    new = json.loads(json.dumps(new))  # tuples are lists there
+    changes = [
+        f"{name} {reprlib.repr(old[name]) if name in old else 'unknown'} -> {reprlib.repr(value)}"
+        for name, value in new.items()
+        if name not in old or old[name] != value
+    ]
+    return f"of other settings ({', '.join(changes) or 'of another version'})"
 
 
 @contextlib.contextmanager
@@ -192,36 +243,3 @@ def _made(folder: epath.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for path in new:
                 os.rmdir(path)
-
-
-@contextlib.contextmanager
-def _locked(folder: epath.Path) -> Iterator[None]:
-    """Refuses a folder that another process has locked; the system unlocks for one that dies."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        yield
-        return
-    path = folder / ".lock"
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(path, "a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read() or "just started"
-                raise UserError(f"another run ({owner}) writes to --out={folder}") from None
-            except OSError:
-                pass  # a file system without locks
-            # The run before may have removed the file between our opening and our locking it.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}, {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 from etils import epath
 
+from sana_jax.arguments import MAX_SEED, MAX_STEPS
 from sana_jax.errors import UserError
 
-MAX_SEED = 2**32 - 1  # as in pipeline.py, whose import takes a second
 MAX_IMAGES = 10**6  # of one run: names have six digits
 
 Row = tuple[str, dict[str, Any]]  # how complaints about it begin, and the fields that it gives
@@ -75,7 +75,7 @@ FIELDS = {
     "seed": (f"a whole number in 0 .. {MAX_SEED}", lambda v: _is_whole(v, 0, MAX_SEED)),
     "height": ("a whole number of pixels above 0", lambda v: _is_whole(v, 1, 2**31)),
     "width": ("a whole number of pixels above 0", lambda v: _is_whole(v, 1, 2**31)),
-    "num_steps": ("a whole number in 1 .. 1000", lambda v: _is_whole(v, 1, 1000)),
+    "num_steps": (f"a whole number in 1 .. {MAX_STEPS}", lambda v: _is_whole(v, 1, MAX_STEPS)),
     "guidance_scale": (
         "a number in 0 .. 1000, where up to 1 is no guidance",
         lambda v: type(v) in (int, float) and 0 <= v <= 1000,

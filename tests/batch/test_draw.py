@@ -11,7 +11,8 @@ from PIL import Image
 from sana_jax import SanaPipeline, checkpoints, denoise
 from sana_jax.batch import draw as batch
 from sana_jax.batch import outputs
-from sana_jax.batch.draw import Options, draw
+from sana_jax.batch.draw import draw
+from sana_jax.batch.settings import Options
 from sana_jax.batch.tasks import make_tasks
 from sana_jax.errors import UserError
 from tests import mini
@@ -48,9 +49,7 @@ def tasks(rows=ROWS, seed=5, images_each=1, **common):
 
 
 def contents(path) -> dict:
-    found = {p.name: p.read_bytes() for p in path.iterdir()}
-    found["manifest.jsonl"] = sorted(found.get("manifest.jsonl", b"").splitlines())
-    return found
+    return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
 def pixels(path) -> np.ndarray:
@@ -76,6 +75,7 @@ def test_manifest_says_what_was_drawn(checkpoint, unbroken):
     expected = dict(ROWS[3][1], seed=8, height=32, width=32, num_steps=2, guidance_scale=4.5)
     expected |= dict(sampler="flow_dpm_solver", flow_shift=3.0, dtype="float32")
     expected |= dict(instruction_sha256=None, guidance_interval=None, checkpoint=checkpoint)
+    expected |= dict(tile=None, batch_size=8, devices=8, platform="cpu", step_by_step=False)
     assert expected.items() <= line.items()
     assert all(len(line[n]) == 64 for n in ("checkpoint_sha256", "key", "sha256"))
 
@@ -95,7 +95,9 @@ def test_resumed_run_gives_the_same_bits(checkpoint, unbroken, tmp_path, lost):
     for task in tasks():
         if task.number in lost:
             (tmp_path / task.file).unlink()
-    kept = expected["manifest.jsonl"][::2]  # every other line was not written before the kill
+    kept = expected["manifest.jsonl"].splitlines()[
+        ::2
+    ]  # every other line was not written before the kill
     (tmp_path / "manifest.jsonl").write_bytes(b"".join(x + b"\n" for x in kept) + b'{"fi')
     draw(tasks(), options(checkpoint, tmp_path))
     assert contents(tmp_path) == expected
@@ -117,7 +119,7 @@ def test_interrupted_run_continues(checkpoint, unbroken, tmp_path, monkeypatch):
         draw(tasks(), options(checkpoint, tmp_path))
     found = contents(tmp_path)
     pictures = {name for name in found if name.endswith(".png")}
-    assert {json.loads(x)["file"] for x in found["manifest.jsonl"]} == pictures
+    assert {json.loads(x)["file"] for x in found["manifest.jsonl"].splitlines()} == pictures
     assert found.keys() - pictures == {"manifest.jsonl"} and len(pictures) < 20
     draw(tasks(), options(checkpoint, tmp_path))
     assert contents(tmp_path) == contents(unbroken)
@@ -138,6 +140,8 @@ def test_nothing_to_do_loads_nothing(checkpoint, unbroken, monkeypatch, capsys):
         dict(dtype="bfloat16"),
         dict(instruction_file="instruction.txt"),
         dict(checkpoint="other"),
+        dict(batch_size=16),
+        dict(tile=(16, 8)),
     ],
 )
 def test_other_settings_are_refused(checkpoint, unbroken, tmp_path, monkeypatch, change):
@@ -146,9 +150,15 @@ def test_other_settings_are_refused(checkpoint, unbroken, tmp_path, monkeypatch,
     if "checkpoint" in change:
         mini.save(tmp_path / "other", seed=1)
     before = contents(unbroken)
-    with pytest.raises(UserError, match="000000_5.png and 19 more are there"):
+    with pytest.raises(UserError, match=r"000000_5.png and \d+ more are there"):
         draw(tasks(), dataclasses.replace(options(checkpoint, unbroken), **change))
     assert contents(unbroken) == before
+
+
+def test_refusal_says_which_settings_differ(checkpoint, unbroken):
+    with pytest.raises(UserError) as error:
+        draw(tasks(), options(checkpoint, unbroken, batch_size=16, flow_shift=2))
+    assert "(batch_size 8 -> 16, flow_shift 3.0 -> 2.0); use another" in str(error.value)
 
 
 def test_defaults_are_settings_too(checkpoint, unbroken, monkeypatch):
@@ -186,7 +196,12 @@ def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(SanaPipeline, "__call__", fail)
     with pytest.raises(UserError) as error:
         draw(tasks(), options(checkpoint, tmp_path / "out"))
-    for words in "34359738368 bytes asked for", "--batch_size below 8", "--dtype=bfloat16":
+    for words in (
+        "34359738368 bytes asked for",
+        "--batch_size below 8",
+        "--dtype=bfloat16",
+        "--tile=",
+    ):
         assert words in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -227,11 +242,16 @@ def test_disk_that_fills_up(checkpoint, unbroken, tmp_path, monkeypatch):
         ({}, dict(checkpoint="absent"), "no checkpoint 'absent'"),
         ({}, dict(variant="bf16"), "which has no variants"),
         ({}, dict(instruction_file="absent"), "instruction file absent"),
+        ({}, dict(tile=(16, 32)), "stride"),
+        ({}, dict(flow_shift=1e-4), "--flow_shift 0.0001 is not a number in 0.001 .. 1000"),
+        ({}, dict(flow_shift=1e4), "--flow_shift 10000.0"),
+        (dict(height=2**16 + 4), dict(max_pixels=2**40), "height 65540 is not"),
     ],
 )
-def test_bad_options_write_nothing(checkpoint, tmp_path, common, changes, words):
+def test_bad_options_write_nothing(checkpoint, tmp_path, monkeypatch, common, changes, words):
+    monkeypatch.setattr(checkpoints, "place_all", None)
     opts = dataclasses.replace(options(checkpoint, tmp_path / "out"), **changes)
     with pytest.raises(UserError) as error:
-        draw(tasks(**common), opts)
+        draw(tasks(**common), dataclasses.replace(opts, overwrite=True))
     assert words in str(error.value)
     assert not (tmp_path / "out").exists()

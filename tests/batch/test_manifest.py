@@ -64,11 +64,33 @@ def test_tidy_drops_what_is_not_in_lines(path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"file": "a.png", "key": "b"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "nonsense",
+        '{"file": "a.png", "key": "b"}',
+        '{"file": ["a.png"], "key": "b", "sha256": "c"}',
+        '{"file": "a.png", "key": 1, "sha256": "c"}',
+        '{"file": "a.png", "key": "b", "sha256": null}',
+    ],
+)
 def test_foreign_file_is_refused(path, text):
     path.write_text(path.read_text() + text + "\n")
     with pytest.raises(UserError, match="line 4 is not of this program"):
         Manifest(path)
+
+
+def test_sort(path):
+    found = Manifest(path)
+    for i in 9, 3, 1, 7:
+        found.append(line(i))
+    found.sort()
+    assert lines_of(path) == [line(i) for i in (0, 1, 2, 3, 7, 9)]
+    before = path.stat().mtime, path.read_bytes()
+    Manifest(path).sort()
+    assert (path.stat().mtime, path.read_bytes()) == before
 
 
 def test_threads(path):

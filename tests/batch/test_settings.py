@@ -1,0 +1,82 @@
+"""No two pictures that may differ have one key."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from sana_jax import SanaPipeline, sharding
+from sana_jax.batch import draw
+from sana_jax.batch.manifest import key_of
+from sana_jax.batch.settings import Options, settings_of, tiles_of
+from sana_jax.batch.tasks import Task, make_batches
+from tests import mini
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    mini.save(path)
+    return str(path)
+
+
+# Options that differ from those of BASE, and with them every picture.
+BASE = dict(instruction_file="one.txt", tile=(16, 8), dtype="float32")
+CHANGES = dict(
+    dtype="bfloat16",
+    variant="bf16",
+    instruction_file="two.txt",
+    no_instruction=True,
+    guidance_interval=(0.1, 0.9),
+    sampler="flow_euler",
+    flow_shift=2.0,
+    use_resolution_binning=True,
+    sequential_guidance=True,
+    tile=(32, 8),
+    clip_attention=True,
+    batch_size=16,
+)
+# The first two are in checkpoint_sha256; the others decide about no pixel.
+EXEMPT = {"checkpoint", "revision", "out", "max_pixels", "overwrite", "grid", "compilation_cache"}
+
+
+def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("Think.")
+    (tmp_path / "two.txt").write_text("Think twice.")
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert fields == CHANGES.keys() | EXEMPT and not CHANGES.keys() & EXEMPT
+    drawn = [Task(i, f"{i}", i, height=64, width=64) for i in range(16)]
+
+    def keys(sha256="a" * 64, **changes) -> set[str]:
+        opts = Options(checkpoint, "out", **BASE | changes)
+        pipe = draw._open(checkpoint, dataclasses.replace(opts, variant=None))
+        divisor = sharding.batch_divisor(pipe.mesh)
+        found = settings_of(make_batches(drawn, opts.batch_size, divisor), pipe, opts, sha256)
+        assert [*found] == [task.file for task in drawn]
+        return {key_of(settings) for settings in found.values()}
+
+    monkeypatch.setattr(
+        SanaPipeline, "_sizes", lambda self, height, width, _: (height, width, None)
+    )
+    base = keys()
+    assert base == keys() and len(base) == len(drawn)
+    for name, value in CHANGES.items():
+        assert not base & keys(**{name: value}), name
+    assert not base & keys(sha256="b" * 64)
+    mesh = sharding.make_mesh(devices=jax.devices()[:4])
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+    assert not base & keys()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not base & keys()
+
+
+def test_tile_is_that_of_each_picture(checkpoint):
+    pipe = draw._open(checkpoint, Options(checkpoint, "out"))
+    sizes = {(2048, 2048), (2048, 2052)}
+    expected = {(2048, 2048): None, (2048, 2052): (1024, 896)}
+    assert tiles_of(sizes, pipe, Options(checkpoint, "out")) == expected
+    given = Options(checkpoint, "out", tile=(512, 448))
+    assert tiles_of(sizes, pipe, given) == dict.fromkeys(sizes, (512, 448))
