@@ -42,9 +42,9 @@ def locked(folder: epath.Path) -> Iterator[None]:
             if _is_at(path, file):
                 break
         _owner(path, file)  # what was written before we held the lock
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"sana_jax: pid {os.getpid()}, {socket.gethostname()}".encode(), 0)
         try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"sana_jax: pid {os.getpid()}, {socket.gethostname()}".encode(), 0)
             yield
         finally:
             if _is_at(path, file):
