@@ -28,15 +28,19 @@ _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; an empty one draws un
 _PROMPTS = flags.DEFINE_string("prompts", None, "a .txt or .jsonl file of prompts")
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures; made if missing", required=True)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "what to steer away from")
-_HEIGHT = flags.DEFINE_integer("height", None, "pixels; default: the checkpoint's native size")
-_WIDTH = flags.DEFINE_integer("width", None, "pixels; default: the checkpoint's native size")
+_HEIGHT = flags.DEFINE_integer(
+    "height", None, "pixels, a multiple of 32 for most models; default: the native size"
+)
+_WIDTH = flags.DEFINE_integer("width", None, "as --height")
 flags.DEFINE_bool(
     "use_resolution_binning", False, "sample at the nearest published size, then resize and crop"
 )
 flags.DEFINE_integer(
     "max_pixels", 4096 * 4096, "the largest height x width that is taken", lower_bound=1
 )
-_STEPS = flags.DEFINE_integer("num_steps", 20, "evaluations of the network (pairs, if guided)")
+_STEPS = flags.DEFINE_integer(
+    "num_steps", 20, "evaluations of the network (pairs, if guided), 1 .. 1000"
+)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 4.5, "classifier-free guidance; off where <= 1")
 _INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "LOW,HIGH in sigma (0 .. 1): guide only inside"
@@ -54,7 +58,9 @@ flags.DEFINE_bool(
     " another dtype; default: as the checkpoint says",
 )
 _IMAGES = flags.DEFINE_integer("num_images_per_prompt", 1, "pictures of each prompt", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the first picture; the others count up from it")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "of the first picture, 0 .. 4294967295; the others count up from it"
+)
 flags.DEFINE_enum("sampler", "flow_dpm_solver", ["flow_dpm_solver", "flow_euler"], "the solver")
 flags.DEFINE_float("flow_shift", None, "of the noise schedule; default: the checkpoint's")
 flags.DEFINE_string(
