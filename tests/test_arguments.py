@@ -1,0 +1,126 @@
+"""What SanaPipeline's arguments may not be, and that the message names them."""
+
+import numpy as np
+import pytest
+
+from sana_jax import SanaPipeline
+from sana_jax.errors import UserError
+from tests.test_pipeline import PROMPTS, draw, folder, ours, theirs  # noqa: F401 (fixtures)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(height=100), "height 100 is not a multiple of 32: try 96 or 128"),
+        (dict(width=0), "width 0"),
+        (dict(height=-32), "height -32"),
+        (dict(height=32.5), "height 32.5"),
+        (dict(height=True), "height True"),
+        (dict(num_steps=0), "num_steps 0"),
+        (dict(num_steps=10**9), "num_steps 1000000000"),
+        (dict(guidance_scale=float("nan")), "guidance_scale nan"),
+        (dict(seed=-1), "seed -1"),
+        (dict(seed=2**32), "seed 4294967296"),
+        (dict(seed=[1, 2]), "2 seeds for 3 images"),
+        (dict(seed=None), "seed None"),
+        (dict(seed=1.5), "seed 1.5"),
+        (dict(seed=[1, 2, "3"]), "seed '3'"),
+        (dict(num_steps=True), "num_steps True"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt 0"),
+        (dict(num_images_per_prompt=1.5), "num_images_per_prompt 1.5"),
+        (dict(guidance_scale="4"), "guidance_scale '4'"),
+        (dict(guidance_interval=(0.5,)), "guidance_interval (0.5,)"),
+        (dict(guidance_interval=0.5), "guidance_interval 0.5"),
+        (dict(guidance_interval=(0.9, 0.1)), "guidance_interval (0.9, 0.1)"),
+        (dict(guidance_interval=(None, 1)), "guidance_interval None"),
+        (dict(guidance_interval=(float("nan"), 1)), "guidance_interval nan"),
+        (dict(prompts=5), "prompt 5"),
+        (dict(prompts=[None]), "prompt [None]"),
+        (dict(negative_prompt=5), "negative_prompt 5"),
+        (dict(negative_prompt=[1]), "negative_prompt [1]"),
+        (dict(instruction=["a", "b"]), "instruction ['a', 'b']"),
+        (dict(sampler=["x"]), "sampler ['x']"),
+        (dict(flow_shift="3"), "flow_shift '3'"),
+        (dict(flow_shift=1e-300), "flow_shift 1e-300"),
+        (dict(on_step=5), "on_step 5"),
+        (dict(latents=[[1]]), "latents is list"),
+        (dict(latents=np.zeros((3, 4, 4, 8), np.int32)), "latents holds int32"),
+        (dict(tile="x"), "tile 'x'"),
+        (dict(tile=64), "tile 64"),
+        (dict(tile=(64, 96)), "stride (96, 96)"),
+        (dict(tile=(64, "a")), "'a'"),
+        (dict(prompt_embeddings=np.zeros((3, 300, 48))), "not both"),
+        (dict(prompts=None), "give a prompt"),
+        (dict(prompts=None, prompt_embeddings=np.zeros((3, 10, 48))), "(3, 10, 48)"),
+        (dict(prompts=None, prompt_embeddings=np.zeros((3, 300, 48))), "prompt_mask is NoneType"),
+        (
+            dict(
+                prompts=None,
+                prompt_embeddings=np.zeros((3, 300, 48)),
+                prompt_mask=np.ones((2, 300), bool),
+            ),
+            "prompt_mask is (2, 300)",
+        ),
+        (dict(sampler="ddim"), "sampler 'ddim'"),
+        (dict(output="jpg"), "output 'jpg'"),
+        (dict(flow_shift=0.0), "flow_shift 0.0"),
+        (dict(negative_prompt=["a", "b"]), "2 negative prompts for 3 prompts"),
+        (dict(guidance_scale=[1.0, 2.0]), "3 of them, one a prompt"),
+        (dict(latents=np.zeros((3, 4, 4, 5), np.float32)), "latents is (3, 4, 4, 5)"),
+    ],
+)
+def test_bad_arguments_are_refused(ours, change, words):  # noqa: F811
+    prompts = {"prompts": PROMPTS, **change}
+    with pytest.raises(UserError) as error:
+        draw(ours, **prompts)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_prompt_is_refused(ours):  # noqa: F811
+    for prompts in (None, []):
+        with pytest.raises(UserError):
+            draw(ours, prompts)
+
+
+EMBEDDINGS, MASK = np.zeros((1, 300, 48), np.float32), np.ones((1, 300), bool)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda p: p.decode(np.zeros((1, 4, 4, 5), np.float32)), "latents is (1, 4, 4, 5)"),
+        (lambda p: p.decode(np.zeros((4, 4, 8), np.float32)), "latents is (4, 4, 8)"),
+        (lambda p: p.decode([1]), "latents is list"),
+        (lambda p: p.decode(np.zeros((1, 4, 4, 8), np.float32), tile=64), "tile 64"),
+        (lambda p: p.decode(np.zeros((1, 4, 4, 8), np.float32), tile=(64,)), "tile (64,)"),
+        (lambda p: p.encode(np.zeros((1, 64, 64, 3), np.uint8)), "images holds uint8"),
+        (lambda p: p.encode(np.zeros((1, 64, 64, 1), np.float32)), "images is (1, 64, 64, 1)"),
+        (lambda p: p.encode(np.zeros((1, 60, 64, 3), np.float32)), "height 60"),
+        (lambda p: p.encode(np.zeros((1, 64, 60, 3), np.float32), tile=(64, 32)), "width 60"),
+        (
+            lambda p: p.velocity(np.zeros((2, 4, 4, 8), np.float32), 5.0, EMBEDDINGS, MASK),
+            "embeddings is (1, 300, 48)",
+        ),
+        (
+            lambda p: p.velocity(np.zeros((1, 4, 4, 8), np.float32), np.ones(3), EMBEDDINGS, MASK),
+            "timestep is (3,)",
+        ),
+        (
+            lambda p: p.velocity(np.zeros((1, 4, 4, 8), np.float32), 5.0, EMBEDDINGS, MASK * 1.0),
+            "mask holds float64",
+        ),
+        (lambda p: p.save_pretrained("gs://bucket/x"), "gs:"),
+        (lambda p: p.save_pretrained(__file__), "not an empty folder"),
+        (lambda p: p.save_pretrained("x", format="onnx"), "format 'onnx'"),
+        (lambda p: SanaPipeline.from_pretrained(5), "not by 5"),
+        (lambda p: SanaPipeline.from_pretrained("gs://bucket/x"), "gs://bucket/x"),
+        (lambda p: SanaPipeline.from_pretrained("shapez"), "no checkpoint 'shapez'"),
+        (lambda p: SanaPipeline.from_pretrained("x", mesh=5), "mesh 5"),
+        (lambda p: SanaPipeline.from_pretrained("x", dtype="int8"), "dtype 'int8'"),
+        (lambda p: SanaPipeline.from_pretrained("/", revision="v1"), "no revision 'v1'"),
+    ],
+)
+def test_other_bad_calls_are_refused(ours, call, words):  # noqa: F811
+    with pytest.raises(UserError) as error:
+        call(ours)
+    assert words in str(error.value)
