@@ -113,7 +113,7 @@ def prepare(checkpoint, dtype: str | None, progress):
 
     params = {}
     for name, tree in checkpoint.params.items():
-        wanted = dtype and numpy_dtype(str(np.dtype(component_dtype(name, numpy_dtype(dtype)))))
+        wanted = dtype and numpy_dtype(component_dtype(name, dtype))
         params[name] = jax.tree.map(lambda x, w=wanted: watched(x, w or x.dtype), tree)
     return dataclasses.replace(checkpoint, params=params)
 

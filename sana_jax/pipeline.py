@@ -1,7 +1,6 @@
 """SanaPipeline: text -> embeddings -> latents -> pixels, jitted, sharded over a mesh."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,9 +89,8 @@ class SanaPipeline:
             variant=variant,
             revision=revision,
             instruction_file=instruction_file,
+            clip_attention=clip_attention,
         )
-        if clip_attention is not None and checkpoint.dit is not None:
-            checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
         return cls(checkpoint, mesh, dtype)
 
     def save_pretrained(self, path: str | Path, format: str = "native") -> None:

@@ -1,7 +1,6 @@
 """Draws many images into a folder, and of a run that was cut short only those that are missing."""
 
 import contextlib
-import dataclasses
 import re
 import sys
 import time
@@ -55,13 +54,13 @@ def _open(name: str, options: Options) -> SanaPipeline:
         ) from None
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     checkpoint = checkpoints.open_checkpoint(
-        name, variant=options.variant, instruction_file=options.instruction_file
+        name,
+        variant=options.variant,
+        instruction_file=options.instruction_file,
+        clip_attention=options.clip_attention,
     )
     if options.no_instruction:
         checkpoint.instruction = None
-    if options.clip_attention is not None and checkpoint.dit is not None:
-        dit = dataclasses.replace(checkpoint.dit, clip_attention=options.clip_attention)
-        checkpoint.dit = dit
     return SanaPipeline(checkpoint, mesh, dtype)
 
 

@@ -1,5 +1,6 @@
 """Where a checkpoint's name leads: a native folder, a diffusers folder, a bundled name, the hub."""
 
+import dataclasses
 import os
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,12 @@ def open_checkpoint(
     variant: str | None = None,
     revision: str | None = None,
     instruction_file: str | None = None,
+    clip_attention: bool | None = None,
 ) -> Checkpoint:
-    """The checkpoint that `name` stands for, checked, its weights unread. Raises UserError."""
+    """The checkpoint that `name` stands for, checked, its weights unread. Raises UserError.
+
+    `clip_attention` replaces the transformer's own choice, where it is not None.
+    """
     folder = find(name, revision, variant)
     given = text.find_instruction(instruction_file) if instruction_file else None
     if (folder / "model.json").is_file():
@@ -43,6 +48,8 @@ def open_checkpoint(
     if checkpoint.instruction:
         found = checkpoint.instruction
         logging.info("instruction %s from %s", found.sha256[:12], found.source)
+    if clip_attention is not None and checkpoint.dit is not None:
+        checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
     return checkpoint
 
 

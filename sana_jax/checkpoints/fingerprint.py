@@ -4,7 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from sana_jax.checkpoints import diffusers
+from sana_jax.checkpoints import diffusers, native
 
 
 def fingerprint(folder: Path, variant: str | None = None) -> str:
@@ -27,5 +27,4 @@ def file_sha256(path: Path) -> str:
     target = path.resolve().name
     if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", target):
         return target
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return native.sha256_of(path)

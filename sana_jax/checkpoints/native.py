@@ -41,7 +41,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         and {"text": instruction.text, "sha256": instruction.sha256, "source": instruction.source},
         "provenance": checkpoint.provenance,
         "files": {
-            str(path.relative_to(folder)): _sha256(path)
+            str(path.relative_to(folder)): sha256_of(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "model.json"
         },
@@ -101,7 +101,7 @@ def _verify(folder: Path, files: dict[str, str]) -> None:
             raise UserError(f"{folder / 'model.json'} names a file outside its folder: {name}")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing")
-        if _sha256(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             raise UserError(f"{folder / name} is damaged: its sha256 is not the one in model.json")
     if loose := sorted(there - files.keys()):
         raise UserError(
@@ -142,6 +142,7 @@ def _freeze(value):
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, all of them read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -171,6 +171,6 @@ def on_host(array) -> np.ndarray:
     return np.asarray(jnp.copy(array) if isinstance(array, jax.Array) else array)
 
 
-def numpy_dtype(name: str) -> np.dtype:
-    """A numpy dtype from the name of a floating type, bfloat16 included."""
+def numpy_dtype(name) -> np.dtype:
+    """A numpy dtype from the name of a type, or from a type; bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
