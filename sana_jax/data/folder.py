@@ -1,0 +1,117 @@
+"""A folder of images as a source: `a/b.jpg`, its captions in `a/b.txt` or `a/b.json`.
+
+All subfolders are read, in the order of their paths. Names that begin with a dot and `__MACOSX`
+are left out; linked files are followed, linked folders are not. A `.txt` holds a caption a line;
+a `.json` holds {"captions": [...], "scores": [...], "truth": ...}, or "caption" with one; where
+both are there the `.json` counts.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+from sana_jax.data.images import BadImage
+from sana_jax.errors import Retry, UserError
+
+SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+MAX_CAPTION_BYTES = 1 << 20  # of one file
+
+
+class Folder:
+    """The records of a folder; keys are paths in it. Raises UserError where no image is."""
+
+    def __init__(self, root: epath.PathLike):
+        self.root = epath.Path(root)
+        files = dict(sorted(_walk(self.root, "")))
+        self._images = [name for name in files if name.lower().endswith(SUFFIXES)]
+        self._captions = {name for name in files if name.endswith((".txt", ".json"))}
+        if not self._images:
+            raise UserError(
+                f"{root}: no image in it or below; known are names that end with"
+                f" {' '.join(SUFFIXES)}"
+            )
+        # A text that changes when a file comes, goes, or changes its size.
+        self.listing = json.dumps([[n, files[n]] for n in [*self._images, *sorted(self._captions)]])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict:
+        key = self._images[index]
+        record = {"key": key, "image": self._read(key), "captions": [], "scores": [], "truth": ""}
+        stem = key.rpartition(".")[0]
+        if f"{stem}.json" in self._captions:
+            record |= _parse_json(self._read_text(f"{stem}.json"))
+        elif f"{stem}.txt" in self._captions:
+            lines = self._read_text(f"{stem}.txt").splitlines()
+            record["captions"] = [line.strip() for line in lines if line.strip()]
+        return record
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            if self.root.exists():
+                raise BadImage("unreadable", f"{name}: {error.strerror or error}") from None
+            raise Retry(f"{self.root} is away; the same command may succeed later") from None
+        except OSError as error:
+            raise Retry(f"{self.root / name}: {error.strerror or error}; try again") from None
+
+    def _read_text(self, name: str) -> str:
+        data = self._read(name)
+        if len(data) > MAX_CAPTION_BYTES:
+            raise BadImage("bad_caption", f"{name} has {len(data)} bytes")
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise BadImage("bad_caption", f"{name} is not UTF-8 text") from None
+
+
+def _walk(folder: epath.Path, prefix: str) -> Iterator[tuple[str, int]]:
+    """(path below the root, bytes) of every file."""
+    for path in folder.iterdir():
+        name = path.name
+        if name.startswith(".") or name == "__MACOSX":
+            continue
+        if path.is_dir():
+            if not os.path.islink(path):  # False for all that is remote
+                yield from _walk(path, f"{prefix}{name}/")
+        elif name.lower().endswith((*SUFFIXES, ".txt", ".json")):
+            try:
+                yield prefix + name, path.stat().length
+            except OSError:  # a link to nowhere: reading it will say so, with its key
+                yield prefix + name, -1
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _parse_json(text: str) -> dict:
+    """The fields of a record that a .json file holds; those of others are left out."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadImage("bad_caption", f"no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadImage("bad_caption", "no JSON object")
+    captions = values.get("captions", [values["caption"]] if "caption" in values else [])
+    scores = values.get("scores", [])
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise BadImage("bad_caption", '"captions" is no list of strings')
+    if not isinstance(scores, list) or not all(_is_number(score) for score in scores):
+        raise BadImage("bad_caption", '"scores" is no list of finite numbers')
+    if scores and len(scores) != len(captions):
+        raise BadImage("bad_caption", f"{len(captions)} captions but {len(scores)} scores")
+    kept = [i for i, caption in enumerate(captions) if caption.strip()]
+    truth = values.get("truth", "")
+    return {
+        "captions": [captions[i].strip() for i in kept],
+        "scores": [float(scores[i]) for i in kept] if scores else [],
+        "truth": truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True),
+    }

@@ -1,0 +1,153 @@
+"""Encoded images to pixels: everything that a folder of found images holds, or a reason why not.
+
+Pixels are sRGB as stored: colour profiles are not applied. Of several frames or pages the first
+counts. 16-bit colour loses its low byte in Pillow's decoder; 16-bit grey is rounded.
+"""
+
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 8192 * 8192  # of one image; Pillow itself refuses above 178,956,970
+MIN_SIDE = 16  # pixels
+
+# Pillow's decoders that may see data of unknown origin: EPS, for one, would start a program.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+
+# Why a record cannot be used. Counters have these keys, and logs and reports print them.
+REASONS = {
+    "empty": "there are no bytes",
+    "not_an_image": f"it is none of {', '.join(FORMATS)}",
+    "truncated": "it ends early",
+    "damaged": "it does not decode",
+    "too_many_pixels": "its header claims more pixels than allowed; it was not decoded",
+    "too_small": "a side is below the minimum, or it would have to be enlarged",
+    "unsupported_mode": "how its values make colours is not known",
+    "unreadable": "the record could not be read",
+    "bad_caption": "the captions beside it are not what they should be",
+}
+
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+
+
+class BadImage(ValueError):
+    """A record that cannot be used; `reason` is a key of REASONS, `detail` is for people."""
+
+    key = ""  # the record's, where whoever raises this knows it
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail or REASONS[reason]}")
+        self.reason = reason
+
+
+def decode(
+    data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The image as it is meant to be seen: upright, on white where it is transparent.
+
+    Sizes are checked in the header, before any pixel is decoded. Raises BadImage.
+    """
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width} x {height} are above {max_pixels} pixels")
+    if min(width, height) < min_side:
+        raise BadImage("too_small", f"{width} x {height}, where a side has at least {min_side}")
+    try:
+        image.load()
+        return np.array(_rgb(_upright(image)))
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever they stumble on
+        raise _broken(data, error) from None
+
+
+def cover_crop(
+    image: UInt8[np.ndarray, "H W 3"],
+    height: int,
+    width: int,
+    rng: np.random.Generator | None = None,
+    *,
+    flip: bool = False,
+    resize: bool = True,
+    upscale: bool = False,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The largest part of the image that has the wanted shape, resized to it.
+
+    Args:
+      rng: where the part lies, and whether it is mirrored; None: the centre, never mirrored.
+      flip: mirror half of the images.
+      resize: False: a part of exactly height x width, at the scale that the image has.
+      upscale: enlarge an image that is too small; otherwise BadImage("too_small") is raised.
+    """
+    have_height, have_width = image.shape[:2]
+    scale = max(height / have_height, width / have_width) if resize else 1.0
+    if min(have_height / height, have_width / width) < 1 and not (upscale and resize):
+        sizes = f"{have_width} x {have_height}, where {width} x {height} are needed"
+        raise BadImage("too_small", sizes)
+    x, y, mirror = rng.random(3) if rng is not None else (0.5, 0.5, 1.0)
+    # the part's size; rounding must not lead out of the image
+    part_width, part_height = min(width / scale, have_width), min(height / scale, have_height)
+    left, top = x * (have_width - part_width), y * (have_height - part_height)
+    if scale == 1.0:  # whole pixels: there is nothing to interpolate
+        left, top = round(left), round(top)
+        image = image[top : top + height, left : left + width]
+    else:
+        right, bottom = min(left + part_width, have_width), min(top + part_height, have_height)
+        box = (left, top, right, bottom)
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box)
+        image = np.asarray(resized)
+    if flip and mirror < 0.5:
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header."""
+    if not data:
+        raise BadImage("empty")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too_many_pixels", f"{error}") from None
+    except Image.UnidentifiedImageError:
+        if data.startswith(_SIGNATURES):
+            raise BadImage("truncated", f"no header in {len(data)} bytes") from None
+        raise BadImage("not_an_image", f"it begins with {data[:16]!r}") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _broken(data, error) from None
+
+
+def _broken(data: bytes, error: Exception) -> BadImage:
+    """Tells an image that ends early from one with wrong bytes, as far as its decoder does."""
+    message = f"{error or type(error).__name__}"
+    riff_size = 8 + int.from_bytes(data[4:8], "little") if data.startswith(b"RIFF") else 0
+    early = isinstance(error, EOFError) or riff_size > len(data)
+    return BadImage("truncated" if early or "truncated" in message.lower() else "damaged", message)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; an EXIF block that does not parse says nothing."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:
+        pass
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits, whatever the image has."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA", "RGBa"):
+        raise BadImage("unsupported_mode", f"Pillow's mode {image.mode}")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

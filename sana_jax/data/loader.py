@@ -1,0 +1,262 @@
+"""Batches for training and for evaluation, by grain.
+
+A training batch is a pure function of (source, transform, seed, batch size, step). The record at
+global position step * batch_size + row is that of a shuffle of all records, another one every
+epoch; all that is random about it comes from (seed, position). A record that cannot be used is
+replaced by one drawn from (seed, position, attempt), and counted when its batch is delivered. So
+threads, hosts, restarts and what is read ahead change nothing, counts included.
+
+    source = open_source("photos")
+    transform = ImageTransform(height=128, width=128, crop="random", flip=True)
+    batches = iter(TrainingLoader(source, transform, batch_size=64, seed=0))
+    images = next(batches)["image"]  # float32 (64, 128, 128, 3) in [-1, 1]
+    state = batches.get_state()  # plain JSON; Orbax takes the iterator as it is
+
+What becomes of a record is the transform's affair (transforms.py).
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grain
+import numpy as np
+
+from sana_jax.data.counts import Budget, Counts, Rejection
+from sana_jax.data.images import BadImage
+from sana_jax.data.sources import Source
+from sana_jax.data.transforms import Example, Transform
+from sana_jax.errors import DoNotRetry, UserError
+
+MAX_ATTEMPTS = 100  # records tried for one place in a batch
+ORDER = 1  # version of the rule that says which record is where; part of the fingerprint
+
+
+class TrainingLoader:
+    """Endless shuffled batches; `iter()` gives a TrainingIterator.
+
+    Args:
+      batch_size: rows of the global batch.
+      seed: of the order and of all that is random in the transform.
+      shard_index, shard_count: this host gets the rows `shard_index` of `shard_count` equal parts
+        of every batch. They are its coordinate along the batch axes of the mesh, and their size:
+        hosts that hold the same rows must be given the same ones.
+      threads: that decode; None: as many as there are cores, up to 16.
+      prefetch: batches that are made ready ahead.
+      budget: of bad records. Counted for each host by itself, whose `counts` are its own.
+
+    Raises UserError where the numbers do not fit.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shard_index: int = 0,
+        shard_count: int = 1,
+        threads: int | None = None,
+        prefetch: int = 2,
+        budget: Budget = Budget(),  # noqa: B008 (it is frozen)
+    ):
+        if len(source) < batch_size:
+            raise UserError(
+                f"batch_size={batch_size}: the data has {len(source)} records, less than a batch;"
+                " lower it, or give more data"
+            )
+        if seed < 0:
+            raise UserError(f"seed={seed}: it is at least 0")
+        self.source, self.transform, self.batch_size = source, transform, batch_size
+        self.seed, self.budget, self.shard_count = seed, budget, shard_count
+        self.rows = rows_of_shard(batch_size, shard_index, shard_count)
+        self._prefetch = prefetch
+        self._pool = _pool(threads)
+        # Seeds of grain's epochs are consecutive: spread ours, or seed 1 is seed 0 an epoch later.
+        (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
+        self._order = grain.MapDataset.range(len(source)).shuffle(int(order_seed)).repeat()
+        self._order[0]  # grain sets itself up at the first access, which threads must not share
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides what is in a batch, for a checkpoint to keep and compare."""
+        return {
+            "order": ORDER,
+            "source": self.source.fingerprint,
+            "records": len(self.source),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "transform": dict(self.transform.settings),
+        }
+
+    def batch(self, step: int) -> Example:
+        """This host's rows of batch `step`, as an iterator gives them."""
+        return self.load(step)[0]
+
+    def load(self, step: int) -> tuple[Example, list[Rejection]]:
+        """A batch, and the records that were replaced in it."""
+        first = step * self.batch_size
+        examples, rejections = zip(
+            *self._pool.map(self._example, [first + row for row in self.rows]), strict=True
+        )
+        return _stack(examples), sum(rejections, [])
+
+    def _example(self, position: int) -> tuple[Example, list[Rejection]]:
+        rejections = []
+        for attempt in range(MAX_ATTEMPTS):
+            rng = np.random.default_rng((self.seed, position, attempt))
+            index = self._order[position] if attempt == 0 else int(rng.integers(len(self.source)))
+            example = _try(self.source, index, self.transform, rng)
+            if not isinstance(example, Rejection):
+                return example, rejections
+            rejections.append(example)
+        counts = Counts()
+        counts.add(0, rejections)
+        raise DoNotRetry(
+            f"no usable record in {MAX_ATTEMPTS} tries ({counts}); for example"
+            f" {counts.some_examples()}"
+        )
+
+    def __iter__(self) -> "TrainingIterator":
+        return TrainingIterator(self)
+
+    def batches(self) -> grain.IterDataset:
+        """The results of `load` for steps 0, 1, ..., made ahead of time."""
+        steps = grain.MapDataset.range(sys.maxsize // self.batch_size).map(self.load)
+        return steps.to_iter_dataset(grain.ReadOptions(self._prefetch, self._prefetch))
+
+
+class TrainingIterator(grain.DatasetIterator):
+    """A position in the batches of a loader, and what became of the records until there.
+
+    Its state is plain JSON; Orbax saves and restores the iterator itself. `next` raises
+    DoNotRetry where the budget of bad records is used up.
+    """
+
+    def __init__(self, loader: TrainingLoader):
+        super().__init__(loader.batches().__iter__())
+        self._loader = loader
+        self.counts = Counts()  # of this host
+
+    @property
+    def step(self) -> int:
+        """The number of the next batch."""
+        return self._parent.get_state()["next_index"]
+
+    def __next__(self) -> Example:
+        batch, rejections = next(self._parent)
+        self.counts.add(len(self._loader.rows), rejections)
+        position = self.step * self._loader.batch_size
+        self.counts.check(self._loader.budget, -(-position // len(self._loader.source)))
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self.step, **self.counts.state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state({"next_index": state["step"]})
+        self.counts = Counts.from_state(state)
+
+
+class EvaluationLoader:
+    """One pass in order, in batches of one size; iterate as often as you like.
+
+    Every batch also has "mask", bool (rows,), and "index", int64 (rows,): the mask is False, and
+    the row zeros, where the data has ended and where a record cannot be used. `counts` are those
+    of the last pass. Every shard gets the same number of batches, which is `len()`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        limit: int | None = None,
+        shard_index: int = 0,
+        shard_count: int = 1,
+        threads: int | None = None,
+        prefetch: int = 2,
+    ):
+        self.source, self.transform, self.batch_size = source, transform, batch_size
+        self.records = min(len(source), limit or len(source))
+        self.rows = rows_of_shard(batch_size, shard_index, shard_count)
+        self.counts = Counts()
+        self._prefetch = prefetch
+        self._pool = _pool(threads)
+        tries = (self._example(index) for index in range(min(self.records, MAX_ATTEMPTS)))
+        usable = next((found for found in tries if not isinstance(found, Rejection)), None)
+        if usable is None:
+            raise UserError("none of the first records can be used; check the data")
+        self._zeros = {name: np.zeros_like(value) for name, value in usable.items()}
+
+    def __len__(self) -> int:
+        return -(-self.records // self.batch_size)
+
+    def __iter__(self) -> Iterator[Example]:
+        self.counts = Counts()
+        steps = grain.MapDataset.range(len(self)).map(self.load)
+        for batch, rejections in steps.to_iter_dataset(
+            grain.ReadOptions(self._prefetch, self._prefetch)
+        ):
+            self.counts.add(int(batch["mask"].sum()), rejections)
+            yield batch
+
+    def load(self, step: int) -> tuple[Example, list[Rejection]]:
+        """Batch `step`, and the records that are masked out in it."""
+        indices = [step * self.batch_size + row for row in self.rows]
+        found = list(self._pool.map(self._example, indices))
+        good = [isinstance(example, dict) for example in found]
+        rows = [example if ok else self._zeros for example, ok in zip(found, good, strict=True)]
+        batch = _stack(rows) | {"mask": np.array(good), "index": np.array(indices)}
+        return batch, [rejected for rejected in found if isinstance(rejected, Rejection)]
+
+    def _example(self, index: int) -> Example | Rejection | None:
+        if index >= self.records:
+            return None
+        return _try(self.source, index, self.transform, np.random.default_rng((0, index)))
+
+
+def check_images(source: Source, transform: Transform, threads: int | None = None) -> Counts:
+    """Reads every record once, as a loader would; `examples` of the result names all bad ones."""
+    counts = Counts()
+
+    def look(index: int) -> Rejection | None:
+        found = _try(source, index, transform, np.random.default_rng((0, index)))
+        return found if isinstance(found, Rejection) else None
+
+    with _pool(threads) as pool:
+        for rejection in pool.map(look, range(len(source))):
+            counts.add(*((0, [rejection]) if rejection else (1, [])))
+    return counts
+
+
+def rows_of_shard(batch_size: int, index: int, count: int) -> range:
+    """The rows of a global batch that host `index` of `count` loads: a contiguous part."""
+    if batch_size < 1 or batch_size % count:
+        raise UserError(f"batch_size={batch_size}: give a multiple of {count}, the hosts' shards")
+    if not 0 <= index < count:
+        raise ValueError(f"shard {index} of {count}")
+    size = batch_size // count
+    return range(index * size, (index + 1) * size)
+
+
+def _pool(threads: int | None) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "decode")
+
+
+def _try(source: Source, index: int, transform: Transform, rng) -> Example | Rejection:
+    key = f"record {index}"
+    try:
+        record = source[index]
+        key = record["key"]
+        return transform(record, rng)
+    except BadImage as error:
+        return Rejection(error.key or key, error.reason, str(error))
+
+
+def _stack(examples) -> Example:
+    return {name: np.stack([row[name] for row in examples]) for name in examples[0]}

@@ -1,0 +1,72 @@
+"""From a record to what one row of a batch holds."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from sana_jax.data import images
+from sana_jax.data.sources import Record
+from sana_jax.errors import UserError
+
+Example = dict[str, np.ndarray]
+
+
+class Transform(Protocol):
+    """Makes of a record what goes into a batch."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """{"image": (height, width, 3)}: decoded, made to cover the size, cropped.
+
+    Attributes:
+      crop: "centre"; "random"; or "patch": random and never resized.
+      flip: mirror half of the images; not with "centre".
+      upscale: enlarge images that are too small; otherwise they are rejected.
+      dtype: "float32" in [-1, 1], or "uint8".
+    """
+
+    height: int
+    width: int
+    crop: str = "centre"
+    flip: bool = False
+    upscale: bool = False
+    dtype: str = "float32"
+    max_pixels: int = images.MAX_PIXELS
+    min_side: int = images.MIN_SIDE
+
+    def __post_init__(self):
+        if self.crop not in ("centre", "random", "patch"):
+            raise UserError(f"crop={self.crop!r}: it takes centre, random or patch")
+        if self.dtype not in ("float32", "uint8"):
+            raise UserError(f"dtype={self.dtype!r}: images are float32 or uint8")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        image = record["image"]
+        if isinstance(image, bytes):  # InMemory has decoded it
+            image = images.decode(image, self.max_pixels, self.min_side)
+        image = images.cover_crop(
+            image,
+            self.height,
+            self.width,
+            None if self.crop == "centre" else rng,
+            flip=self.flip,
+            resize=self.crop != "patch",
+            upscale=self.upscale,
+        )
+        return {"image": image if self.dtype == "uint8" else to_float(image)}
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 in 0 .. 255 to float32 in [-1, 1]."""
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)

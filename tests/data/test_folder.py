@@ -1,0 +1,101 @@
+"""A folder of images: which files, in which order, with which captions."""
+
+import json
+import os
+
+import pytest
+
+from sana_jax.data.folder import Folder
+from sana_jax.data.images import BadImage
+from sana_jax.errors import Retry, UserError
+from tests.data.bad_files import encode, picture
+
+PNG = encode(picture(), "PNG")
+
+
+def make(root, files: dict[str, bytes | str | dict]):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            content = json.dumps(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def test_every_image_below_in_the_order_of_paths(tmp_path):
+    names = ["b.png", "a/z.JPG", "a/b/c.webp", "ä.gif", "a.png", "10.png", "9.png", "a.b.c.png"]
+    others = ["notes.md", ".hidden.png", ".git/x.png", "__MACOSX/y.png", "a/.z.png", "c.exe"]
+    folder = Folder(make(tmp_path, dict.fromkeys([*names, *others], PNG)))
+    assert [folder[i]["key"] for i in range(len(folder))] == sorted(names)
+    assert all(folder[i]["image"] == PNG for i in range(len(folder)))
+
+
+def test_linked_files_are_read_and_linked_folders_are_not(tmp_path):
+    make(tmp_path, {"real/a.png": PNG, "elsewhere/b.png": PNG})
+    (tmp_path / "real/b.png").symlink_to(tmp_path / "elsewhere/b.png")
+    (tmp_path / "real/loop").symlink_to(tmp_path / "real")
+    (tmp_path / "real/gone.png").symlink_to(tmp_path / "nothing")
+    folder = Folder(tmp_path / "real")
+    assert len(folder) == 3
+    assert [folder[i]["key"] for i in (0, 1)] == ["a.png", "b.png"]
+    with pytest.raises(BadImage, match="unreadable: gone.png: No such file"):
+        folder[2]
+
+
+@pytest.mark.parametrize(
+    "files, captions, scores, truth",
+    [
+        ({}, [], [], ""),
+        ({"a.txt": " a cat \n\nune chatte à moi\r\n"}, ["a cat", "une chatte à moi"], [], ""),
+        ({"a.txt": "\ufeffa cat"}, ["a cat"], [], ""),
+        ({"a.json": {"captions": ["x", "y"], "scores": [1, 0.5]}}, ["x", "y"], [1.0, 0.5], ""),
+        ({"a.json": {"captions": ["x"]}, "a.txt": "y"}, ["x"], [], ""),
+        ({"a.json": {"captions": ["", "y "], "scores": [1, 2]}}, ["y"], [2.0], ""),
+        ({"a.json": {"caption": "x", "width": 7}}, ["x"], [], ""),
+        ({"a.json": {"truth": {"count": 2}}}, [], [], '{"count": 2}'),
+        ({"a.json": {"width": 7}}, [], [], ""),
+        ({"sub/a.txt": "another folder's"}, [], [], ""),
+    ],
+)
+def test_captions(tmp_path, files, captions, scores, truth):
+    record = Folder(make(tmp_path, {"a.png": PNG, **files}))[0]
+    assert record == {
+        "key": "a.png", "image": PNG, "captions": captions, "scores": scores, "truth": truth
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.txt": b"\xff\xfe\x00caption"},
+        {"a.txt": "x" * (10 << 20)},
+        {"a.json": "{"},
+        {"a.json": "[" * 100_000},
+        {"a.json": "[1]"},
+        {"a.json": {"captions": None}},
+        {"a.json": {"captions": "one text"}},
+        {"a.json": {"captions": ["x", 7]}},
+        {"a.json": {"captions": ["x", "y"], "scores": [1]}},
+        {"a.json": {"captions": ["x"], "scores": [True]}},
+        {"a.json": '{"captions": ["x"], "scores": [NaN]}'},
+        {"a.json": {"caption": None}},
+    ],
+)
+def test_bad_captions_have_a_reason(tmp_path, files):
+    with pytest.raises(BadImage) as caught:
+        Folder(make(tmp_path, {"a.png": PNG, **files}))[0]
+    assert caught.value.reason == "bad_caption"
+
+
+def test_no_image_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="no image in it or below"):
+        Folder(make(tmp_path, {"a.txt": "a cat", ".b.png": PNG}))
+
+
+def test_storage_that_is_away_is_worth_another_try(tmp_path):
+    root = make(tmp_path / "data", {"a.png": PNG}).parent / "data"
+    folder = Folder(root)
+    os.rename(root, tmp_path / "other")
+    with pytest.raises(Retry, match="is away"):
+        folder[0]

@@ -1,0 +1,85 @@
+"""open_source: what a name may mean, and fingerprints."""
+
+import json
+
+import pytest
+
+from sana_jax.data import shapes
+from sana_jax.data.images import decode
+from sana_jax.data.sources import Record, fingerprint, open_source
+from sana_jax.errors import UserError
+from tests.data.bad_files import encode, picture
+from tests.data.test_folder import PNG, make
+
+
+def test_a_folder_is_the_split_train(tmp_path):
+    source = open_source(str(make(tmp_path, {"a.png": PNG, "b/c.png": PNG})))
+    assert [source[i]["key"] for i in range(len(source))] == ["a.png", "b/c.png"]
+
+
+def test_subfolders_may_be_splits(tmp_path):
+    make(tmp_path, {"train/a.png": PNG, "test/b.png": PNG, "test/c.png": PNG})
+    assert len(open_source(str(tmp_path))) == 1
+    assert len(open_source(str(tmp_path), "test")) == 2
+    with pytest.raises(UserError, match="no split 'val', .* there are test, train"):
+        open_source(str(tmp_path), "val")
+
+
+def test_a_test_split_is_not_trained_on(tmp_path):
+    make(tmp_path, {"a.png": PNG, "test/b.png": PNG})
+    with pytest.raises(UserError, match="no split 'train'"):
+        open_source(str(tmp_path))
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="missing: there is no such folder; the data is shapes"):
+        open_source(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="a.png: there is no such folder"):
+        open_source(str(make(tmp_path, {"a.png": PNG}) / "a.png"))
+
+
+def test_the_fingerprint_is_that_of_the_files(tmp_path):
+    files = {f"{i}.png": encode(picture(i), "PNG") for i in range(5)}
+    files["3.json"] = {"captions": ["a cat"]}
+    print_of = {
+        change: open_source(str(make(tmp_path / change, files | changed))).fingerprint
+        for change, changed in {
+            "none": {},
+            "copy": {},
+            "one bit": {"2.png": files["2.png"][:-1] + b"\x83"},
+            "caption": {"3.json": {"captions": ["a dog"]}},
+            "one more": {"5.png": PNG},
+            "no image, but a caption": {"9.txt": "a cat"},
+            "unreadable": {"3.json": "{"},
+        }.items()
+    }
+    assert print_of["none"] == print_of["copy"] and len(print_of["none"]) == 16
+    assert len(set(print_of.values())) == len(print_of) - 1
+
+
+def test_the_fingerprint_of_many_reads_few():
+    class Counting(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    records = Counting({"key": str(i), "image": b"", "captions": []} for i in range(10_000))
+    first = fingerprint(records)
+    assert records.reads <= 256
+    records[-1]["captions"].append("not looked at")
+    assert fingerprint(records) == first != fingerprint(records, "another description")
+    assert json.dumps(first)
+
+
+def test_shapes_is_read_from_where_it_was_prepared(tmp_path):
+    with pytest.raises(UserError, match="is not there; make it with python -m"):
+        open_source("shapes", "train", str(tmp_path), size=32)
+    shapes.prepare(tmp_path, size=32, train=6, test=3)
+    train, test = (open_source("shapes", split, str(tmp_path), 32) for split in ("train", "test"))
+    assert (len(train), len(test)) == (6, 3) and train.fingerprint != test.fingerprint
+    assert set(train[0]) == set(Record.__annotations__)
+    assert decode(train[0]["image"]).shape == (32, 32, 3)
+    again = open_source("shapes", "train", str(tmp_path), 32)
+    assert again.fingerprint == train.fingerprint

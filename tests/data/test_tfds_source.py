@@ -1,0 +1,140 @@
+"""TFDS data sets as records: a small one is prepared here, without TensorFlow."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from sana_jax.data.images import BadImage, decode
+from sana_jax.data.sources import open_source
+from sana_jax.errors import UserError
+from tests.data.bad_files import encode, picture
+
+COUNT = 5
+
+
+class SanaToy(tfds.core.GeneratorBasedBuilder):
+    """Images under an unusual name, and captions in every form that is understood."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=name) for name in ("text", "texts", "nested", "label", "none")
+    ]
+    captions = {
+        "text": {"caption": tfds.features.Text()},
+        "texts": {
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "scores": tfds.features.Sequence(np.float32),
+            "truth": tfds.features.Text(),
+        },
+        "nested": {"captions": tfds.features.Sequence({"text": tfds.features.Text()})},
+        "label": {"label": tfds.features.ClassLabel(names=["cat", "dog"])},
+        "none": {},
+    }
+    values = {
+        "text": {"caption": "a cat"},
+        "texts": {"captions": ["a cat", "ein Kätzchen"], "scores": [0.5, 0.25], "truth": "{}"},
+        "nested": {"captions": [{"text": "a cat"}, {"text": " "}]},
+        "label": {"label": "dog"},
+        "none": {},
+    }
+
+    def _info(self):
+        features = {"photo": tfds.features.Image(), "id": tfds.features.Text()}
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features | self.captions[self.builder_config.name])
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(COUNT), "test": self._generate_examples(2)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            image = io.BytesIO(encode(picture(i), "PNG"))
+            yield i, {"photo": image, "id": f"n{i}", **self.values[self.builder_config.name]}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    for config in SanaToy.BUILDER_CONFIGS:
+        builder = tfds.builder(f"sana_toy/{config.name}", data_dir=folder)
+        builder.download_and_prepare(file_format="array_record")
+    assert "tensorflow" not in sys.modules
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, captions, scores, truth",
+    [
+        ("text", ["a cat"], [], ""),
+        ("texts", ["a cat", "ein Kätzchen"], [0.5, 0.25], "{}"),
+        ("nested", ["a cat"], [], ""),
+        ("label", ["dog"], [], ""),
+        ("none", [], [], ""),
+    ],
+)
+def test_records(data_dir, config, captions, scores, truth):
+    source = open_source(f"tfds:sana_toy/{config}", "train", data_dir)
+    assert len(source) == COUNT
+    records = sorted((source[i] for i in range(COUNT)), key=lambda record: record["key"])
+    for i, record in enumerate(records):
+        image = record.pop("image")
+        assert isinstance(image, bytes) and (decode(image) == picture(i)).all()
+        rest = {"key": f"n{i}", "captions": captions, "scores": scores, "truth": truth}
+        assert record == rest
+
+
+def test_splits_and_fingerprints(data_dir):
+    specs = [("text", "train"), ("text", "test"), ("label", "train"), ("text", "train[:3]")]
+    sources = [open_source(f"tfds:sana_toy/{name}", split, data_dir) for name, split in specs]
+    assert [len(source) for source in sources] == [COUNT, 2, COUNT, 3]
+    again = open_source("tfds:sana_toy/text", "train", data_dir)
+    assert again.fingerprint == sources[0].fingerprint
+    assert len({source.fingerprint for source in sources}) == len(specs)
+
+
+@pytest.mark.parametrize(
+    "spec, split, message",
+    [
+        ("sana_toi", "train", "TFDS has no data set 'sana_toi'; did you mean sana_toy"),
+        ("sana_toy/txt", "train", "txt"),
+        ("sana_toy/text:9.9.9", "train", "9.9.9"),
+        (
+            "sana_toy/text",
+            "validation",
+            "no split 'validation'; there are (train, test|test, train)",
+        ),
+        ("", "train", "tfds:"),
+    ],
+)
+def test_what_is_not_there(data_dir, spec, split, message):
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(f"tfds:{spec}", split, data_dir)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_that_is_not_prepared(tmp_path):
+    with pytest.raises(UserError, match="is not prepared in .*download_and_prepare"):
+        open_source("tfds:sana_toy/text", "train", str(tmp_path))
+
+
+def test_a_damaged_record_has_a_reason_and_its_neighbours_are_read(tmp_path):
+    builder = tfds.builder("sana_toy/text", data_dir=str(tmp_path))
+    builder.download_and_prepare(file_format="array_record")
+    (file,) = tmp_path.rglob("*train*.array_record*")
+    data = bytearray(file.read_bytes())
+    place = data.index(b"\x89PNG", data.index(b"\x89PNG") + 1)  # in the second record
+    data[place + 60] ^= 1
+    file.write_bytes(data)
+    source = open_source("tfds:sana_toy/text", "train", str(tmp_path))
+    good = 0
+    for i in range(COUNT):
+        try:
+            decode(source[i]["image"])
+            good += 1
+        except BadImage as error:
+            assert error.reason == "unreadable"
+    assert good == COUNT - 1
