@@ -1,0 +1,233 @@
+"""Measures a checkpoint.
+
+    python -m sana_jax.evaluate --task=reconstruction --checkpoint=DIR_OR_HUB_ID --data=PICTURES
+    python -m sana_jax.evaluate --task=reconstruction --checkpoint=shapes --out=pairs.png
+
+reconstruction: how near decode(encode(image)) is to the image, for the images of --data, centre
+cropped to squares. Both are rounded to 8 bits first; figures are means over the images.
+
+    psnr                  peak signal-to-noise ratio, dB
+    ssim                  structural similarity, Gaussian window, as scikit-image has it
+    lpips                 on AlexNet, with --lpips_weights (null without)
+    high_frequency_ratio  energy above 0.25 cycles a pixel, over that of the originals
+    baseline_...          the same of images made as small as the latents, and large again, bicubic
+
+The last line is a JSON object with these figures and what was measured.
+"""
+
+import io
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+from absl import flags
+
+from sana_jax import cli
+from sana_jax.errors import UserError
+
+SHAPES_TEST = 1000  # images of the built-in data set that are made where there are none
+SHOWN = 8  # images in the picture
+
+FLAGS = flags.FLAGS
+_TASK = flags.DEFINE_enum("task", "reconstruction", ["reconstruction"], "what to measure")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
+)
+_DATA = flags.DEFINE_string(
+    "data", "shapes", "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]"
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    "folder where shapes or TFDS data were prepared; default: TFDS' own, and for shapes a cache,"
+    " where its test images are drawn the first time",
+)
+_SPLIT = flags.DEFINE_string(
+    "split", None, "of the data; default: test, or all of a folder without such a subfolder"
+)
+_SIZE = flags.DEFINE_integer("size", 128, "side of the images in pixels", 16, 2**13)
+_COUNT = flags.DEFINE_integer("count", None, "the first images of the data; default: all", 1)
+_BATCH = flags.DEFINE_integer(
+    "batch", 16, "images at once; rounded up to the number of devices", 1, 2**16
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
+_LPIPS = flags.DEFINE_string(
+    "lpips_weights",
+    None,
+    "AlexNet and LPIPS' heads, a .safetensors or .pth file, or TOWER,HEADS in two",
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "a .png to write: originals above reconstructions; replaced if it is there"
+)
+_VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
+_REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+
+
+def check_out(out: str | None) -> Path | None:
+    """The path of --out, where a picture can be put. Raises UserError."""
+    if out is None:
+        return None
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out={out}: a picture is written; give it a name that ends with .png")
+    try:
+        if path.is_dir():
+            raise UserError(f"--out={out} is a folder; name a file")
+        if not path.parent.is_dir():
+            raise UserError(f"--out={out}: the folder {path.parent} is not there; make it first")
+    except OSError as error:  # a name that no file can have
+        raise UserError(f"--out={out:.60}: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--out={out} cannot be written; name another")
+    return path
+
+
+def check_size(size: int, factor: int) -> None:
+    """Raises UserError unless an autoencoder of that factor takes squares of that side."""
+    if size % factor:
+        low = size // factor * factor
+        near = f"{low} or {low + factor}" if low else f"{factor}"
+        raise UserError(f"--size={size} is not a multiple of {factor}: try {near}")
+
+
+def open_data(data: str, data_dir: str | None, split: str | None, size: int):
+    """The source and the name of its split. Raises UserError.
+
+    Draws the test images of shapes into a cache where `data_dir` is None.
+    """
+    from etils import epath
+
+    from sana_jax.data.sources import open_source
+
+    if data == "shapes" and data_dir is None:
+        if split not in (None, "test"):
+            raise UserError(f"--split={split} of shapes: name the folder it is in with --data_dir")
+        from sana_jax.data import shapes
+
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        data_dir = os.path.join(caches, "sana_jax", "shapes_test")
+        # A record depends on its number and split alone: the others need not be drawn.
+        shapes.prepare(data_dir, size, train=1, test=SHAPES_TEST)
+    if split is None:
+        named = data == "shapes" or data.startswith("tfds:")
+        split = "test" if named or (epath.Path(data).expanduser() / "test").is_dir() else "train"
+    return open_source(data, split, data_dir, size), split
+
+
+def reconstruction() -> None:
+    """The task of that name."""
+    out = check_out(_OUT.value)
+    size = _SIZE.value
+
+    import dataclasses
+
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    from sana_jax import checkpoints, sharding
+    from sana_jax.checkpoints.components import module_for
+    from sana_jax.data.loader import EvaluationLoader
+    from sana_jax.data.transforms import ImageTransform
+    from sana_jax.metrics import lpips
+    from sana_jax.metrics.reconstruction_figures import figures
+
+    options = dict(variant=_VARIANT.value, revision=_REVISION.value)
+    checkpoint = checkpoints.open_checkpoint(_CHECKPOINT.value, **options)
+    checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=None)
+    config = checkpoint.vae
+    check_size(size, config.factor)
+    distance = None
+    if _LPIPS.value is not None:
+        measure = jax.jit(partial(lpips.lpips, tower="alex"))
+        distance = partial(measure, jax.device_put(lpips.load("alex", _LPIPS.value)))
+        if size < lpips.SMALLEST["alex"]:
+            raise UserError(f"--lpips_weights needs --size={lpips.SMALLEST['alex']} or more")
+    source, split = open_data(_DATA.value, _DATA_DIR.value, _SPLIT.value, size)
+    mesh = sharding.make_mesh()
+    batch = _BATCH.value + -_BATCH.value % sharding.batch_divisor(mesh)
+    loader = EvaluationLoader(
+        source, ImageTransform(size, size), batch_size=batch, limit=_COUNT.value
+    )
+
+    checkpoints.place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
+    apply = jax.jit(module_for(config, _DTYPE.value).apply)
+    params = {"params": checkpoint.params["vae"]}
+
+    def reconstruct(images):
+        return apply(params, jax.device_put(images, sharding.batch_sharding(mesh)))
+
+    values = config.latent_channels / config.factor**2
+    with (
+        jax.set_mesh(mesh),
+        jax.default_matmul_precision("float32"),
+        tqdm(total=loader.records, unit="image", disable=None) as progress,
+    ):
+        found = figures(reconstruct, loader, values, distance, progress.update)
+        if not np.isfinite(found["psnr"]):
+            raise UserError(
+                f"{_CHECKPOINT.value} reconstructs some of {_DATA.value} with NaN or infinite"
+                " values: its weights are not those of a trained autoencoder, or need another"
+                " --dtype"
+            )
+        if out is not None:
+            save_pairs(out, reconstruct, loader)
+
+    print(f"{_DATA.value} {split}, {found['count']} images at {size} px; {loader.counts}")
+    print(table(found))
+    about = {
+        "task": "reconstruction",
+        "checkpoint": _CHECKPOINT.value,
+        "data": _DATA.value,
+        "split": split,
+        "size": size,
+        "dtype": _DTYPE.value,
+    }
+    rejected = {reason: count for reason, count in loader.counts.rejected.items() if count}
+    print(json.dumps(about | found | {"rejected": rejected}))
+
+
+def save_pairs(path: Path, reconstruct, loader) -> None:
+    """A PNG of the first usable images, their reconstructions below them."""
+    import numpy as np
+    from PIL import Image
+
+    from sana_jax.metrics.reconstruction import to_uint8
+    from sana_jax.training.metrics_writer import make_grid
+
+    batches = (loader.load(step)[0] for step in range(len(loader)))
+    batch = next(batch for batch in batches if batch["mask"].any())
+    pairs = batch["image"], reconstruct(batch["image"])
+    rows = [list(np.asarray(to_uint8(x))[batch["mask"]][:SHOWN]) for x in pairs]
+    data = io.BytesIO()
+    Image.fromarray(make_grid(rows)).save(data, "PNG")
+    try:
+        path.write_bytes(data.getvalue())
+    except OSError as error:
+        raise UserError(f"--out={path}: {error.strerror or error}") from None
+
+
+def table(found: dict) -> str:
+    """The figures for people."""
+    small = "x".join(map(str, found["baseline_size"]))
+    lines = [f"{'':26}{'PSNR dB':>9}{'SSIM':>9}{'LPIPS':>9}{'fine detail':>13}"]
+    for name, prefix in ("reconstruction", ""), (f"bicubic from {small}", "baseline_"):
+        psnr, ssim, lpips, ratio = (
+            found[prefix + key] for key in ("psnr", "ssim", "lpips", "high_frequency_ratio")
+        )
+        measured = (f"{value:.4f}" if value is not None else "-" for value in (lpips, ratio))
+        lines.append("{:26}{:9.2f}{:9.4f}{:>9}{:>13}".format(name, psnr, ssim, *measured))
+    return "\n".join(lines)
+
+
+TASKS = {"reconstruction": reconstruction}
+
+
+def main(argv):
+    del argv
+    TASKS[_TASK.value]()
+
+
+if __name__ == "__main__":
+    cli.run(main)

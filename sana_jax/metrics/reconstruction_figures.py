@@ -1,0 +1,77 @@
+"""The held-out figures of an autoencoder: what a table of reconstruction has in a row."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sana_jax.metrics import reconstruction as metrics
+
+Images = Float[Array, "B H W 3"]
+
+
+def figures(
+    reconstruct: Callable[[Images], Images],
+    batches: Iterable[dict[str, np.ndarray]],
+    values: float,
+    distance: Callable[[Images, Images], Float[Array, " B"]] | None = None,
+    on_batch: Callable[[int], Any] = lambda count: None,
+) -> dict[str, Any]:
+    """Means over the images of an EvaluationLoader; NaN where a reconstruction is not finite.
+
+    Args:
+      reconstruct: images float32 (B, H, W, 3) in [-1, 1] -> the same.
+      batches: with "image" and "mask".
+      values: numbers in the latent of an image, a pixel; the baseline is a picture of no more.
+      distance: LPIPS, of images in [-1, 1]; None: not measured.
+      on_batch: called with the number of its images after every batch.
+
+    Returns:
+      count; psnr, ssim, lpips (or None); high_frequency_ratio, of the reconstructions' energy to
+      the images' (None where these have none); the same four of the images resized down and up as
+      baseline_psnr and so on, and baseline_size, its height and width.
+    """
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        height, width = batch["image"].shape[1:3]
+        small = metrics.baseline_size(height, width, int(values * height * width))
+        row = _row(batch["image"], reconstruct(batch["image"]), small, distance)
+        rows.append(row | {"mask": batch["mask"]})
+        rows[-2:-1] = jax.device_get(rows[-2:-1])  # waits for the batch before this one
+        on_batch(int(batch["mask"].sum()))
+    columns = {
+        name: np.concatenate([row[name] for row in jax.device_get(rows)]) for name in rows[0]
+    }
+    mask = columns.pop("mask")
+    means = {name: float(column[mask].mean(dtype="f8")) for name, column in columns.items()}
+    energy = means.pop("energy_of_images")
+    found: dict[str, Any] = {"count": int(mask.sum()), "baseline_size": list(small)}
+    for prefix in ("", "baseline_"):
+        found |= {prefix + name: means.get(prefix + name) for name in ("psnr", "ssim", "lpips")}
+        ratio = means[f"{prefix}energy"] / energy if energy else None
+        found[f"{prefix}high_frequency_ratio"] = ratio
+    return found
+
+
+def _row(
+    images: Images, reconstructions: Images, small: tuple[int, int], distance: Callable | None
+) -> dict[str, Float[Array, " B"]]:
+    """The figures of every image of a batch, not waited for."""
+    finite = jnp.isfinite(reconstructions).all(axis=(1, 2, 3))  # 8 bits would hide it
+    images = metrics.to_uint8(jnp.asarray(images))
+    baseline = metrics.down_and_up(images, small)
+    row = {"energy_of_images": metrics.high_frequency_energy(images)}
+    for prefix, pictures in ("", metrics.to_uint8(reconstructions)), ("baseline_", baseline):
+        found = {
+            "psnr": metrics.psnr(images, pictures),
+            "ssim": metrics.ssim(images, pictures),
+            "energy": metrics.high_frequency_energy(pictures),
+        }
+        if distance is not None:
+            found["lpips"] = distance(metrics.to_float(pictures), metrics.to_float(images))
+        for name, column in found.items():
+            row[prefix + name] = column if prefix else jnp.where(finite, column, jnp.nan)
+    return row

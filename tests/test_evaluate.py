@@ -1,0 +1,191 @@
+"""The command as a user meets it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from sana_jax.checkpoints import native
+from sana_jax.checkpoints.components import module_for
+from tests import mini
+from tests.metrics.test_lpips import Twin
+
+ROOT = Path(__file__).parents[1]
+SIZE = 48
+# Runs the command once for each list of arguments in the JSON on stdin, as one process.
+SEVERAL = """
+import contextlib, io, json, sys
+from absl import flags
+from sana_jax import cli, evaluate
+
+answers = []
+for arguments in json.load(sys.stdin):
+    sys.argv, told = ["evaluate", *arguments], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            cli.run(evaluate.main)
+    except SystemExit as exit:
+        answers.append([exit.code, told.getvalue()])
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """An autoencoder that stands alone, and a folder of pictures, one of them none."""
+    path = tmp_path_factory.mktemp("shared")
+    mini.save(path / "whole")
+    whole = native.open_folder(path / "whole")
+    alone = dataclasses.replace(
+        whole,
+        dit=None,
+        text_encoder=None,
+        tokenizer=None,
+        instruction=None,
+        params={"vae": whole.params["vae"]},
+    )
+    native.save(alone, path / "checkpoint")
+    params = _arrays(alone.params["vae"])
+    params["decoder"]["conv_out"]["kernel"] *= np.float32(3e38)
+    native.save(dataclasses.replace(alone, params={"vae": params}), path / "overflowing")
+    twin = Twin("alex")
+    torch.save(twin.package(), path / "alex.pth")
+    (path / "pictures").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(5):
+        picture = random.integers(0, 256, (6, 8, 3)).astype(np.uint8)
+        Image.fromarray(picture).resize((64, 52)).save(path / "pictures" / f"{i}.png")
+    (path / "pictures" / "2.jpg").write_text("<html>not found</html>")
+    return path
+
+
+def run(arguments, cwd, **popen):
+    environment = dict(PYTHONPATH=str(ROOT), XLA_FLAGS="", XDG_CACHE_HOME=str(cwd / "caches"))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **popen,
+    )
+
+
+def test_reconstruction(shared, tmp_path):
+    """The figures are scikit-image's, of what the network makes of the same squares."""
+    result = run(
+        [
+            *("-m", "sana_jax.evaluate", "--task=reconstruction", f"--size={SIZE}", "--batch=2"),
+            *(f"--checkpoint={shared / 'checkpoint'}", f"--data={shared / 'pictures'}"),
+            *("--out=pairs.png", f"--lpips_weights={shared / 'alex.pth'}"),
+        ],
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    *table, last = result.stdout.strip().splitlines()
+    found = json.loads(last)
+
+    checkpoint = native.open_folder(shared / "checkpoint")
+    draw = jax.jit(module_for(checkpoint.vae, "float32").apply)
+    params = {"params": _arrays(checkpoint.params["vae"])}
+    psnr, ssim, lpips, twin = [], [], [], Twin("alex")
+    for file in sorted((shared / "pictures").glob("*.png")):
+        middle = (6, 0, 58, 52)
+        image = Image.open(file).resize((SIZE, SIZE), Image.Resampling.BICUBIC, middle)
+        image = np.asarray(image)
+        drawn = draw(params, jnp.asarray(image[None] / np.float32(127.5) - 1))[0]
+        drawn = np.floor(255 * (np.asarray(drawn, np.float64) + 1) / 2 + 0.5)
+        drawn = drawn.clip(0, 255).astype(np.uint8)
+        psnr.append(peak_signal_noise_ratio(image, drawn, data_range=255))
+        options = dict(sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1)
+        ssim.append(structural_similarity(image, drawn, gaussian_weights=True, **options))
+        lpips.append(twin(*(x[None] / np.float32(127.5) - 1 for x in (image, drawn)))[0])
+    assert found["psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert found["ssim"] == pytest.approx(np.mean(ssim), abs=1e-4)
+    assert found["lpips"] == pytest.approx(np.mean(lpips), rel=1e-3)
+    assert found["task"] == "reconstruction"
+    assert (found["count"], found["split"], found["size"]) == (5, "train", SIZE)
+    assert found["rejected"] == {"not_an_image": 1}
+    # 12 x 12 latents of 8 channels are 1152 values.
+    assert found["baseline_size"] == [19, 19] and found["baseline_psnr"] > found["psnr"]
+    assert any(
+        line.startswith("reconstruction") and f"{np.mean(psnr):.2f}" in line for line in table
+    )
+    with Image.open(tmp_path / "pairs.png") as sheet:
+        assert sheet.height >= 2 * SIZE and sheet.width >= 2 * SIZE
+    assert {path.name for path in tmp_path.iterdir()} <= {"pairs.png", "caches"}
+
+
+def _arrays(tree):
+    if isinstance(tree, dict):
+        return {key: _arrays(value) for key, value in tree.items()}
+    return np.asarray(tree)
+
+
+def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
+    checkpoint, pictures = f"--checkpoint={shared / 'checkpoint'}", f"--data={shared / 'pictures'}"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.jpg").write_text("<html>")
+    (tmp_path / "small").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "small" / "a.png")
+    (tmp_path / "weights.pth").write_text("<html>not found</html>")
+    cases = {
+        "--checkpoint is missing": [pictures],
+        "no checkpoint 'nowhere'": ["--checkpoint=nowhere", pictures],
+        "--task": ["--task=generation", checkpoint, pictures],
+        "nowhere: there is no such folder": [checkpoint, "--data=nowhere"],
+        "no split 'val'": [checkpoint, pictures, "--split=val"],
+        "--size=50 is not a multiple of 4: try 48 or 52": [checkpoint, pictures, "--size=50"],
+        "size": [checkpoint, pictures, "--size=0"],
+        "count": [checkpoint, pictures, "--count=0"],
+        "batch": [checkpoint, pictures, "--batch=-1"],
+        "web page": [checkpoint, pictures, "--lpips_weights=weights.pth"],
+        "none.pth is missing": [checkpoint, pictures, "--lpips_weights=none.pth"],
+        "ends with .png": [checkpoint, pictures, "--out=pairs.jpg"],
+        "make it first": [checkpoint, pictures, "--out=new/pairs.png"],
+        "is a folder": [checkpoint, pictures, "--out=folder.png"],
+        "none of the first records can be used": [checkpoint, "--data=empty"],
+        "can be used": [checkpoint, "--data=small", "--out=pairs.png"],
+        "NaN or infinite": [f"--checkpoint={shared / 'overflowing'}", pictures, "--size=16"],
+        "--data_dir": [checkpoint, "--data=shapes", "--split=train"],
+    }
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    result = run(["-c", SEVERAL], tmp_path, input=json.dumps(list(cases.values())))
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout.splitlines()[-1])
+    for (words, arguments), (status, told) in zip(cases.items(), answers, strict=True):
+        assert status == 2, (arguments, told)
+        assert told.startswith("error: ") and told.count("\n") == 1, told
+        assert words in told, (words, told)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shapes_is_drawn_into_a_cache_once(shared, tmp_path):
+    few = "evaluate.SHAPES_TEST = 3; answers = []"
+    arguments = [f"--checkpoint={shared / 'checkpoint'}", "--size=16", "--batch=2"]
+    result = run(
+        ["-c", SEVERAL.replace("answers = []", few)],
+        tmp_path,
+        input=json.dumps([arguments, arguments]),
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = (
+        json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")
+    )
+    assert first == second
+    assert (first["data"], first["split"], first["count"]) == ("shapes", "test", 3)
+    assert list((tmp_path / "caches").rglob("shapes-test*"))
