@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sana_jax.batch.lock import locked
+from sana_jax.lock import locked
 from sana_jax.batch.manifest import Line, Manifest, is_local, key_of, write_whole
 from sana_jax.errors import UserError
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 from etils import epath
 
-from sana_jax.batch.lock import NAME, locked
 from sana_jax.errors import UserError
+from sana_jax.lock import NAME, locked
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_killed_run_leaves_it_to_the_next(folder):
     script = f"""
 import os
 from etils import epath
-from sana_jax.batch.lock import locked
+from sana_jax.lock import locked
 lock = locked(epath.Path({str(folder)!r}))
 lock.__enter__()
 os.kill(os.getpid(), 9)

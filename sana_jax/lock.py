@@ -16,10 +16,11 @@ OURS = re.compile(rb"sana_jax: (pid \d+, .*)", re.DOTALL)
 
 
 @contextlib.contextmanager
-def locked(folder: epath.Path) -> Iterator[None]:
+def locked(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
     """Refuses a folder that another process has locked; the system unlocks for one that dies.
 
-    Raises UserError, also where a file of the lock's name is not this program's; OSError.
+    `flag` is what names the folder on the command line. Raises UserError, also where a file of the
+    lock's name is not this program's; OSError.
     """
     try:
         import fcntl
@@ -35,7 +36,7 @@ def locked(folder: epath.Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another run ({owner}) writes to --out={folder}") from None
+                raise UserError(f"another run ({owner}) writes to {flag}={folder}") from None
             except OSError:
                 pass  # a file system without locks
             # The run before may have removed the file between our opening and our locking it.

@@ -1,0 +1,44 @@
+"""The autoencoder of the bundled model, on the built-in data set `shapes`.
+
+python -m sana_jax.train_dc_ae --config=configs/dc_ae_shapes.py --workdir=DIR
+"""
+
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.training import recipes
+
+BLOCKS = ("ResBlock",) * 5 + ("EfficientViTBlock",)
+NETWORK = DCAEConfig(
+    encoder_blocks=BLOCKS,
+    decoder_blocks=BLOCKS,
+    # No blocks at full resolution: they would cost as much as all others together.
+    encoder_channels=(16, 32, 64, 128, 256, 256),
+    decoder_channels=(16, 32, 64, 128, 256, 256),
+    encoder_layers=(0, 1, 1, 1, 1, 1),
+    decoder_layers=(0, 1, 1, 1, 1, 1),
+    encoder_qkv_multiscales=((),) * 6,
+    decoder_qkv_multiscales=((),) * 6,
+)
+
+
+def get_config():
+    config = recipes.autoencoder(NETWORK)
+    config.dtype = "float32"
+    config.perceptual.name = "laplacian"
+    config.discriminator.update(width=32, layers=3)
+    config.loader.update(threads=2, prefetch=2)
+    config.loop.update(checkpoint_every=250, images_every=500)
+    config.evaluation.update(images=500, sizes=(128, 256))
+
+    phase = config.phases.low_resolution
+    phase.update(steps=4000, image_size=128, batch_size=8)
+    phase.autoencoder.update(
+        learning_rate=6e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01, beta2=0.99
+    )
+    phase = config.phases.latent_adaptation
+    phase.update(steps=300, image_size=256, batch_size=8, ema_decay=0.98)
+    phase.autoencoder.update(learning_rate=2e-4, schedule="cosine", warmup_steps=20)
+    phase = config.phases.local_refinement
+    phase.update(steps=500, image_size=128, batch_size=16, ema_decay=0.98)
+    phase.autoencoder.update(learning_rate=2e-4, schedule="cosine", warmup_steps=20)
+    phase.discriminator.update(learning_rate=2e-4, warmup_steps=20)
+    return config

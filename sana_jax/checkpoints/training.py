@@ -1,0 +1,445 @@
+"""Checkpoints of a training run: saved beside the training, believed only when they verify.
+
+Orbax writes and restores the arrays. It neither detects bit rot nor goes back to an older step, so
+each step holds a document besides: the config, the data it was trained on, the state of every
+host's data iterator, and the fingerprint of every leaf (integrity.py).
+
+    workdir/checkpoints/1200/state   arrays, under their "/"-joined paths
+    workdir/checkpoints/1200/run     the document
+    workdir/checkpoints/1400.bad     a step that did not verify when 1200 did
+"""
+
+import base64
+import contextlib
+import fnmatch
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from sana_jax.checkpoints.integrity import fingerprints
+from sana_jax.errors import DoNotRetry, Retry, UserError
+from sana_jax.lock import locked
+
+State = TypeVar("State")
+Document = dict[str, Any]
+
+# Keys of a config that may change from one run to the next in the same folder, as globs.
+FREE = (
+    "steps",
+    "*_every",
+    "keep",
+    "max_streak",
+    "watchdog_seconds",
+    "profile",
+    "workdir",
+    "compilation_cache",
+    "loader.*",
+)
+SAVE_ATTEMPTS = 3  # failures in a row before the run gives up
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """The checkpoints of a folder, in a context in which no other run writes there.
+
+    Raises UserError where another run does. On an object store there is no lock.
+    """
+
+    def __init__(
+        self,
+        workdir: str | epath.Path,
+        config: Document,
+        data: Document,
+        keep: int = 3,
+        keep_every: int | None = None,
+        free: Sequence[str] = FREE,
+    ):
+        """
+        Args:
+          workdir: the folder of the run, made if missing; it may be remote.
+          config: all that decides the run, as JSON; a run of another is not resumed.
+          data: what stands for the data set (files, sizes, hashes, seed); likewise.
+          keep: how many of the latest steps stay.
+          keep_every: steps that are multiples of it stay for good.
+          free: globs of keys of the config that may change, dots between levels.
+        """
+        self.workdir, self.folder = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
+        self._about = json.loads(json.dumps({"config": config, "data": data}))
+        self._free = [f"config.{glob}" for glob in free]
+        self._keep, self._keep_every = keep, keep_every
+        self._manager: ocp.CheckpointManager | None = None
+        self._stack, self._failures = contextlib.ExitStack(), 0
+        self._saving: tuple[int, bool] | None = None
+        self.last_good: int | None = None  # newest step saved outside a streak of NaN
+
+    def __enter__(self) -> "Checkpoints":
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise UserError(f"--workdir={self.workdir}: {reason}") from None
+                if "://" not in str(self.workdir):
+                    stack.enter_context(locked(self.workdir, "--workdir"))
+                self._sweep()
+            _barrier("checkpoints_open")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        with self._stack:
+            try:
+                self.wait()
+            finally:
+                self._close()
+
+    def steps(self) -> list[int]:
+        """The steps that are there, in order, whether they verify or not."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def restore(self, abstract: State, batches: Any = None) -> State | None:
+        """The newest state that verifies, or None where there is no checkpoint at all.
+
+        Args:
+          abstract: a tree of ShapeDtypeStructs with the shardings that are wanted now; the mesh
+            may differ from the one that saved.
+          batches: the data iterator of this host; its `set_state` is given what was saved.
+
+        Raises:
+          UserError: where the config, the data or the shapes are not those of the checkpoint.
+          DoNotRetry: where no checkpoint verifies.
+          Retry: where the storage does not answer.
+        """
+        wanted, treedef = _flatten(abstract)
+        bad: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                document = self._document(step)
+                self._check(step, document, wanted)
+                arrays = self._arrays(step, document, wanted)
+            except _Damaged as error:
+                bad[step] = str(error)
+                continue
+            self._set_aside(bad, step)
+            if batches is not None:
+                batches.set_state(_decode(_own(document["iterators"])))
+            self.last_good = self._last_good(step, document)
+            return jax.tree.unflatten(treedef, _wrapped(arrays, wanted))
+        if bad:
+            reasons = ", ".join(f"{step} ({reason})" for step, reason in bad.items())
+            raise DoNotRetry(
+                f"none of the checkpoints in {self.folder} is whole: {reasons};"
+                " bring one back, or start anew in another --workdir"
+            )
+        return None
+
+    def save(self, step: int, state: Any, iterator: Any = None, good: bool = True) -> None:
+        """Starts to save; returns when the arrays may change. Waits for the save before it.
+
+        Args:
+          step: of the state; one that is there already is not saved again.
+          state: a tree of arrays.
+          iterator: what `get_state` of this host's data iterator gave after that step.
+          good: whether the last update was applied.
+
+        Raises:
+          Retry: when saving failed SAVE_ATTEMPTS times in a row; one failure is a warning.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        flat, _ = _flatten(state)
+        arrays = {name: _unwrapped(leaf) for name, leaf in flat.items()}
+        sums = fingerprints(arrays)
+        leaves = {n: [str(a.dtype), list(a.shape), sums[n]] for n, a in arrays.items()}
+        document = {
+            "step": step,
+            "good": good,
+            **self._about,
+            "leaves": leaves,
+            "iterators": _gathered(_encode(iterator)),
+        }
+        document["sha256"] = _sha256(document)
+        self._saving = step, good
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(document)
+        )
+        with self._failing():
+            self._open().save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Returns when the save that was started is on disk. Raises Retry as `save` does."""
+        if self._saving is None:
+            return
+        with self._failing():
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+            step, good = self._saving
+            if step not in self.steps():
+                raise OSError("it is not there after it was saved")
+            self._saving, self._failures = None, 0
+            self.last_good = step if good else self.last_good
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            policy = ocp.checkpoint_managers
+            kept = [policy.LatestN(self._keep)]
+            if self._keep_every:
+                kept.append(policy.EveryNSteps(self._keep_every))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policy.AnyPreservationPolicy(kept), save_root_metadata=False
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def _sweep(self) -> None:
+        """Removes what saves that were cut short left behind."""
+        for path in self.folder.iterdir() if jax.process_index() == 0 else ():
+            if _TEMPORARY in path.name:
+                path.rmtree()
+
+    def _close(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            manager.close()
+
+    @contextlib.contextmanager
+    def _failing(self):
+        """Forgives a failed save; what a manager remembers after one cannot be trusted."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise what they like for a full disk
+            step, _ = self._saving
+            self._saving, self._failures = None, self._failures + 1
+            with contextlib.suppress(Exception):
+                self._close()
+            self._manager = None
+            with contextlib.suppress(OSError):
+                self._sweep()
+            reason = f"step {step} could not be saved to {self.folder}: {_brief(error)}"
+            if self._failures >= SAVE_ATTEMPTS:
+                newest = max(self.steps(), default="none")
+                raise Retry(f"{reason}; the newest checkpoint is {newest}") from error
+            logging.error("%s", reason)
+
+    def _document(self, step: int) -> Document:
+        with _damage("its document"):
+            document = json.loads((self.folder / str(step) / "run" / "metadata").read_text())
+            if document.pop("sha256") != _sha256(document):
+                raise ValueError("a wrong hash")
+        return document
+
+    def _check(self, step: int, document: Document, wanted: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint is of another run."""
+        then = _keys({name: document[name] for name in ("config", "data")})
+        now = _keys(self._about)
+        changed = [key for key in now | then if now.get(key, _ABSENT) != then.get(key, _ABSENT)]
+        changed = [k for k in changed if not any(fnmatch.fnmatch(k, glob) for glob in self._free)]
+        if changed:
+            lines = [f"{k}: {_show(then, k)} -> {_show(now, k)}" for k in changed]
+            raise UserError(
+                f"--workdir={self.workdir} is of another run: {_some(lines)};"
+                " use another folder, or what is before the arrows (free to change are"
+                f" {', '.join(glob.removeprefix('config.') for glob in self._free)})"
+            )
+        then = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in document["leaves"].items()}
+        raw = {name: jax.eval_shape(_unwrapped, leaf) for name, leaf in wanted.items()}
+        now = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in raw.items()}
+        changed = [n for n in now | then if now.get(n) != then.get(n)]
+        if changed:
+            lines = [f"{n}: {_show(then, n)} -> {_show(now, n)}" for n in changed]
+            raise UserError(
+                f"{self.folder / str(step)} is of another model: {_some(lines)};"
+                " use another --workdir"
+            )
+        if len(document["iterators"]) != jax.process_count():
+            raise UserError(
+                f"{self.folder / str(step)} was saved by {len(document['iterators'])} hosts, whose"
+                f" data does not split over {jax.process_count()}; use as many as then"
+            )
+
+    def _arrays(self, step: int, document: Document, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The arrays of a step, verified."""
+        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+        reason = ""
+        try:
+            with _damage("its arrays"):
+                arrays = _restore(self.folder / str(step) / "state", abstract)
+                found = fingerprints(arrays)
+        except _Damaged as error:
+            reason = str(error)
+        else:
+            saved = {name: leaf[2] for name, leaf in document["leaves"].items()}
+            wrong = [name for name in found if found[name] != saved[name]]
+            if wrong:
+                reason = f"its fingerprints: {_some(wrong)}"
+        if _anywhere(bool(reason)):
+            raise _Damaged(reason or "on another host")
+        return arrays
+
+    def _set_aside(self, bad: dict[int, str], step: int) -> None:
+        """Renames the steps that were found damaged, now that an older one is not."""
+        for damaged, reason in bad.items():
+            line = f"checkpoint {damaged} is damaged ({reason}); going back to step {step}"
+            logging.error("%s", line)
+            if jax.process_index() == 0:
+                print(line, file=sys.stderr, flush=True)
+                number, path = 0, self.folder / f"{damaged}.bad"
+                while path.exists():
+                    number += 1
+                    path = self.folder / f"{damaged}.bad{number}"
+                (self.folder / str(damaged)).rename(path)
+        _barrier("checkpoints_set_aside")
+
+    def _last_good(self, step: int, document: Document) -> int | None:
+        for older in reversed([s for s in self.steps() if s <= step]):
+            with contextlib.suppress(_Damaged):
+                if (document if older == step else self._document(older))["good"]:
+                    return older
+        return None
+
+
+class _Damaged(Exception):
+    """A step that cannot be restored; the message says what of it."""
+
+
+@contextlib.contextmanager
+def _damage(what: str):
+    """Makes a _Damaged of what is raised for bytes that are not as they were written."""
+    try:
+        yield
+    except (PermissionError, ConnectionError, TimeoutError) as error:
+        raise Retry(f"the checkpoints cannot be read: {error}") from error
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # readers raise anything for bytes that make no sense
+        raise _Damaged(f"{what}: {_brief(error)}") from error
+
+
+def _restore(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+    args = ocp.args.PyTreeRestore(
+        abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        return reader.restore(folder, args=args)
+
+
+def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """A tree's leaves by their "/"-joined paths, and how to put them together again."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), treedef
+
+
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _unwrapped(leaf):
+    """PRNG keys are saved as their data."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if not _is_key(leaf):
+        return leaf
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def _wrapped(arrays: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
+    def wrap(array, leaf):
+        return jax.random.wrap_key_data(array, impl=_impl(leaf)) if _is_key(leaf) else array
+
+    return [wrap(arrays[name], leaf) for name, leaf in wanted.items()]
+
+
+def _impl(leaf) -> str:
+    return str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else leaf.dtype._impl.name
+
+
+def _sha256(document: Document) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(iterator: Any) -> Any:
+    """An iterator's state as JSON; grain gives a dict or bytes."""
+    if isinstance(iterator, bytes):
+        return {"base64": base64.b64encode(iterator).decode()}
+    return {"json": iterator}
+
+
+def _decode(encoded: Document) -> Any:
+    if "base64" in encoded:
+        return base64.b64decode(encoded["base64"])
+    return encoded["json"]
+
+
+def _own(iterators: list[Any]) -> Any:
+    return iterators[jax.process_index()]
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The JSON values of all hosts, on all hosts."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
+    padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+def _anywhere(flag: bool) -> bool:
+    """Whether a flag is set on any host."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+_ABSENT = object()
+
+
+def _keys(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested document as {"a.b": value}."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _keys(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _show(tree: dict[str, Any], key: str) -> str:
+    value = tree.get(key, _ABSENT)
+    return "absent" if value is _ABSENT else value if isinstance(value, str) else json.dumps(value)
+
+
+def _some(lines: list[str], most: int = 10) -> str:
+    more = f" and {len(lines) - most} more" if len(lines) > most else ""
+    return ", ".join(lines[:most]) + more
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.200}"

@@ -1,0 +1,273 @@
+"""The phases of an autoencoder's training, one after the other, each in a folder of its own.
+
+    WORKDIR/PHASE/checkpoints, metrics.jsonl, tensorboard/, images/    while it trains
+    WORKDIR/PHASE/model/          its moving average when it is over: a native folder
+    WORKDIR/PHASE/results.json    held-out figures before and after, the training time
+    WORKDIR/model/                that of the last phase
+
+A phase whose results are there is over; the others resume from their newest checkpoint.
+"""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from sana_jax import sharding
+from sana_jax.checkpoints import native
+from sana_jax.checkpoints.components import Checkpoint, place
+from sana_jax.checkpoints.training import Checkpoints
+from sana_jax.data.loader import EvaluationLoader, TrainingLoader
+from sana_jax.data.sources import Source, open_source
+from sana_jax.data.transforms import ImageTransform
+from sana_jax.errors import UserError
+from sana_jax.metrics.reconstruction import to_uint8
+from sana_jax.metrics.reconstruction_figures import figures
+from sana_jax.models.dc_ae import DCAE
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.training.autoencoder import AutoencoderTask, Phase
+from sana_jax.training.discriminator import Discriminator
+from sana_jax.training.loop import LoopConfig, fit, jit_step
+from sana_jax.training.metrics_writer import MetricsWriter
+from sana_jax.training.optimizers import OptimizerConfig
+from sana_jax.training.perceptual import make_perceptual
+from sana_jax.training.state import TrainState, on_mesh
+
+SHOWN = 8  # images in a sheet of reconstructions
+# What may change from one run in a folder to the next.
+FREE = ("phase.steps", "loop.*", "loader.*", "keep", "evaluation.*", "mesh.*", "data.data_dir")
+
+
+class AutoencoderTraining:
+    """A config made ready: what it names is there and fits together; nothing is written yet."""
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        """Raises UserError, naming the key, for what cannot be trained."""
+        self.config, self.workdir = config, native.local(workdir)
+        try:
+            self.network = DCAEConfig(**config.network.to_dict())
+            phases = {name: _phase(fields) for name, fields in config.phases.to_dict().items()}
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--config: {error}") from None
+        if not config.run or set(config.run) - set(phases):
+            known = ", ".join(phases)
+            raise UserError(f"config.run={config.run}: name some of its phases, {known}")
+        self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
+        dtype = jnp.dtype(config.dtype)
+        distance, self.perceptual_params = make_perceptual(**config.perceptual, dtype=dtype)
+        self.model = DCAE(self.network, dtype, jnp.float32, remat=config.remat)
+        discriminator = Discriminator(**config.discriminator, dtype=dtype)
+        self.tasks = {}
+        sizes = config.evaluation.sizes
+        if not sizes or any(size % self.network.factor for size in sizes):
+            factor = self.network.factor
+            raise UserError(f"config.evaluation.sizes={sizes}: give multiples of {factor}")
+        for name in config.run:
+            _check(name, phases[name], self.network, self.mesh)
+            self.tasks[name] = AutoencoderTask(self.model, discriminator, phases[name], distance)
+
+        def apply(params: Any, images: Array, method: str = "__call__") -> Array:
+            return self.model.apply({"params": params}, images, method=method)
+
+        self._encode = jax.jit(partial(apply, method="encode"))
+        self._reconstruct = jax.jit(apply)
+
+    def run(self) -> None:
+        """Does what is left to do. Raises what `loop.fit` does."""
+        before = None
+        for number, (name, task) in enumerate(self.tasks.items()):
+            folder = self.workdir / name
+            if (folder / "results.json").exists():
+                logging.warning("phase %s is over; remove %s to repeat it", name, folder)
+            else:
+                with jax.set_mesh(self.mesh):
+                    self._run_phase(name, number, task, before)
+            before = native.open_folder(folder / "model")
+            known = dataclasses.replace(self.network, scaling_factor=before.vae.scaling_factor)
+            if before.vae != known:
+                raise UserError(f"{folder / 'model'} is of another config.network; use it there")
+        if _is_first():
+            shutil.rmtree(self.workdir / "model", ignore_errors=True)
+            shutil.copytree(folder / "model", self.workdir / "model")
+
+    def _run_phase(
+        self, name: str, number: int, task: AutoencoderTask, before: Checkpoint | None
+    ) -> None:
+        config, folder, phase = self.config, self.workdir / name, task.phase
+        loader = self._loader(phase, number)
+        held_out = {size: self._held_out(size) for size in config.evaluation.sizes}
+        about = {key: value for key, value in config.to_dict().items() if key != "phases"}
+        about |= {"phase": dataclasses.asdict(phase), "run": config.run[: number + 1]}
+        loop = LoopConfig(steps=phase.steps, **config.loop)
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        abstract, create = on_mesh(lambda: task.init(key), self.mesh)
+        step = jit_step(task.step, abstract, self.perceptual_params)
+        batches, sheet = iter(loader), next(iter(held_out[min(held_out)]))["image"][:SHOWN]
+        with Checkpoints(folder, about, loader.fingerprint, config.keep, free=FREE) as checkpoints:
+            state = checkpoints.restore(abstract, batches) or self._start(create, before)
+            if not (folder / "before.json").exists():
+                _write(folder / "before.json", self._figures(state.ema, held_out))
+            with MetricsWriter(folder, int(state.step), loop.steps) as writer:
+
+                def draw(state: TrainState, step: int) -> None:
+                    pairs = sheet, self._reconstruct(state.ema, sheet)
+                    rows = [list(np.asarray(to_uint8(images))) for images in pairs]
+                    writer.images(step, "reconstructions", rows)
+
+                state = fit(
+                    *(step, state, batches, self.mesh, loop, checkpoints, writer), on_images=draw
+                )
+                draw(state, phase.steps)
+            factor = before.vae.scaling_factor if before else self.network.scaling_factor
+            if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
+                factor = self._scaling_factor(state.ema, loader)
+            results = {
+                "phase": name,
+                "steps": phase.steps,
+                "images": phase.steps * phase.batch_size,
+                "skipped_updates": int(state.skipped),
+                "training_seconds": round(_training_seconds(folder, phase)),
+                "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                "scaling_factor": factor,
+                "before": json.loads((folder / "before.json").read_text()),
+                "after": self._figures(state.ema, held_out),
+            }
+            self._export(folder, state.ema, results, before)
+            _write(folder / "results.json", results)
+
+    def _loader(self, phase: Phase, number: int) -> TrainingLoader:
+        side = phase.image_size
+        return TrainingLoader(
+            self._source(self.config.data.train_split, side),
+            ImageTransform(side, side, crop=phase.crop, flip=phase.flip),
+            batch_size=phase.batch_size,
+            seed=self.config.seed + number,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+            **self.config.loader,
+        )
+
+    def _held_out(self, size: int) -> EvaluationLoader:
+        """Every host evaluates all of it, on its own copy of the images."""
+        evaluation = self.config.evaluation
+        return EvaluationLoader(
+            self._source(self.config.data.test_split, size),
+            ImageTransform(size, size),
+            batch_size=evaluation.batch_size,
+            limit=evaluation.images,
+        )
+
+    def _source(self, split: str, size: int) -> Source:
+        data = self.config.data
+        folder = data.data_dir or str(self.workdir / "data")
+        if data.source == "shapes":
+            from sana_jax.data import shapes  # what draws is not needed for other sources
+
+            train = dict(data.shapes.train)
+            if size not in train:
+                raise UserError(f"config.data.shapes.train={data.shapes.train} has no size {size}")
+            if _is_first():
+                shapes.prepare(folder, size, train[size], data.shapes.test, data.shapes.seed)
+            _barrier(f"shapes {size}")
+        return open_source(data.source, split, folder, size)
+
+    def _start(self, create, before: Checkpoint | None) -> TrainState:
+        """The state of step 0, with the autoencoder of the phase before."""
+        state = create()
+        if before is None:
+            return state
+        params = place(before.params["vae"], before.vae, "float32", self.mesh)
+        return state.replace(
+            params={**state.params, "autoencoder": params}, ema=jax.tree.map(jnp.copy, params)
+        )
+
+    def _figures(self, params: Any, held_out: dict[int, EvaluationLoader]) -> dict[str, Any]:
+        """Held-out figures by image size."""
+        reconstruct = partial(self._reconstruct, params)
+        values = self.network.latent_channels / self.network.factor**2
+        return {str(s): figures(reconstruct, loader, values) for s, loader in held_out.items()}
+
+    def _scaling_factor(self, params: Any, loader: TrainingLoader) -> float:
+        """1 / root mean square of the latents of training images, as the phase sees them."""
+        squares = []
+        for step in range(max(1, self.config.scale_images // loader.batch_size)):
+            rows = jax.make_array_from_process_local_data(
+                sharding.batch_sharding(self.mesh), loader.batch(step)["image"]
+            )
+            squares.append(float(jnp.mean(jnp.square(self._encode(params, rows)))))
+        return float(1 / np.sqrt(np.mean(squares)))
+
+    def _export(self, folder: Path, params: Any, results: dict, before: Checkpoint | None) -> None:
+        """The parameters as a native folder; one that a killed run left half is replaced."""
+        if jax.process_count() > 1:
+            params = multihost_utils.process_allgather(params, tiled=True)
+        if _is_first():
+            network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
+            history = before.provenance["phases"] if before else []
+            provenance = {"trained": True, "phases": [*history, results]}
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            (folder / "model").mkdir()
+            checkpoint = Checkpoint(network, params={"vae": params}, provenance=provenance)
+            native.save(checkpoint, folder / "model")
+        _barrier("model")
+
+
+def _phase(fields: dict[str, Any]) -> Phase:
+    for name in ("autoencoder", "discriminator"):
+        fields[name] = OptimizerConfig(**fields[name])
+    return Phase(**fields)
+
+
+def _check(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for sizes that do not divide."""
+    key = f"config.phases.{name}"
+    if phase.steps < 1:
+        raise UserError(f"{key}.steps={phase.steps}: it is at least 1")
+    if phase.image_size % network.factor:
+        raise UserError(
+            f"{key}.image_size={phase.image_size}: it is a multiple of {network.factor}"
+        )
+    divisor = sharding.batch_divisor(mesh) * phase.microbatches
+    if phase.batch_size < 1 or phase.batch_size % divisor:
+        raise UserError(
+            f"{key}.batch_size={phase.batch_size}: it is a multiple of {divisor}, the devices that"
+            " split it times the microbatches"
+        )
+
+
+def _training_seconds(folder: Path, phase: Phase) -> float:
+    """The time of all steps, those before a restart too, without pauses, by the metrics."""
+    seconds, last = 0.0, 0
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if rate := row.get("images_per_second"):
+            seconds += (row["step"] - last) * phase.batch_size / rate
+        last = row["step"]
+    return seconds
+
+
+def _write(path: Path, contents: dict[str, Any]) -> None:
+    """JSON that is there as a whole or not at all."""
+    if _is_first():
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(contents, indent=2) + "\n")
+        part.replace(path)
+    _barrier(path.name)
+
+
+def _is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def _barrier(name: str) -> None:
+    multihost_utils.sync_global_devices(name)

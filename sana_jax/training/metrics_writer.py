@@ -1,0 +1,164 @@
+"""What a run shows while it trains: metrics.jsonl, TensorBoard, PNG grids and a progress bar."""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+# tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
+_torch = sys.modules.get("torch")
+sys.modules["torch"] = None
+try:
+    from tensorboardX import SummaryWriter
+finally:
+    del sys.modules["torch"]
+    if _torch is not None:
+        sys.modules["torch"] = _torch
+
+UPLOAD_SECONDS = 60  # between two copies to a remote folder, where files cannot be appended to
+
+
+class MetricsWriter:
+    """Writes the rows and pictures of a run into its folder; a context.
+
+        workdir/metrics.jsonl      a row a line: {"step": 100, "loss": 0.25, ...}
+        workdir/tensorboard/       the same, as event files
+        workdir/images/NAME_STEP.png
+
+    Only the first host writes. To a remote folder all is copied now and then, and at the end.
+    """
+
+    def __init__(self, workdir: str | epath.Path, step: int = 0, steps: int | None = None):
+        """
+        Args:
+          workdir: the folder of the run.
+          step: the step that the run goes on from; rows of later ones are dropped.
+          steps: of the whole run, for the bar.
+        """
+        self._remote, self._folder = None, Path("/nonexistent")
+        self._step, self._steps, self._uploaded = step, steps, time.monotonic()
+        self.workdir, self._stack = epath.Path(workdir), contextlib.ExitStack()
+        self._on = jax.process_index() == 0
+
+    def __enter__(self) -> "MetricsWriter":
+        if not self._on:
+            return self
+        with contextlib.ExitStack() as stack:
+            if "://" in str(self.workdir):
+                self._remote = self.workdir
+                self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                if (self._remote / "metrics.jsonl").exists():
+                    text = (self._remote / "metrics.jsonl").read_text()
+                    (self._folder / "metrics.jsonl").write_text(text)
+                stack.callback(self._upload)
+            else:
+                self._folder = Path(self.workdir)
+            (self._folder / "images").mkdir(parents=True, exist_ok=True)
+            rows = self._folder / "metrics.jsonl"
+            if rows.exists():
+                _drop_after(rows, self._step)
+            self._rows = stack.enter_context(open(rows, "a"))
+            self._board = SummaryWriter(
+                str(self._folder / "tensorboard"), purge_step=self._step + 1
+            )
+            stack.callback(self._board.close)
+            self._bar = stack.enter_context(
+                tqdm(total=self._steps, initial=self._step, unit=" step", disable=None)
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def tick(self) -> None:
+        """One step is done."""
+        if self._on:
+            self._bar.update()
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """A row of numbers; what is not finite becomes null in JSON."""
+        if not self._on:
+            return
+        row = {name: _number(value) for name, value in row.items()}
+        self._rows.write(json.dumps({"step": step, **row}) + "\n")
+        self._rows.flush()
+        for name, value in row.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+        shown = {k: f"{v:.4g}" for k, v in row.items() if v is not None and _is_shown(k)}
+        self._bar.set_postfix(shown, refresh=False)
+        if self._bar.disable:
+            print(f"step {step}", *map("=".join, shown.items()), file=sys.stderr, flush=True)
+        self._upload_if_due()
+
+    def images(self, step: int, name: str, grid: list[list[UInt8[np.ndarray, "H W 3"]]]) -> None:
+        """Rows of pictures as images/NAME_STEP.png and in TensorBoard."""
+        if not self._on:
+            return
+        sheet = make_grid(grid)
+        Image.fromarray(sheet).save(self._folder / "images" / f"{name}_{step:08d}.png")
+        self._board.add_image(name, sheet, step, dataformats="HWC")
+        self._upload_if_due()
+
+    def _upload_if_due(self) -> None:
+        self._board.flush()
+        if self._remote is not None and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._upload()
+
+    def _upload(self) -> None:
+        for path in self._folder.rglob("*"):
+            if path.is_file():
+                target = self._remote / path.relative_to(self._folder).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        self._uploaded = time.monotonic()
+
+
+def make_grid(
+    rows: list[list[UInt8[np.ndarray, "H W 3"]]], gap: int = 2
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Rows of pictures side by side on white, `gap` pixels apart; they may differ in size."""
+    height = max(picture.shape[0] for row in rows for picture in row)
+    width = max(picture.shape[1] for row in rows for picture in row)
+    columns = max(map(len, rows))
+    size = len(rows) * (height + gap) - gap, columns * (width + gap) - gap
+    sheet = np.full((*size, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = i * (height + gap), j * (width + gap)
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def _is_shown(name: str) -> bool:
+    return "loss" in name or name in ("images_per_second", "skipped")
+
+
+def _number(value: Any) -> float | int | None:
+    value = value.item() if hasattr(value, "item") else value
+    return value if math.isfinite(value) else None
+
+
+def _drop_after(rows: Path, step: int) -> None:
+    """Leaves the whole rows up to `step`; a killed run may have left half a row."""
+    kept = []
+    for line in rows.read_text().splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    part = rows.with_name(rows.name + ".part")
+    part.write_text("".join(kept))
+    shutil.move(part, rows)

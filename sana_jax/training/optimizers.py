@@ -1,0 +1,229 @@
+"""Learning-rate schedules, optimizers and which parameters they train, by name."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from sana_jax.errors import UserError
+
+PyTree = Any
+
+EVERYTHING = (".*",)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer and its schedule; the names are keys of OPTIMIZERS and SCHEDULES."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4  # at the peak
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0  # of the peak, at the last step, where the schedule falls
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None  # global norm of the gradients of all that trains
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    params: PyTree,
+    steps: int,
+    trainable: Sequence[str] = EVERYTHING,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of `params` and its learning rate by update.
+
+    A frozen parameter has no state, is not decayed, does not count in the clipped norm, and stays
+    as it is to the bit.
+
+    Args:
+      config: the optimizer.
+      params: a tree of arrays or shapes, boxed or not.
+      steps: of the whole training.
+      trainable: regular expressions; a parameter whose "/"-joined path one of them matches whole
+        is trained.
+
+    Raises:
+      UserError: for an unknown name, a bad figure, or a pattern that matches nothing.
+    """
+    schedule = make_schedule(config, steps)
+    make = _named("optimizer", OPTIMIZERS, config.name)
+    parts = [make(config, schedule)]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(_positive("clip_norm", config.clip_norm)))
+    mask = trainable_mask(params, trainable)
+    labels = jax.tree.map(lambda train: "train" if train else "freeze", mask)
+    transforms = {"train": optax.chain(*parts), "freeze": optax.stateless(_stand_still)}
+    return optax.multi_transform(transforms, labels), schedule
+
+
+def _stand_still(updates: PyTree, params: PyTree | None) -> PyTree:
+    """-0.0, which leaves every number as it is when added; 0.0 turns -0.0 into 0.0."""
+    return jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+
+
+# Name -> what makes the transformation of a config and a schedule.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw}
+
+
+def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    return optax.constant_schedule(config.learning_rate)
+
+
+def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(config.learning_rate, max(steps, 1), config.final_fraction)
+
+
+def _linear(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    final = config.learning_rate * config.final_fraction
+    return optax.linear_schedule(config.learning_rate, final, max(steps, 1))
+
+
+# Name -> what follows the warm-up, of a config and the number of steps left.
+SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear}
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of update 0, 1, ...: linear warm-up to the peak, then the named schedule.
+
+    Update k < warmup_steps has (k + 1) / warmup_steps of the peak, so that no update is lost.
+    """
+    after = _named("schedule", SCHEDULES, config.schedule)
+    peak, warmup = _positive("learning_rate", config.learning_rate), config.warmup_steps
+    if not 0 <= warmup <= steps:
+        raise UserError(f"warmup_steps={warmup}: give 0 to steps={steps}")
+    after = after(config, steps - warmup)
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def sqrt_scaled(learning_rate: float, batch: int, reference_batch: int) -> float:
+    """A rate stated for a batch of `reference_batch`, for one of `batch` (Malladi et al. 2022)."""
+    return learning_rate * (batch / reference_batch) ** 0.5
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for matrices and filters; norms, biases, tables and embeddings are not decayed."""
+    return _map_with_name(lambda name, _: name.endswith("kernel"), params)
+
+
+def trainable_mask(params: PyTree, patterns: Sequence[str]) -> PyTree:
+    """True where a pattern matches the whole path. Raises UserError for one that never does."""
+    unmatched = set(patterns)
+
+    def trains(name, _):
+        matching = {pattern for pattern in patterns if _matches(pattern, name)}
+        unmatched.difference_update(matching)
+        return bool(matching)
+
+    mask = _map_with_name(trains, params)
+    if unmatched:
+        names = []
+        _map_with_name(lambda name, _: names.append(name), params)
+        raise UserError(
+            f"trainable pattern {min(unmatched)!r} matches no parameter; paths are as {names[0]!r}"
+        )
+    return mask
+
+
+def stop_frozen(params: PyTree, mask: PyTree) -> PyTree:
+    """Cuts the gradients of what the mask freezes, so that they are not even computed."""
+    return jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, mask)
+
+
+def accumulated_gradients(
+    loss: Callable[[PyTree, PyTree], tuple[Float[Array, ""], PyTree]],
+    params: PyTree,
+    batch: PyTree,
+    count: int = 1,
+) -> tuple[tuple[Float[Array, ""], PyTree], PyTree]:
+    """`jax.value_and_grad(loss, has_aux=True)` by `mean_over_microbatches`."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    return mean_over_microbatches(lambda rows: gradient(params, rows), batch, count)
+
+
+def mean_over_microbatches(
+    function: Callable[[PyTree], PyTree], batch: PyTree, count: int = 1
+) -> PyTree:
+    """`function(batch)` in the memory of a batch `count` times smaller.
+
+    Equal to the whole batch where all that `function` returns are means over rows, and sums of
+    such. Noise that is drawn a row has to be in the batch, not drawn in the function.
+
+    Args:
+      function: of a tree of rows; returns a tree of arrays.
+      batch: a tree of arrays whose first axis is the batch.
+      count: microbatches; must divide the batch.
+    """
+    if count == 1:
+        return function(batch)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if count < 1 or rows % count:
+        raise UserError(f"a batch of {rows} does not split into {count} microbatches")
+
+    def split(x):  # every count-th row: each device's rows stay on it
+        return x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, function(micro)), None
+
+    micros = jax.tree.map(split, batch)
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, micros)
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def _map_with_name(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:
+    """Maps over parameters with their "/"-joined paths; a boxed one is one leaf."""
+
+    def is_leaf(x):
+        return isinstance(x, nn.meta.AxisMetadata | optax.MaskedNode)
+
+    def call(path, leaf):
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(call, params, is_leaf=is_leaf)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"trainable pattern {pattern!r}: {error}") from None
+
+
+def _named(kind: str, table: dict[str, Any], name: str) -> Any:
+    if name not in table:
+        raise UserError(f"{kind} {name!r} is unknown; there are {', '.join(table)}")
+    return table[name]
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={value}: give a positive number")
+    return value

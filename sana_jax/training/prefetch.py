@@ -1,0 +1,81 @@
+"""Batches on devices, one ahead of the step that runs."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from sana_jax import sharding
+from sana_jax.errors import UserError
+
+POLL_SECONDS = 0.002
+
+
+class Taken(NamedTuple):
+    """A batch, the iterator's state after it, its rows on all hosts, and what the device waited."""
+
+    batch: Any
+    position: Any
+    rows: int
+    waited: float  # seconds
+
+
+class Prefetch:
+    """Reads the batch after the one that was taken and puts it on the devices, in a thread.
+
+    `position` is the iterator's state before the first. A context.
+    """
+
+    def __init__(self, batches: Iterator[Any], mesh: Mesh):
+        self._batches, self._mesh = iter(batches), mesh
+        self.position = self._state()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._next: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def take(self, busy: Callable[[], bool], stop: Callable[[], bool]) -> Taken | None:
+        """The next batch, or None where `stop` becomes true while there is none.
+
+        `busy` says whether the device has work; the wait counts from when it has not.
+        """
+        self._next = self._next or self._pool.submit(self._read)
+        idle = None
+        while not self._next.done():
+            if idle is None and not busy():
+                idle = time.monotonic()
+            if stop():
+                return None
+            concurrent.futures.wait([self._next], POLL_SECONDS if idle is None else 0.1)
+        batch, position, rows = self._next.result()
+        self._next = self._pool.submit(self._read)
+        return Taken(batch, position, rows, 0.0 if idle is None else time.monotonic() - idle)
+
+    def _read(self) -> tuple[Any, Any, int]:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise UserError(
+                "the data ended; training needs batches for ever, at least one"
+            ) from None
+        position = self._state()
+        rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+        total, divisor = max(rows) * jax.process_count(), sharding.batch_divisor(self._mesh)
+        if len(rows) > 1 or total % divisor:
+            raise UserError(f"a batch of {total} rows does not split over {divisor} devices")
+        where = sharding.batch_sharding(self._mesh)
+
+        def put(leaf):
+            return jax.make_array_from_process_local_data(where, leaf)
+
+        return jax.tree.map(put, batch), position, total
+
+    def _state(self) -> Any:
+        return self._batches.get_state() if hasattr(self._batches, "get_state") else None

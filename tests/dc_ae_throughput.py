@@ -1,0 +1,106 @@
+"""How fast the autoencoder of configs/dc_ae_shapes.py trains here, and whether its data keeps up.
+
+    python -m tests.dc_ae_throughput [--data_dir=DIR] [--steps=20] [--batch=8]
+
+The same compiled step runs in alternation on batches from the loader and on one fixed batch; the
+share of the peak is of this machine's own float32 matrix product, measured in between. The last
+line is JSON. Not a test: its figures are in README.
+"""
+
+import itertools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from configs import dc_ae_shapes
+from sana_jax import cli
+from sana_jax.data import shapes
+from sana_jax.training.dc_ae_phases import AutoencoderTraining
+from sana_jax.training.loop import jit_step
+from sana_jax.training.prefetch import Prefetch
+from sana_jax.training.state import on_mesh
+
+DATA_DIR = flags.DEFINE_string("data_dir", "/tmp/sana_jax_shapes", "where shapes is, or goes")
+STEPS = flags.DEFINE_integer("steps", 20, "steps a round")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds with the loader, and as many without")
+BATCH = flags.DEFINE_integer("batch", 8, "images a step")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    config = dc_ae_shapes.get_config()
+    config.data.data_dir = DATA_DIR.value
+    config.phases.low_resolution.batch_size = BATCH.value
+    shapes.prepare(DATA_DIR.value, 128, *(dict(config.data.shapes.train)[128], 1000, 0))
+    training = AutoencoderTraining(config, "/nonexistent")
+    task = training.tasks["low_resolution"]
+    abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), training.mesh)
+    step = jit_step(task.step, abstract, training.perceptual_params)
+    state = create()
+    with Prefetch(iter(training._loader(task.phase, 0)), training.mesh) as source:
+
+        def loaded():
+            return source.take(lambda: False, lambda: False).batch
+
+        fixed = loaded()
+        flops = _flops(task, abstract, fixed)
+        state, metrics = step(state, fixed)
+        seconds = {"loader": [], "fixed": []}
+        peaks = []
+        for kind in ["loader", "fixed"] * ROUNDS.value:
+            jax.block_until_ready(metrics)
+            began, previous = time.monotonic(), metrics
+            for _ in range(STEPS.value):
+                batch = loaded() if kind == "loader" else fixed
+                state, metrics = step(state, batch)
+                jax.block_until_ready(previous)  # as the loop does: one step in flight
+                previous = metrics
+            jax.block_until_ready(metrics)
+            seconds[kind].append((time.monotonic() - began) / STEPS.value)
+            peaks.append(_peak())
+    loader, fixed = (float(np.median(seconds[kind])) for kind in ("loader", "fixed"))
+    found = {
+        "images_per_second": BATCH.value / loader,
+        "seconds_with_loader": loader,
+        "seconds_with_fixed_batch": fixed,
+        "ratio": loader / fixed,
+        "gflop_per_image": flops / BATCH.value / 1e9,
+        "matmul_peak_gflops": max(peaks) / 1e9,
+        "share_of_peak": flops / loader / max(peaks),
+    }
+    for name, value in found.items():
+        print(f"{name:>26} {value:.4g}")
+    print(json.dumps(found))
+
+
+def _flops(task, abstract, batch) -> float:
+    """Three times the forward pass's, as XLA counts it before it optimises: the field's rule."""
+
+    def forward(params, images):
+        return task.model.apply({"params": params}, images)
+
+    lowered = jax.jit(forward).lower(abstract.params["autoencoder"], batch["image"])
+    # Blocks in a scan are counted once whatever their number: here every stage has one.
+    assert max(itertools.chain(task.model.config.encoder_layers)) == 1
+    return 3 * lowered.cost_analysis()["flops"]
+
+
+def _peak(size: int = 2048) -> float:
+    """FLOP/s of a float32 matrix product."""
+    x = jnp.ones((size, size))
+    multiply = jax.jit(jnp.matmul)
+    jax.block_until_ready(multiply(x, x))
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        jax.block_until_ready(multiply(x, x))
+        times.append(time.monotonic() - began)
+    return 2 * size**3 / min(times)
+
+
+if __name__ == "__main__":
+    cli.run(main)

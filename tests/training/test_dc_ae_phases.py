@@ -1,0 +1,263 @@
+"""A tiny autoencoder's whole training, as a command: phases, kills, resumes, refusals."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from sana_jax.checkpoints import native
+from sana_jax.errors import UserError
+from sana_jax.training.dc_ae_phases import AutoencoderTraining
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.training import recipes
+
+BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
+
+def get_config():
+    config = recipes.autoencoder(DCAEConfig(
+        latent_channels=4, attention_head_dim=8, encoder_blocks=BLOCKS, decoder_blocks=BLOCKS,
+        encoder_channels=(8, 8, 16), decoder_channels=(8, 8, 16), encoder_layers=(0, 1, 1),
+        decoder_layers=(0, 1, 1), encoder_qkv_multiscales=((),) * 3,
+        decoder_qkv_multiscales=((),) * 3, decoder_norms=("rms_norm",) * 3,
+        decoder_activations=("silu",) * 3))
+    config.data.source = PHOTOS
+    config.dtype = "float32"
+    config.perceptual.name = "laplacian"
+    config.discriminator.update(width=8, layers=2)
+    config.evaluation.update(images=6, batch_size=4, sizes=(32, 48))
+    config.scale_images = 8
+    config.loader.update(threads=1, prefetch=1)
+    config.loop.update(log_every=2, checkpoint_every=3, images_every=5)
+    for phase, size in zip(config.run, (32, 48, 32)):
+        config.phases[phase].update(steps=10, batch_size=4, image_size=size)
+        config.phases[phase].autoencoder.learning_rate = 3e-3
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config on a folder of pictures that are smooth enough to be learnt from."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        (folder / split).mkdir()
+        for i in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+            small.resize((64, 56), Image.BICUBIC).save(folder / split / f"{i}.png")
+    path = folder / "config.py"
+    path.write_text(CONFIG.replace("PHOTOS", repr(str(folder))))
+    return path
+
+
+def command(config, workdir, *arguments):
+    cache = config.parent / "cache"
+    module = [sys.executable, "-m", "sana_jax.train_dc_ae", f"--compilation_cache={cache}"]
+    return [*module, f"--config={config}", f"--workdir={workdir}", *arguments]
+
+
+def run(config, workdir, *arguments, **environment):
+    return subprocess.run(
+        command(config, workdir, *arguments),
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    result = run(config, workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+PHASES = ("low_resolution", "latent_adaptation", "local_refinement")
+
+
+def last_document(workdir, phase):
+    """What the last checkpoint says of itself: a fingerprint of every leaf, the data's place."""
+    checkpoints = workdir / phase / "checkpoints"
+    step = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+    return json.loads((checkpoints / str(step) / "run" / "metadata").read_text())
+
+
+def weights(folder):
+    return load_file(folder / "vae.safetensors")
+
+
+def test_each_phase_trains_what_it_says(unbroken):
+    steps = [weights(unbroken / phase / "model") for phase in PHASES]
+    changed = [
+        {name for name in new if old[name].tobytes() != new[name].tobytes()}
+        for old, new in itertools.pairwise(steps)
+    ]
+    middle = {"encoder/conv_out/kernel", "encoder/conv_out/bias"}
+    middle |= {"decoder/conv_in/kernel", "decoder/conv_in/bias"}
+    assert changed[0] == middle & steps[0].keys()
+    assert changed[1] == {"decoder/conv_out/kernel", "decoder/conv_out/bias"}
+
+
+def test_results_are_there_and_add_up(unbroken):
+    for phase in PHASES:
+        results = json.loads((unbroken / phase / "results.json").read_text())
+        assert results["images"] == 40 and results["skipped_updates"] == 0
+        assert results["training_seconds"] >= 0
+        for when, size in itertools.product(("before", "after"), ("32", "48")):
+            assert results[when][size]["count"] == 6
+            assert np.isfinite(results[when][size]["psnr"])
+        assert list((unbroken / phase / "images").glob("*_00000010.png"))
+    first = json.loads((unbroken / PHASES[0] / "results.json").read_text())
+    assert first["after"]["32"]["psnr"] > first["before"]["32"]["psnr"] + 0.5
+    # A phase starts from where the one before has ended.
+    second = json.loads((unbroken / PHASES[1] / "results.json").read_text())
+    np.testing.assert_allclose(
+        second["before"]["48"]["psnr"], first["after"]["48"]["psnr"], rtol=1e-5
+    )
+
+
+def test_the_model_is_an_autoencoder_that_says_where_it_is_from(unbroken):
+    model = native.open_folder(unbroken / "model")
+    assert model.provenance["trained"] is True
+    assert [phase["phase"] for phase in model.provenance["phases"]] == list(PHASES)
+    assert weights(unbroken / "model").keys() == weights(unbroken / PHASES[2] / "model").keys()
+
+
+def test_scaling_factor_makes_latents_of_unit_size(unbroken, config):
+    """Measured after phase 2, whose encoder phase 3 keeps."""
+    from sana_jax.checkpoints.components import module_for, place
+    from sana_jax.data.loader import TrainingLoader
+    from sana_jax.data.sources import open_source
+    from sana_jax.data.transforms import ImageTransform
+    from sana_jax.sharding import make_mesh
+
+    factors = {}
+    for phase in PHASES:
+        model = native.open_folder(unbroken / phase / "model")
+        factors[phase] = model.vae.scaling_factor
+    assert factors[PHASES[0]] != factors[PHASES[1]] == factors[PHASES[2]]
+    source = open_source(str(config.parent), "train")
+    loader = TrainingLoader(
+        source, ImageTransform(48, 48, crop="random", flip=True), batch_size=4, seed=1
+    )
+    params = place(model.params["vae"], model.vae, "float32", make_mesh(devices=jax.devices()[:1]))
+    images = np.concatenate([loader.batch(step)["image"] for step in range(2)])
+    latents = module_for(model.vae, "float32").apply({"params": params}, images, method="encode")
+    size = np.sqrt(np.mean(np.square(latents))) * model.vae.scaling_factor
+    np.testing.assert_allclose(size, 1, rtol=1e-3)
+
+
+def test_killed_at_any_moment_it_ends_as_the_unbroken_run(unbroken, config, tmp_path):
+    """SIGKILL in two phases, at moments that nothing fixes: every leaf ends with the same bits."""
+    workdir = tmp_path / "run"
+    for phase, rows in ((PHASES[0], 2), (PHASES[2], 3)):
+        process = subprocess.Popen(
+            command(config, workdir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics = workdir / phase / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (workdir / "model").exists()
+    result = run(config, workdir)
+    assert result.returncode == 0, result.stderr
+    for phase in PHASES:
+        ours, theirs = last_document(workdir, phase), last_document(unbroken, phase)
+        assert ours["leaves"].keys() == theirs["leaves"].keys()
+        assert ours["leaves"] == theirs["leaves"], phase
+        assert ours["iterators"] == theirs["iterators"], phase
+    leaves = last_document(workdir, PHASES[2])["leaves"]
+    for part in ("params/autoencoder", "params/discriminator", "opt_state", "ema", "key"):
+        assert any(name.startswith(part) for name in leaves), part
+    ours, theirs = weights(workdir / "model"), weights(unbroken / "model")
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+def test_a_second_run_does_nothing(unbroken, config):
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*.json*")}
+    result = run(config, unbroken)
+    assert result.returncode == 0, result.stderr
+    after = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*.json*")}
+    assert {p: t for p, t in after.items() if p.parent.name in PHASES} == {
+        p: t for p, t in before.items() if p.parent.name in PHASES
+    }
+
+
+def load(config):
+    namespace = {}
+    exec(config.read_text(), namespace)
+    return namespace["get_config"]()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"phases.low_resolution.image_size": 33}, "image_size=33: it is a multiple of 4"),
+        ({"phases.low_resolution.batch_size": 0}, "batch_size=0: it is a multiple of 1"),
+        ({"phases.low_resolution.microbatches": 3}, "batch_size=4: it is a multiple of 3"),
+        ({"phases.low_resolution.trainable": ("decoder/none",)}, "matches no parameter"),
+        ({"phases.low_resolution.autoencoder.name": "sgd"}, "optimizer 'sgd' is unknown"),
+        ({"phases.low_resolution.steps": 0}, "steps=0"),
+        ({"network.latent_channels": 5}, "autoencoder encoder_channels"),
+        ({"perceptual.name": "lpips_vgg"}, "lpips_vgg needs its published weights"),
+        ({"perceptual.name": "vgg"}, "'vgg' is not one of lpips_vgg"),
+        ({"run": ("low_resolution", "third")}, "name some of its phases"),
+        ({"mesh.replica": 3, "mesh.fsdp": 1}, "does not fit"),
+        ({"data.source": "nowhere"}, "nowhere: there is no such folder"),
+        ({"discriminator.norm": "batch"}, "norm 'batch' is not one of"),
+        ({"dtype": "float99"}, "float99"),
+        ({"evaluation.sizes": (30,)}, "sizes=(30,)"),
+    ],
+    ids=str,
+)
+def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, changes, message):
+    changed = load(config)
+    changed.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        AutoencoderTraining(changed, str(tmp_path / "run")).run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.seeds=1", "unknown key --config.seeds"),
+        ("--workdir=gs://bucket/run", "gs://bucket/run"),
+    ],
+)
+def test_bad_flag_is_one_line_and_status_2(config, tmp_path, argument, message):
+    result = run(config, tmp_path / "run", argument)
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(config, tmp_path):
+    first = run(
+        config,
+        tmp_path,
+        "--config.run=('low_resolution',)",
+        "--config.phases.low_resolution.steps=3",
+    )
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "low_resolution" / "results.json").unlink()
+    second = run(config, tmp_path, "--config.phases.low_resolution.perceptual=0.5")
+    assert second.returncode == 2, second.stderr
+    assert "phase.perceptual: 0.25 -> 0.5" in second.stderr

@@ -1,0 +1,104 @@
+"""A run that is killed or terminated ends, to the bit, as one that never was."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sana_jax.errors import UserError
+from tests.training import toy_run
+
+SETTINGS = ["steps=40", "checkpoint_every=4", "log_every=2"]  # no row spans two runs
+
+
+def start(workdir, *settings, **environment):
+    command = [sys.executable, "-m", "tests.training.toy_run", workdir, *SETTINGS, *settings]
+    pipe = subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.getcwd()} | environment
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def finish(workdir, capsys, *settings):
+    """Runs in this process to the end; the hash that it prints."""
+    toy_run.main(["", workdir, *SETTINGS, *settings])
+    return capsys.readouterr().out.strip()
+
+
+def newest(workdir):
+    names = [path.name for path in workdir.glob("checkpoints/*")]
+    return max([int(name) for name in names if name.isdecimal()], default=0)
+
+
+def losses(workdir):
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in found]
+
+
+def test_killed_twice_and_terminated(tmp_path, capsys):
+    whole = finish(tmp_path / "whole", capsys)
+    broken = tmp_path / "broken"
+    for _ in range(2):
+        before, run = newest(broken), start(broken, "sleep=0.05")
+        while newest(broken) == before and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.3))
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, run.communicate()
+    with pytest.raises(UserError, match="--workdir=.* is of another run: config.width: 32 -> 64"):
+        finish(broken, capsys, "width=64")
+    run = start(broken, "terminate_at=38")
+    _, errors = run.communicate()
+    # The signal comes while batch 38 is read, and step 37 or 38 runs.
+    stopped = re.search("error: stopped by SIGTERM after step (38|39) of 40: saved", errors)
+    assert run.returncode == 75 and newest(broken) == int(stopped[1])
+    assert finish(broken, capsys) == whole
+    assert (
+        losses(broken)[:-1] == losses(tmp_path / "whole")[:-1]
+    )  # the last may be of step 40 alone
+
+
+HOSTS = """
+import sys
+from sana_jax.errors import Retry
+from tests.training import toy_run
+whole, broken, *settings, accident = sys.argv[1:]
+toy_run.main(["", whole, *settings])
+try:
+    toy_run.main(["", broken, *settings, accident])
+except Retry as error:
+    print(error)
+toy_run.main(["", broken, *settings])
+"""
+
+
+def test_two_hosts_one_of_which_is_terminated(tmp_path):
+    """Both end after the same step, and go on as if nothing had been."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    runs = []
+    for host in 0, 1:
+        command = [sys.executable, "-c", HOSTS, tmp_path / "whole", tmp_path / "broken", "steps=14"]
+        accident = "terminate_at=7" if host else "terminate_at=null"
+        command += [f"host=[{host},2,{port}]", "checkpoint_every=5", accident]
+        pipe = subprocess.PIPE
+        runs.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
+    results = [run.communicate(timeout=200) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], results
+    steps = set()
+    for output, _ in results:
+        whole, line, broken = re.findall("^(?:[0-9a-f]{64}$|stopped.*)", output, re.M)
+        assert whole == broken and "after step" in line
+        steps.add(line.partition("after ")[2])
+    assert len(steps) == 1
+    document = json.loads((tmp_path / "broken/checkpoints/14/run/metadata").read_text())
+    assert len(document["iterators"]) == 2
