@@ -30,15 +30,15 @@ def get_config():
     config.evaluation.update(images=500, sizes=(128, 256))
 
     phase = config.phases.low_resolution
-    phase.update(steps=4000, image_size=128, batch_size=8)
+    phase.update(steps=5000, image_size=128, batch_size=8)
     phase.autoencoder.update(
         learning_rate=6e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01, beta2=0.99
     )
     phase = config.phases.latent_adaptation
-    phase.update(steps=300, image_size=256, batch_size=8, ema_decay=0.98)
+    phase.update(steps=200, image_size=256, batch_size=8, ema_decay=0.98)
     phase.autoencoder.update(learning_rate=2e-4, schedule="cosine", warmup_steps=20)
     phase = config.phases.local_refinement
-    phase.update(steps=500, image_size=128, batch_size=16, ema_decay=0.98)
+    phase.update(steps=400, image_size=128, batch_size=8, ema_decay=0.98)
     phase.autoencoder.update(learning_rate=2e-4, schedule="cosine", warmup_steps=20)
     phase.discriminator.update(learning_rate=2e-4, warmup_steps=20)
     return config

@@ -22,12 +22,12 @@ from sana_jax.diffusion.guidance import guide
 @partial(jax.jit, static_argnames="module")
 def keys_values_of(
     module: nn.Module, params: Any, captions: Float[Array, "B S L T"]
-) -> tuple[Float[Array, "depth B S L H D"], Float[Array, "depth B S L H D"]]:
+) -> Float[Array, "depth B S L C2"]:
     """What the cross-attention of all blocks needs of the captions, S of them an image."""
     halves = captions.shape[1]
     captions = rearrange(captions, "b s l t -> (b s) l t")
     keys_values = module.apply({"params": params}, captions, method="keys_values")
-    return tuple(rearrange(x, "n (b s) l h d -> n b s l h d", s=halves) for x in keys_values)
+    return rearrange(keys_values, "n (b s) l c -> n b s l c", s=halves)
 
 
 @partial(jax.jit, static_argnames=("module", "sequential"))
@@ -79,10 +79,10 @@ def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval,
         return module.apply({"params": params}, x, timestep, keys_values, masks, method="denoise")
 
     def half(x, timestep, i):
-        return evaluate(x, timestep, tuple(t[:, :, i] for t in keys_values), masks[:, i])
+        return evaluate(x, timestep, keys_values[:, :, i], masks[:, i])
 
     def together(x, timestep):
-        kv = tuple(rearrange(t, "n b s l h d -> n (b s) l h d") for t in keys_values)
+        kv = rearrange(keys_values, "n b s l c -> n (b s) l c")
         x = repeat(x, "b ... -> (b s) ...", s=2)
         out = evaluate(x, timestep, kv, rearrange(masks, "b s l -> (b s) l"))
         return tuple(rearrange(out, "(b s) ... -> s b ...", s=2))

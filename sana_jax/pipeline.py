@@ -1,7 +1,8 @@
 """SanaPipeline: text -> embeddings -> latents -> pixels, jitted, sharded over a mesh."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from sana_jax.data import buckets
 from sana_jax.diffusion import dpm_solver
 from sana_jax.errors import UserError
 from sana_jax.models import tiling
+from sana_jax.models.gemma2 import Prefix
 
 OUTPUTS = ("pil", "np", "float", "latent", "device")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SIDE = 2**16  # pixels
+REMEMBERED = 4  # instructions, and as many negative prompts; 50 MB an instruction in float32
 
 # Pixels above which pictures are decoded in tiles unless told otherwise, and size and stride of
 # these: what the reference recommends for 4096 px. The seams of smaller tiles show in flat areas.
@@ -40,7 +43,11 @@ Tile = tuple[tiling.Size, tiling.Size]  # size, stride
 
 
 class SanaPipeline:
-    """Draws images from prompts. Stateless: what a call gives depends on its arguments alone."""
+    """Draws images from prompts. What a call gives depends on its arguments alone.
+
+    What the text encoder makes of instructions and of negative prompts is kept for later calls, so
+    give other weights of it to another pipeline.
+    """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):
         """`checkpoint` as `checkpoints.load` gives it, with its weights on `mesh`."""
@@ -52,6 +59,7 @@ class SanaPipeline:
             module_for(getattr(checkpoint, name), component_dtype(name, dtype)) for name in CONFIGS
         )
         self.params = checkpoint.params
+        self._prefixes, self._negatives = OrderedDict(), OrderedDict()
 
     @classmethod
     def from_pretrained(
@@ -186,7 +194,7 @@ class SanaPipeline:
             prompt_embeddings, prompt_mask = self.encode_prompt(prompt, instruction)
         captions, masks = prompt_embeddings[:, None], prompt_mask[:, None]  # (B, 1, L, T)
         if (scale > 1).any():
-            rows, mask = self.encode_prompt(negative, None)  # they get no instruction
+            rows, mask = self._encode_negative(negative)
             rows = jnp.broadcast_to(rows[:, None], captions.shape)
             mask = jnp.broadcast_to(mask[:, None], masks.shape)
             captions = jnp.concatenate([rows, captions], axis=1)
@@ -238,10 +246,31 @@ class SanaPipeline:
             self.checkpoint.tokenizer, prompts, self.checkpoint.text_rows, instruction
         )
         tokens, mask = self._spread(tokenized.tokens), self._spread(tokenized.mask)
+        prefix = self._read_prefix(tokenized.prefix)
         with self._context():
             params = self.params["text_encoder"]
-            rows = _encode_text(self.text_encoder, params, tokens, tokenized.window, mask)
+            rows = _encode_text(self.text_encoder, params, tokens, prefix, tokenized.window, mask)
         return rows[: len(prompts)], mask[: len(prompts)]
+
+    def _read_prefix(self, tokens: tuple[int, ...]) -> Prefix | None:
+        """What the text encoder makes of the tokens of an instruction."""
+
+        def read():
+            with self._context():
+                params = self.params["text_encoder"]
+                return _read_prefix(self.text_encoder, params, np.array([tokens], np.int32))
+
+        return _remembered(self._prefixes, tokens, read) if tokens else None
+
+    def _encode_negative(self, prompts: list[str]) -> tuple[Array, Array]:
+        """As `encode_prompt`, without an instruction; one row where all prompts are the same.
+
+        That one is encoded alone, so that its bits do not depend on the batch that came first.
+        """
+        if len(set(prompts)) > 1:
+            return self.encode_prompt(prompts, None)
+        encode = partial(self.encode_prompt, prompts[:1], None)
+        return _remembered(self._negatives, prompts[0], encode)
 
     def velocity(
         self,
@@ -362,9 +391,24 @@ class SanaPipeline:
             yield
 
 
+def _remembered(cache: OrderedDict, key: Hashable, compute: Callable[[], Any]) -> Any:
+    """What `compute` gave for this key, or gives now; the least recently used entry is dropped."""
+    value = cache.pop(key, None) or compute()
+    cache[key] = value
+    if len(cache) > REMEMBERED:
+        cache.popitem(last=False)
+    return value
+
+
 @partial(jax.jit, static_argnums=0)
-def _encode_text(module: nn.Module, params: Any, tokens, window, mask):
-    return text.gather_window(module.apply({"params": params}, tokens), window, mask)
+def _read_prefix(module: nn.Module, params: Any, tokens):
+    return module.apply({"params": params}, tokens, method="read_prefix")
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_text(module: nn.Module, params: Any, tokens, prefix: Prefix | None, window, mask):
+    hidden = module.apply({"params": params}, tokens, prefix)
+    return text.gather_window(hidden, window, mask, prefix and prefix.first)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -2,7 +2,8 @@
 
 SANA (arXiv 2410.10629, section 2.4) puts a long instruction before the prompt, the "complex human
 instruction", so that Gemma thinks about pictures. Gemma reads both; the transformer sees the first
-row and the last `rows` - 1 of a sequence of fixed length, which are those of the prompt.
+row and the last `rows` - 1 of a sequence of fixed length, which are those of the prompt. The tokens
+of the instruction stand apart here: what Gemma makes of them is the same for every prompt.
 
 Everything here runs on the host, except `gather_window`. Nothing downloads.
 """
@@ -24,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from sana_jax.errors import UserError
 
-BUCKET = 32  # lengths are rounded up to this, so that few of them are compiled
+SHORTEST = 16  # lengths are rounded up to this times a power of two, so that few are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,12 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPrompts:
-    """What the text encoder reads, and which of its rows the transformer then sees."""
+    """What the text encoder reads, and which of its rows the transformer then sees.
 
+    After a prefix the first row of the window is that of the prefix.
+    """
+
+    prefix: tuple[int, ...]  # the tokens before those of every prompt
     tokens: Int32[np.ndarray, "B L"]
     window: Int32[np.ndarray, " rows"]  # positions in 0 .. L - 1
     mask: Bool[np.ndarray, "B rows"]  # False: a row to ignore
@@ -97,30 +102,48 @@ def tokenize(tokenizer, prompts: list[str], rows: int, instruction: str | None) 
     With an instruction of n tokens the sequence ends at n + rows - 2: its first token stands apart,
     and the space that ends it merges into the first word of the prompt. What is longer is cut.
     """
-    prefix = _mend(instruction or "")
-    texts = [prefix + clean_prompt(_mend(prompt)) for prompt in prompts]
-    limit = len(tokenizer.encode(prefix)) + rows - 2 if prefix else rows
+    before = _mend(instruction or "")
+    texts = [before + clean_prompt(_mend(prompt)) for prompt in prompts]
+    told = tokenizer.encode(before) if before else []
+    limit = len(told) + rows - 2 if before else rows
     sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]
     lengths = np.array([len(sequence) for sequence in sequences])
     _warn_of_cuts(tokenizer, texts, lengths, limit, rows)
 
+    # The last one may merge with the prompt; a strange prompt reaches further.
+    prefix = told[: min(len(told), limit) - 1]
+    if any(sequence[: len(prefix)] != prefix for sequence in sequences):
+        prefix = []
+    start = len(prefix)
     # Causal attention never looks at the padding, so only what the batch needs is computed.
-    width = min(limit, BUCKET * -(-max(1, lengths.max()) // BUCKET))
+    width = SHORTEST
+    while start + width < lengths.max():
+        width *= 2
+    width = min(limit - start, width)
     tokens = np.full((len(texts), width), tokenizer.pad_token_id or 0, np.int32)
     for row, sequence in zip(tokens, sequences, strict=True):
-        row[: len(sequence)] = sequence
+        row[: len(sequence) - start] = sequence[start:]
     window = np.arange(limit - rows, limit, dtype=np.int32)
     window[0] = 0
     mask = window[None] < lengths[:, None]
-    return TokenizedPrompts(tokens, np.minimum(window, np.int32(width - 1)), mask)
+    window = np.clip(window - start, 0, width - 1)
+    return TokenizedPrompts(tuple(prefix), tokens, window, mask)
 
 
 def gather_window(
-    hidden: Float[Array, "B L C"], window: Int32[Array, " rows"], mask: Bool[Array, "B rows"]
+    hidden: Float[Array, "B L C"],
+    window: Int32[Array, " rows"],
+    mask: Bool[Array, "B rows"],
+    first: Float[Array, "1 C"] | None = None,
 ) -> Float[Array, "B rows C"]:
-    """The rows that the transformer sees, in float32; those that the mask hides are zeros."""
-    rows = jnp.take(hidden, window, axis=1).astype(jnp.float32)
-    return jnp.where(mask[..., None], rows, 0.0)
+    """The rows that the transformer sees, in float32; those that the mask hides are zeros.
+
+    `first`: the first of them, where it is not among `hidden`.
+    """
+    rows = jnp.take(hidden, window, axis=1)
+    if first is not None:
+        rows = rows.at[:, 0].set(first)
+    return jnp.where(mask[..., None], rows.astype(jnp.float32), 0.0)
 
 
 def find_instruction(instruction_file: str | Path | None = None) -> Instruction | None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sana_jax import random_checkpoint
+from sana_jax import random_weights
 from sana_jax.checkpoints import native
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
@@ -29,10 +29,10 @@ def save(folder: Path, seed: int = 0) -> None:
     transformer = SanaConfig(
         depth=1, width=32, latent_channels=8, cross_heads=1, caption_channels=48, sample_size=16
     )
-    *_, encoder = random_checkpoint.configs(random_checkpoint.TINY)
-    configs = random_checkpoint.configs
+    *_, encoder = random_weights.configs(random_weights.TINY)
+    configs = random_weights.configs
     try:
-        random_checkpoint.configs = lambda preset: (transformer, autoencoder, encoder)
-        native.save(random_checkpoint.make(random_checkpoint.TINY, seed=seed), folder)
+        random_weights.configs = lambda preset: (transformer, autoencoder, encoder)
+        native.save(random_weights.make(random_weights.TINY, seed=seed), folder)
     finally:
-        random_checkpoint.configs = configs
+        random_weights.configs = configs

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from collections import OrderedDict
 
 import jax
 import jax.extend
@@ -213,6 +214,78 @@ def test_prompt_embeddings_in_place_of_prompts(ours):
     assert not np.asarray(embeddings)[~np.asarray(mask)].any()
     found = draw(ours, None, prompt_embeddings=embeddings, prompt_mask=mask)
     np.testing.assert_array_equal(found, draw(ours))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The runs of the text encoder: how many tokens, after how many of an instruction."""
+    seen, read, encode = [], pipeline._read_prefix, pipeline._encode_text
+
+    def count_read(module, params, tokens):
+        seen.append(("read", tokens.shape[1]))
+        return read(module, params, tokens)
+
+    def count_encode(module, params, tokens, prefix, *rest):
+        seen.append((tokens.shape, prefix.keys.shape[2] if prefix else 0))
+        return encode(module, params, tokens, prefix, *rest)
+
+    monkeypatch.setattr(pipeline, "_read_prefix", count_read)
+    monkeypatch.setattr(pipeline, "_encode_text", count_encode)
+    return seen
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_instruction_is_read_once(ours, folder, calls, count):
+    mesh = make_mesh(devices=toy.devices(count))
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
+    first, second = "draw it well lit. prompt: ", "a photo of "
+    n = [len(pipe.checkpoint.tokenizer.encode(text)) - 1 for text in (first, second)]
+    rows = [pipe.encode_prompt("a cat", text)[0] for text in (first, first, second, first)]
+    shape = (count, 16)
+    assert calls == [("read", n[0]), (shape, n[0]), (shape, n[0])] + [
+        ("read", n[1]),
+        (shape, n[1]),
+        (shape, n[0]),
+    ]
+    for again in rows[1], rows[3]:
+        np.testing.assert_array_equal(again, rows[0])
+    assert toy.relative_error(rows[2], rows[0]) > 1e-3
+    toy.assert_close(rows[0], ours.encode_prompt("a cat", first)[0], 2e-6)
+
+
+def test_few_lengths_are_compiled(ours):
+    ours.encode_prompt("a", "prompt: ")
+    before = pipeline._encode_text._cache_size(), pipeline._read_prefix._cache_size()
+    for words in range(1, 30, 4):  # up to 16, and up to 32 tokens
+        ours.encode_prompt("a" + " cat" * words, "prompt: ")
+    assert pipeline._encode_text._cache_size() == before[0] + 1
+    assert pipeline._read_prefix._cache_size() == before[1]
+
+
+def test_negative_prompt_is_encoded_once(ours, folder, calls):
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=one_device())
+    prompts = ["a cat", "a dog"]
+    settings = dict(num_steps=1, output="latent", instruction=None)
+    expected = draw(pipe, prompts, **settings)
+    assert calls == [((2, 16), 0), ((1, 16), 0)]
+    again = draw(pipe, prompts, negative_prompt=["", ""], **settings)
+    assert len(calls) == 3 and calls[2] == calls[0]
+    np.testing.assert_array_equal(again, expected)
+    draw(pipe, prompts, negative_prompt=["", "a dog"], **settings)
+    assert calls[3:] == [((2, 16), 0)] * 2
+
+
+def test_oldest_are_forgotten():
+    cache, asked = OrderedDict(), []
+
+    def get(key):
+        return pipeline._remembered(cache, key, lambda: asked.append(key) or (key,))
+
+    for key in range(pipeline.REMEMBERED):
+        assert get(key) == (key,)
+    assert get(0) == (0,) and get("new") == ("new",) and get(0) == (0,)
+    assert asked == [*range(pipeline.REMEMBERED), "new"]
+    assert get(1) == (1,) and asked[-1] == 1 and len(cache) == pipeline.REMEMBERED
 
 
 def test_outputs(ours):

@@ -70,12 +70,17 @@ def encoders(tokenizer):
     module = toy.randomise(transformers.Gemma2Model(theirs))
     module.embed_tokens.embed_scale.fill_(config.hidden_size**0.5)  # a constant, not a weight
     params = {"params": toy.params(module, config)}
-    return module, jax.jit(functools.partial(Gemma2(config).apply, params))
+    return module, jax.jit(
+        functools.partial(Gemma2(config).apply, params), static_argnames="method"
+    )
 
 
 def rows_of(tokenizer, apply, prompts, rows, instruction):
     found = tokenize(tokenizer, prompts, rows, instruction)
-    return np.asarray(gather_window(apply(found.tokens), found.window, found.mask)), found.mask
+    prefix = found.prefix and apply(np.array([found.prefix]), method="read_prefix")
+    hidden = apply(found.tokens, prefix or None)
+    first = prefix.first if prefix else None
+    return np.asarray(gather_window(hidden, found.window, found.mask, first)), found.mask
 
 
 @torch.no_grad()
@@ -113,18 +118,50 @@ def test_rows_are_those_of_diffusers(tokenizer, encoders, lines, rows):
 
 def test_only_what_a_batch_needs_is_computed(tokenizer):
     long = "zebra " * 100
-    for prompts, rows, expected in [
-        (["", "cat"], 300, 32),
-        (["a" + " cat" * 30], 300, 32),  # with <bos>
-        (["a" + " cat" * 31], 300, 64),
-        ([long], 300, 300),
-        ([long], 20, 20),
+    instruction = "\n".join(INSTRUCTION)
+    for prompts, rows, told, expected in [
+        (["", "cat"], 300, None, 16),
+        (["a" + " cat" * 14], 300, None, 16),  # with <bos>
+        (["a" + " cat" * 15], 300, None, 32),
+        (["a" + " cat" * 15], 300, instruction, 16),  # <bos> belongs to the prefix
+        (["a" + " cat" * 16], 300, instruction, 32),
+        ([long], 300, None, 300),
+        ([long], 20, None, 20),
+        ([long, ""], 300, instruction, 299),
+        ([long, ""], 20, instruction, 19),
+        ([""], 2, instruction, 1),
+        (["cat"], 1, instruction, 1),
     ]:
-        found = tokenize(tokenizer, prompts, rows, None)
+        found = tokenize(tokenizer, prompts, rows, told)
         assert found.tokens.shape == (len(prompts), expected)
         assert found.tokens.dtype == found.window.dtype == np.int32
         assert found.mask.dtype == bool and found.mask.shape == (len(prompts), rows)
         assert found.window.shape == (rows,) and found.window.max() < expected
+
+
+def test_prefix_is_what_all_prompts_begin_with(tokenizer):
+    instruction = "\n".join(INSTRUCTION)
+    expected = tuple(tokenizer.encode(instruction)[:-1])
+    assert tokenize(tokenizer, ["cat"], ROWS, None).prefix == ()
+    for prompts in (PROMPTS, PROMPTS[::-1], [""], ["cat" * 40]):
+        found = tokenize(tokenizer, prompts, ROWS, instruction)
+        assert found.prefix == expected
+        for prompt, tokens in zip(prompts, found.tokens, strict=True):
+            whole = tokenizer.encode(instruction + clean_prompt(prompt))[len(expected) :][:ROWS]
+            count = min(len(whole), len(tokens))
+            assert tokens[:count].tolist() == whole[:count] and not tokens[count:].any()
+
+
+def test_prompts_that_reach_into_the_instruction(tokenizer, encoders):
+    """Three tokens of the instruction and two of a prompt are one, so nothing stands apart."""
+    module, apply = encoders
+    lines, prompts = ["draw a red <pa"], ["d> cat", "cat"]
+    assert len(tokenize(tokenizer, prompts[1:], ROWS, lines[0]).prefix) > 1
+    assert tokenize(tokenizer, prompts, ROWS, lines[0]).prefix == ()
+    theirs, mask = rows_of_diffusers(tokenizer, module, prompts, ROWS, lines)
+    ours, our_mask = rows_of(tokenizer, apply, prompts, ROWS, lines[0])
+    np.testing.assert_array_equal(our_mask, mask)
+    toy.assert_close(ours[our_mask], theirs[our_mask], 2e-5)
 
 
 def test_hidden_rows_are_zeros_whatever_stands_there():
@@ -133,12 +170,16 @@ def test_hidden_rows_are_zeros_whatever_stands_there():
     rows = gather_window(hidden, np.array([0, 2, 3]), mask)
     assert rows.dtype == jnp.float32
     np.testing.assert_array_equal(rows, np.array([[[1.5] * 3, [1.5] * 3, [0] * 3]]))
+    first = jnp.full((1, 3), 2, jnp.bfloat16)
+    rows = gather_window(hidden, np.array([1, 2, 3]), mask, first)
+    np.testing.assert_array_equal(rows, np.array([[[2.0] * 3, [1.5] * 3, [0] * 3]]))
 
 
 def test_window_starts_at_the_first_word(tokenizer):
     found = tokenize(tokenizer, ["cat dog"], ROWS, "\n".join(INSTRUCTION))
     rows = tokenizer.convert_ids_to_tokens(found.tokens[0, found.window])
-    assert rows[:3] == ["<bos>", "▁cat", "▁dog"]
+    first = tokenizer.convert_ids_to_tokens(found.prefix[0])
+    assert [first, *rows[1:3]] == ["<bos>", "▁cat", "▁dog"]
     assert found.mask[0].tolist() == [True] * 3 + [False] * (ROWS - 3)
 
 

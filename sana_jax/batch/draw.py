@@ -83,10 +83,9 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
 
     def dispatch(batch: Batch) -> jax.Array:
         tasks = batch.padded()
-        negative = [task.negative_prompt for task in tasks]
         return pipe(
             [task.prompt for task in tasks],
-            negative_prompt=negative if len(set(negative)) > 1 else negative[0],
+            negative_prompt=[task.negative_prompt for task in tasks],
             seed=[task.seed for task in tasks],
             guidance_scale=[task.guidance_scale for task in tasks],
             height=tasks[0].height,

@@ -31,10 +31,10 @@ from sana_jax.kernels.glumbconv import depthwise_conv
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.layers import (
+    Conv3x3,
     Dtype,
     GLUMBConv,
     RMSNorm,
-    conv3x3,
     dense,
     fan_in_uniform,
     partitioned,
@@ -68,22 +68,22 @@ def duplicate(x: Float[Array, "B H W c"], channels: int) -> Float[Array, "B H W 
 def downsample(
     x: Float[Array, "B H W C"], channels: int, kind: str, *, shortcut: bool = True, **conv: Any
 ) -> Float[Array, "B H/2 W/2 D"]:
-    """Halves the resolution, inside a module's `__call__`; D = channels, `conv` as for conv3x3."""
+    """Halves the resolution, inside a module's `__call__`; D = channels, `conv` as for Conv3x3."""
     if kind == "conv":
-        y = conv3x3(channels, stride=2, **conv)(x)
+        y = Conv3x3(channels, stride=2, **conv)(x)
     else:
-        y = space_to_channel(conv3x3(channels // 4, **conv)(x))
+        y = space_to_channel(Conv3x3(channels // 4, **conv)(x))
     return y + average(space_to_channel(x), channels) if shortcut else y
 
 
 def upsample(
     x: Float[Array, "B H W C"], channels: int, kind: str, *, shortcut: bool = True, **conv: Any
 ) -> Float[Array, "B 2*H 2*W D"]:
-    """Doubles the resolution, inside a module's `__call__`; D = channels, `conv` as for conv3x3."""
+    """Doubles the resolution, inside a module's `__call__`; D = channels, `conv` as for Conv3x3."""
     if kind == "interpolate":
-        y = conv3x3(channels, **conv)(repeat(x, "b h w c -> b (h 2) (w 2) c"))
+        y = Conv3x3(channels, double=True, **conv)(x)
     else:
-        y = channel_to_space(conv3x3(4 * channels, **conv)(x))
+        y = channel_to_space(Conv3x3(4 * channels, **conv)(x))
     return y + channel_to_space(duplicate(x, 4 * channels)) if shortcut else y
 
 
@@ -130,9 +130,9 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         width, types = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        y = conv3x3(width, ("embed", "mlp"), name="conv1", **types)(x)
+        y = Conv3x3(width, ("embed", "mlp"), name="conv1", **types)(x)
         y = ACTIVATIONS[self.activation](y)
-        y = conv3x3(width, ("mlp", "embed"), use_bias=False, name="conv2", **types)(y)
+        y = Conv3x3(width, ("mlp", "embed"), use_bias=False, name="conv2", **types)(y)
         return split_batch(x + make_norm(self.norm, name="norm", **types)(y)), None
 
 
@@ -213,6 +213,7 @@ class Stage(nn.Module):
     index: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    remat: bool = False  # the backward pass computes a block's activations again
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
@@ -234,6 +235,8 @@ class Stage(nn.Module):
         else:
             block = EfficientViTBlock
             fields |= dict(head_dim=config.attention_head_dim, scales=of_stage("qkv_multiscales"))
+        if self.remat:
+            block = nn.remat(block, prevent_cse=False)  # a scan needs no barrier against CSE
         if layers := of_stage("layers"):
             scan = nn.scan(
                 block,
@@ -256,6 +259,7 @@ class Encoder(nn.Module):
     config: DCAEConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
@@ -264,13 +268,13 @@ class Encoder(nn.Module):
         stem = dict(axes=(None, "embed"), name="conv_in", **types)
         first = 0 if config.encoder_layers[0] else 1  # a stage without layers is skipped
         if first == 0:
-            x = conv3x3(channels[0], **stem)(images)
+            x = Conv3x3(channels[0], **stem)(images)
         else:
             x = downsample(images, channels[1], config.downsample, shortcut=False, **stem)
         x = split_batch(x)
         for i in range(first, len(channels)):
-            x = Stage(config, "encoder", i, name=f"stage_{i}", **types)(x)
-        latents = conv3x3(config.latent_channels, ("embed", None), name="conv_out", **types)(x)
+            x = Stage(config, "encoder", i, name=f"stage_{i}", remat=self.remat, **types)(x)
+        latents = Conv3x3(config.latent_channels, ("embed", None), name="conv_out", **types)(x)
         if config.encoder_out_shortcut:
             latents = latents + average(x, config.latent_channels)
         return latents.astype(jnp.float32)
@@ -282,24 +286,25 @@ class Decoder(nn.Module):
     config: DCAEConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         config, channels = self.config, self.config.decoder_channels
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         latents = latents.astype(self.dtype)
-        x = conv3x3(channels[-1], (None, "embed"), name="conv_in", **types)(latents)
+        x = Conv3x3(channels[-1], (None, "embed"), name="conv_in", **types)(latents)
         if config.decoder_in_shortcut:
             x = x + duplicate(latents, channels[-1])
         x = split_batch(x)
         first = 0 if config.decoder_layers[0] else 1
         for i in reversed(range(first, len(channels))):
-            x = Stage(config, "decoder", i, name=f"stage_{i}", **types)(x)
+            x = Stage(config, "decoder", i, name=f"stage_{i}", remat=self.remat, **types)(x)
         x = make_norm("rms_norm", name="norm_out", **types)(x)
         x = ACTIVATIONS[config.decoder_out_activation](x)
         head = dict(axes=("embed", None), name="conv_out", **types)
         if first == 0:
-            images = conv3x3(config.in_channels, **head)(x)
+            images = Conv3x3(config.in_channels, **head)(x)
         else:
             images = upsample(x, config.in_channels, config.upsample, shortcut=False, **head)
         return images.astype(jnp.float32)
@@ -311,9 +316,10 @@ class DCAE(nn.Module):
     config: DCAEConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    remat: bool = False
 
     def setup(self):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype, remat=self.remat)
         self.encoder = Encoder(self.config, **types)
         self.decoder = Decoder(self.config, **types)
 

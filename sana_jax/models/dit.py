@@ -24,8 +24,11 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.kernels.linear_attention import linear_attention
-from sana_jax.kernels.mixed_einsum import einsum_float32
+from sana_jax.kernels.cross_attention.api import cross_attention
+from sana_jax.kernels.dispatch import IMPLEMENTATIONS
+from sana_jax.kernels.linear_attention.api import linear_attention
+from sana_jax.kernels.modulated_norm import reference
+from sana_jax.kernels.modulated_norm.api import modulated_norm
 from sana_jax.models.config import check_fields
 from sana_jax.models.layers import Dtype, GLUMBConv, RMSNorm, dense, partitioned
 from sana_jax.sharding import constrain
@@ -54,9 +57,13 @@ class SanaConfig:
     # Clip the linear attention's output to float16's range, which the weights trained in float16
     # rely on. None: only where activations are float16, as diffusers does.
     clip_attention: bool | None = None
+    implementation: str = "auto"  # of the operations that have a kernel: see kernels/dispatch.py
 
     def __post_init__(self):
         check_fields(self, "transformer")
+        if self.implementation not in IMPLEMENTATIONS:
+            message = f"transformer implementation {self.implementation!r} is not one of"
+            raise ValueError(f"{message} {', '.join(IMPLEMENTATIONS)}")
         if self.width % self.head_dim or self.width % self.cross_heads:
             raise ValueError(f"transformer width {self.width} does not divide into its heads")
 
@@ -179,14 +186,6 @@ def position_features(length: int, base: int, scale: float, size: int) -> np.nda
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
 
 
-def modulate(x: Float[Array, "B N C"], shift: Array, scale: Array, dtype: Dtype):
-    """LN(x) (1 + scale) + shift in float32; shift and scale are (B or 1, 1, C)."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    return (x * (1 + scale) + shift).astype(dtype)
-
-
 class LinearAttention(nn.Module):
     """Every token to every other, by ReLU linear attention."""
 
@@ -200,12 +199,12 @@ class LinearAttention(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         bias = config.attention_bias
         qkv = dense(3 * width, ("embed", "heads"), use_bias=bias, name="qkv", **types)(x)
-        q, k, v = jnp.split(qkv, 3, axis=-1)
         if config.qk_norm:  # over the whole width, before the split into heads
+            q, k, v = jnp.split(qkv, 3, axis=-1)
             q = RMSNorm(1e-5, name="q_norm", **types)(q)
             k = RMSNorm(1e-5, name="k_norm", **types)(k)
-        q, k, v = (rearrange(t, "b n (h d) -> b n h d", d=config.head_dim) for t in (q, k, v))
-        out = rearrange(linear_attention(q, k, v), "b n h d -> b n (h d)")
+            qkv = jnp.concatenate([q, k, v], axis=-1)
+        out = linear_attention(qkv, config.head_dim, implementation=config.implementation)
         out = dense(width, ("heads", "embed"), name="out", **types)(out)
         clip = config.clip_attention
         if clip is None:
@@ -230,27 +229,20 @@ class CrossAttention(nn.Module):
             self.q_norm = RMSNorm(1e-5, **types)
             self.k_norm = RMSNorm(1e-5, **types)
 
-    def keys_values(self, caption: Float[Array, "B L C"]) -> tuple[Array, Array]:
-        """Keys and values of the text rows, (B, L, heads, D) each."""
-        k, v = jnp.split(self.kv(caption), 2, axis=-1)
+    def keys_values(self, caption: Float[Array, "B L C"]) -> Float[Array, "B L C2"]:
+        """Keys and values of the text rows, side by side."""
+        kv = self.kv(caption)
         if self.config.qk_norm:
-            k = self.k_norm(k)
-        heads = self.config.cross_heads
-        return tuple(rearrange(t, "b l (h d) -> b l h d", h=heads) for t in (k, v))
+            k, v = jnp.split(kv, 2, axis=-1)
+            kv = jnp.concatenate([self.k_norm(k), v], axis=-1)
+        return kv
 
     def __call__(self, x: Float[Array, "B N C"], keys_values, mask: Bool[Array, "B L"]):
-        k, v = keys_values
-        q = self.q(x)
-        if self.config.qk_norm:
+        config, q = self.config, self.q(x)
+        if config.qk_norm:
             q = self.q_norm(q)
-        q = rearrange(q, "b n (h d) -> b n h d", h=self.config.cross_heads)
-        logits = einsum_float32("bnhd,blhd->bhnl", q, k)
-        logits = logits * q.shape[-1] ** -0.5
-        # Not -inf: a softmax over nothing but hidden rows must stay finite.
-        logits = logits + jnp.where(mask, 0.0, -1e4)[:, None, None, :]
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        out = einsum_float32("bhnl,blhd->bnhd", weights, v).astype(self.dtype)
-        return self.out(rearrange(out, "b n h d -> b n (h d)"))
+        out = cross_attention(q, keys_values, mask, config.cross_heads, config.implementation)
+        return self.out(out)
 
 
 class Block(nn.Module):
@@ -272,7 +264,8 @@ class Block(nn.Module):
         )
         self.attention = LinearAttention(config, **types)
         self.cross_attention = CrossAttention(config, **types)
-        self.ffn = GLUMBConv(int(config.mlp_ratio * config.width), **types)
+        hidden = int(config.mlp_ratio * config.width)
+        self.ffn = GLUMBConv(hidden, implementation=config.implementation, **types)
 
     def keys_values(self, carry, caption):
         """What cross-attention needs of the text: once a prompt in sampling."""
@@ -289,9 +282,11 @@ class Block(nn.Module):
         def gated(gate, branch):
             return (gate * branch.astype(jnp.float32)).astype(self.dtype)
 
-        x = x + gated(gate1, self.attention(modulate(x, shift1, scale1, self.dtype)))
+        implementation = self.config.implementation
+        x, h = modulated_norm(x, shift1, scale1, implementation)
+        x = x + gated(gate1, self.attention(h))
         x = x + self.cross_attention(x, keys_values, mask)
-        h = modulate(x, shift2, scale2, self.dtype)
+        x, h = modulated_norm(x, shift2, scale2, implementation)
         h = self.ffn(rearrange(h, "b (h w) c -> b h w c", h=height, w=width))
         x = x + gated(gate2, rearrange(h, "b h w c -> b (h w) c"))
         x = constrain(x, "batch", "tokens", "residual")
@@ -393,15 +388,15 @@ class SanaTransformer(nn.Module):
         channels = config.patch_size**2 * config.latent_channels
         self.proj_out = dense(channels, ("embed", None), **types)
 
-    def keys_values(self, caption: Float[Array, "B L T"]) -> tuple[Array, Array]:
-        """The cross-attention keys and values of all blocks, (depth, B, L, heads, D) each."""
+    def keys_values(self, caption: Float[Array, "B L T"]) -> Float[Array, "depth B L C2"]:
+        """The cross-attention keys and values of all blocks, side by side."""
         return self.blocks.keys_values((), self.caption_embed(caption))[1]
 
     def denoise(
         self,
         latents: Float[Array, "B h w c"],
         timestep: Float[Array, " B"],
-        keys_values: tuple[Array, Array],
+        keys_values: Float[Array, "depth B L C2"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
         """`__call__`, with `keys_values(caption)` in place of the caption."""
@@ -442,7 +437,7 @@ class SanaTransformer(nn.Module):
         x = rearrange(x, "b h w c -> b (h w) c")
         table = self.final_table.astype(jnp.float32)[None] + embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
-        x = self.proj_out(modulate(x, shift, scale, self.dtype)).astype(jnp.float32)
+        x = self.proj_out(reference.modulated_norm(x, shift, scale)).astype(jnp.float32)
         return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=height, p=patch, q=patch)
 
     def _positions(self, height: int, width: int) -> Float[Array, "1 h w C"]:

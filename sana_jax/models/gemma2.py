@@ -8,11 +8,12 @@ Letters: B batch, L tokens, C width, H query heads, K key-value heads, G = H / K
 
 A token sees only itself and what stands before it, in the sliding layers only the last
 `sliding_window` of these. So whatever pads a text on the right changes none of its rows, and no
-padding mask is needed. Not here: a cache for generation, RoPE scaling.
+padding mask is needed; and of a beginning that many texts share, the keys and values are computed
+once (`read_prefix`). Not here: generation, RoPE scaling.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,14 @@ _SUPPORTED = dict(
 )
 
 
+class Prefix(NamedTuple):
+    """What the rows after a beginning of P tokens need of it, and its own first row."""
+
+    first: Float[Array, "1 C"]
+    keys: Float[Array, "layers 1 P K D"]  # turned by RoPE
+    values: Float[Array, "layers 1 P K D"]
+
+
 def rope_table(length: int, config: Gemma2Config) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of position * theta^(-2i / D), (length, D / 2) each, in float32."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -153,9 +162,9 @@ def rotate(x: Float[Array, "B L H D"], cos: Array, sin: Array) -> Float[Array, "
 
 def attend(
     q: Float[Array, "B L H D"],
-    k: Float[Array, "B L K D"],
-    v: Float[Array, "B L K D"],
-    mask: Bool[Array, "L L"],
+    k: Float[Array, "B M K D"],
+    v: Float[Array, "B M K D"],
+    mask: Bool[Array, "L M"],
     config: Gemma2Config,
 ) -> Float[Array, "B L C"]:
     """Grouped-query attention; `mask` is True where a row may look. The softmax is float32."""
@@ -180,8 +189,14 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L C"], slides: Bool[Array, ""], cos: Array, sin: Array
-    ) -> tuple[Float[Array, "B L C"], None]:
+        self,
+        x: Float[Array, "B L C"],
+        slides: Bool[Array, ""],
+        before: tuple[Array, Array] | None,
+        cos: Array,
+        sin: Array,
+    ) -> tuple[Float[Array, "B L C"], tuple[Array, Array]]:
+        """`before`: the keys and values of what stands before x. Gives x's own beside the rows."""
         config = self.config
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
@@ -200,7 +215,10 @@ class Layer(nn.Module):
         q = rotate(heads(h, config.num_heads, "q"), cos, sin)
         k = rotate(heads(h, config.num_kv_heads, "k"), cos, sin)
         v = heads(h, config.num_kv_heads, "v")
-        h = attend(q, k, v, self._mask(x.shape[1], slides), config)
+        own = k, v
+        if before is not None:
+            k, v = (_after(first, rest) for first, rest in zip(before, own, strict=True))
+        h = attend(q, k, v, self._mask(x.shape[1], k.shape[1], slides), config)
         h = linear(config.hidden_size, ("heads", "embed"), "o")(h)
         x = x + norm("post_attention_norm")(h)
 
@@ -210,13 +228,20 @@ class Layer(nn.Module):
         h = gate * linear(config.intermediate_size, ("embed", "mlp"), "up")(h)
         h = linear(config.hidden_size, ("mlp", "embed"), "down")(h)
         x = x + norm("post_ffn_norm")(h)
-        return constrain(x, "batch", None, "residual"), None
+        return constrain(x, "batch", None, "residual"), own
 
-    def _mask(self, length: int, slides: Bool[Array, ""]) -> Bool[Array, "L L"]:
-        behind = np.arange(length)[:, None] - np.arange(length)[None]
+    def _mask(self, length: int, end: int, slides: Bool[Array, ""]) -> Bool[Array, "L M"]:
+        """Of the last `length` rows of `end` over all columns."""
+        behind = np.arange(end - length, end)[:, None] - np.arange(end)[None]
         window = self.config.sliding_window
-        near = behind < (length if window is None else window)
+        near = behind < (end if window is None else window)
         return jnp.where(slides, near & (behind >= 0), behind >= 0)
+
+
+def _after(first: Float[Array, "1 P K D"], rest: Float[Array, "B L K D"]) -> Array:
+    """Every text of the batch after the one beginning."""
+    first = jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:]))
+    return jnp.concatenate([first, rest], axis=1)
 
 
 class Gemma2(nn.Module):
@@ -226,28 +251,46 @@ class Gemma2(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L C"]:
-        """`tokens` may be padded on the right with anything; rows of padding mean nothing."""
+    def setup(self):
         config = self.config
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = nn.Embed(
+        self.embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
             param_dtype=self.param_dtype,
             embedding_init=partitioned(nn.initializers.normal(0.02), ("vocab", "embed")),
-            name="embed",
-        )(tokens)
-        # In the weights' dtype, because the released networks were trained with a rounded root.
-        x = (x * jnp.asarray(config.hidden_size**0.5, x.dtype)).astype(self.dtype)
-        cos, sin = (jnp.asarray(table) for table in rope_table(tokens.shape[1], config))
-        layers = nn.scan(
+        )
+        self.layers = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, name="layers", **types)
-        x, _ = layers(x, jnp.asarray(config.slides), cos, sin)
-        return RMSNorm(config.rms_norm_eps, zero_centered=True, name="final_norm", **types)(x)
+        )(config, **types)
+        self.final_norm = RMSNorm(config.rms_norm_eps, zero_centered=True, **types)
+
+    def __call__(
+        self, tokens: Int[Array, "B L"], prefix: Prefix | None = None
+    ) -> Float[Array, "B L C"]:
+        """The rows of `tokens`, which stand after those of `prefix`.
+
+        They may be padded on the right with anything; rows of padding mean nothing.
+        """
+        return self._read(tokens, prefix)[0]
+
+    def read_prefix(self, tokens: Int[Array, "1 P"]) -> Prefix:
+        """What texts that begin with these tokens share."""
+        rows, keys_values = self._read(tokens, None)
+        return Prefix(rows[:, 0], *keys_values)
+
+    def _read(self, tokens, prefix):
+        before = prefix and (prefix.keys, prefix.values)
+        start = prefix.keys.shape[2] if prefix else 0
+        x = self.embed(tokens)
+        # In the weights' dtype, because the released networks were trained with a rounded root.
+        x = (x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)).astype(self.dtype)
+        cos, sin = rope_table(start + tokens.shape[1], self.config)
+        slides = jnp.asarray(self.config.slides)
+        x, keys_values = self.layers(x, slides, before, cos[start:], sin[start:])
+        return self.final_norm(x), keys_values

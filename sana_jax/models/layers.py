@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.glumbconv import glumbconv
+from sana_jax.kernels.convolution import convolve, convolve_doubled
+from sana_jax.kernels.glumbconv import reference
+from sana_jax.kernels.glumbconv.api import glumbconv, uses_kernel
+from sana_jax.kernels.mixed_einsum import dense_float32
 
 Dtype = Any
 Axes = tuple[str | None, ...]
@@ -46,37 +49,40 @@ def dense(
         precision=precision,
         kernel_init=partitioned(kernel_init, axes),
         bias_init=partitioned(nn.initializers.zeros, axes[-1:]),
+        dot_general=dense_float32,
         name=name,
     )
 
 
-def conv3x3(
-    features: int,
-    axes: Axes = (None, None),
-    *,
-    stride: int = 1,
-    use_bias: bool = True,
-    dtype: Dtype,
-    param_dtype: Dtype,
-    name: str | None = None,
-) -> nn.Conv:
-    """A 3x3 convolution, channels last, with one row of zeros on every side.
+class Conv3x3(nn.Module):
+    """A 3x3 convolution, one row of zeros on every side; logical axes (in, out).
 
-    The padding is explicit because "SAME" at stride 2 pads below and to the right only, which
-    shifts the picture by a pixel against torch.
+    `double`: of x at twice its size, nearest neighbour.
     """
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=stride,
-        padding=((1, 1), (1, 1)),
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=partitioned(fan_in_uniform, (None, None, *axes)),
-        bias_init=partitioned(nn.initializers.zeros, axes[-1:]),
-        name=name,
-    )
+
+    features: int
+    axes: Axes = (None, None)
+    stride: int = 1
+    double: bool = False
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
+        kernel_init = partitioned(fan_in_uniform, (None, None, *self.axes))
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+        x = x.astype(self.dtype)
+        if self.double:
+            y = convolve_doubled(x, kernel)
+        else:
+            y = convolve(x, kernel.astype(self.dtype), self.stride)
+        if self.use_bias:
+            bias_init = partitioned(nn.initializers.zeros, self.axes[1:])
+            bias = self.param("bias", bias_init, (self.features,), self.param_dtype)
+            y = y + bias.astype(self.dtype)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -107,6 +113,23 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype)
 
 
+class Halves(nn.Module):
+    """A matrix product without bias, as one product or as two that give its halves."""
+
+    features: int
+    axes: Axes
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B C"], parts: int) -> list[Array]:
+        init = partitioned(fan_in_uniform, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        kernels = jnp.split(kernel.astype(self.dtype), parts, axis=1)
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        return [dense_float32(x.astype(self.dtype), kernel, dims, None) for kernel in kernels]
+
+
 class GLUMBConv(nn.Module):
     """Mix-FFN: 1x1 up to 2h channels, gated depthwise 3x3, 1x1 back; no norm, no residual.
 
@@ -116,6 +139,7 @@ class GLUMBConv(nn.Module):
     hidden: int  # h
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    implementation: str = "auto"  # of the middle: see kernels/dispatch.py
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -134,8 +158,12 @@ class GLUMBConv(nn.Module):
             self.param_dtype,
         )
         axes = ("embed", "mlp")
-        u = dense(wide, axes, use_bias=False, kernel_init=fan_in_uniform, name="expand", **types)(x)
-        u = glumbconv(u, vector("expand_bias"), depthwise_kernel, vector("depthwise_bias"))
+        weights = vector("expand_bias"), depthwise_kernel, vector("depthwise_bias")
+        expand = Halves(wide, axes, name="expand", **types)
+        if uses_kernel(*x.shape[1:3], self.implementation):
+            u = glumbconv(*expand(x, 2), *weights, implementation=self.implementation)
+        else:
+            u = reference.glumbconv(*expand(x, 1), *weights)
         return dense(
             x.shape[-1],
             axes[::-1],

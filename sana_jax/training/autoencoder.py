@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.errors import UserError
@@ -62,7 +61,7 @@ class AutoencoderTask:
         """
         self.model, self.discriminator, self.phase = model, discriminator, phase
         self.distance = distance
-        shapes = nn.unbox(jax.eval_shape(self._init_autoencoder, jax.random.key(0)))
+        shapes = jax.eval_shape(self._init_autoencoder, jax.random.key(0))
         self.mask = trainable_mask(shapes, phase.trainable)
         self.tx, self.schedule = make_optimizer(
             phase.autoencoder, shapes, phase.steps, phase.trainable
@@ -73,7 +72,7 @@ class AutoencoderTask:
                     f"adversarial={phase.adversarial}: its weight is measured at"
                     f" {'/'.join(LAST_LAYER)}, which no pattern of trainable matches"
                 )
-            shapes = nn.unbox(jax.eval_shape(self._init_discriminator, jax.random.key(0)))
+            shapes = jax.eval_shape(self._init_discriminator, jax.random.key(0))
             self.discriminator_tx, _ = make_optimizer(phase.discriminator, shapes, phase.steps)
 
     def init(self, key: Array) -> TrainState:

@@ -57,13 +57,13 @@ class AutoencoderTraining:
         try:
             self.network = DCAEConfig(**config.network.to_dict())
             phases = {name: _phase(fields) for name, fields in config.phases.to_dict().items()}
+            dtype = jnp.dtype(config.dtype)
         except (TypeError, ValueError) as error:
             raise UserError(f"--config: {error}") from None
         if not config.run or set(config.run) - set(phases):
             known = ", ".join(phases)
             raise UserError(f"config.run={config.run}: name some of its phases, {known}")
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
-        dtype = jnp.dtype(config.dtype)
         distance, self.perceptual_params = make_perceptual(**config.perceptual, dtype=dtype)
         self.model = DCAE(self.network, dtype, jnp.float32, remat=config.remat)
         discriminator = Discriminator(**config.discriminator, dtype=dtype)
@@ -74,7 +74,12 @@ class AutoencoderTraining:
             raise UserError(f"config.evaluation.sizes={sizes}: give multiples of {factor}")
         for name in config.run:
             _check(name, phases[name], self.network, self.mesh)
-            self.tasks[name] = AutoencoderTask(self.model, discriminator, phases[name], distance)
+            try:
+                self.tasks[name] = AutoencoderTask(
+                    self.model, discriminator, phases[name], distance
+                )
+            except ValueError as error:  # of a network that is traced
+                raise UserError(f"--config: {error}") from None
 
         def apply(params: Any, images: Array, method: str = "__call__") -> Array:
             return self.model.apply({"params": params}, images, method=method)

@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.errors import UserError
+from sana_jax.training.came import came
+from sana_jax.training.per_layer import layer_counts, per_layer, with_axes
 
 PyTree = Any
 
@@ -28,8 +31,10 @@ class OptimizerConfig:
     warmup_steps: int = 0
     final_fraction: float = 0.0  # of the peak, at the last step, where the schedule falls
     beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    beta2: float = 0.999  # not of Adafactor, which has a schedule of its own
+    beta3: float = 0.9999  # of CAME's instability
+    eps: float = 1e-8  # of Adam, and where Muon uses it
+    state_bits: int = 32  # 8: of CAME's momentum
     weight_decay: float = 0.0
     clip_norm: float | None = None  # global norm of the gradients of all that trains
 
@@ -47,7 +52,8 @@ def make_optimizer(
 
     Args:
       config: the optimizer.
-      params: a tree of arrays or shapes, boxed or not.
+      params: a tree of arrays or shapes; boxed with their logical axes, where any is a stack of
+        layers.
       steps: of the whole training.
       trainable: regular expressions; a parameter whose "/"-joined path one of them matches whole
         is trained.
@@ -57,13 +63,22 @@ def make_optimizer(
     """
     schedule = make_schedule(config, steps)
     make = _named("optimizer", OPTIMIZERS, config.name)
-    parts = [make(config, schedule)]
+    if config.state_bits not in ([8, 32] if config.name == "came" else [32]):
+        raise UserError(f"state_bits={config.state_bits}: give 32, or 8 with the optimizer came")
+    mask = trainable_mask(params, trainable)
+    layers = jax.tree.map(lambda train, count: count if train else 0, mask, layer_counts(params))
+    parts = [
+        optax.chain(
+            make(config, layers),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(schedule),
+        )
+    ]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(_positive("clip_norm", config.clip_norm)))
-    mask = trainable_mask(params, trainable)
     labels = jax.tree.map(lambda train: "train" if train else "freeze", mask)
     transforms = {"train": optax.chain(*parts), "freeze": optax.stateless(_stand_still)}
-    return optax.multi_transform(transforms, labels), schedule
+    return with_axes(optax.partition(transforms, labels)), schedule
 
 
 def _stand_still(updates: PyTree, params: PyTree | None) -> PyTree:
@@ -71,19 +86,58 @@ def _stand_still(updates: PyTree, params: PyTree | None) -> PyTree:
     return jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
 
 
-def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(
-        schedule,
-        b1=config.beta1,
-        b2=config.beta2,
+def _adamw(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.beta1, config.beta2, config.eps)  # by number: a stack is fine
+
+
+def _adafactor(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
+    """With momentum and without parameter scale (Zhai et al., arXiv 2106.04560, section 3.4)."""
+    tx = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=config.beta1)
+    return per_layer(optax.chain(tx, optax.scale(-1)), layers)
+
+
+def _muon(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
+    """Its updates have Adam's size (Liu et al., arXiv 2502.16982, section 2.2): AdamW's rates."""
+    tx = optax.contrib.muon(
+        -1.0,
+        beta=config.beta1,
         eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=_muon_axes,
+        consistent_rms=0.2,
     )
+    return per_layer(tx, layers)
 
 
-# Name -> what makes the transformation of a config and a schedule.
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw}
+def _muon_axes(params: PyTree) -> PyTree:
+    """What Muon makes orthogonal: dense kernels and whole filters, (all inputs, outputs).
+
+    Fused projections are one matrix, as CAME has them. Adam takes the rest: depthwise kernels are
+    a few numbers for each channel, rows of tables and of embeddings are vectors of their own.
+    """
+
+    def axes(name, x):
+        if name.rpartition("/")[2] != "kernel" or x.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    return _map_with_name(axes, params)
+
+
+def _came(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
+    tx = came(config.beta1, config.beta2, config.beta3, state_bits=config.state_bits)
+    return per_layer(tx, layers)
+
+
+# Name -> what makes, of a config and the number of layers in each parameter (per_layer.py), the
+# direction that is scaled by the learning rate and subtracted.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "came": _came,
+}
 
 
 def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:

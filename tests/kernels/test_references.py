@@ -55,6 +55,24 @@ def test_depthwise_conv(shape, size):
     toy.assert_close(found, convolve(x.astype(np.float64), kernel.astype(np.float64)), 1e-6)
 
 
+def test_gradients_of_depthwise_conv():
+    """It is linear in either argument: <dy, f(x, k)> gives every gradient, in float64."""
+    x, kernel, dy = normal(2, 5, 7, 3), normal(3, 3, 3), normal(2, 5, 7, 3)
+    found = jax.jit(lambda *a: jax.vjp(depthwise_conv, *a[:2])[1](a[2]))(x, kernel, dy)
+
+    def gradient(of):
+        """By unit vectors."""
+        ones = np.eye(of.size).reshape(-1, *of.shape)
+        return np.array([np.vdot(dy, value(one)) for one in ones]).reshape(of.shape)
+
+    def value(one):
+        pair = (one, kernel) if one.shape == x.shape else (x, one)
+        return convolve(*(t.astype(np.float64) for t in pair))
+
+    for a, b in zip(found, map(gradient, (x, kernel)), strict=True):
+        toy.assert_close(a, b, 1e-6)
+
+
 def test_glumbconv():
     x, kernel = normal(2, 5, 4, 12), normal(3, 3, 12)
     bias, depthwise_bias = normal(12), normal(12)

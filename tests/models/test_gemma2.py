@@ -110,6 +110,31 @@ def test_padding_changes_no_row_of_the_text():
         toy.assert_close(padded[row : row + 1, :length], cropped, 1e-6, f"length {length}")
 
 
+@pytest.mark.parametrize("kind", ["grouped queries", "no window", "odd layers slide"])
+def test_rows_after_a_prefix_are_those_of_the_whole(kind):
+    config = KINDS[kind]
+    apply = jax.jit(Gemma2(config).apply, static_argnames="method")
+    params, tokens = {"params": reference(config)[1]}, random_tokens(3, 33)
+    tokens[:, :20] = tokens[0, :20]
+    whole = ours(config, tokens)
+    for length in (1, 3, 20):  # around the sliding window, 4
+        prefix = apply(params, tokens[:1, :length], method="read_prefix")
+        assert prefix.keys.shape == (3, 1, length, config.num_kv_heads, config.head_dim)
+        toy.assert_close(prefix.first[0], whole[0, 0], 2e-6, "first row")
+        rows = apply(params, tokens[:, length:], prefix)
+        toy.assert_close(rows, whole[:, length:], 2e-6, f"{kind}, {length}")
+
+
+def test_keys_and_values_that_nobody_reads_are_not_kept():
+    config = replace(TOY, num_layers=40)
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    model = Gemma2(config)
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
+    memory = jax.jit(model.apply).lower(params, tokens).compile().memory_analysis()
+    keys_values = 2 * 4 * 40 * 64 * config.num_kv_heads * config.head_dim
+    assert memory.temp_size_in_bytes < keys_values
+
+
 def test_embedding_is_scaled_in_the_dtype_of_the_weights():
     """sqrt(60) = 7.746 is 7.75 in bfloat16."""
     # The branches are silent, and the norm at the end divides by its epsilon only.

@@ -70,11 +70,15 @@ def command(config, workdir, *arguments):
     return [*module, f"--config={config}", f"--workdir={workdir}", *arguments]
 
 
-def run(config, workdir, *arguments, **environment):
+# One device, where the tests' own process has eight.
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+def run(config, workdir, *arguments):
     return subprocess.run(
         command(config, workdir, *arguments),
         cwd=ROOT,
-        env=os.environ | environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -168,7 +172,11 @@ def test_killed_at_any_moment_it_ends_as_the_unbroken_run(unbroken, config, tmp_
     workdir = tmp_path / "run"
     for phase, rows in ((PHASES[0], 2), (PHASES[2], 3)):
         process = subprocess.Popen(
-            command(config, workdir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(config, workdir),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         metrics = workdir / phase / "metrics.jsonl"
         while not metrics.exists() or len(metrics.read_text().splitlines()) < rows:
@@ -204,15 +212,18 @@ def test_a_second_run_does_nothing(unbroken, config):
 def load(config):
     namespace = {}
     exec(config.read_text(), namespace)
-    return namespace["get_config"]()
+    loaded = namespace["get_config"]()
+    for phase in loaded.phases.values():
+        phase.batch_size = 8  # for eight devices
+    return loaded
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"phases.low_resolution.image_size": 33}, "image_size=33: it is a multiple of 4"),
-        ({"phases.low_resolution.batch_size": 0}, "batch_size=0: it is a multiple of 1"),
-        ({"phases.low_resolution.microbatches": 3}, "batch_size=4: it is a multiple of 3"),
+        ({"phases.low_resolution.batch_size": 0}, "batch_size=0: it is a multiple of 8"),
+        ({"phases.low_resolution.microbatches": 3}, "batch_size=8: it is a multiple of 24"),
         ({"phases.low_resolution.trainable": ("decoder/none",)}, "matches no parameter"),
         ({"phases.low_resolution.autoencoder.name": "sgd"}, "optimizer 'sgd' is unknown"),
         ({"phases.low_resolution.steps": 0}, "steps=0"),
@@ -220,7 +231,7 @@ def load(config):
         ({"perceptual.name": "lpips_vgg"}, "lpips_vgg needs its published weights"),
         ({"perceptual.name": "vgg"}, "'vgg' is not one of lpips_vgg"),
         ({"run": ("low_resolution", "third")}, "name some of its phases"),
-        ({"mesh.replica": 3, "mesh.fsdp": 1}, "does not fit"),
+        ({"mesh.replica": 3, "mesh.fsdp": 1}, "does not fit 8 devices"),
         ({"data.source": "nowhere"}, "nowhere: there is no such folder"),
         ({"discriminator.norm": "batch"}, "norm 'batch' is not one of"),
         ({"dtype": "float99"}, "float99"),

@@ -142,11 +142,13 @@ def test_accumulated_gradients_are_those_of_the_batch(count):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(name="adam"), "optimizer 'adam' is unknown; there are adamw"),
+        (dict(name="adam"), "optimizer 'adam' is unknown; there are adamw, adafactor, muon, came"),
         (dict(schedule="cosin"), "schedule 'cosin' is unknown; there are constant, cosine"),
         (dict(learning_rate=-1.0), "learning_rate=-1.0: give a positive number"),
         (dict(learning_rate=float("nan")), "learning_rate=nan"),
         (dict(clip_norm=0.0), "clip_norm=0.0"),
+        (dict(state_bits=8), "state_bits=8: give 32, or 8 with the optimizer came"),
+        (dict(name="came", state_bits=4), "state_bits=4: give 32"),
         (dict(warmup_steps=11), "warmup_steps=11: give 0 to steps=10"),
         (dict(trainable=["decoder/hed/.*"]), "'decoder/hed/.*' matches no parameter; paths are as"),
         (dict(trainable=["("]), "trainable pattern '.': "),

@@ -1,0 +1,220 @@
+"""Times the parts of drawing a picture, alone or beside diffusers, on one device.
+
+    python -m sana_jax.benchmark --preset=sana_600m_1024
+    python -m sana_jax.benchmark --preset=sana_600m_512 --against=diffusers --parts=trunk,decode
+
+Random weights of the preset's true size, made in memory, the same for both sides. Every part has a
+process a side; repetitions alternate (ours, theirs, ours, ...) and medians are shown. The first
+call, which compiles, stands apart. Both sides must give the same numbers, or the status is 1.
+
+    text    short prompts behind a long instruction, the second call on
+    trunk   the transformer once, on a batch doubled for guidance, 300 rows of text
+    loop    --steps steps with guidance from noise to latents, caption work included
+    decode  latents to pixels
+    encode  pixels to latents
+    memory  nothing runs: the compiler says what all parts on one device take
+
+FLOP/s count what the architecture asks for, a multiply-add as two: work that is left out, such as
+padding, shows as speed. The share is of the best large matrix product in the same process. The last
+line is a JSON object; times there are seconds, sizes bytes.
+"""
+
+import contextlib
+import importlib.util
+import json
+import statistics
+import sys
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from sana_jax import cli
+from sana_jax.errors import UserError
+from sana_jax.measure import report
+from sana_jax.measure.inputs import PARTS, Settings
+from sana_jax.measure.worker import Worker
+
+CHOICES = [*PARTS, "memory"]
+AGAINST = ["none", "diffusers", "diffusers-compiled"]
+# Relative errors above these are no rounding. Guidance multiplies that of the loop.
+BARS = {"float32": 1e-3, "bfloat16": 0.1}
+LOOP_BARS = {"float32": 1e-2, "bfloat16": 0.5}
+BESIDE_WEIGHTS = 6 * 10**9  # bytes of memory that both sides may want besides
+
+_PRESET = flags.DEFINE_string(
+    "preset", "sana_600m_1024", "the networks' sizes, as random_weights takes them"
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "pictures at once", 1, 2**16)
+_SIZE = flags.DEFINE_integer(
+    "size", None, "side of the picture in pixels; default: the preset's own", 1, 2**16
+)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(BARS), "of weights and activations")
+_PARTS = flags.DEFINE_list("parts", list(PARTS), f"some of {', '.join(CHOICES)}")
+_AGAINST = flags.DEFINE_enum("against", "none", AGAINST, "what to time beside us")
+_STEPS = flags.DEFINE_integer("steps", 20, "of the loop", 1, 1000)
+_LOOP_STEPS = flags.DEFINE_integer(
+    "loop_steps", None, "time a loop of so many steps and scale it up; default: all", 1, 1000
+)
+_REPEAT = flags.DEFINE_integer("repeat", 5, "repetitions, of which the median counts", 1, 1000)
+
+
+def main(argv):
+    del argv
+    against, timed_steps = _AGAINST.value, _LOOP_STEPS.value or _STEPS.value
+    common = dict(
+        preset=_PRESET.value,
+        batch=_BATCH.value,
+        size=_check_size(_PRESET.value, _SIZE.value),
+        dtype=_DTYPE.value,
+        steps=timed_steps,
+        compiled=against == "diffusers-compiled",
+    )
+    _check_parts(_PARTS.value)
+    _check_installed(against)
+
+    rows, facts, memory = {}, {}, None
+    for part in dict.fromkeys(_PARTS.value):
+        settings = Settings(part=part, **common)
+        if part == "memory":
+            _say("memory: compiling")
+            with Worker("memory", settings) as worker:
+                memory = worker.ask("analyse")
+            continue
+        scale = _STEPS.value / timed_steps if part == "loop" else 1
+        rows[part], found = measure(settings, against != "none", _REPEAT.value, scale)
+        facts |= found
+
+    shown = ("preset", "batch", "size", "dtype")
+    result = {name: common[name] for name in shown} | dict(steps=_STEPS.value, against=against)
+    if timed_steps != _STEPS.value:
+        result["timed_steps"] = timed_steps
+    result |= facts | dict(parts=rows, memory=memory)
+    print(report.text(result))
+    print(json.dumps(result))
+    if wrong := [part for part, row in rows.items() if row.get("agrees") is False]:
+        line = f"error: the two sides differ in {', '.join(wrong)}: their times mean nothing"
+        print(line, file=sys.stderr)
+        return 1
+    return 0
+
+
+def measure(
+    settings: Settings, beside: bool, repeat: int, scale: float = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of a part, `beside` the reference or alone, and facts about the machine.
+
+    `scale`: how many times as long the whole is as what is run.
+    """
+    part, seconds = settings.part, {"ours": [], "diffusers": []}
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(Worker("ours", settings))
+        facts = ours.ask("describe")
+        flops = facts.pop("flops") * scale
+        both = [ours, stack.enter_context(Worker("diffusers", settings))] if beside else [ours]
+        if beside:
+            facts |= both[1].ask("describe")
+        weights = facts.pop("weight_bytes")
+        together = not beside or facts["platform"] != "cpu" or _fits_twice(weights)
+        first, peaks = {}, {}
+        # Where memory does not hold both, one comes after the other.
+        for sides in [both] if together else [[side] for side in both]:
+            _say(f"{part}: making the weights of {' and '.join(side.kind for side in sides)}")
+            for side in sides:
+                side.send("load")
+            for side in sides:
+                side.receive()
+            if ours in sides:
+                peak_flops = ours.ask("peak_flops")
+            for side in sides:
+                first[side.kind] = side.ask("first")
+                _say(f"{part}: {side.kind}, first call {first[side.kind][0]:.2f} s")
+            for i in range(repeat):
+                for side in sides:
+                    seconds[side.kind].append(scale * side.ask("run"))
+                times = ", ".join(f"{side.kind} {seconds[side.kind][-1]:.4g} s" for side in sides)
+                _say(f"{part}: {i + 1} of {repeat}: {times}")
+            for side in sides:
+                peaks[side.kind] = side.ask("peak_bytes")
+                side.close()
+
+    median = statistics.median(seconds["ours"])
+    row = dict(
+        seconds=median,
+        repetitions=seconds["ours"],
+        compile_seconds=max(0.0, first["ours"][0] - median / scale),
+        images_per_second=settings.batch / median,
+        flops=flops,
+        flops_per_second=flops / median,
+        share_of_peak=flops / median / peak_flops,
+        peak_flops=peak_flops,
+        peak_bytes=peaks["ours"],
+    )
+    if beside:
+        theirs = statistics.median(seconds["diffusers"])
+        error = _relative_error(first["ours"][1], first["diffusers"][1])
+        bar = (LOOP_BARS if part == "loop" else BARS)[settings.dtype]
+        row |= dict(
+            reference_seconds=theirs,
+            reference_repetitions=seconds["diffusers"],
+            reference_compile_seconds=max(0.0, first["diffusers"][0] - theirs / scale),
+            ratio=median / theirs,
+            reference_peak_bytes=peaks["diffusers"],
+            relative_error=error,
+            agrees=error <= bar,
+            interleaved=together,
+        )
+    return row, facts
+
+
+def _relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """||ours - theirs|| / ||theirs||; NaN, which no bar lets pass, where one is not finite."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def _fits_twice(weight_bytes: int) -> bool:
+    """Whether this host has free memory for both sides at once."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return 2 * weight_bytes + BESIDE_WEIGHTS < 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return True  # no Linux
+
+
+def _check_parts(parts: list[str]) -> None:
+    if not parts:
+        raise UserError(f"--parts is empty; give some of {', '.join(CHOICES)}")
+    for part in parts:
+        if part not in CHOICES:
+            raise UserError(f"--parts: {part!r} is not one of {', '.join(CHOICES)}")
+
+
+def _check_installed(against: str) -> None:
+    for package in ("torch", "diffusers") if against != "none" else ():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--against={against} needs {package}, which is not installed:"
+                " pip install torch diffusers, or leave --against out"
+            )
+
+
+def _check_size(preset: str, size: int | None) -> int:
+    """The side in pixels. Raises UserError for it, and for an unknown preset."""
+    from sana_jax import random_weights
+
+    dit, vae, _ = random_weights.configs(preset)
+    step = vae.factor * dit.patch_size
+    if size is not None and size % step:
+        raise UserError(f"--size={size} is not a multiple of {step}")
+    return size or dit.sample_size * vae.factor
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

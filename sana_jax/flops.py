@@ -1,0 +1,107 @@
+"""How many floating-point operations the networks need: a multiply-add is two of them.
+
+Counted are matrix products and convolutions as the architecture defines them, whatever a clever
+implementation leaves out: so work that is left out shows as speed. Norms, activations and softmax
+are not counted.
+"""
+
+import itertools
+
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+
+
+def trunk(config: SanaConfig, height: int, width: int, rows: int) -> int:
+    """One image once through the transformer: latents of height x width, `rows` of text."""
+    tokens = (height // config.patch_size) * (width // config.patch_size)
+    c, patch = config.width, config.patch_size**2 * config.latent_channels
+    hidden = int(config.mlp_ratio * c)
+    attention = _linear(tokens, c, 4 * c) + _linear_attention(tokens, c, config.head_dim)
+    cross = _linear(tokens, c, 2 * c) + _linear(rows, c, 2 * c) + 4 * tokens * rows * c
+    block = attention + cross + _glumbconv(tokens, c, hidden)
+    time = _linear(1, 256, c) + _linear(1, c, 7 * c)
+    caption = _linear(rows, config.caption_channels, c) + _linear(rows, c, c)
+    return config.depth * block + time + caption + _linear(tokens, patch, 2 * c)
+
+
+def text(config: Gemma2Config, tokens: int) -> int:
+    """One sequence of `tokens` through the text encoder, its attention computed in full."""
+    c, heads = config.hidden_size, config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    layer = _linear(tokens, c, 2 * heads + 2 * keys) + 4 * tokens * tokens * heads
+    return config.num_layers * (layer + _linear(tokens, c, 3 * config.intermediate_size))
+
+
+def encode(config: DCAEConfig, height: int, width: int) -> int:
+    """One image of height x width pixels through the encoder."""
+    total, first = 0, 0 if config.encoder_layers[0] else 1
+    pixels = [height * width // 4**i for i in range(len(config.encoder_channels))]
+    channels = config.encoder_channels
+    if first == 0:
+        total += _conv(pixels[0], config.in_channels, channels[0])
+    else:
+        total += _resize(pixels[0], config.in_channels, channels[1], config.downsample)
+    for i, c in enumerate(channels):
+        total += _blocks(config, "encoder", i, pixels[i])
+        if i >= first and i + 1 < len(channels):
+            total += _resize(pixels[i], c, channels[i + 1], config.downsample)
+    return total + _conv(pixels[-1], channels[-1], config.latent_channels)
+
+
+def decode(config: DCAEConfig, height: int, width: int) -> int:
+    """One image of height x width pixels out of the decoder."""
+    first = 0 if config.decoder_layers[0] else 1
+    pixels = [height * width // 4**i for i in range(len(config.decoder_channels))]
+    channels = config.decoder_channels
+    total = _conv(pixels[-1], config.latent_channels, channels[-1])
+    total += sum(_blocks(config, "decoder", i, pixels[i]) for i in range(len(channels)))
+    for i, (c, deeper) in enumerate(itertools.pairwise(channels)):
+        if i >= first:
+            total += _resize(pixels[i], deeper, c, config.upsample)
+    if first == 0:
+        return total + _conv(pixels[0], channels[0], config.in_channels)
+    return total + _resize(pixels[0], channels[1], config.in_channels, config.upsample)
+
+
+def _linear(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs
+
+
+def _conv(pixels: int, inputs: int, outputs: int) -> int:
+    """A 3x3 convolution with `pixels` of output."""
+    return 9 * _linear(pixels, inputs, outputs)
+
+
+def _linear_attention(tokens: int, channels: int, head_dim: int) -> int:
+    """Both products; v has a column of ones, whose sums normalise."""
+    return 4 * tokens * channels * (head_dim + 1)
+
+
+def _glumbconv(pixels: int, channels: int, hidden: int) -> int:
+    """Up to 2 `hidden` channels, depthwise 3x3, gate, and back."""
+    return _linear(pixels, channels, 3 * hidden) + 2 * 9 * pixels * 2 * hidden
+
+
+def _resize(pixels: int, inputs: int, outputs: int, kind: str) -> int:
+    """A change of resolution; `pixels` of the finer side."""
+    if kind == "pixel_unshuffle":
+        return _conv(pixels, inputs, outputs // 4)
+    if kind == "pixel_shuffle":
+        return _conv(pixels // 4, inputs, 4 * outputs)
+    return _conv(pixels // 4 if kind == "conv" else pixels, inputs, outputs)
+
+
+def _blocks(config: DCAEConfig, side: str, stage: int, pixels: int) -> int:
+    def of_stage(name):
+        return getattr(config, f"{side}_{name}")[stage]
+
+    c, layers = of_stage("channels"), of_stage("layers")
+    if of_stage("blocks") == "ResBlock":
+        return layers * 2 * _conv(pixels, c, c)
+    head_dim, scales = config.attention_head_dim, of_stage("qkv_multiscales")
+    # Each scale adds as many heads again: depthwise, then within each head's q, k and v.
+    wider = sum(_linear(pixels, size * size + head_dim, 3 * c) for size in scales)
+    heads = c * (1 + len(scales))
+    attention = _linear(pixels, c, 3 * c) + wider + _linear_attention(pixels, heads, head_dim)
+    return layers * (attention + _linear(pixels, heads, c) + _glumbconv(pixels, c, 4 * c))

@@ -1,0 +1,10 @@
+"""Softmax attention to the text rows.
+
+Log: TPU compiler's estimate, v5e, 0.6B at 1024 px, batch 16, 300 rows, million cycles a layer.
+
+- Predicted 0.4 (the products, heads of 72 padded to 128), found 0.87 with text rows in the lanes;
+  XLA took 2.0. Division replaced by an approximate reciprocal: 0.91 to 0.87.
+- Text rows in the sublanes, result transposed at the end: 0.68. Blocks of 512 tokens, so that
+  each weight tile of the matrix unit serves more rows: 0.55. Blocks of 128 were at 1.0.
+- Backward with blocks of 256: predicted 0.9, found 1.16.
+"""

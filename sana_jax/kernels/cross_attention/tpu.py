@@ -1,0 +1,139 @@
+"""Softmax attention to a few hundred text rows for TPU (Pallas Mosaic), forward and backward.
+
+A grid step takes a block of tokens, all heads and all text rows: the logits of a head stay in VMEM.
+They are transposed, text rows in the sublanes: 300 rows fill 304 sublanes but would take 384 lanes,
+and sums over them need no lane shuffles. Heads of 72 or 112 lie side by side in the lanes, as the
+projection leaves them.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LOG2_E = 1.4426950408889634
+TOKENS = 512  # a grid step forward
+BACKWARD_TOKENS = 256
+
+
+def forward(q, kv, bias, heads):
+    """q (B, N, C), keys and values side by side (B, L, 2C), logits' bias (B, L) in float32."""
+    batch, tokens, channels = q.shape
+    rows = kv.shape[1]
+    block = min(TOKENS, -(-tokens // 16) * 16)
+    array = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
+    return pl.pallas_call(
+        partial(_forward_kernel, heads=heads),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(batch, pl.cdiv(tokens, block)),
+        in_specs=[
+            array,
+            pl.BlockSpec((1, rows, 2 * channels), lambda b, i: (b, 0, 0)),
+            pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0)),
+        ],
+        out_specs=array,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=100 * 2**20
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * batch * tokens * rows * channels,
+            bytes_accessed=(2 * q.size + kv.size) * q.dtype.itemsize,
+            transcendentals=batch * tokens * rows * heads,
+        ),
+        name="cross_attention_forward",
+    )(q, kv, bias[:, :, None])
+
+
+def _dot(x, y, contract):
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dims = ((contract[:1], contract[1:]), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(q_ref, kv_ref, bias_ref, out_ref, *, heads):
+    channels = q_ref.shape[2]
+    width = channels // heads
+    bias = bias_ref[0] * LOG2_E
+    for h in range(heads):
+        lanes, v_lanes = _lanes(h, width, channels)
+        v = kv_ref[0, :, v_lanes]
+        weights = _exponentials(q_ref[0, :, lanes], kv_ref[0, :, lanes], bias)
+        share = _reciprocal(jnp.sum(weights, axis=0, keepdims=True), v.dtype)
+        out = _dot(v, weights.astype(v.dtype), (0, 0)) * share  # (D, tokens)
+        out_ref[0, :, lanes] = out.T.astype(out_ref.dtype)
+
+
+def _lanes(h, width, channels):
+    """Where head h's queries or keys, and its values, stand."""
+    return tuple(slice(start + h * width, start + (h + 1) * width) for start in (0, channels))
+
+
+def _exponentials(q, k, bias):
+    """exp(logits) of a head up to a factor a token, (L, tokens); `bias` is in units of log 2."""
+    logits = _dot(k, q, (1, 1)) * (q.shape[1] ** -0.5 * LOG2_E) + bias
+    return jnp.exp2(logits - jnp.max(logits, axis=0, keepdims=True))
+
+
+def _reciprocal(x, dtype):
+    """1 / x, good to bfloat16 where that is what the network runs in."""
+    return pl.reciprocal(x, approx=dtype == jnp.bfloat16)
+
+
+def backward(q, kv, bias, cotangent, heads):
+    """The cotangents of q and of keys and values, the latter in float32."""
+    batch, tokens, channels = q.shape
+    rows = kv.shape[1]
+    block = min(BACKWARD_TOKENS, -(-tokens // 16) * 16)
+    array = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
+    text = pl.BlockSpec((1, rows, 2 * channels), lambda b, i: (b, 0, 0))
+    return pl.pallas_call(
+        partial(_backward_kernel, heads=heads, tokens=tokens),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(kv.shape, jnp.float32),
+        ],
+        grid=(batch, pl.cdiv(tokens, block)),
+        in_specs=[array, text, pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0)), array],
+        out_specs=[array, text],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=10 * batch * tokens * rows * channels,
+            bytes_accessed=3 * q.size * q.dtype.itemsize + kv.size * (q.dtype.itemsize + 4),
+            transcendentals=batch * tokens * rows * heads,
+        ),
+        name="cross_attention_backward",
+    )(q, kv, bias[:, :, None], cotangent)
+
+
+def _backward_kernel(q_ref, kv_ref, bias_ref, cotangent_ref, d_q_ref, d_kv_ref, *, heads, tokens):
+    channels = q_ref.shape[2]
+    width = channels // heads
+    scale = width**-0.5
+    first = pl.program_id(1) == 0
+    bias = bias_ref[0] * LOG2_E
+    for h in range(heads):
+        lanes, v_lanes = _lanes(h, width, channels)
+        q, k, v = q_ref[0, :, lanes], kv_ref[0, :, lanes], kv_ref[0, :, v_lanes]
+        d_out = cotangent_ref[0, :, lanes]
+        if tokens % q.shape[0]:  # what stands behind the last token may be anything
+            row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0)
+            valid = row < tokens - pl.program_id(1) * q.shape[0]
+            q, d_out = (jnp.where(valid, x, jnp.zeros_like(x)) for x in (q, d_out))
+        weights = _exponentials(q, k, bias)
+        weights = weights * _reciprocal(jnp.sum(weights, axis=0, keepdims=True), q.dtype)
+        d_weights = _dot(v, d_out, (1, 1))
+        inner = jnp.sum(weights * d_weights, axis=0, keepdims=True)
+        d_logits = (weights * (d_weights - inner) * scale).astype(q.dtype)
+        d_q_ref[0, :, lanes] = _dot(k, d_logits, (0, 0)).T.astype(d_q_ref.dtype)
+        for to, left, right in ((lanes, d_logits, q), (v_lanes, weights.astype(q.dtype), d_out)):
+            so_far = jnp.where(first, 0.0, d_kv_ref[0, :, to])
+            d_kv_ref[0, :, to] = so_far + _dot(left, right, (1, 0))
+
+
+def supported(rows: int) -> bool:
+    """Whether the logits of a head, with what the backward pass keeps beside them, fit in VMEM."""
+    return rows <= 1024

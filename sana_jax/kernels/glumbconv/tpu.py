@@ -1,0 +1,238 @@
+"""The middle of Mix-FFN for TPU (Pallas Mosaic), forward and backward.
+
+A grid step takes 128 channels of the value, the same 128 of the gate, and one image. SiLU fills a
+float32 scratch with a border of zeros; the convolution reads it at nine offsets, which costs the
+vector unit nothing: vector loads may start at any row. Rows keep eight columns free on either side
+so that the rows themselves stay aligned. Value and gate come as two arrays, so that their blocks
+are aligned whatever the width; a ragged last block computes garbage that is never written.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+LANES = 128
+BORDER = 8  # columns, a sublane tile
+# Pixels that one turn of a loop handles: enough to hide the latency of tanh, few enough for the
+# registers. Filling needs one result a vector, the convolution an accumulator.
+FILL, CONVOLVE = 256, 128
+VMEM_BYTES = 100 * 2**20
+
+
+def supported(height: int, width: int) -> bool:
+    """Whether an image of 128 channels fits into VMEM with its scratch, forward and backward."""
+    return 4 * (height + 4) * (width + 2 * BORDER + 8) * LANES * 4 < VMEM_BYTES // 2
+
+
+def forward(value, gate, bias, kernel, depthwise_bias):
+    """value * silu(gate) after bias, SiLU, 3x3 and bias; (B, H, W, C) each, see `_call`."""
+    (out,) = _call(_forward_kernel, (value, gate), (bias, kernel, depthwise_bias), 1, 0)
+    return out
+
+
+def backward(
+    value: Float[Array, "B H W C"],
+    gate: Float[Array, "B H W C"],
+    bias: Float[Array, "2 C"],
+    kernel: Float[Array, "9 2 C"],
+    depthwise_bias: Float[Array, "2 C"],
+    cotangent: Float[Array, "B H W C"],
+):
+    """The cotangents of all five inputs; those of the weights are float32 sums over pixels."""
+    return _call(_backward_kernel, (value, gate, cotangent), (bias, kernel, depthwise_bias), 2, 3)
+
+
+def _call(body, images, weights, image_results, weight_results):
+    """A kernel over (block of channels, image).
+
+    `weights` are bias (2, C), taps (9, 2, C) and depthwise bias (2, C), value first. The first
+    `weight_results` of them come back as float32 sums over all images.
+    """
+    batch, height, width, channels = images[0].shape
+    dtype = images[0].dtype
+    image = pl.BlockSpec((1, height, width, LANES), lambda j, b: (b, 0, 0, j))
+    vector = pl.BlockSpec((2, LANES), lambda j, b: (0, j))
+    taps = pl.BlockSpec((9, 2, LANES), lambda j, b: (0, 0, j))
+    weight_specs = [vector, taps, vector]
+    columns = -(-width // 8) * 8 + 2 * BORDER
+    scratch = pltpu.VMEM((2, height + 2, columns, LANES), jnp.float32)
+    moved = (len(images) + image_results) * images[0].size * dtype.itemsize
+    return pl.pallas_call(
+        body,
+        out_shape=[jax.ShapeDtypeStruct(images[0].shape, dtype)] * image_results
+        + [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in weights[:weight_results]],
+        grid=(pl.cdiv(channels, LANES), batch),
+        in_specs=[image] * len(images) + weight_specs,
+        out_specs=[image] * image_results + weight_specs[:weight_results],
+        scratch_shapes=[scratch] * image_results,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=0, bytes_accessed=moved, transcendentals=3 * images[0].size
+        ),
+        name=f"glumbconv{body.__name__.removesuffix('_kernel')}",
+    )(*images, *weights)
+
+
+def _rows(height, width, pixels, body, start):
+    """A loop over rows, unrolled to about `pixels` a turn."""
+    unroll = math.gcd(height, max(1, pixels // width))
+    return jax.lax.fori_loop(0, height, body, start, unroll=unroll)
+
+
+def _half_silu(h):
+    """silu(2 h): one transcendental, no division."""
+    return h * jnp.tanh(h) + h
+
+
+def _half_silu_slope(h):
+    """The derivative of silu at 2 h."""
+    t = jnp.tanh(h)
+    return (0.5 + 0.5 * t) * (1.0 + h * (1.0 - t))
+
+
+def _clear_border(ref, half, height, width):
+    """Zeroes around a scratch image; the columns beside row y are cleared when it is written."""
+    line = jnp.zeros((ref.shape[2], LANES), jnp.float32)
+    ref[half, 0] = line
+    ref[half, height + 1] = line
+
+
+def _put_row(ref, half, y, row):
+    width = row.shape[0]
+    after = ref.shape[2] - BORDER - width
+    ref[half, y + 1, :BORDER] = jnp.zeros((BORDER, LANES), jnp.float32)
+    ref[half, y + 1, BORDER + width :] = jnp.zeros((after, LANES), jnp.float32)
+    ref[half, y + 1, BORDER : BORDER + width] = row
+
+
+def _neighbours(ref, half, y, width):
+    """The nine shifted rows around row y, tap by tap."""
+    for dy in range(3):
+        for dx in range(3):
+            start = BORDER - 1 + dx
+            yield ref[half, y + dy, start : start + width]
+
+
+def _fill(images, bias_ref, u_ref):
+    """silu(image + bias) of value and gate into the scratch."""
+    for half, ref in enumerate(images):
+        _, height, width, _ = ref.shape
+        _clear_border(u_ref, half, height, width)
+        bias = 0.5 * bias_ref[half : half + 1].astype(jnp.float32)
+
+        def row(y, _, half=half, ref=ref, bias=bias):
+            h = 0.5 * ref[0, y].astype(jnp.float32) + bias
+            _put_row(u_ref, half, y, _half_silu(h))
+
+        _rows(height, width, FILL, lambda y, _: row(y, _), None)
+
+
+def _convolve(ref, half, y, width, taps, bias):
+    out = bias
+    for tap, row in zip(taps, _neighbours(ref, half, y, width), strict=True):
+        out = out + row * tap
+    return out
+
+
+def _taps(kernel_ref, half):
+    return [kernel_ref[i, half : half + 1].astype(jnp.float32) for i in range(9)]
+
+
+def _forward_kernel(value_ref, gate_ref, bias_ref, kernel_ref, depthwise_ref, out_ref, u_ref):
+    _, height, width, _ = value_ref.shape
+    _fill((value_ref, gate_ref), bias_ref, u_ref)
+    taps, biases = _convolution_weights(kernel_ref, depthwise_ref)
+
+    def row(y, _):
+        value = _convolve(u_ref, 0, y, width, taps[0], biases[0])
+        half_gate = _convolve(u_ref, 1, y, width, taps[1], biases[1])
+        out_ref[0, y] = (value * _half_silu(half_gate)).astype(out_ref.dtype)
+
+    _rows(height, width, CONVOLVE, row, None)
+
+
+def _convolution_weights(kernel_ref, depthwise_ref):
+    """Taps and biases of value and of half the gate, which is what its SiLU takes."""
+    biases = [depthwise_ref[i : i + 1].astype(jnp.float32) for i in range(2)]
+    taps = [_taps(kernel_ref, i) for i in range(2)]
+    return [taps[0], [0.5 * tap for tap in taps[1]]], [biases[0], 0.5 * biases[1]]
+
+
+def _fold(x):
+    """Adds rows up to one tile of them; the rest is added up at the end."""
+    width = x.shape[0]
+    if width % 8:
+        return jnp.sum(x, axis=0, keepdims=True)
+    return sum(x[i : i + 8] for i in range(0, width, 8))
+
+
+def _backward_kernel(
+    value_ref,
+    gate_ref,
+    cotangent_ref,
+    bias_ref,
+    kernel_ref,
+    depthwise_ref,
+    d_value_ref,
+    d_gate_ref,
+    d_bias_ref,
+    d_kernel_ref,
+    d_depthwise_ref,
+    u_ref,
+    d_ref,
+):
+    _, height, width, _ = value_ref.shape
+    images = (value_ref, gate_ref)
+    _fill(images, bias_ref, u_ref)
+    taps, biases = _convolution_weights(kernel_ref, depthwise_ref)
+    nothing = jnp.zeros((1 if width % 8 else 8, LANES), jnp.float32)
+
+    def gate_row(y, sums):
+        """Cotangents of the convolution's two results."""
+        value = _convolve(u_ref, 0, y, width, taps[0], biases[0])
+        half_gate = _convolve(u_ref, 1, y, width, taps[1], biases[1])
+        t = jnp.tanh(half_gate)
+        cotangent = cotangent_ref[0, y].astype(jnp.float32)
+        d_value = cotangent * (half_gate * t + half_gate)
+        slope = (0.5 + 0.5 * t) * (1.0 + half_gate * (1.0 - t))
+        d_gate = cotangent * value * slope
+        for half, d in enumerate((d_value, d_gate)):
+            _put_row(d_ref, half, y, d)
+        return sums[0] + _fold(d_value), sums[1] + _fold(d_gate)
+
+    for half in range(2):
+        _clear_border(d_ref, half, height, width)
+    d_depthwise = _rows(height, width, CONVOLVE, gate_row, (nothing, nothing))
+    first = pl.program_id(1) == 0
+
+    def accumulate(ref, index, sums):
+        ref[index] = jnp.where(first, 0.0, ref[index]) + jnp.sum(sums, axis=0, keepdims=True)
+
+    for half, d_image_ref in enumerate((d_value_ref, d_gate_ref)):
+        plain_taps = _taps(kernel_ref, half)[::-1]  # a convolution's transpose is flipped
+        bias = 0.5 * bias_ref[half : half + 1].astype(jnp.float32)
+
+        def row(y, sums, half=half, out=d_image_ref, taps=plain_taps, bias=bias):
+            """Cotangent of the image, and what this row adds to those of the taps."""
+            u = u_ref[half, y + 1, BORDER : BORDER + width]
+            d_u, tap_sums = 0.0, []
+            for tap, d in zip(taps, _neighbours(d_ref, half, y, width), strict=True):
+                d_u = d_u + d * tap
+                tap_sums.append(_fold(d * u))
+            h = 0.5 * images[half][0, y].astype(jnp.float32) + bias
+            d_image = d_u * _half_silu_slope(h)
+            out[0, y] = d_image.astype(out.dtype)
+            return [a + b for a, b in zip(sums, [_fold(d_image), *tap_sums], strict=True)]
+
+        d_bias, *d_taps = _rows(height, width, CONVOLVE, row, [nothing] * 10)
+        vector = slice(half, half + 1)
+        accumulate(d_bias_ref, (vector,), d_bias)
+        accumulate(d_depthwise_ref, (vector,), d_depthwise[half])
+        for i, d_tap in enumerate(reversed(d_taps)):
+            accumulate(d_kernel_ref, (i, vector), d_tap)

@@ -1,0 +1,179 @@
+"""ReLU linear attention for GPU (Pallas Triton), forward and backward; tpu.py has the formulas.
+
+A program takes one head: all tokens in turn where it sums a state, one block of tokens where it
+uses one. `state` is the (2 D, C) of tpu.py: S above T.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+TOKENS = 64  # a block: four warps' worth of rows for the tensor cores
+
+
+def supported(head_dim: int) -> bool:
+    """Whether a head is a tile of the tensor cores."""
+    return head_dim in (16, 32, 64, 128)
+
+
+def state(qkv, head_dim):
+    return _call(_state_kernel, (qkv,), head_dim, "state", name="state")
+
+
+def apply(qkv, total, head_dim, epsilon):
+    kernel = partial(_apply_kernel, epsilon=epsilon)
+    return _call(kernel, (qkv, total), head_dim, "rows", name="apply")
+
+
+def state_cotangent(qkv, total, cotangent, head_dim, epsilon):
+    kernel = partial(_state_cotangent_kernel, epsilon=epsilon)
+    operands = (qkv, total, cotangent)
+    return _call(kernel, operands, head_dim, "state", name="state_cotangent")
+
+
+def cotangents(qkv, total, total_cotangent, cotangent, head_dim, epsilon):
+    kernel = partial(_cotangents_kernel, epsilon=epsilon)
+    operands = (qkv, total, total_cotangent, cotangent)
+    return _call(kernel, operands, head_dim, "qkv", name="cotangents")
+
+
+def _call(kernel, operands, head_dim, out, *, name):
+    qkv = operands[0]
+    batch, tokens, channels = qkv.shape
+    channels //= 3
+    heads = channels // head_dim
+    shape, dtype = {
+        "state": ((batch, 2 * head_dim, channels), jnp.float32),
+        "rows": ((batch, tokens, channels), qkv.dtype),
+        "qkv": (qkv.shape, qkv.dtype),
+    }[out]
+    grid = (batch, heads) if out == "state" else (batch, heads, pl.cdiv(tokens, TOKENS))
+    return pl.pallas_call(
+        partial(kernel, head_dim=head_dim, channels=channels, tokens=tokens),
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        grid=grid,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        name=f"linear_attention_{name}",
+    )(*operands)
+
+
+def _dot(x, y, dtype, *, transpose_x=False, transpose_y=False):
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return plgpu.dot(
+        x.astype(dtype), y.astype(dtype), transpose_x, transpose_y, precision=precision
+    ).astype(jnp.float32)
+
+
+class _Head:
+    """One head of one image: where its rows and columns stand."""
+
+    def __init__(self, head_dim, channels, tokens):
+        self.image, self.head = pl.program_id(0), pl.program_id(1)
+        self.head_dim, self.channels, self.tokens = head_dim, channels, tokens
+
+    def _rows(self, block, part):
+        first = part * self.channels + self.head * self.head_dim
+        rows = pl.ds(block * TOKENS, TOKENS)
+        valid = block * TOKENS + jnp.arange(TOKENS) < self.tokens
+        mask = jnp.broadcast_to(valid[:, None], (TOKENS, self.head_dim))
+        return (self.image, rows, pl.ds(first, self.head_dim)), mask
+
+    def load(self, ref, block, part=0):
+        """(TOKENS, D), zero behind the last token."""
+        where, mask = self._rows(block, part)
+        return plgpu.load(ref.at[where], mask=mask, other=0.0)
+
+    def store(self, ref, block, value, part=0):
+        where, mask = self._rows(block, part)
+        plgpu.store(ref.at[where], value.astype(ref.dtype), mask=mask)
+
+    def state(self, ref, part):
+        """S (part 0) or T (part 1), (D, D)."""
+        rows, columns = pl.ds(part * self.head_dim, self.head_dim), self._columns()
+        return plgpu.load(ref.at[self.image, rows, columns])
+
+    def store_state(self, ref, part, value):
+        rows, columns = pl.ds(part * self.head_dim, self.head_dim), self._columns()
+        plgpu.store(ref.at[self.image, rows, columns], value)
+
+    def _columns(self):
+        return pl.ds(self.head * self.head_dim, self.head_dim)
+
+    def sum_states(self, products):
+        """Sums pairs of (D, D) products over the blocks of tokens."""
+
+        def step(block, sums):
+            return tuple(s + p for s, p in zip(sums, products(block), strict=True))
+
+        zero = jnp.zeros((self.head_dim, self.head_dim), jnp.float32)
+        return jax.lax.fori_loop(0, pl.cdiv(self.tokens, TOKENS), step, (zero, zero))
+
+
+def _relu(x):
+    return jnp.maximum(x, jnp.zeros_like(x))
+
+
+def _state_kernel(qkv_ref, out_ref, **sizes):
+    head, dtype = _Head(**sizes), qkv_ref.dtype
+
+    def products(block):
+        k, v = _relu(head.load(qkv_ref, block, 1)), head.load(qkv_ref, block, 2)
+        return tuple(_dot(k, x, dtype, transpose_x=True) for x in (v, jnp.ones_like(v)))
+
+    for part, value in enumerate(head.sum_states(products)):
+        head.store_state(out_ref, part, value)
+
+
+def _quotient(head, q, state_ref, epsilon):
+    """q S / (q T + epsilon), the denominator, S and T."""
+    s, t = head.state(state_ref, 0), head.state(state_ref, 1)
+    denominator = _dot(q, t, q.dtype) + epsilon
+    return _dot(q, s, q.dtype) / denominator, denominator, s, t
+
+
+def _apply_kernel(qkv_ref, state_ref, out_ref, *, epsilon, **sizes):
+    head, block = _Head(**sizes), pl.program_id(2)
+    q = _relu(head.load(qkv_ref, block))
+    head.store(out_ref, block, _quotient(head, q, state_ref, epsilon)[0])
+
+
+def _output_cotangents(head, block, q, state_ref, cotangent_ref, epsilon):
+    """Cotangents of q S and q T, zero behind the last token; S and T."""
+    out, denominator, s, t = _quotient(head, q, state_ref, epsilon)
+    d_numerator = head.load(cotangent_ref, block).astype(jnp.float32) / denominator
+    valid = block * TOKENS + jnp.arange(TOKENS) < head.tokens
+    d_numerator = jnp.where(valid[:, None], d_numerator, 0.0)
+    return d_numerator, jnp.where(valid[:, None], -d_numerator * out, 0.0), s, t
+
+
+def _state_cotangent_kernel(qkv_ref, state_ref, cotangent_ref, out_ref, *, epsilon, **sizes):
+    head, dtype = _Head(**sizes), qkv_ref.dtype
+
+    def products(block):
+        q = _relu(head.load(qkv_ref, block))
+        both = _output_cotangents(head, block, q, state_ref, cotangent_ref, epsilon)[:2]
+        return tuple(_dot(q, d, dtype, transpose_x=True) for d in both)
+
+    for part, value in enumerate(head.sum_states(products)):
+        head.store_state(out_ref, part, value)
+
+
+def _cotangents_kernel(
+    qkv_ref, state_ref, d_state_ref, cotangent_ref, out_ref, *, epsilon, **sizes
+):
+    head, block, dtype = _Head(**sizes), pl.program_id(2), qkv_ref.dtype
+    q, k, v = (head.load(qkv_ref, block, part) for part in range(3))
+    d_numerator, d_denominator, s, t = _output_cotangents(
+        head, block, _relu(q), state_ref, cotangent_ref, epsilon
+    )
+    d_s, d_t = head.state(d_state_ref, 0), head.state(d_state_ref, 1)
+    transposed = dict(transpose_y=True)
+    d_q = _dot(d_numerator, s, dtype, **transposed) + _dot(d_denominator, t, dtype, **transposed)
+    d_k = _dot(v, d_s, dtype, **transposed) + _dot(jnp.ones_like(v), d_t, dtype, **transposed)
+    d_v = _dot(_relu(k), d_s, dtype)
+    head.store(out_ref, block, jnp.where(q > 0, d_q, 0.0), 0)
+    head.store(out_ref, block, jnp.where(k > 0, d_k, 0.0), 1)
+    head.store(out_ref, block, d_v, 2)

@@ -1,0 +1,89 @@
+"""What is measured, and on which numbers: the same for us and for the reference."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from sana_jax import random_weights
+from sana_jax.toy_tokenizer import WORDS
+
+# part -> the network that it runs
+PARTS = {
+    "text": "text_encoder",
+    "trunk": "dit",
+    "loop": "dit",
+    "decode": "vae",
+    "encode": "vae",
+}
+INSTRUCTION_TOKENS = 222  # as many as the published instruction has
+PROMPT_TOKENS = 20
+GUIDANCE_SCALE = 4.5
+TIMESTEP = 500.0
+DISTINCT = 10_000_019  # weights of a kind; a prime, so that repetitions never line up
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One part of a preset, as both sides run it."""
+
+    preset: str
+    part: str
+    batch: int
+    size: int  # pixels a side
+    dtype: str
+    steps: int  # of the loop that is timed
+    compiled: bool = False  # the reference under torch.compile
+
+
+def checkpoint(settings: Settings):
+    """The preset's networks; their weights are made when they are used, the same on both sides."""
+    return random_weights.make(settings.preset, settings.dtype, distinct=DISTINCT)
+
+
+def instruction() -> str:
+    """A text of the length of the complex human instruction; a word is a token, so is its start."""
+    return " ".join(itertools.islice(itertools.cycle(WORDS), INSTRUCTION_TOKENS - 1)) + " "
+
+
+def prompts(batch: int, call: int) -> list[str]:
+    """Short prompts, all of one length, others at every call: nothing can be remembered."""
+    starts = range(batch * call, batch * (call + 1))
+    words = [WORDS[start % len(WORDS) :] + WORDS for start in starts]
+    return [" ".join(some[: PROMPT_TOKENS - 1]) for some in words]
+
+
+def trunk(batch: int, side: int, channels: int, rows: int, width: int) -> dict[str, np.ndarray]:
+    """Both halves of guidance, every row of text in use."""
+    rng = np.random.default_rng(0)
+    return dict(
+        latents=rng.standard_normal((2 * batch, side, side, channels), np.float32),
+        captions=rng.standard_normal((2 * batch, rows, width), np.float32),
+        mask=np.ones((2 * batch, rows), bool),
+    )
+
+
+def loop(batch: int, side: int, channels: int, rows: int, width: int) -> dict[str, np.ndarray]:
+    """Noise, short prompts, and the empty negative prompt, of one token."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([PROMPT_TOKENS, 1])[:, None, None]
+    masks = np.broadcast_to(np.arange(rows) < lengths, (2, batch, rows))
+    captions = rng.standard_normal((2, batch, rows, width), np.float32) * masks[..., None]
+    captions[1] = captions[1, :1]  # one empty prompt for all
+    return dict(
+        latents=rng.standard_normal((batch, side, side, channels), np.float32),
+        captions=captions[0],
+        mask=masks[0],
+        negative=captions[1],
+        negative_mask=masks[1],
+    )
+
+
+def decode(batch: int, side: int, channels: int) -> np.ndarray:
+    """Latents as a sampler leaves them."""
+    return np.random.default_rng(0).standard_normal((batch, side, side, channels), np.float32)
+
+
+def encode(batch: int, size: int) -> np.ndarray:
+    """Pixels in [-1, 1]."""
+    return np.random.default_rng(0).uniform(-1, 1, (batch, size, size, 3)).astype(np.float32)

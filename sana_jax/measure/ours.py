@@ -1,0 +1,128 @@
+"""Our side of a measurement: SanaPipeline on one device, with random weights of one network."""
+
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sana_jax import SanaPipeline, flops
+from sana_jax.checkpoints.components import component_dtype, param_shapes, place
+from sana_jax.measure import inputs
+from sana_jax.measure.inputs import PARTS, Settings
+from sana_jax.sharding import make_mesh
+
+
+def make_pipeline(settings: Settings) -> SanaPipeline:
+    """The preset's pipeline without any weights."""
+    checkpoint = inputs.checkpoint(settings)
+    checkpoint.params = {}
+    return SanaPipeline(checkpoint, make_mesh(devices=jax.local_devices()[:1]), settings.dtype)
+
+
+class Ours:
+    """One part: `load` its weights, then `run(call)`, which waits for its result."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.device = settings, jax.local_devices()[0]
+        self.pipe = make_pipeline(settings)
+
+    def load(self) -> None:
+        pipe, name = self.pipe, PARTS[self.settings.part]
+        weights = inputs.checkpoint(self.settings).params[name]
+        dtype = component_dtype(name, self.settings.dtype)
+        pipe.params[name] = place(weights, getattr(pipe.checkpoint, name), dtype, pipe.mesh)
+        self._run = prepare(pipe, self.settings)
+
+    def run(self, call: int) -> jax.Array:
+        return jax.block_until_ready(self._run(call))
+
+    def to_numpy(self, out: jax.Array) -> np.ndarray:
+        return np.asarray(out, np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        name = PARTS[self.settings.part]
+        shapes = param_shapes(getattr(self.pipe.checkpoint, name)).values()
+        weights = sum(math.prod(leaf.shape) for leaf in shapes)
+        return dict(
+            platform=self.device.platform,
+            device=self.device.device_kind,
+            cores=len(os.sched_getaffinity(0)),
+            jax=jax.__version__,
+            flops=count(self.pipe, self.settings),
+            weight_bytes=weights * jnp.dtype(component_dtype(name, self.settings.dtype)).itemsize,
+        )
+
+    def peak_bytes(self) -> int | None:
+        """The most that was in use of the device's memory; None where it is the host's."""
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    def peak_flops(self) -> float:
+        """FLOP/s of the fastest of some large square products in the same dtype."""
+        side, calls = (2048, 1) if self.device.platform == "cpu" else (8192, 10)
+        float32 = self.settings.dtype == "float32"
+
+        @jax.jit
+        def product(a, b):
+            # With float32 sums in every dtype: a narrow product is fastest so, on a CPU too.
+            return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+        best = math.inf
+        with jax.default_matmul_precision("float32" if float32 else "default"):
+            a = jnp.ones((side, side), self.settings.dtype)
+            jax.block_until_ready(product(a, a))
+            for _ in range(6):
+                start = time.perf_counter()
+                for _ in range(calls):
+                    out = product(a, a)
+                jax.block_until_ready(out)
+                best = min(best, (time.perf_counter() - start) / calls)
+        return 2 * side**3 / best
+
+
+def prepare(pipe: SanaPipeline, settings: Settings):
+    """The part as a function of the number of the call; its inputs are on the device."""
+    batch, side, dit = settings.batch, settings.size // pipe.factor, pipe.checkpoint.dit
+    channels, rows = pipe.latent_channels, pipe.checkpoint.text_rows
+    network = batch, side, channels, rows, dit.caption_channels
+    if settings.part == "text":
+        text = inputs.instruction()
+        return lambda call: pipe.encode_prompt(inputs.prompts(batch, call), text)[0]
+    if settings.part == "trunk":
+        given = jax.tree.map(jnp.asarray, inputs.trunk(*network))
+        timestep = jnp.full(2 * batch, inputs.TIMESTEP)
+        latents, captions, mask = given["latents"], given["captions"], given["mask"]
+        return lambda call: pipe.velocity(latents, timestep, captions, mask)
+    if settings.part == "loop":
+        given = jax.tree.map(jnp.asarray, inputs.loop(*network))
+
+        def encode_prompt(texts, instruction="auto"):
+            names = ("captions", "mask") if texts[0] else ("negative", "negative_mask")
+            return tuple(given[name][: len(texts)] for name in names)
+
+        pipe.encode_prompt = encode_prompt  # another part
+        options = dict(num_steps=settings.steps, guidance_scale=inputs.GUIDANCE_SCALE)
+        size = dict(height=settings.size, width=settings.size, output="latent")
+        return lambda call: pipe(["x"] * batch, latents=given["latents"], **options, **size)
+    if settings.part == "decode":
+        latents = jnp.asarray(inputs.decode(batch, side, channels))
+        return lambda call: pipe.decode(latents)
+    images = jnp.asarray(inputs.encode(batch, settings.size))
+    return lambda call: pipe.encode(images)
+
+
+def count(pipe: SanaPipeline, settings: Settings) -> int:
+    """The part's floating-point operations, as flops.py counts them, without padding of texts."""
+    checkpoint, size, batch = pipe.checkpoint, settings.size, settings.batch
+    side, rows = size // pipe.factor, checkpoint.text_rows
+    if settings.part == "text":
+        text = inputs.instruction() + inputs.prompts(1, 0)[0]
+        return batch * flops.text(checkpoint.text_encoder, len(checkpoint.tokenizer.encode(text)))
+    if settings.part in ("trunk", "loop"):
+        evaluations = 2 * (settings.steps if settings.part == "loop" else 1)
+        return batch * evaluations * flops.trunk(checkpoint.dit, side, side, rows)
+    count_one = {"decode": flops.decode, "encode": flops.encode}[settings.part]
+    return batch * count_one(checkpoint.vae, size, size)

@@ -1,0 +1,185 @@
+"""The reference's side of a measurement: diffusers, with the weights that our side has.
+
+The only file of the package that uses torch and diffusers, in a process of its own; everything
+else does without them.
+"""
+
+import gc
+import os
+
+import numpy as np
+
+from sana_jax.checkpoints.diffusers_names import entries
+from sana_jax.checkpoints.mapping import write_params
+from sana_jax.measure import inputs
+from sana_jax.measure.inputs import PARTS, Settings
+
+
+class Diffusers:
+    """As measure.ours.Ours. Eager at its best: inference mode, channels last, all cores."""
+
+    def __init__(self, settings: Settings):
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        # As precise as we are where float32 is asked for.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+        self.settings, self.cuda = settings, torch.cuda.is_available()
+
+    def load(self) -> None:
+        checkpoint = inputs.checkpoint(self.settings)
+        module = _make_module(checkpoint, self.settings, "cuda" if self.cuda else "cpu")
+        self._run = _prepare(checkpoint, self.settings, module)
+
+    def run(self, call: int):
+        import torch
+
+        with torch.inference_mode():
+            out = self._run(call)
+            if self.cuda:
+                torch.cuda.synchronize()
+        return out
+
+    def to_numpy(self, out) -> np.ndarray:
+        array = out.float().cpu().numpy()
+        return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+    def describe(self) -> dict[str, str]:
+        import diffusers
+        import torch
+
+        return dict(torch=torch.__version__, diffusers=diffusers.__version__)
+
+    def peak_bytes(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.cuda else None
+
+
+def _make_module(checkpoint, settings: Settings, device: str):
+    """The network of the part, with the random weights of our side."""
+    import torch
+    from diffusers import AutoencoderDC, SanaTransformer2DModel
+    from torch.overrides import TorchFunctionMode
+    from transformers import Gemma2Config, Gemma2Model
+
+    class Uninitialised(TorchFunctionMode):
+        """Leaves out the drawing of weights that are overwritten at once."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if getattr(function, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            return function(*args, **kwargs)
+
+    name, dtype = PARTS[settings.part], getattr(torch, settings.dtype)
+    config = getattr(checkpoint, name)
+    standard = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with Uninitialised(), torch.device(device):
+            if name == "text_encoder":
+                module = Gemma2Model(Gemma2Config(**config.to_transformers()))
+            else:
+                kind = {"dit": SanaTransformer2DModel, "vae": AutoencoderDC}[name]
+                module = kind.from_config(config.to_diffusers())
+    finally:
+        torch.set_default_dtype(standard)
+    tensors = module.state_dict()
+    for key, lazy in write_params(entries(config), checkpoint.params[name]):
+        array = np.asarray(lazy)
+        if settings.dtype == "bfloat16":  # torch does not know ml_dtypes' type
+            value = torch.from_numpy(array.view(np.uint16)).view(dtype)
+        else:
+            value = torch.from_numpy(array)
+        tensors.pop(key).copy_(value)
+    assert all("num_batches_tracked" in key for key in tensors), sorted(tensors)
+    del array, value, lazy
+    gc.collect()
+    module = module.eval().requires_grad_(False)
+    if name != "text_encoder":
+        module = module.to(memory_format=torch.channels_last)
+    return module
+
+
+def _prepare(checkpoint, settings: Settings, module):
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+
+    device, dtype = module.device, module.dtype
+    batch, side = settings.batch, settings.size // checkpoint.vae.factor
+    channels, dit = checkpoint.vae.latent_channels, checkpoint.dit
+    network = batch, side, channels, checkpoint.text_rows, dit.caption_channels
+
+    def tensor(array, dtype=dtype):
+        """On the device; pictures and latents in the order of torch, channels last in memory."""
+        value = torch.tensor(array, device=device)
+        if value.ndim == 4:
+            value = value.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        return value.to(dtype)
+
+    def compiled(function):
+        mode = "max-autotune" if device.type == "cuda" else "default"
+        return torch.compile(function, mode=mode) if settings.compiled else function
+
+    if settings.part == "trunk":
+        given = inputs.trunk(*network)
+        latents, captions = tensor(given["latents"]), tensor(given["captions"])
+        mask = tensor(given["mask"], torch.int32)
+        timestep = torch.full((2 * batch,), inputs.TIMESTEP, device=device)
+        run = compiled(module)
+
+        def trunk(call):
+            named = dict(encoder_hidden_states=captions, encoder_attention_mask=mask)
+            return run(latents, timestep=timestep, **named, return_dict=False)[0]
+
+        return trunk
+    if settings.part == "decode":
+        latents, run = tensor(inputs.decode(batch, side, channels)), compiled(module.decode)
+        scale = module.config.scaling_factor
+        return lambda call: run(latents / scale, return_dict=False)[0]
+    if settings.part == "encode":
+        images, run = tensor(inputs.encode(batch, settings.size)), compiled(module.encode)
+        scale = module.config.scaling_factor
+        return lambda call: run(images, return_dict=False)[0] * scale
+
+    pipe = SanaPipeline(
+        tokenizer=checkpoint.tokenizer if settings.part == "text" else None,
+        text_encoder=compiled(module) if settings.part == "text" else None,
+        transformer=compiled(module) if settings.part == "loop" else None,
+        vae=None,
+        scheduler=DPMSolverMultistepScheduler(
+            flow_shift=checkpoint.flow_shift,
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+        ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if settings.part == "text":
+        text = [inputs.instruction()]
+
+        def encode(call):
+            prompts = inputs.prompts(batch, call)
+            rows, mask, *_ = pipe.encode_prompt(prompts, False, complex_human_instruction=text)
+            return rows * mask[..., None]
+
+        return encode
+
+    given = inputs.loop(*network)
+    options = dict(
+        prompt_embeds=tensor(given["captions"]),
+        prompt_attention_mask=tensor(given["mask"], torch.int32),
+        negative_prompt_embeds=tensor(given["negative"]),
+        negative_prompt_attention_mask=tensor(given["negative_mask"], torch.int32),
+        latents=tensor(given["latents"], torch.float32),
+        num_inference_steps=settings.steps,
+        guidance_scale=inputs.GUIDANCE_SCALE,
+        height=settings.size,
+        width=settings.size,
+        use_resolution_binning=False,
+        output_type="latent",
+        return_dict=False,
+    )
+    # The negative prompt is named by its embeddings alone.
+    return lambda call: pipe(negative_prompt=None, **options)[0]

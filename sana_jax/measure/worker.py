@@ -1,0 +1,160 @@
+"""One side of a measurement in a process of its own.
+
+So no side's weights, threads or memory are in the other's way, torch stays out of our process, and
+what is resident at most belongs to one side alone. The parent asks, the worker answers.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+from sana_jax.errors import UserError
+from sana_jax.measure.inputs import Settings
+
+LONG_ENOUGH = 0.3  # seconds; what is faster is run more than once
+MOST_CALLS = 50
+FAREWELL = 10  # seconds that an idle worker may take to end
+
+
+class Worker:
+    """The parent's end. `ours`, `diffusers` and `memory` are the kinds."""
+
+    def __init__(self, kind: str, settings: Settings):
+        self.kind, self.part, self._busy = kind, settings.part, False
+        context = multiprocessing.get_context("spawn")
+        self._connection, end = context.Pipe()
+        arguments = kind, settings, end
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        end.close()
+
+    def send(self, question: str, *arguments) -> None:
+        self._busy = True
+        # A worker that is gone shows when its answer is missing.
+        with contextlib.suppress(OSError):
+            self._connection.send((question, *arguments))
+
+    def receive(self) -> Any:
+        try:
+            status, answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            code = self._process.exitcode
+            reason = f"{self.part}, {self.kind}: the process died with status {code}"
+            if code == -signal.SIGKILL:
+                reason += ": too little memory, most likely; give a smaller --size or --batch"
+            raise UserError(reason) from None
+        self._busy = False
+        if status == "user":
+            raise UserError(f"{self.part}, {self.kind}: {answer}")
+        if status == "bug":
+            raise RuntimeError(f"{self.part}, {self.kind}:\n{answer}")
+        return answer
+
+    def ask(self, question: str, *arguments) -> Any:
+        self.send(question, *arguments)
+        return self.receive()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process, at once where it is busy; again is no harm."""
+        self._connection.close()
+        if self._busy:
+            self._process.kill()
+        self._process.join(FAREWELL)
+        self._process.kill()
+
+
+def _serve(kind: str, settings: Settings, connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on
+    os.dup2(2, 1)  # the parent's output is a table, and no library's notes
+    try:
+        if kind == "diffusers":
+            os.environ["JAX_PLATFORMS"] = "cpu"  # jax only lends its tables of names there
+        else:
+            # Beside another process on the same device; a cache would hide compilation.
+            os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+            os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        answers = _Memory(settings) if kind == "memory" else _Side(kind, settings)
+        while True:
+            question, *arguments = connection.recv()
+            connection.send(("ok", getattr(answers, question)(*arguments)))
+    except (EOFError, ConnectionError):
+        pass  # the parent is done, or gone
+    except UserError as error:
+        connection.send(("user", str(error)))
+    except Exception:
+        connection.send(("bug", traceback.format_exc()))
+        sys.exit(1)
+
+
+class _Memory:
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def analyse(self) -> dict[str, Any]:
+        from sana_jax.measure import memory
+
+        return memory.analyse(self.settings)
+
+
+class _Side:
+    """What a worker of kind `ours` or `diffusers` answers."""
+
+    def __init__(self, kind: str, settings: Settings):
+        if kind == "ours":
+            from sana_jax.measure.ours import Ours as Subject
+        else:
+            from sana_jax.measure.reference import Diffusers as Subject
+        self.subject, self.calls = Subject(settings), 0
+
+    def load(self) -> None:
+        self.subject.load()
+        with contextlib.suppress(OSError):  # weights were made in more memory than they take
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+
+    def describe(self) -> dict[str, Any]:
+        return self.subject.describe()
+
+    def peak_flops(self) -> float:
+        return self.subject.peak_flops()
+
+    def first(self):
+        """Seconds of the first call, compilation included, and what it gave."""
+        start = time.perf_counter()
+        out = self._call()
+        return time.perf_counter() - start, self.subject.to_numpy(out)
+
+    def run(self) -> float:
+        """Seconds of a call; the mean of several, after a first, where they are fast."""
+        start = time.perf_counter()
+        self._call()
+        seconds = time.perf_counter() - start
+        calls = min(MOST_CALLS, int(LONG_ENOUGH / seconds))
+        if calls < 2:
+            return seconds
+        start = time.perf_counter()
+        for _ in range(calls):
+            self._call()
+        return (time.perf_counter() - start) / calls
+
+    def peak_bytes(self) -> int:
+        """The device's memory, or where that is the host's, what was resident of the process."""
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return self.subject.peak_bytes() or resident
+
+    def _call(self):
+        self.calls += 1
+        return self.subject.run(self.calls - 1)

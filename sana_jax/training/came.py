@@ -1,0 +1,151 @@
+"""CAME: confidence-guided adaptive memory-efficient optimization (Luo et al., arXiv 2307.02047).
+
+For a matrix with gradient g, in float32 (the paper's algorithm 2, without bias correction):
+
+    V  = b2 V + (1 - b2) (g^2 + eps1)              kept as its mean over rows and over columns
+    u  = g / sqrt(V),  u = u / max(1, RMS(u) / clip)
+    m  = b1 m + (1 - b1) u
+    S  = b3 S + (1 - b3) ((u - m)^2 + eps2)        the instability, kept as V is
+    update = m / sqrt(S)
+
+A kept mean stands for the rank-one matrix (mean over columns) (mean over rows) / mean over both.
+As in the reference, what is a matrix is a parameter with two axes (dense layers, fused projections
+as one, modulation tables) or a 1x1 convolution; every other one (biases, norms, filters, depthwise
+or not) keeps V whole and its update is m. Stacked layers: see per_layer.py.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int8
+
+PyTree = Any
+
+BLOCK = 256  # at most; numbers that share a scale
+MIN_QUANTISED = 16384  # a smaller parameter keeps its momentum in float32, as in the reference
+
+
+class Factored(NamedTuple):
+    """The means of a matrix over its last axis and over its last but one."""
+
+    rows: Float[Array, "*K I"]
+    columns: Float[Array, "*K O"]
+
+
+class Quantised(NamedTuple):
+    """scale times codes; a scale for each `block_size` numbers along the last axis."""
+
+    codes: Int8[Array, "*K"]
+    scale: Float[Array, "*J blocks"]
+
+
+class Moments(NamedTuple):
+    """The state of one parameter."""
+
+    momentum: Float[Array, "*K"] | Quantised
+    square: Float[Array, "*K"] | Factored
+    instability: Factored | tuple[()]  # nothing, where it is no matrix
+
+
+def came(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    b3: float = 0.9999,
+    eps: tuple[float, float] = (1e-30, 1e-16),
+    clip: float = 1.0,
+    state_bits: int = 32,
+) -> optax.GradientTransformation:
+    """CAME's direction, to be scaled by the learning rate and subtracted.
+
+    Args:
+      b1, b2, b3: how slowly momentum, squares and instability are forgotten.
+      eps: what is added to g^2, and to the instability.
+      clip: the largest root mean square of u.
+      state_bits: 8 keeps the momentum of large matrices as int8, a float32 scale a block; the
+        means stay in float32.
+    """
+
+    def init(params):
+        return jax.tree.map(zero_moments, params)
+
+    def zero_moments(p):
+        zeros = jnp.zeros_like(p, jnp.float32)
+        small = is_matrix(p.shape)
+        momentum = quantise(zeros) if state_bits == 8 and is_quantised(p.shape) else zeros
+        return Moments(momentum, factor(zeros) if small else zeros, factor(zeros) if small else ())
+
+    def update(updates, state, params=None):
+        grads, tree = jax.tree.flatten(updates)
+        new = [
+            step(g, moments) for g, moments in zip(grads, tree.flatten_up_to(state), strict=True)
+        ]
+        return tuple(map(tree.unflatten, zip(*new, strict=True))) if new else (updates, state)
+
+    def step(gradient, old):
+        g = gradient.astype(jnp.float32)
+        square = average(old.square, g * g + eps[0], b2)
+        u = g * inverse_root(square)
+        u = u / jnp.maximum(1, jnp.sqrt(jnp.mean(u * u)) / clip)
+        was_quantised = isinstance(old.momentum, Quantised)
+        m = b1 * (dequantise(old.momentum) if was_quantised else old.momentum) + (1 - b1) * u
+        direction, instability = m, ()
+        if isinstance(old.instability, Factored):
+            instability = average(old.instability, (u - m) ** 2 + eps[1], b3)
+            direction = m * inverse_root(instability)
+        moments = Moments(quantise(m) if was_quantised else m, square, instability)
+        return direction.astype(gradient.dtype), moments
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a parameter has factored moments: (in, out), or the same of a 1x1 convolution."""
+    return len(shape) == 2 or (len(shape) == 4 and shape[:2] == (1, 1))
+
+
+def is_quantised(shape: tuple[int, ...]) -> bool:
+    """Whether a parameter's momentum is kept in 8 bits where that is asked for."""
+    # Where the width has no fair divisor the scales would cost more than the codes save.
+    return is_matrix(shape) and math.prod(shape) > MIN_QUANTISED and block_size(shape[-1]) >= 16
+
+
+def block_size(width: int) -> int:
+    """The largest divisor of the last axis up to BLOCK: a block never spans two rows."""
+    return max(size for size in range(1, BLOCK + 1) if width % size == 0)
+
+
+def factor(x: Float[Array, "*K I O"]) -> Factored:
+    """The two means that are kept of a matrix."""
+    return Factored(x.mean(-1), x.mean(-2))
+
+
+def average(old: Array | Factored, new: Array, decay: float) -> Array | Factored:
+    """The moving average of a statistic, in the form that `old` has."""
+    new = factor(new) if isinstance(old, Factored) else new
+    return jax.tree.map(lambda o, n: decay * o + (1 - decay) * n, old, new)
+
+
+def inverse_root(x: Array | Factored) -> Array:
+    """x^(-1/2), of the rank-one matrix where x is factored."""
+    if not isinstance(x, Factored):
+        return jax.lax.rsqrt(x)
+    rows = jax.lax.rsqrt(x.rows / x.rows.mean(-1, keepdims=True))
+    return rows[..., :, None] * jax.lax.rsqrt(x.columns)[..., None, :]
+
+
+def quantise(x: Float[Array, "*K"]) -> Quantised:
+    """The nearest of 255 steps between plus and minus the largest of each block."""
+    size = block_size(x.shape[-1])
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    scale = jnp.abs(blocks).max(-1) / 127
+    codes = jnp.round(blocks / jnp.where(scale > 0, scale, 1)[..., None])
+    return Quantised(codes.astype(jnp.int8).reshape(x.shape), scale)
+
+
+def dequantise(x: Quantised) -> Float[Array, "*K"]:
+    """What the codes stand for, in float32."""
+    blocks = x.codes.reshape(*x.scale.shape, -1).astype(jnp.float32)
+    return (blocks * x.scale[..., None]).reshape(x.codes.shape)

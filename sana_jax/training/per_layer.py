@@ -1,0 +1,93 @@
+"""Optimizers on stacked weights: every layer by itself, every state where its weight is.
+
+`nn.scan` keeps the layers of a stack as one array with a leading axis named "layers". An optimizer
+that asks how many axes a weight has, or takes a norm over it, would see one large weight there.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+PyTree = Any
+
+
+def is_box(x: Any) -> bool:
+    """Whether x is a parameter with its logical axes."""
+    return isinstance(x, nn.LogicallyPartitioned)
+
+
+def layer_counts(params: PyTree) -> PyTree:
+    """The number of layers of each stacked parameter, 0 for one that is no stack.
+
+    Known by the name of the first axis, so of boxed parameters only.
+    """
+
+    def count(x):
+        return x.value.shape[0] if is_box(x) and x.names[:1] == ("layers",) else 0
+
+    return jax.tree.map(count, params, is_leaf=is_box)
+
+
+def per_layer(tx: optax.GradientTransformation, layers: PyTree) -> optax.GradientTransformation:
+    """`tx` on each layer of the stacks alone, and on all other parameters as it is.
+
+    Args:
+      tx: treats every parameter alone: no norm over all of them in it.
+      layers: as `layer_counts` gives it.
+    """
+    counts = set(jax.tree.leaves(layers))
+    if counts <= {0}:
+        return tx
+    transforms = {str(count): _mapped(tx) if count else tx for count in counts}
+    return optax.partition(transforms, jax.tree.map(str, layers))
+
+
+def _mapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        return jax.vmap(tx.update)(updates, state, params)
+
+    return optax.GradientTransformation(jax.vmap(tx.init), update)
+
+
+def with_axes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx`, whose state of boxed parameters is boxed too: each leaf with the axes that it has."""
+
+    def init(params):
+        state = tx.init(jax.tree.map(_unbox, params, is_leaf=is_box))
+        return jax.tree.map(_box, state, _state_axes(tx, params))
+
+    tx = optax.with_extra_args_support(tx)
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _state_axes(tx, params) -> PyTree:
+    """The logical axes of a state's leaves, such as ("embed",) for a mean over "mlp".
+
+    JAX itself tells which axis of a parameter became which of its state: it follows shardings over
+    the axes of a mesh through every operation, and here the mesh has the logical names.
+    """
+    boxes = [x for x in jax.tree.leaves(params, is_leaf=is_box) if is_box(x)]
+    names = tuple(sorted({name for box in boxes for name in box.names if name}))
+    current = jax.sharding.get_abstract_mesh()  # one may be set; JAX wants its size kept
+    sizes = (1 if current.empty else current.size, *(1 for _ in names))
+    mesh = AbstractMesh(sizes, ("", *names), axis_types=(AxisType.Explicit,) * len(sizes))
+
+    def typed(x):
+        axes, x = (x.names, x.value) if is_box(x) else ((), x)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(tx.init, jax.tree.map(typed, params, is_leaf=is_box))
+    return jax.tree.map(lambda leaf: tuple(leaf.sharding.spec) if leaf.sharding else (), state)
+
+
+def _unbox(x):
+    return x.value if is_box(x) else x
+
+
+def _box(leaf, axes):
+    return nn.LogicallyPartitioned(leaf, axes) if any(axes) else leaf

@@ -1,0 +1,218 @@
+"""The kernels against float64 formulas, forward and backward, and through the real compilers.
+
+TPU kernels run in Pallas' TPU interpreter and compile for chips that are not here; GPU kernels run
+in the plain interpreter and are lowered for CUDA.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sana_jax.kernels.cross_attention import api as cross
+from sana_jax.kernels.cross_attention import tpu as cross_tpu
+from sana_jax.kernels.glumbconv import api as glu
+from sana_jax.kernels.glumbconv import gpu as glu_gpu
+from sana_jax.kernels.glumbconv import tpu as glu_tpu
+from sana_jax.kernels.linear_attention import api as linear
+from sana_jax.kernels.linear_attention import gpu as linear_gpu
+from sana_jax.kernels.linear_attention import tpu as linear_tpu
+from sana_jax.kernels.modulated_norm import tpu as norm_tpu
+
+EPSILON = 1e-15
+TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3}  # bfloat16 keeps eight bits: 4e-3 a rounding
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return rng.standard_normal(shape)
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def check(run, formula, arrays, dtype):
+    """`run(arrays, cotangent)` -> (out, gradients), against `formula` in float64."""
+    arrays = [jnp.asarray(array, dtype) for array in arrays]
+    exact = [np.asarray(array, np.float64) for array in arrays]
+    with jax.enable_x64(True):
+        out, pull_back = jax.vjp(formula, *exact)
+        cotangent = jnp.asarray(normal(*out.shape), dtype)
+        gradients = pull_back(jnp.asarray(np.asarray(cotangent, np.float64)))
+        expected = [np.asarray(x) for x in (out, *gradients)]
+    found_out, found_gradients = jax.jit(run)(arrays, cotangent)
+    for found, exact in zip((found_out, *found_gradients), expected, strict=True):
+        error = relative_error(found.reshape(exact.shape), exact)
+        assert error < TOLERANCE[dtype], error
+
+
+def softmax_free_attention(qkv, head_dim):
+    q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in jnp.split(qkv, 3, axis=-1))
+    weights = jnp.einsum("bnhd,bmhd->bhnm", jnp.maximum(q, 0), jnp.maximum(k, 0))
+    total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None] + EPSILON
+    return (jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total).reshape(*qkv.shape[:2], -1)
+
+
+def mix_ffn_middle(value, gate, bias, kernel, depthwise_bias):
+    u = jax.nn.silu(jnp.concatenate([value, gate], axis=-1) + bias)
+    height, width = u.shape[1:3]
+    u = jnp.pad(u, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = (u[:, i : i + height, j : j + width] * kernel[i, j] for i, j in np.ndindex(3, 3))
+    value, gate = jnp.split(sum(shifts) + depthwise_bias, 2, axis=-1)
+    return value * jax.nn.silu(gate)
+
+
+def run_linear(module, head_dim, arrays, cotangent):
+    (qkv,) = arrays
+    state = module.state(qkv, head_dim)
+    out = module.apply(qkv, state, head_dim, EPSILON)
+    d_state = module.state_cotangent(qkv, state, cotangent, head_dim, EPSILON)
+    return out, [module.cotangents(qkv, state, d_state, cotangent, head_dim, EPSILON)]
+
+
+def run_glumbconv(module, arrays, cotangent):
+    value, gate, *weights = arrays
+    operands = (value, gate, *glu._by_halves(*weights))
+    return module.forward(*operands), list(module.backward(*operands, cotangent))
+
+
+def glumbconv_arrays(batch, height, width, channels):
+    image = batch, height, width, channels
+    wide = 2 * channels
+    return normal(*image), normal(*image), normal(wide), normal(3, 3, wide), normal(wide)
+
+
+@pytest.fixture
+def on_tpu():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        yield
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+
+
+# Heads that do not fill the last group, tokens that do not fill the last block.
+LINEAR = [(2, 24, 96, 32, 512), (1, 40, 224, 32, 32), (1, 19, 192, 16, 16)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("batch, tokens, channels, head_dim, block", LINEAR)
+def test_linear_attention_on_tpu(
+    on_tpu, monkeypatch, batch, tokens, channels, head_dim, block, dtype
+):
+    monkeypatch.setattr(linear_tpu, "TOKENS", block)
+    formula = partial(softmax_free_attention, head_dim=head_dim)
+    run = partial(run_linear, linear_tpu, head_dim)
+    check(run, formula, [normal(batch, tokens, 3 * channels)], dtype)
+
+
+@pytest.mark.parametrize("tokens, channels", [(70, 96), (128, 32)])
+def test_linear_attention_on_gpu(on_gpu, tokens, channels):
+    formula = partial(softmax_free_attention, head_dim=32)
+    run = partial(run_linear, linear_gpu, 32)
+    check(run, formula, [normal(2, tokens, 3 * channels)], "float32")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 4, 8, 128), (1, 5, 6, 200), (1, 3, 16, 40)])
+def test_glumbconv_on_tpu(on_tpu, shape, dtype):
+    run = partial(run_glumbconv, glu_tpu)
+    check(run, mix_ffn_middle, glumbconv_arrays(*shape), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 64), (1, 3, 11, 40)])
+def test_glumbconv_on_gpu(on_gpu, shape):
+    run = partial(run_glumbconv, glu_gpu)
+    check(run, mix_ffn_middle, glumbconv_arrays(*shape), "float32")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens, channels", [(32, 128), (21, 72)])
+def test_modulated_norm_on_tpu(on_tpu, monkeypatch, tokens, channels, dtype):
+    monkeypatch.setattr(norm_tpu, "TOKENS", 16)
+
+    def formula(x, shift, scale):
+        y = x - x.mean(-1, keepdims=True)
+        y = y / jnp.sqrt((y * y).mean(-1, keepdims=True) + 1e-6)
+        return y * (1 + scale) + shift + x  # the residual's use of x, with the same cotangent
+
+    def run(arrays, cotangent):
+        x, shift, scale = arrays
+        shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
+        out = norm_tpu.forward(x, shift, scale).astype(jnp.float32) + x
+        return out, norm_tpu.backward(x, cotangent, cotangent, scale)
+
+    vector = 2, 1, channels
+    check(run, formula, [normal(2, tokens, channels), normal(*vector), normal(*vector)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens, rows, channels, heads", [(32, 20, 144, 2), (21, 37, 112, 1)])
+def test_cross_attention_on_tpu(on_tpu, monkeypatch, tokens, rows, channels, heads, dtype):
+    for name in ("TOKENS", "BACKWARD_TOKENS"):
+        monkeypatch.setattr(cross_tpu, name, 16)
+    mask = rng.random((2, rows)) < 0.6
+    mask[0] = False  # nothing to see: a softmax over all rows
+
+    def formula(q, kv):
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, *jnp.split(kv, 2, axis=-1)))
+        logits = jnp.einsum("bnhd,blhd->bhnl", q, k) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(logits + jnp.where(mask, 0, -1e4)[:, None, None], axis=-1)
+        return jnp.einsum("bhnl,blhd->bnhd", weights, v).reshape(*q.shape[:2], -1)
+
+    def run(arrays, cotangent):
+        bias = cross._bias(jnp.asarray(mask))
+        out = cross_tpu.forward(*arrays, bias, heads)
+        return out, cross_tpu.backward(*arrays, bias, cotangent, heads)
+
+    check(run, formula, [normal(2, tokens, channels), normal(2, rows, 2 * channels)], dtype)
+
+
+def spec(*shape, dtype="bfloat16", sharding=None):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def operations(sharding=None):
+    """Forward and backward of every operation, through its public function: (loss, operands)."""
+    made = partial(spec, sharding=sharding)
+
+    def loss(fn):
+        return jax.grad(lambda *args: jnp.sum(fn(*args).astype(jnp.float32) ** 2), argnums=0)
+
+    attention = partial(linear.linear_attention, head_dim=32, implementation="pallas")
+    middle = partial(glu.glumbconv, implementation="pallas")
+    image = made(1, 8, 8, 160)
+    weights = made(320), made(3, 3, 320), made(320)
+    return {
+        "linear_attention": (loss(attention), (made(1, 64, 3 * 224),)),
+        "glumbconv": (loss(middle), (image, image, *weights)),
+    }
+
+
+@pytest.mark.parametrize("name", operations())
+def test_lowering_for_cuda(name):
+    fn, args = operations()[name]
+    text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "xla.gpu.triton" in text
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("name", operations())
+def test_compiles_for_tpu(name, chip):
+    pytest.importorskip("libtpu")
+    from sana_jax import tpu_estimate
+
+    mesh = tpu_estimate.tpu_mesh("2x2x1" if chip == "v5p" else "2x2", {"fsdp": 1}, chip)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    fn, args = operations(sharding)[name]
+    estimate = tpu_estimate.estimate(fn, *args, chip=chip)
+    assert any(name in kernel for kernel in estimate.kernels)
+    assert estimate.kernel_cycles > 0

@@ -1,0 +1,24 @@
+"""Both sides compute the same, part by part."""
+
+import numpy as np
+import pytest
+
+from sana_jax.measure.inputs import PARTS, Settings
+from sana_jax.measure.ours import Ours
+from sana_jax.measure.reference import Diffusers
+from tests import toy
+
+
+@pytest.mark.parametrize(
+    "part, dtype, bar", [*((part, "float32", 1e-5) for part in PARTS), ("trunk", "bfloat16", 0.05)]
+)
+def test_the_reference_agrees(part, dtype, bar):
+    settings = Settings("tiny", part, batch=2, size=64, dtype=dtype, steps=2)
+    ours, theirs = Ours(settings), Diffusers(settings)
+    for side in ours, theirs:
+        side.load()
+    for call in 0, 1:
+        found, expected = (side.to_numpy(side.run(call)) for side in (ours, theirs))
+        assert found.dtype == expected.dtype == np.float32
+        toy.assert_close(found, expected, bar, f"{part} {dtype}")
+    assert {"torch", "diffusers"} == set(theirs.describe())

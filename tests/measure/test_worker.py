@@ -1,0 +1,65 @@
+"""The two ends of a measurement's process."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from sana_jax.errors import UserError
+from sana_jax.measure import worker
+from sana_jax.measure.inputs import Settings
+from sana_jax.measure.worker import Worker
+
+TINY = Settings("tiny", "trunk", 1, 32, "float32", 1)
+
+
+def test_a_killed_process_is_named():
+    with Worker("ours", TINY) as ours:
+        os.kill(ours._process.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="trunk, ours: .*too little memory"):
+            ours.ask("describe")
+
+
+def test_errors_cross_over():
+    with Worker("ours", Settings("huge", "trunk", 1, 32, "float32", 1)) as ours:
+        with pytest.raises(UserError, match="preset 'huge' is not one of"):
+            ours.ask("describe")
+    with Worker("ours", TINY) as ours, pytest.raises(RuntimeError, match="'nothing'"):
+        ours.ask("nothing")
+
+
+def test_fast_calls_are_averaged(monkeypatch):
+    class Subject:
+        calls = []
+
+        def run(self, call):
+            self.calls.append(call)
+            time.sleep(0.02)
+
+    side = object.__new__(worker._Side)
+    side.subject, side.calls = Subject(), 0
+    assert 0.02 <= side.run() < 0.2
+    assert side.subject.calls == list(range(len(side.subject.calls)))  # no input twice
+    assert 2 < len(side.subject.calls) <= 1 + worker.LONG_ENOUGH / 0.02
+    monkeypatch.setattr(worker, "LONG_ENOUGH", 0.0)
+    before = len(side.subject.calls)
+    side.run()
+    assert len(side.subject.calls) == before + 1
+
+
+def test_making_weights_does_not_count(monkeypatch):
+    class Subject:
+        def load(self):
+            np.ones(10**8)  # 0.8 GB, gone when it returns
+
+        def peak_bytes(self):
+            return None
+
+    side = object.__new__(worker._Side)
+    side.subject = Subject()
+    side.load()
+    with open("/proc/self/status") as file:
+        now = int(next(line for line in file if line.startswith("VmRSS")).split()[1]) * 1024
+    assert side.peak_bytes() < now + 4e8
