@@ -17,7 +17,8 @@ def use_pallas(implementation: str, operation: str, unsupported: str | None) -> 
     """Whether to call the kernel, which falls back by itself on platforms without one.
 
     "auto" means the kernel on a TPU. On a GPU it has to be asked for by "pallas": the Triton forms
-    are tested in the interpreter and lower for CUDA, but were never timed there. `unsupported` says why this shape has no kernel, which is logged once.
+    are tested in the interpreter and lower for CUDA, but were never timed there. `unsupported` says
+    why this shape has no kernel, which is logged once.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.checkpoints.mapping import CONV, Entry
@@ -113,9 +114,7 @@ def _slices(params: Any, x: Array, tower: str, dtype: Dtype) -> list[Array]:
     for layers in slices:
         for layer in layers:
             if layer is None:
-                window, stride = (1, pool, pool, 1), (1, 2, 2, 1)
-                low = jnp.asarray(-jnp.inf, dtype)
-                x = jax.lax.reduce_window(x, low, jax.lax.max, window, stride, "VALID")
+                x = nn.max_pool(x, (pool, pool), (2, 2))
             else:
                 kernel, bias = params["convs"][str(layer.index)]
                 x = jax.lax.conv_general_dilated(

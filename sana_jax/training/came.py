@@ -73,9 +73,11 @@ def came(
 
     def zero_moments(p):
         zeros = jnp.zeros_like(p, jnp.float32)
-        small = is_matrix(p.shape)
+        matrix = is_matrix(p.shape)
         momentum = quantise(zeros) if state_bits == 8 and is_quantised(p.shape) else zeros
-        return Moments(momentum, factor(zeros) if small else zeros, factor(zeros) if small else ())
+        return Moments(
+            momentum, factor(zeros) if matrix else zeros, factor(zeros) if matrix else ()
+        )
 
     def update(updates, state, params=None):
         grads, tree = jax.tree.flatten(updates)

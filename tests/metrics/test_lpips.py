@@ -46,17 +46,25 @@ class Twin:
         self.heads = [torch.rand(1, c, 1, 1, generator=generator) for c in WIDTHS[name]]
 
     def __call__(self, *pair):
+        with torch.no_grad():
+            return self._distance(*map(torch.from_numpy, pair)).numpy()
+
+    def gradient(self, x, y):
+        """Of the distances' sum with respect to x."""
+        x = torch.from_numpy(x).requires_grad_()
+        return torch.autograd.grad(self._distance(x, torch.from_numpy(y)).sum(), x)[0].numpy()
+
+    def _distance(self, *pair):
         shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
         scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
-        x, y = ((torch.from_numpy(z).permute(0, 3, 1, 2) - shift) / scale for z in pair)
+        x, y = ((z.permute(0, 3, 1, 2) - shift) / scale for z in pair)
         total, heads = 0, iter(self.heads)
-        with torch.no_grad():
-            for i, layer in enumerate(self.tower):
-                x, y = layer(x), layer(y)
-                if i in self.taps:
-                    u, v = (z / torch.sqrt(1e-8 + (z**2).sum(1, keepdim=True)) for z in (x, y))
-                    total += torch.conv2d((u - v) ** 2, next(heads)).mean((2, 3))[:, 0]
-        return total.numpy()
+        for i, layer in enumerate(self.tower):
+            x, y = layer(x), layer(y)
+            if i in self.taps:
+                u, v = (z / torch.sqrt(1e-8 + (z**2).sum(1, keepdim=True)) for z in (x, y))
+                total = total + torch.conv2d((u - v) ** 2, next(heads)).mean((2, 3))[:, 0]
+        return total
 
     def torchvision(self):
         tower = {f"features.{k}": v.contiguous() for k, v in self.tower.state_dict().items()}
@@ -158,6 +166,18 @@ def test_gradients_are_finite_where_features_are_zero(tower, weights):
     params["convs"] = {k: (kernel, bias - 1e3) for k, (kernel, bias) in params["convs"].items()}
     gradient = jax.grad(lambda x: lpips.lpips(params, x, images(1), tower=tower).sum())(images(0))
     assert np.isfinite(gradient).all()
+
+
+def test_gradient_of_a_compiled_loss_agrees_with_torch(tower, twin, weights):
+    """As the trainer takes it: inside jit, where a constant that is traced has no gradient."""
+    params, y = lpips.load(tower, weights), images(1)
+    x = images(0)
+
+    @jax.jit
+    def gradient(params, x):
+        return jax.grad(lambda x: lpips.lpips(params, x, y, tower=tower).sum())(x)
+
+    assert_close(gradient(params, x), twin.gradient(x, y), 1e-4, tower)
 
 
 def test_bfloat16_is_near(tower, weights):
