@@ -1,6 +1,12 @@
-"""The autoencoder of the bundled model, on the built-in data set `shapes`.
+"""The bundled autoencoder, on the built-in data set `shapes`: f32c32, 7.4 M parameters.
 
-python -m sana_jax.train_dc_ae --config=configs/dc_ae_shapes.py --workdir=DIR
+    python -m sana_jax.train_dc_ae --config=configs/dc_ae_shapes.py --workdir=DIR
+
+Made for a CPU: 43 minutes on two cores that other work shared, 44,800 images in all. On the 1,000
+test images at 128 px it reaches 27.0 dB and SSIM 0.896 (after phase 1: 27.4 dB); pictures are still
+soft, small shapes round off. Longer is better: the error was falling when it ended. The weights in
+sana_jax/assets/shapes had one irregularity: the first 3,774 steps of phase 1 ran on the cosine of a
+7,000-step schedule, the others on this one's.
 """
 
 from sana_jax.models.dc_ae_config import DCAEConfig

@@ -6,7 +6,7 @@
 
 The same command continues a run that was stopped, killed or preempted. DIR/PHASE holds what a
 phase shows and saves; DIR/model is the result, which `evaluate --task=reconstruction` measures.
-On several hosts run it on every one, with --multihost.
+On several hosts run it on every one, with --multihost; all of them must mount DIR.
 """
 
 import jax

@@ -110,4 +110,7 @@ def _folder_of(spec: str, split: str) -> epath.Path:
     if split == "train" and not {"test", "validation", "val"} & set(inside):
         return root
     there = f"there are {', '.join(inside[:10])}" if inside else "it has no subfolders"
-    raise UserError(f"{spec}: no split {split!r}, which would be a subfolder; {there}")
+    raise UserError(
+        f"{spec}: no split {split!r}, which would be a subfolder; {there}."
+        " Make one, or name another split (a folder without subfolders is the split train)"
+    )

@@ -26,7 +26,7 @@ from sana_jax.training.optimizers import (
     trainable_mask,
 )
 from sana_jax.training.perceptual import Distance
-from sana_jax.training.state import TrainState, advance, new_state, update_ema
+from sana_jax.training.state import TrainState, advance, all_finite, new_state, update_ema
 
 LAST_LAYER = ("decoder", "conv_out")  # what the adaptive weight compares gradients at
 
@@ -118,7 +118,7 @@ class AutoencoderTask:
         done = state.step - state.skipped
         state = advance(
             state,
-            jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]),
+            all_finite((norm, metrics, found.get("discriminator", ()))),
             params=new,
             opt_state=opt_state,
             ema=update_ema(state.ema, new["autoencoder"], phase.ema_decay, done),

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
@@ -44,8 +45,8 @@ from sana_jax.training.perceptual import make_perceptual
 from sana_jax.training.state import TrainState, on_mesh
 
 SHOWN = 8  # images in a sheet of reconstructions
-# What may change from one run in a folder to the next.
-FREE = ("phase.steps", "loop.*", "loader.*", "keep", "evaluation.*", "mesh.*", "data.data_dir")
+# What may change from one run in a folder to the next. Not the steps: schedules depend on them.
+FREE = ("loop.*", "loader.*", "keep", "evaluation.*", "mesh.*", "data.data_dir")
 
 
 class AutoencoderTraining:
@@ -78,25 +79,37 @@ class AutoencoderTraining:
                 self.tasks[name] = AutoencoderTask(
                     self.model, discriminator, phases[name], distance
                 )
-            except ValueError as error:  # of a network that is traced
-                raise UserError(f"--config: {error}") from None
+            except (ValueError, UserError) as error:  # ValueError: of a network that is traced
+                raise UserError(f"config.phases.{name}: {error}") from None
 
         def apply(params: Any, images: Array, method: str = "__call__") -> Array:
             return self.model.apply({"params": params}, images, method=method)
 
         self._encode = jax.jit(partial(apply, method="encode"))
-        self._reconstruct = jax.jit(apply)
+        # Whole on every host: each computes the same figures of it.
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        self._reconstruct = jax.jit(apply, out_shardings=whole)
 
     def run(self) -> None:
         """Does what is left to do. Raises what `loop.fit` does."""
-        before = None
+        before, parent = None, None
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
+            # What decides the phase: its own fields, and the model that it starts from.
+            about = json.loads(
+                json.dumps({"phase": dataclasses.asdict(task.phase), "from": parent})
+            )
             if (folder / "results.json").exists():
+                if json.loads((folder / "results.json").read_text()).get("about") != about:
+                    raise UserError(
+                        f"{folder} was trained by another config.phases.{name}, or from another"
+                        " model than is there now; remove it to train it anew"
+                    )
                 logging.warning("phase %s is over; remove %s to repeat it", name, folder)
             else:
-                with jax.set_mesh(self.mesh):
-                    self._run_phase(name, number, task, before)
+                with jax.set_mesh(self.mesh), self._precision():
+                    self._run_phase(name, number, task, before, about)
+            parent = json.loads((folder / "model" / "model.json").read_text())["files"]
             before = native.open_folder(folder / "model")
             known = dataclasses.replace(self.network, scaling_factor=before.vae.scaling_factor)
             if before.vae != known:
@@ -106,13 +119,18 @@ class AutoencoderTraining:
             shutil.copytree(folder / "model", self.workdir / "model")
 
     def _run_phase(
-        self, name: str, number: int, task: AutoencoderTask, before: Checkpoint | None
+        self,
+        name: str,
+        number: int,
+        task: AutoencoderTask,
+        before: Checkpoint | None,
+        of_phase: dict[str, Any],
     ) -> None:
         config, folder, phase = self.config, self.workdir / name, task.phase
         loader = self._loader(phase, number)
         held_out = {size: self._held_out(size) for size in config.evaluation.sizes}
         about = {key: value for key, value in config.to_dict().items() if key != "phases"}
-        about |= {"phase": dataclasses.asdict(phase), "run": config.run[: number + 1]}
+        about |= of_phase | {"run": config.run[: number + 1]}
         loop = LoopConfig(steps=phase.steps, **config.loop)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         abstract, create = on_mesh(lambda: task.init(key), self.mesh)
@@ -120,6 +138,11 @@ class AutoencoderTraining:
         batches, sheet = iter(loader), next(iter(held_out[min(held_out)]))["image"][:SHOWN]
         with Checkpoints(folder, about, loader.fingerprint, config.keep, free=FREE) as checkpoints:
             state = checkpoints.restore(abstract, batches) or self._start(create, before)
+            if int(state.step) > phase.steps:
+                raise UserError(
+                    f"{folder} has {int(state.step)} steps already, more than"
+                    f" config.phases.{name}.steps={phase.steps}"
+                )
             if not (folder / "before.json").exists():
                 _write(folder / "before.json", self._figures(state.ema, held_out))
             with MetricsWriter(folder, int(state.step), loop.steps) as writer:
@@ -138,6 +161,7 @@ class AutoencoderTraining:
                 factor = self._scaling_factor(state.ema, loader)
             results = {
                 "phase": name,
+                "about": of_phase,
                 "steps": phase.steps,
                 "images": phase.steps * phase.batch_size,
                 "skipped_updates": int(state.skipped),
@@ -149,6 +173,18 @@ class AutoencoderTraining:
             }
             self._export(folder, state.ema, results, before)
             _write(folder / "results.json", results)
+            if _is_first():
+                for size, row in results["after"].items():
+                    print(
+                        f"{name}, {row['count']} held-out images at {size} px:"
+                        f" PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
+                    )
+                print(f"{folder / 'model'}", flush=True)
+
+    def _precision(self):
+        """Products of float32 numbers in full, where the config asks for float32."""
+        narrow = self.config.dtype != "float32"
+        return jax.default_matmul_precision(None if narrow else "float32")
 
     def _loader(self, phase: Phase, number: int) -> TrainingLoader:
         side = phase.image_size

@@ -160,7 +160,7 @@ def fit(
         if checkpoints:
             checkpoints.save(done, state, position, good=not meter.streak)
             checkpoints.wait()
-        if done < config.steps:
+        if done < config.steps or stop():  # a signal while the last state was saved counts too
             saved = "saved, the same command goes on from there" if checkpoints else "not saved"
             raise Retry(f"{stop.name} after step {done} of {config.steps}: {saved}")
     return state

@@ -117,6 +117,9 @@ def update_ema(
     rate: Float[Array, ""] | float = 1 - decay
     if step is not None:
         rate = jnp.maximum(rate, 9 / (10 + step.astype(jnp.float32)))
-    return jax.tree.map(
-        lambda average, new: average + (rate * (new - average)).astype(average.dtype), ema, params
-    )
+
+    def follow(average, new):  # adding 0.0 would turn -0.0 into 0.0
+        moved = average + (rate * (new - average)).astype(average.dtype)
+        return jnp.where(new == average, average, moved)
+
+    return jax.tree.map(follow, ema, params)

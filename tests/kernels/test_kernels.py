@@ -154,7 +154,7 @@ def test_modulated_norm_on_tpu(on_tpu, monkeypatch, tokens, channels, dtype):
     check(run, formula, [normal(2, tokens, channels), normal(*vector), normal(*vector)], dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ["bfloat16"])  # what the kernel is offered for
 @pytest.mark.parametrize("tokens, rows, channels, heads", [(32, 20, 144, 2), (21, 37, 112, 1)])
 def test_cross_attention_on_tpu(on_tpu, monkeypatch, tokens, rows, channels, heads, dtype):
     for name in ("TOKENS", "BACKWARD_TOKENS"):

@@ -106,7 +106,7 @@ def test_keys_and_values_once_a_prompt():
     model, timestep = SanaTransformer(config), jnp.array([420.0])
     variables = {"params": params}
     keys_values = model.apply(variables, caption, method="keys_values")
-    assert keys_values[0].shape == (3, BATCH, ROWS, 2, 32)
+    assert keys_values.shape == (3, BATCH, ROWS, 2 * 2 * 32)
     ours = model.apply(variables, latents, timestep, keys_values, mask, method="denoise")
     toy.assert_close(ours, apply(model, params, latents, timestep, caption, mask), 1e-6)
 

@@ -78,10 +78,10 @@ def test_a_small_step_compiles_with_its_weights_sharded():
         for fsdp in (1, 4)
     )
     assert quarter.collectives and not whole.collectives
-    # Parameters, two moments and the average: what does not divide (biases of 3) stays whole. The
-    # VGG, which is on every chip, is the rest.
+    # Parameters, two moments and the average: a quarter, and what has no "embed" axis or does not
+    # divide (biases, depthwise kernels), a tenth of so small a network. The VGG is on every chip.
     vgg = 4 * 14_716_160
-    assert quarter.argument_bytes - vgg < 0.35 * (whole.argument_bytes - vgg)
+    assert quarter.argument_bytes - vgg < 0.45 * (whole.argument_bytes - vgg)
 
 
 @pytest.mark.slow
