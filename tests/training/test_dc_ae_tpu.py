@@ -58,6 +58,7 @@ def phase(name, **changes):
     return dataclasses.replace(_phase(found), **changes)
 
 
+@pytest.mark.slow  # the TPU compiler takes minutes even for this, most of them for the VGG
 def test_a_small_step_compiles_with_its_weights_sharded():
     network = DCAEConfig(
         encoder_channels=(32, 64, 128),
