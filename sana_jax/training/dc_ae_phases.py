@@ -25,8 +25,9 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from sana_jax import sharding
-from sana_jax.checkpoints import native
+from sana_jax.checkpoints import find, native, open_checkpoint
 from sana_jax.checkpoints.components import Checkpoint, place
+from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
 from sana_jax.data.sources import Source, open_source
@@ -93,6 +94,8 @@ class AutoencoderTraining:
     def run(self) -> None:
         """Does what is left to do. Raises what `loop.fit` does."""
         before, parent = None, None
+        if self.config.start:
+            before, parent = self._open(find(self.config.start))
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
             # What decides the phase: its own fields, and the model that it starts from.
@@ -100,7 +103,7 @@ class AutoencoderTraining:
                 json.dumps({"phase": dataclasses.asdict(task.phase), "from": parent})
             )
             if (folder / "results.json").exists():
-                if json.loads((folder / "results.json").read_text()).get("about") != about:
+                if native.read_json(folder / "results.json").get("about") != about:
                     raise UserError(
                         f"{folder} was trained by another config.phases.{name}, or from another"
                         " model than is there now; remove it to train it anew"
@@ -109,14 +112,18 @@ class AutoencoderTraining:
             else:
                 with jax.set_mesh(self.mesh), self._precision():
                     self._run_phase(name, number, task, before, about)
-            parent = json.loads((folder / "model" / "model.json").read_text())["files"]
-            before = native.open_folder(folder / "model")
-            known = dataclasses.replace(self.network, scaling_factor=before.vae.scaling_factor)
-            if before.vae != known:
-                raise UserError(f"{folder / 'model'} is of another config.network; use it there")
+            before, parent = self._open(folder / "model")
         if _is_first():
             shutil.rmtree(self.workdir / "model", ignore_errors=True)
             shutil.copytree(folder / "model", self.workdir / "model")
+
+    def _open(self, folder: Path) -> tuple[Checkpoint, str]:
+        """A model that a phase starts from, and its fingerprint."""
+        checkpoint = open_checkpoint(str(folder))
+        known = dataclasses.replace(self.network, scaling_factor=checkpoint.vae.scaling_factor)
+        if checkpoint.vae != known:
+            raise UserError(f"{folder} is of another config.network; use it there")
+        return checkpoint, fingerprint(folder)
 
     def _run_phase(
         self,
@@ -168,7 +175,7 @@ class AutoencoderTraining:
                 "training_seconds": round(_training_seconds(folder, phase)),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 "scaling_factor": factor,
-                "before": json.loads((folder / "before.json").read_text()),
+                "before": native.read_json(folder / "before.json"),
                 "after": self._figures(state.ema, held_out),
             }
             self._export(folder, state.ema, results, before)
@@ -254,7 +261,7 @@ class AutoencoderTraining:
             params = multihost_utils.process_allgather(params, tiled=True)
         if _is_first():
             network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
-            history = before.provenance["phases"] if before else []
+            history = before.provenance.get("phases", []) if before else []
             provenance = {"trained": True, "phases": [*history, results]}
             shutil.rmtree(folder / "model", ignore_errors=True)
             (folder / "model").mkdir()

@@ -56,6 +56,8 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
         {
             "seed": 0,
             "network": dataclasses.asdict(network),
+            # The autoencoder that the first phase starts from: "shapes" or a checkpoint's folder.
+            "start": config_dict.placeholder(str),
             "discriminator": {"width": 64, "layers": 3, "norm": "group_norm"},
             # A loss of training/perceptual.py, and the file of its weights where it has any.
             "perceptual": {"name": "lpips_vgg", "weights": config_dict.placeholder(str)},
