@@ -96,30 +96,41 @@ def clean_prompt(prompt: str) -> str:
     return prompt.lower().strip()
 
 
-def tokenize(tokenizer, prompts: list[str], rows: int, instruction: str | None) -> TokenizedPrompts:
+def tokenize(
+    tokenizer,
+    prompts: list[str],
+    rows: int,
+    instruction: str | None,
+    fixed_width: bool = False,
+) -> TokenizedPrompts:
     """The tokens of `prompts` and their window, as diffusers' SanaPipeline has them.
 
     With an instruction of n tokens the sequence ends at n + rows - 2: its first token stands apart,
     and the space that ends it merges into the first word of the prompt. What is longer is cut.
+
+    `fixed_width`: as wide as the longest prompt needs, so that one program reads all batches; what
+    is cut goes unsaid.
     """
-    before = _mend(instruction or "")
-    texts = [before + clean_prompt(_mend(prompt)) for prompt in prompts]
+    before = mend(instruction or "")
+    texts = [before + clean_prompt(mend(prompt)) for prompt in prompts]
     told = tokenizer.encode(before) if before else []
     limit = len(told) + rows - 2 if before else rows
     sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]
     lengths = np.array([len(sequence) for sequence in sequences])
-    _warn_of_cuts(tokenizer, texts, lengths, limit, rows)
+    if not fixed_width:
+        _warn_of_cuts(tokenizer, texts, lengths, limit, rows)
 
     # The last one may merge with the prompt; a strange prompt reaches further.
     prefix = told[: min(len(told), limit) - 1]
     if any(sequence[: len(prefix)] != prefix for sequence in sequences):
         prefix = []
     start = len(prefix)
-    # Causal attention never looks at the padding, so only what the batch needs is computed.
-    width = SHORTEST
-    while start + width < lengths.max():
-        width *= 2
-    width = min(limit - start, width)
+    width = limit - start
+    if not fixed_width:  # causal attention never looks at the padding: compute what is needed
+        shorter = SHORTEST
+        while start + shorter < lengths.max():
+            shorter *= 2
+        width = min(width, shorter)
     tokens = np.full((len(texts), width), tokenizer.pad_token_id or 0, np.int32)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence) - start] = sequence[start:]
@@ -192,7 +203,7 @@ def _diffusers_instruction() -> Instruction | None:
         return None  # not the diffusers that we know
 
 
-def _mend(text: str) -> str:
+def mend(text: str) -> str:
     """Half surrogates, which no tokenizer takes, become U+FFFD; pairs become their character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -3,6 +3,9 @@
 One table at 1024 px; the others are it times 1/2, 2 and 4 (SANA's code; sizes of PixArt-alpha).
 """
 
+import numpy as np
+from jaxtyping import Int
+
 from sana_jax.errors import UserError
 
 # height x width; a bucket is looked up by height / width, rounded to two digits.
@@ -40,3 +43,20 @@ def sampling_buckets(base: int) -> tuple[tuple[int, int], ...]:
 def nearest(height: int, width: int, base: int) -> tuple[int, int]:
     """The sampling bucket whose aspect ratio is nearest to that of the asked size."""
     return min(sampling_buckets(base), key=lambda s: abs(ratio(s) - height / width))
+
+
+def assign(
+    sizes: Int[np.ndarray, "N 2"], table: tuple[tuple[int, int], ...], upscale: bool = False
+) -> Int[np.ndarray, " N"]:
+    """The bucket of each image, by its number in `table`: that of the nearest aspect ratio.
+
+    -1: an image without a size, (0, 0), or, unless `upscale`, one with a side below its bucket's.
+    """
+    by_ratio = np.argsort([ratio(size) for size in table], kind="stable")
+    ratios = np.array([ratio(table[i]) for i in by_ratio])
+    height, width = np.asarray(sizes).T
+    found = by_ratio[np.searchsorted((ratios[1:] + ratios[:-1]) / 2, height / np.maximum(width, 1))]
+    usable = height > 0
+    if not upscale:
+        usable &= (sizes >= np.array(table)[found]).all(-1)
+    return np.where(usable, found, -1)

@@ -70,6 +70,11 @@ class Counts:
         reasons = [f"{count} {reason}" for reason, count in self.rejected.items() if count]
         return f"{self.read} read, {self.used} used, " + (", ".join(reasons) or "none rejected")
 
+    def __add__(self, other: "Counts") -> "Counts":
+        rejected = {reason: self.rejected[reason] + other.rejected[reason] for reason in REASONS}
+        examples = self.examples | other.examples
+        return Counts(self.read + other.read, self.used + other.used, rejected, examples)
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the same keys and types always."""
         return {"read": self.read, "used": self.used, "rejected": dict(self.rejected)}

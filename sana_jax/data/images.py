@@ -8,7 +8,7 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 8192 * 8192  # of one image; Pillow itself refuses above 178,956,970
 MIN_SIDE = 16  # pixels
@@ -27,6 +27,7 @@ REASONS = {
     "unsupported_mode": "how its values make colours is not known",
     "unreadable": "the record could not be read",
     "bad_caption": "the captions beside it are not what they should be",
+    "bad_latents": "its latents are not finite, or have another shape than was written down",
 }
 
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
@@ -49,12 +50,7 @@ def decode(
 
     Sizes are checked in the header, before any pixel is decoded. Raises BadImage.
     """
-    image = _open(data)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage("too_many_pixels", f"{width} x {height} are above {max_pixels} pixels")
-    if min(width, height) < min_side:
-        raise BadImage("too_small", f"{width} x {height}, where a side has at least {min_side}")
+    image = _open(data, max_pixels, min_side)
     try:
         image.load()
         return np.array(_rgb(_upright(image)))
@@ -62,6 +58,13 @@ def decode(
         raise
     except Exception as error:  # decoders raise whatever they stumble on
         raise _broken(data, error) from None
+
+
+def size_of(data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> tuple[int, int]:
+    """(height, width) of what `decode` gives, from the header alone. Raises BadImage."""
+    image = _open(data, max_pixels, min_side)
+    width, height = image.size
+    return (width, height) if _lies(image, data) else (height, width)
 
 
 def cover_crop(
@@ -104,8 +107,18 @@ def cover_crop(
     return np.ascontiguousarray(image)
 
 
-def _open(data: bytes) -> Image.Image:
-    """Reads the header."""
+def _open(data: bytes, max_pixels: int, min_side: int) -> Image.Image:
+    """Reads the header, and refuses by the size that it claims."""
+    image = _read_header(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width} x {height} are above {max_pixels} pixels")
+    if min(width, height) < min_side:
+        raise BadImage("too_small", f"{width} x {height}, where a side has at least {min_side}")
+    return image
+
+
+def _read_header(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty")
     try:
@@ -128,6 +141,20 @@ def _broken(data: bytes, error: Exception) -> BadImage:
     riff_size = 8 + int.from_bytes(data[4:8], "little") if data.startswith(b"RIFF") else 0
     early = isinstance(error, EOFError) or riff_size > len(data)
     return BadImage("truncated" if early or "truncated" in message.lower() else "damaged", message)
+
+
+def _lies(image: Image.Image, data: bytes) -> bool:
+    """Whether `_upright` will swap the sides of an image that was opened, not loaded."""
+    if image.format == "TIFF":  # Pillow gives the size of what it will load
+        return False
+    if image.format == "PNG":
+        # These may follow the pixels, and Pillow decodes an image to look for them.
+        if not any(name in data for name in (b"eXIf", b"type exif", b"com.adobe.xmp")):
+            return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

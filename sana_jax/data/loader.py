@@ -1,10 +1,11 @@
 """Batches for training and for evaluation, by grain.
 
-A training batch is a pure function of (source, transform, seed, batch size, step). The record at
-global position step * batch_size + row is that of a shuffle of all records, another one every
-epoch; all that is random about it comes from (seed, position). A record that cannot be used is
-replaced by one drawn from (seed, position, attempt), and counted when its batch is delivered. So
-threads, hosts, restarts and what is read ahead change nothing, counts included.
+A training batch is a pure function of (source, transform, seed, batch size, step). Which record is
+at global position step * batch_size + row is the order's affair (orders.py): a shuffle of all
+records, another one every epoch, or one aspect ratio a batch. All else that is random about it
+comes from (seed, position). A record that cannot be used is replaced by one drawn from (seed,
+position, attempt), and counted when its batch is delivered. So threads, hosts, restarts and what is
+read ahead change nothing, counts included.
 
     source = open_source("photos")
     transform = ImageTransform(height=128, width=128, crop="random", flip=True)
@@ -15,10 +16,8 @@ threads, hosts, restarts and what is read ahead change nothing, counts included.
 What becomes of a record is the transform's affair (transforms.py).
 """
 
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -26,12 +25,12 @@ import numpy as np
 
 from sana_jax.data.counts import Budget, Counts, Rejection
 from sana_jax.data.images import BadImage
-from sana_jax.data.sources import Source
+from sana_jax.data.orders import GlobalOrder, Order
+from sana_jax.data.sources import Source, thread_pool
 from sana_jax.data.transforms import Example, Transform
 from sana_jax.errors import DoNotRetry, UserError
 
 MAX_ATTEMPTS = 100  # records tried for one place in a batch
-ORDER = 1  # version of the rule that says which record is where; part of the fingerprint
 
 
 class TrainingLoader:
@@ -40,6 +39,7 @@ class TrainingLoader:
     Args:
       batch_size: rows of the global batch.
       seed: of the order and of all that is random in the transform.
+      order: which record is where; None: a global shuffle from `seed`.
       shard_index, shard_count: this host gets the rows `shard_index` of `shard_count` equal parts
         of every batch. They are its coordinate along the batch axes of the mesh, and their size:
         hosts that hold the same rows must be given the same ones.
@@ -57,6 +57,7 @@ class TrainingLoader:
         *,
         batch_size: int,
         seed: int = 0,
+        order: Order | None = None,
         shard_index: int = 0,
         shard_count: int = 1,
         threads: int | None = None,
@@ -74,17 +75,17 @@ class TrainingLoader:
         self.seed, self.budget, self.shard_count = seed, budget, shard_count
         self.rows = rows_of_shard(batch_size, shard_index, shard_count)
         self._prefetch = prefetch
-        self._pool = _pool(threads)
-        # Seeds of grain's epochs are consecutive: spread ours, or seed 1 is seed 0 an epoch later.
-        (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
-        self._order = grain.MapDataset.range(len(source)).shuffle(int(order_seed)).repeat()
-        self._order[0]  # grain sets itself up at the first access, which threads must not share
+        self._pool = thread_pool(threads)
+        self.order = order if order is not None else GlobalOrder(len(source), seed)
+        cut, known = getattr(order, "batch_size", batch_size), getattr(order, "records", None)
+        if cut != batch_size or known not in (None, len(source)):
+            raise ValueError(f"an order of {known} records in batches of {cut}, not {batch_size}")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """All that decides what is in a batch, for a checkpoint to keep and compare."""
         return {
-            "order": ORDER,
+            "order": self.order.settings,
             "source": self.source.fingerprint,
             "records": len(self.source),
             "batch_size": self.batch_size,
@@ -108,8 +109,11 @@ class TrainingLoader:
         rejections = []
         for attempt in range(MAX_ATTEMPTS):
             rng = np.random.default_rng((self.seed, position, attempt))
-            index = self._order[position] if attempt == 0 else int(rng.integers(len(self.source)))
-            example = _try(self.source, index, self.transform, rng)
+            if attempt == 0:
+                index = self.order[position]
+            else:
+                index = self.order.replacement(position, rng)
+            example = attempt_record(self.source, index, self.transform, rng)
             if not isinstance(example, Rejection):
                 return example, rejections
             rejections.append(example)
@@ -150,7 +154,7 @@ class TrainingIterator(grain.DatasetIterator):
         batch, rejections = next(self._parent)
         self.counts.add(len(self._loader.rows), rejections)
         position = self.step * self._loader.batch_size
-        self.counts.check(self._loader.budget, -(-position // len(self._loader.source)))
+        self.counts.check(self._loader.budget, -(-position // self._loader.order.length))
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -164,9 +168,9 @@ class TrainingIterator(grain.DatasetIterator):
 class EvaluationLoader:
     """One pass in order, in batches of one size; iterate as often as you like.
 
-    Every batch also has "mask", bool (rows,), and "index", int64 (rows,): the mask is False, and
-    the row zeros, where the data has ended and where a record cannot be used. `counts` are those
-    of the last pass. Every shard gets the same number of batches, which is `len()`.
+    Every batch also has "valid", bool (rows,), and "index", int64 (rows,): valid is False, and the
+    row zeros, where the data has ended and where a record cannot be used. `counts` are those of the
+    last pass. Every shard gets the same number of batches, which is `len()`.
     """
 
     def __init__(
@@ -186,7 +190,7 @@ class EvaluationLoader:
         self.rows = rows_of_shard(batch_size, shard_index, shard_count)
         self.counts = Counts()
         self._prefetch = prefetch
-        self._pool = _pool(threads)
+        self._pool = thread_pool(threads)
         tries = (self._example(index) for index in range(min(self.records, MAX_ATTEMPTS)))
         usable = next((found for found in tries if not isinstance(found, Rejection)), None)
         if usable is None:
@@ -202,7 +206,7 @@ class EvaluationLoader:
         for batch, rejections in steps.to_iter_dataset(
             grain.ReadOptions(self._prefetch, self._prefetch)
         ):
-            self.counts.add(int(batch["mask"].sum()), rejections)
+            self.counts.add(int(batch["valid"].sum()), rejections)
             yield batch
 
     def load(self, step: int) -> tuple[Example, list[Rejection]]:
@@ -211,13 +215,13 @@ class EvaluationLoader:
         found = list(self._pool.map(self._example, indices))
         good = [isinstance(example, dict) for example in found]
         rows = [example if ok else self._zeros for example, ok in zip(found, good, strict=True)]
-        batch = _stack(rows) | {"mask": np.array(good), "index": np.array(indices)}
+        batch = _stack(rows) | {"valid": np.array(good), "index": np.array(indices)}
         return batch, [rejected for rejected in found if isinstance(rejected, Rejection)]
 
     def _example(self, index: int) -> Example | Rejection | None:
         if index >= self.records:
             return None
-        return _try(self.source, index, self.transform, np.random.default_rng((0, index)))
+        return attempt_record(self.source, index, self.transform, np.random.default_rng((0, index)))
 
 
 def check_images(source: Source, transform: Transform, threads: int | None = None) -> Counts:
@@ -225,10 +229,10 @@ def check_images(source: Source, transform: Transform, threads: int | None = Non
     counts = Counts()
 
     def look(index: int) -> Rejection | None:
-        found = _try(source, index, transform, np.random.default_rng((0, index)))
+        found = attempt_record(source, index, transform, np.random.default_rng((0, index)))
         return found if isinstance(found, Rejection) else None
 
-    with _pool(threads) as pool:
+    with thread_pool(threads) as pool:
         for rejection in pool.map(look, range(len(source))):
             counts.add(*((0, [rejection]) if rejection else (1, [])))
     return counts
@@ -244,11 +248,10 @@ def rows_of_shard(batch_size: int, index: int, count: int) -> range:
     return range(index * size, (index + 1) * size)
 
 
-def _pool(threads: int | None) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "decode")
-
-
-def _try(source: Source, index: int, transform: Transform, rng) -> Example | Rejection:
+def attempt_record(
+    source: Source, index: int, transform: Transform, rng: np.random.Generator
+) -> Example | Rejection:
+    """What the transform makes of record `index`, or why it makes nothing."""
     key = f"record {index}"
     try:
         record = source[index]

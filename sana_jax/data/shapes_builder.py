@@ -43,8 +43,11 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
       config: "64", "128", "256", "512", "1024", or a ShapesConfig of another size.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Eight shapes, eight colours, four captioners."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "1.0.0": "Eight shapes, eight colours, four captioners.",
+        "2.0.0": "Larger objects.",
+    }
     BUILDER_CONFIGS = [
         ShapesConfig(name=config_name(size, size), height=size, width=size)
         for size in (128, 64, 256, 512, 1024)  # the first is the default

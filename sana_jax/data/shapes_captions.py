@@ -52,11 +52,12 @@ class Caption:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A caption without errors of a scene that need not exist."""
+    """A caption without errors, and the scene that it was made for, one of many that have it."""
 
     text: str
     style: str
     facts: dict
+    scene: Scene
 
 
 CAPTIONERS = {
@@ -98,15 +99,15 @@ def prompts(count: int, seed: int = 0, split: str = "test") -> list[Prompt]:
 
 
 def _prompt(style: str, objects: int, related: bool, seed, split: str, rng) -> Prompt:
-    attempts = (truth(scene((*seed, attempt), split)) for attempt in itertools.count())
-    known = next(
-        known
-        for known in attempts
-        if known["count"] == objects and (known["relations"] or not related)
+    attempts = (scene((*seed, attempt), split) for attempt in itertools.count())
+    drawn, known = next(
+        (drawn, known)
+        for drawn in attempts
+        if (known := truth(drawn))["count"] == objects and (known["relations"] or not related)
     )
     captioner = dataclasses.replace(CAPTIONERS[style], colour=1.0, relation=float(related))
     facts = _choose(captioner, known, rng)
-    return Prompt(captioner.words(facts, rng), style, facts)
+    return Prompt(captioner.words(facts, rng), style, facts, drawn)
 
 
 def _caption(style: str, known: dict, rng: np.random.Generator) -> Caption:

@@ -28,7 +28,8 @@ COLOURS = {
     "pink": (0.99, 0.50, 0.76),
 }
 
-SIZES = {"small": (0.10, 0.115), "large": (0.16, 0.18)}  # radius: at 128 px 13-15 and 20-23
+# Radius: at 128 px 15-17 and 23-25. A small one is as wide as a token of a 32x autoencoder.
+SIZES = {"small": (0.12, 0.135), "large": (0.18, 0.195)}
 
 TEXTURES = ("plain", "gradient", "stripes", "checks", "blobs")
 CONTRAST = (0.03, 0.10)  # a texture's largest deviation from the background's colour, of 1

@@ -1,4 +1,4 @@
-"""Where records come from: the built-in `shapes`, a folder of images, or a TFDS data set.
+"""Where records come from: `shapes`, a folder of images, a TFDS data set, or stored latents.
 
 A source is a random-access sequence of records (`Record`): `len(source)`, `source[i]`, and
 `source.fingerprint`, a short text that changes when the files do. `source[i]` raises BadImage
@@ -7,8 +7,11 @@ where one record cannot be read, Retry where the storage is away; it may be call
 
 import hashlib
 import json
-from typing import Protocol, TypedDict
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NotRequired, Protocol, TypedDict
 
+import numpy as np
 from etils import epath
 
 from sana_jax.data.folder import Folder
@@ -23,9 +26,11 @@ class Record(TypedDict):
     """One image and what is known of it."""
 
     key: str  # unique in its source
-    image: bytes  # encoded; memory.InMemory puts pixels there, uint8 (H, W, 3)
+    image: NotRequired[bytes]  # encoded; memory.InMemory puts pixels there, uint8 (H, W, 3)
+    latents: NotRequired[np.ndarray]  # in place of the image: float32 (h, w, c), scaled
     captions: list[str]
     scores: list[float]  # one a caption, or none at all
+    embeddings: NotRequired[list[np.ndarray]]  # of each caption, (rows that count, T)
     truth: str  # JSON, or ""
 
 
@@ -49,6 +54,7 @@ def open_source(
 
     - `shapes`: the built-in data set at `size` pixels, prepared under `data_dir` before;
     - `tfds:NAME[/CONFIG][:VERSION]`: a prepared TFDS data set under `data_dir`;
+    - `precomputed:DIR`: latents that `python -m sana_jax.precompute` has written of that split;
     - anything else: a folder of images. Its subfolder `split` is read where there is one; where
       there is none the whole folder is the split `train`.
 
@@ -61,6 +67,10 @@ def open_source(
     if spec.startswith("tfds:"):
         source = TFDSSource(spec.removeprefix("tfds:"), split, data_dir)
         return Fingerprinted(source, source.name)
+    if spec.startswith("precomputed:"):
+        from sana_jax.data.precomputed import Precomputed
+
+        return Precomputed(spec.removeprefix("precomputed:"), split)
     folder = Folder(_folder_of(spec, split))
     return Fingerprinted(folder, folder.listing)
 
@@ -99,10 +109,15 @@ def fingerprint(records, description: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
+def thread_pool(threads: int | None = None) -> ThreadPoolExecutor:
+    """For reading and decoding; None: as many threads as there are cores, up to 16."""
+    return ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "decode")
+
+
 def _folder_of(spec: str, split: str) -> epath.Path:
     root = epath.Path(spec).expanduser()
     if not root.is_dir():
-        known = "shapes, tfds:NAME or a folder of images"
+        known = "shapes, tfds:NAME, precomputed:DIR or a folder of images"
         raise UserError(f"{spec}: there is no such folder; the data is {known}")
     if (root / split).is_dir():
         return root / split

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sana_jax.data import images
+from sana_jax.data import buckets, images
 from sana_jax.data.sources import Record
 from sana_jax.errors import UserError
 
@@ -65,6 +65,53 @@ class ImageTransform:
             upscale=self.upscale,
         )
         return {"image": image if self.dtype == "uint8" else to_float(image)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketTransform:
+    """{"image": (height, width, 3)} in the size of `table` whose aspect ratio is nearest.
+
+    For batches of orders.bucket_order with the same table and the same `upscale`. Attributes are
+    those of ImageTransform; `crop` is "centre" or "random".
+    """
+
+    table: tuple[tuple[int, int], ...]
+    crop: str = "centre"
+    flip: bool = False
+    upscale: bool = False
+    dtype: str = "float32"
+    max_pixels: int = images.MAX_PIXELS
+    min_side: int = images.MIN_SIDE
+
+    def __post_init__(self):
+        if self.crop == "patch":
+            raise UserError("crop='patch': images are resized to their bucket; centre or random")
+        self._of(self.table[0])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"table": [list(size) for size in self.table]}
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        image = record["image"]
+        if isinstance(image, bytes):
+            image = images.decode(image, self.max_pixels, self.min_side)
+        (bucket,) = buckets.assign(np.array([image.shape[:2]]), self.table, upscale=True)
+        return self._of(self.table[bucket])(record | {"image": image}, rng)
+
+    def _of(self, size: tuple[int, int]) -> ImageTransform:
+        options = (self.crop, self.flip, self.upscale, self.dtype, self.max_pixels, self.min_side)
+        return ImageTransform(*size, *options)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLatents:
+    """{"latents": float32 (h, w, c)} of a source that has them, as the sampler sees them."""
+
+    settings = {"latents": "stored"}
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        return {"latents": record["latents"]}
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ def figures(
 
     Args:
       reconstruct: images float32 (B, H, W, 3) in [-1, 1] -> the same.
-      batches: with "image" and "mask".
+      batches: with "image" and "valid".
       values: numbers in the latent of an image, a pixel; the baseline is a picture of no more.
       distance: LPIPS, of images in [-1, 1]; None: not measured.
       on_batch: called with the number of its images after every batch.
@@ -39,16 +39,16 @@ def figures(
         height, width = batch["image"].shape[1:3]
         small = metrics.baseline_size(height, width, int(values * height * width))
         row = _row(batch["image"], reconstruct(batch["image"]), small, distance)
-        rows.append(row | {"mask": batch["mask"]})
+        rows.append(row | {"valid": batch["valid"]})
         rows[-2:-1] = jax.device_get(rows[-2:-1])  # waits for the batch before this one
-        on_batch(int(batch["mask"].sum()))
+        on_batch(int(batch["valid"].sum()))
     columns = {
         name: np.concatenate([row[name] for row in jax.device_get(rows)]) for name in rows[0]
     }
-    mask = columns.pop("mask")
-    means = {name: float(column[mask].mean(dtype="f8")) for name, column in columns.items()}
+    valid = columns.pop("valid")
+    means = {name: float(column[valid].mean(dtype="f8")) for name, column in columns.items()}
     energy = means.pop("energy_of_images")
-    found: dict[str, Any] = {"count": int(mask.sum()), "baseline_size": list(small)}
+    found: dict[str, Any] = {"count": int(valid.sum()), "baseline_size": list(small)}
     for prefix in ("", "baseline_"):
         found |= {prefix + name: means.get(prefix + name) for name in ("psnr", "ssim", "lpips")}
         ratio = means[f"{prefix}energy"] / energy if energy else None

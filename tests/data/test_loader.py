@@ -224,7 +224,7 @@ def test_counts_are_those_of_what_was_delivered():
     assert expected > 3
 
 
-def test_every_kind_of_bad_file_is_counted_by_its_reason(found, caplog):
+def test_item_28_every_kind_of_bad_file_is_counted_by_its_reason(found, caplog):
     """Through a folder and the loader: what is used is good, and the numbers add up."""
     usable, unusable = bad_files.usable(), bad_files.unusable()
     size = len(usable) + len(unusable)
@@ -242,7 +242,7 @@ def test_every_kind_of_bad_file_is_counted_by_its_reason(found, caplog):
         assert len(lines) == 1 and f"{name}: {reason}: " in lines[0]  # once, not every epoch
     seen = {reason for reason, count in counts.rejected.items() if count}
     assert seen == {reason for _, reason in unusable.values()}
-    assert seen == set(REASONS) - {"unreadable", "bad_caption"}
+    assert seen == set(REASONS) - {"unreadable", "bad_caption", "bad_latents"}
 
 
 def test_check_images_reads_every_file_once(found):
@@ -306,6 +306,11 @@ def test_storage_that_is_away_is_no_bad_record():
         next(iter(loader(Away(10))))
 
 
+def test_item_18_no_data_at_all():
+    with pytest.raises(UserError, match="batch_size=4: the data has 0 records, less than a batch"):
+        loader(Numbers(0))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -315,7 +320,7 @@ def test_storage_that_is_away_is_no_bad_record():
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_numbers_that_do_not_fit(changes, message):
+def test_item_18_numbers_that_do_not_fit(changes, message):
     with pytest.raises(UserError, match=message):
         loader(Numbers(30), **changes)
 
@@ -343,7 +348,7 @@ def test_evaluation_is_one_pass_in_order():
         batches = list(evaluation)
         assert len(batches) == len(evaluation) == 3
         assert all(batch["number"].shape == (4,) for batch in batches)
-        mask = np.concatenate([batch["mask"] for batch in batches])
+        mask = np.concatenate([batch["valid"] for batch in batches])
         assert mask.tolist() == [i < 10 and i != 4 for i in range(12)]
         assert numbers(batches) == [0, 1, 2, 3, 0, 5, 6, 7, 8, 9, 0, 0]
         assert np.concatenate([batch["index"] for batch in batches]).tolist() == list(range(12))
@@ -360,7 +365,7 @@ def test_evaluation_hosts_share_batches_by_rows(photos):
         for i in range(5)
     ]
     assert all(len(part) == len(whole) == 2 for part in parts)  # also where nothing is left
-    for name in ("image", "mask", "index"):
+    for name in ("image", "valid", "index"):
         for step, batch in enumerate(whole):
             joined = np.concatenate([part[step][name] for part in parts])
             np.testing.assert_array_equal(joined, batch[name])

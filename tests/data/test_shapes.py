@@ -78,7 +78,7 @@ def test_no_record_beyond_the_last(data_dir, index):
 
 
 def test_a_second_call_changes_nothing(data_dir):
-    folder = data_dir / "shapes/32/1.0.0"
+    folder = data_dir / "shapes/32/2.0.0"
     before = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
     assert str(shapes.prepare(data_dir, **SMALL)) == str(folder)
     assert {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")} == before
@@ -110,7 +110,7 @@ def test_tfds_knows_it(tmp_path):
     "arguments, words",
     [
         ((None, "train", 32), "needs data_dir"),
-        (("{}", "train", 64), r"shapes/64/1.0.0 is not there; make it with python -m"),
+        (("{}", "train", 64), r"shapes/64/2.0.0 is not there; make it with python -m"),
         (("{}", "tests", 32), "no split 'tests'; it has t"),
     ],
 )
@@ -180,7 +180,7 @@ def test_command(tmp_path):
     flags = (f"--data_dir={tmp_path}", "--size=32", "--train=3", "--test=2")
     result = run(*flags, f"--preview={tmp_path / 'sheet.png'}")
     assert result.returncode == 0, result.stderr
-    folder = tmp_path / "shapes/32/1.0.0"
+    folder = tmp_path / "shapes/32/2.0.0"
     assert result.stdout == f"{folder}: train, 3 records\n{folder}: test, 2 records\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes", "sheet.png"]
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))

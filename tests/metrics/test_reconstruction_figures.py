@@ -25,7 +25,7 @@ def batches(images, poison=0.7):
         missing = BATCH - len(rows)
         mask = np.arange(BATCH) < len(rows)
         fill = np.full((missing, *images.shape[1:]), poison, np.float32)
-        yield {"image": np.concatenate([rows, fill]), "mask": mask}
+        yield {"image": np.concatenate([rows, fill]), "valid": mask}
 
 
 def halve(images):

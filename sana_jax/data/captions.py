@@ -1,0 +1,136 @@
+"""Which of an image's captions a batch has: by place, by style, or by how well they fit.
+
+With scores c_i in points, 0 .. 100 as CLIP scores are given, and a temperature tau, caption i is
+drawn with a probability proportional to
+
+    score     c_i^(1 / max(tau, 0.01)) over captions with c_i >= threshold; where there is none, the
+              best caption is taken (SANA's code: threshold 25, tau 0.1)
+    softmax   exp(c_i / tau) over all captions (arXiv 2410.10629, section 2.3)
+
+`score` at tau 0.1 takes 28 twice as often as 26; `softmax` does so at tau 3.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sana_jax.data.images import BadImage
+from sana_jax.data.sources import Record
+from sana_jax.errors import UserError
+
+KINDS = ("first", "uniform", "score", "softmax", "proportion")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionChoice:
+    """Draws the number of a caption.
+
+    Attributes:
+      kind: one of KINDS.
+      temperature, threshold: in points, whatever the data's scores are in.
+      full_score: what 100 points are in the data: 100, or 1 where scores are cosines.
+      proportions: for "proportion", the weight of each caption by its number, or by its style where
+        the record's `truth` has one: {"captions": [{"style": "short"}, ...]}.
+    """
+
+    kind: str = "first"
+    temperature: float = 0.1
+    threshold: float = 25.0
+    full_score: float = 100.0
+    proportions: Mapping[int | str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"captions={self.kind!r}: it takes {', '.join(KINDS)}")
+        if self.temperature <= 0 or self.full_score <= 0:
+            raise UserError(
+                f"captions: temperature={self.temperature} and full_score={self.full_score} must"
+                " be above 0"
+            )
+        weights = list(self.proportions.values())
+        if self.kind == "proportion" and (not sum(weights) or min(weights) < 0):
+            raise UserError(
+                f"captions: proportions={dict(self.proportions)}: give weights of at least 0,"
+                " such as {'short': 0.3, 'long': 0.7}"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        used = {
+            "score": ("temperature", "threshold", "full_score"),
+            "softmax": ("temperature", "full_score"),
+            "proportion": ("proportions",),
+        }
+        values = {name: getattr(self, name) for name in used.get(self.kind, ())}
+        if "proportions" in values:  # JSON has texts for keys
+            values["proportions"] = {str(k): v for k, v in self.proportions.items()}
+        return {"kind": self.kind} | values
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> int:
+        """The number of a caption. Raises BadImage where there is none to choose."""
+        probabilities = self.probabilities(record)
+        return int(rng.choice(len(probabilities), p=probabilities))
+
+    def probabilities(self, record: Record) -> Float[np.ndarray, " captions"]:
+        """That of each caption; of empty ones 0."""
+        there = np.array([bool(caption.strip()) for caption in record["captions"]], float)
+        if not there.any():
+            raise BadImage("bad_caption", "it has no caption")
+        if self.kind == "first":
+            weights = np.arange(len(there)) == np.argmax(there)
+        elif self.kind == "proportion":
+            weights = self._proportions(record) * there
+            if not weights.any():
+                raise BadImage("bad_caption", "none of its captions has a part in the proportions")
+        elif self.kind == "uniform" or there.sum() == 1:
+            weights = there
+        else:
+            weights = self._by_score(self._points(record), there)
+        return weights / weights.sum()
+
+    def _by_score(self, points: np.ndarray, there: np.ndarray) -> np.ndarray:
+        points = np.where(there, points, -np.inf)
+        best = np.arange(len(points)) == np.argmax(points)
+        if self.kind == "softmax":
+            return np.exp((points - points.max()) / self.temperature)
+        good = points >= max(self.threshold, 0)
+        if not good.any() or points.max() <= 0:
+            return best
+        # Over the best, or small temperatures would overflow.
+        share = np.where(good, points, 0) / points.max()
+        return share ** (1 / max(self.temperature, 0.01))
+
+    def _points(self, record: Record) -> np.ndarray:
+        scores, count = np.array(record["scores"], float), len(record["captions"])
+        if len(scores) != count:
+            why = f"{len(scores)} scores for {count} captions; choose by another name than"
+            raise BadImage("bad_caption", f"{why} {self.kind}")
+        points = scores * (100 / self.full_score)
+        if not np.isfinite(points).all() or points.max() > 100:
+            raise BadImage(
+                "bad_caption", f"scores {scores.tolist()}, where full_score={self.full_score}"
+            )
+        return points
+
+    def _proportions(self, record: Record) -> np.ndarray:
+        weights = {str(key): weight for key, weight in self.proportions.items()}
+        styles = _styles(record["truth"])
+        styles += [""] * (len(record["captions"]) - len(styles))
+        return np.array(
+            [
+                weights.get(str(i), weights.get(styles[i], 0.0))
+                for i in range(len(record["captions"]))
+            ]
+        )
+
+
+def _styles(truth: str) -> list[str]:
+    """The styles of the captions, as far as a record's `truth` names them."""
+    try:
+        return [str(caption["style"]) for caption in json.loads(truth)["captions"]]
+    except (ValueError, TypeError, KeyError):
+        return []

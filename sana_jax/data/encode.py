@@ -1,0 +1,238 @@
+"""Encodes a data set into the folder that precomputed.py describes."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import ml_dtypes
+import numpy as np
+from flax import serialization
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int32
+from tqdm import tqdm
+
+from sana_jax import sharding, text
+from sana_jax.checkpoints.components import Checkpoint, module_for
+from sana_jax.data import precomputed
+from sana_jax.data.counts import Counts, Rejection
+from sana_jax.data.images import BadImage
+from sana_jax.data.loader import attempt_record
+from sana_jax.data.sources import Record, Source
+from sana_jax.data.text_image import CaptionTokens
+from sana_jax.data.transforms import Transform, to_float
+from sana_jax.errors import UserError
+from sana_jax.files import write_whole
+from sana_jax.lock import NAME as LOCK
+
+SETTINGS = "settings.json"  # of a folder that may not be finished
+
+
+class Encoder:
+    """The autoencoder, and perhaps the text encoder, of a checkpoint; batches of one size.
+
+    Args:
+      checkpoint: with its weights on `mesh`.
+      dtype: that the networks compute in.
+      batch: rows that are encoded at once, a multiple of the mesh's batch axes.
+      tokens: whose captions are to be encoded; None: no captions are.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        mesh: Mesh,
+        dtype: str,
+        batch: int,
+        tokens: CaptionTokens | None = None,
+    ):
+        self._batch, self._sharding = batch, sharding.batch_sharding(mesh)
+        params, scale = checkpoint.params, checkpoint.vae.scaling_factor
+        vae = module_for(checkpoint.vae, dtype)
+
+        @jax.jit
+        def encode(params, images):
+            return vae.apply({"params": params}, images, method="encode") * scale
+
+        self._encode = lambda images: encode(params["vae"], images)
+        if tokens is not None:
+            self._read, self.null = self._reader(checkpoint, dtype, tokens)
+
+    def _reader(self, checkpoint: Checkpoint, dtype: str, tokens: CaptionTokens):
+        """What reads captions, and the rows of the empty prompt that count, (n, T)."""
+        encoder = module_for(checkpoint.text_encoder, dtype)
+        params = checkpoint.params["text_encoder"]
+
+        @jax.jit
+        def read_prefix(params, tokens):
+            return encoder.apply({"params": params}, tokens, method="read_prefix")
+
+        @jax.jit
+        def read(params, prefix, window, tokens, mask):
+            hidden = encoder.apply({"params": params}, tokens, prefix)
+            return text.gather_window(hidden, window, mask, prefix and prefix.first)
+
+        told = np.array([tokens.prefix], np.int32)
+        prefix = read_prefix(params, told) if tokens.prefix else None
+        empty = tokens.empty
+        null = np.asarray(read(params, None, empty.window, empty.tokens, empty.mask))
+        return (
+            lambda rows, mask: read(params, prefix, tokens.window, rows, mask),
+            null[0][empty.mask[0]],
+        )
+
+    def latents(self, images: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B h w c"]:
+        """Scaled latents of pixels in [-1, 1]; B is any number."""
+        return self._run(self._encode, images)
+
+    def embeddings(
+        self, tokens: Int32[np.ndarray, "B L"], mask: Bool[np.ndarray, "B rows"]
+    ) -> list[Float[np.ndarray, "n T"]]:
+        """For each text the rows that its mask shows."""
+        rows = self._run(self._read, tokens, mask)
+        return [found[shown] for found, shown in zip(rows, mask, strict=True)]
+
+    def _run(self, function: Callable, *inputs: np.ndarray) -> np.ndarray:
+        """function(*inputs), batch by batch, the last one padded with copies of its last row."""
+        results = []
+        for start in range(0, len(inputs[0]), self._batch):
+            parts = [x[start : start + self._batch] for x in inputs]
+            count = len(parts[0])
+            parts = [np.concatenate([x, np.repeat(x[-1:], self._batch - count, 0)]) for x in parts]
+            found = function(*(jax.device_put(x, self._sharding) for x in parts))
+            results.append(np.asarray(found, np.float32)[:count])
+        return np.concatenate(results)
+
+
+class WithTokens:
+    """A transform to what is encoded: a record, its pixels (uint8), and all captions' tokens."""
+
+    def __init__(self, image: Transform, tokens: CaptionTokens | None = None):
+        self._image, self._tokens = image, tokens
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
+        image, captions = self._image(record, rng), []
+        if self._tokens is not None:
+            if not record["captions"]:
+                raise BadImage("bad_caption", "it has no caption")
+            captions = [self._tokens(record, i) for i in range(len(record["captions"]))]
+        kept = {
+            "key": text.mend(record["key"]),
+            "captions": [text.mend(caption) for caption in record["captions"]],
+            "scores": record["scores"],
+            "truth": text.mend(record["truth"]),
+        }
+        return {"record": kept, "captions": captions, **image}
+
+
+def precompute(
+    source: Source, transform: WithTokens, encoder: Encoder, folder: Path, settings: dict
+) -> dict[str, Any]:
+    """Writes the shards that are missing, and at last the index, which it returns.
+
+    Raises UserError where the folder was begun with other settings, or no image can be used.
+    """
+    _check_resume(folder, settings)
+    size, total, shards = settings["shard"], Counts(), []
+    with tqdm(total=len(source), unit="image", disable=None) as progress:
+        for number, start in enumerate(range(0, len(source), size)):
+            records = range(start, min(start + size, len(source)))
+            entry = precomputed.finished_shard(folder, number)
+            if entry is None:
+                found = _read_ahead(source, transform, records, settings["seed"])
+                with precomputed.ShardWriter(folder, number) as writer:
+                    counts = _encode(found, writer, encoder, settings, progress.update)
+                    entry = writer.finish({"counts": counts.state(), "bad": counts.examples})
+            else:
+                progress.update(len(records))
+            shards.append(entry)
+            total += Counts.from_state(entry["counts"])
+    if not total.used:
+        bad = [f"{key} ({why})" for shard in shards for key, why in shard["bad"].items()]
+        raise UserError(f"no image can be used: {total}; for example {'; '.join(bad[:5])}")
+    if settings["text"]:
+        null = {"embeddings": encoder.null.astype(ml_dtypes.bfloat16)}
+        write_whole(folder / precomputed.NULL, serialization.msgpack_serialize(null))
+    index = settings | {"shards": shards, "counts": total.state()}
+    precomputed.write_json(folder / precomputed.INDEX, index)
+    return index
+
+
+def _read_ahead(source: Source, transform: WithTokens, records: range, seed: int) -> Iterator:
+    """In order, what the transform makes of each record, or why it makes nothing."""
+
+    def read(index: int):
+        return attempt_record(source, index, transform, np.random.default_rng((seed, index)))
+
+    threads = min(16, os.cpu_count() or 1)
+    ahead = grain.MapDataset.range(records.start, records.stop).map(read)
+    return iter(ahead.to_iter_dataset(grain.ReadOptions(threads, 4 * threads)))
+
+
+def _encode(found: Iterator, writer, encoder: Encoder, settings: dict, done: Callable) -> Counts:
+    """Writes a shard's records, a batch of one size after the other."""
+    counts = Counts()
+    waiting: dict[tuple[int, int], list[dict]] = {}  # by the size of the image
+
+    def flush(examples: list[dict]) -> None:
+        for record in _records(examples, encoder, settings["store"]):
+            writer.add(record)
+        counts.add(len(examples), [])
+
+    for example in found:
+        done()
+        if isinstance(example, Rejection):
+            counts.add(0, [example])
+            continue
+        size = example["image"].shape[:2]
+        waiting.setdefault(size, []).append(example)
+        if len(waiting[size]) == settings["batch"]:
+            flush(waiting.pop(size))
+    for examples in waiting.values():
+        flush(examples)
+    return counts
+
+
+def _records(examples: list[dict], encoder: Encoder, store: str) -> Iterator[dict]:
+    """Records as they are stored, of a batch of what WithTokens makes."""
+    latents = encoder.latents(to_float(np.stack([example["image"] for example in examples])))
+    if not np.isfinite(latents).all():
+        raise UserError(
+            "some latents are NaN or infinite: the weights are not those of a trained autoencoder,"
+            " or need another --dtype"
+        )
+    captions = [caption for example in examples for caption in example["captions"]]
+    rows = iter([])
+    if captions:
+        columns = ([caption[name] for caption in captions] for name in ("tokens", "mask"))
+        rows = iter(encoder.embeddings(*map(np.stack, columns)))
+    for example, latent in zip(examples, latents.astype(np.dtype(store)), strict=True):
+        record = example["record"] | {"latents": latent, "scaled": True}
+        if captions:
+            record["embeddings"] = [
+                next(rows).astype(ml_dtypes.bfloat16) for _ in example["captions"]
+            ]
+        yield record
+
+
+def _check_resume(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in a new folder; raises UserError where there are others."""
+    path = folder / SETTINGS
+    try:
+        there = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if any(child.name != LOCK for child in folder.iterdir()):
+            raise UserError(f"--out={folder} holds other files; name a new folder") from None
+        return precomputed.write_json(path, settings)
+    except ValueError:
+        there = {}
+    if there != settings:
+        names = sorted(n for n in {*there, *settings} if there.get(n) != settings.get(n))
+        first = names[0]
+        raise UserError(
+            f"--out={folder} was begun with other settings ({', '.join(names)}): {first} was"
+            f" {there.get(first)}, now {settings.get(first)}; name another folder"
+        )

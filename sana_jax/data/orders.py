@@ -1,0 +1,149 @@
+"""Which record is at which position of the endless sequence that batches are cut from.
+
+An order is a pure function of (seed, position), in constant time and memory: every host, and every
+restart, has the same.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import logging
+from jaxtyping import Int
+
+from sana_jax.data.buckets import assign
+from sana_jax.data.sizes import image_sizes
+from sana_jax.data.sources import Source
+from sana_jax.errors import UserError
+
+
+class Order(Protocol):
+    """What TrainingLoader asks."""
+
+    length: int  # of an epoch, in positions
+    settings: Any  # JSON, for a checkpoint to compare
+
+    def __getitem__(self, position: int) -> int:
+        """The record there."""
+
+    def replacement(self, position: int, rng: np.random.Generator) -> int:
+        """Another record that may be there."""
+
+
+class GlobalOrder:
+    """All records, another shuffle every epoch."""
+
+    settings = 1  # version of the rule
+
+    def __init__(self, records: int, seed: int):
+        self.length = records
+        # Seeds of grain's epochs are consecutive: spread ours, or seed 1 is seed 0 an epoch later.
+        (spread,) = np.random.SeedSequence(seed).generate_state(1)
+        self._shuffle = _shuffle(records, spread)
+
+    def __getitem__(self, position: int) -> int:
+        return self._shuffle[position]
+
+    def replacement(self, position: int, rng: np.random.Generator) -> int:
+        return int(rng.integers(self.length))
+
+
+class BucketOrder:
+    """Every batch is of one bucket.
+
+    In an epoch each bucket's records are shuffled and cut into full batches, and the batches of all
+    buckets are shuffled. What is left over is left out, in every epoch something else.
+
+    Args:
+      bucket_of_record: a number from 0 for each record; -1: never drawn.
+      batch_size: of the global batch.
+
+    `left_out` counts the records that are never drawn by their bucket: those of -1, and of buckets
+    with less than a batch. Raises UserError where no bucket holds a batch.
+    """
+
+    def __init__(self, bucket_of_record: Int[np.ndarray, " N"], batch_size: int, seed: int = 0):
+        buckets = np.asarray(bucket_of_record)
+        self.records, self.batch_size = len(buckets), batch_size
+        numbers, counts = np.unique(buckets, return_counts=True)
+        sizes = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+        used = [b for b, count in sizes.items() if b >= 0 and count >= batch_size]
+        self.left_out = {b: count for b, count in sizes.items() if b not in used}
+        if not used:
+            most = max((count for b, count in sizes.items() if b >= 0), default=0)
+            raise UserError(
+                f"batch_size={batch_size}: no bucket of images holds a batch; the largest has"
+                f" {most} of {len(buckets)} records. Lower it, or give more data"
+            )
+        if self.left_out:
+            each = ", ".join(f"{count} of bucket {b}" for b, count in self.left_out.items())
+            logging.warning(
+                "%d of %d records are never drawn, for their buckets hold less than a batch of %d"
+                " (-1: not usable): %s",
+                sum(self.left_out.values()),
+                len(buckets),
+                batch_size,
+                each,
+            )
+        self._members = [np.flatnonzero(buckets == b) for b in used]
+        seeds = np.random.SeedSequence(seed).generate_state(1 + max(used) + 1)
+        self._shuffles = [
+            _shuffle(len(members), seeds[1 + b])
+            for b, members in zip(used, self._members, strict=True)
+        ]
+        self._ends = np.cumsum([len(members) // batch_size for members in self._members])
+        self._batches_of_epoch = int(self._ends[-1])
+        self._batches = _shuffle(self._batches_of_epoch, seeds[0])
+        self.length = self._batches_of_epoch * batch_size
+        digest = hashlib.sha256(np.ascontiguousarray(buckets, "<i4")).hexdigest()[:16]
+        self.settings = {"kind": "buckets", "version": 1, "seed": seed, "buckets": digest}
+
+    def __getitem__(self, position: int) -> int:
+        step, row = divmod(position, self.batch_size)
+        bucket, batch = self._batch(step)
+        members = self._members[bucket]
+        epoch = step // self._batches_of_epoch
+        place = epoch * len(members) + batch * self.batch_size + row
+        return int(members[self._shuffles[bucket][place]])
+
+    def replacement(self, position: int, rng: np.random.Generator) -> int:
+        """One of the same bucket."""
+        members = self._members[self._batch(position // self.batch_size)[0]]
+        return int(members[rng.integers(len(members))])
+
+    def _batch(self, step: int) -> tuple[int, int]:
+        """The place of the bucket in `_members`, and which of its batches it is."""
+        number = self._batches[step]
+        bucket = int(np.searchsorted(self._ends, number, side="right"))
+        return bucket, number - int(self._ends[bucket - 1] if bucket else 0)
+
+
+def bucket_order(
+    source: Source,
+    table: tuple[tuple[int, int], ...],
+    batch_size: int,
+    seed: int = 0,
+    *,
+    upscale: bool = False,
+    cache: str | Path | None = None,
+) -> BucketOrder:
+    """The order for images that BucketTransform(table, upscale=upscale) fits into buckets.
+
+    Reads the header of every image, once where a folder `cache` is given. Stored latents tell
+    their shapes themselves, and need no table.
+    """
+    shapes = getattr(source, "shapes", None)
+    if shapes is not None:
+        _, buckets = np.unique(shapes, axis=0, return_inverse=True)
+        return BucketOrder(buckets.reshape(-1), batch_size, seed)
+    sizes, _ = image_sizes(source, cache)
+    return BucketOrder(assign(sizes, table, upscale), batch_size, seed)
+
+
+def _shuffle(count: int, seed) -> grain.MapDataset:
+    """0 .. count - 1 again and again, every time in another order."""
+    shuffled = grain.MapDataset.range(count).shuffle(int(seed)).repeat()
+    shuffled[0]  # grain sets itself up at the first access, which threads must not share
+    return shuffled

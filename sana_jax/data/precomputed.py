@@ -1,0 +1,176 @@
+"""Latents, and embeddings of captions, on disk: what training reads in place of images.
+
+A folder holds one split:
+
+    index.json                 what was encoded and how, every shard, what was left out and why
+    shard-00000.array_record   records, packed by MessagePack, checked by ArrayRecord when read
+    shard-00000.json           the shard's entry of the index, written when the shard is complete
+    null.msgpack               the embedding of the empty prompt, where there are embeddings
+
+A record has key, captions, scores and truth as every source's (sources.Record); `latents`, (h, w,
+c) in float32 or bfloat16; `scaled`, whether they are multiplied by the autoencoder's scaling factor
+already; and perhaps `embeddings`, for each caption the rows that its mask shows. index.json comes
+last: without it a folder is not finished.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+from flax import serialization
+
+from sana_jax.data.images import BadImage
+from sana_jax.data.sources import Record
+from sana_jax.data.text_image import pad_rows
+from sana_jax.data.transforms import Example
+from sana_jax.errors import UserError
+from sana_jax.files import write_whole
+
+FORMAT = 1
+INDEX, NULL = "index.json", "null.msgpack"
+
+
+class Precomputed:
+    """The records of such a folder, their latents in float32 and scaled.
+
+    Attributes:
+      index: index.json.
+      shapes: (h, w) of every record's latents, int (N, 2).
+      rows: text rows of the embeddings; None where there are none.
+
+    Raises UserError: no such folder, unfinished, or of another split.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        self.folder = Path(folder).expanduser()
+        try:
+            text = (self.folder / INDEX).read_bytes()
+            self.index = json.loads(text)
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} has no {INDEX}: it was not precomputed, or not to the end; run python -m"
+                " sana_jax.precompute with the same arguments to finish it"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / INDEX} cannot be read: {error}") from None
+        if not isinstance(self.index, dict) or self.index.get("format") != FORMAT:
+            raise UserError(f"{self.folder / INDEX} is not of this version; precompute it anew")
+        if self.index["split"] != split:
+            raise UserError(
+                f"precomputed:{folder} holds the split {self.index['split']!r}, not {split!r}"
+            )
+        shards = [shard for shard in self.index["shards"] if shard["records"]]
+        for shard in shards:
+            path = self.folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise UserError(f"{path} is missing or incomplete; delete {INDEX} and run again")
+        self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
+        runs = [run for shard in shards for run in shard["runs"]]
+        self.shapes = np.repeat([run[:2] for run in runs], [run[2] for run in runs], axis=0)
+        text_settings = self.index["text"]
+        self.rows = text_settings and text_settings["rows"]
+        files = [str(self.folder / shard["file"]) for shard in shards]
+        self._data = array_record_data_source.ArrayRecordDataSource(files)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            record = serialization.msgpack_restore(self._data[index])
+        except (RuntimeError, ValueError) as error:
+            raise BadImage("unreadable", f"{type(error).__name__}: {error}") from None
+        latents = record["latents"].astype(np.float32)
+        if not record.pop("scaled"):
+            latents *= np.float32(self.index["scaling_factor"])
+        if latents.shape[:2] != tuple(self.shapes[index]) or not np.isfinite(latents).all():
+            error = BadImage("bad_latents", f"latents of shape {latents.shape}")
+            error.key = record["key"]
+            raise error
+        return record | {"latents": latents}
+
+    def null_embedding(self) -> Example:
+        """{"embeddings": (rows, T), "mask": (rows,)} of the empty prompt. Raises UserError."""
+        if self.rows is None:
+            raise UserError(f"{self.folder} holds no embeddings; precompute it with --text")
+        stored = serialization.msgpack_restore((self.folder / NULL).read_bytes())
+        return pad_rows(stored["embeddings"], self.rows)
+
+
+class ShardWriter:
+    """Writes one shard: there when `finish` returns, and not at all before. A context.
+
+    `add` takes records with `latents` and `scaled`, and perhaps `embeddings`.
+    """
+
+    def __init__(self, folder: Path, number: int):
+        self.path = folder / f"shard-{number:05d}.array_record"
+        self._partial = self.path.with_suffix(".tmp")
+        self._partial.unlink(missing_ok=True)
+        self._writer = array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1")
+        self._runs: list[list[int]] = []  # [h, w, count] of records in a row with one shape
+
+    def add(self, record: dict[str, Any]) -> None:
+        shape = list(record["latents"].shape[:2])
+        if not self._runs or self._runs[-1][:2] != shape:
+            self._runs.append([*shape, 0])
+        self._runs[-1][2] += 1
+        self._writer.write(serialization.msgpack_serialize(record))
+
+    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Puts the shard in its place and returns its entry of the index, with `about` in it."""
+        self._writer.close()
+        entry = {"file": self.path.name, "records": sum(run[2] for run in self._runs)} | about
+        entry |= {"runs": self._runs, "bytes": 0, "sha256": None}
+        if entry["records"]:  # ArrayRecord does not open a file without
+            with self._partial.open("rb") as file:
+                os.fsync(file.fileno())
+                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            entry["bytes"] = self._partial.stat().st_size
+            self._partial.replace(self.path)
+        write_json(self.path.with_suffix(".json"), entry)
+        return entry
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._writer.is_open():  # it was not finished
+            self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
+    """The index's entry of a shard that is complete, its bytes as they were written; or None."""
+    path = folder / f"shard-{number:05d}.array_record"
+    try:
+        entry = json.loads(path.with_suffix(".json").read_bytes())
+        if entry["records"]:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return None
+        return entry
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, (json.dumps(value, sort_keys=True) + "\n").encode())
+
+
+def weights_sha256(config: Any, params: Any) -> str:
+    """A hash of a network: of its config, and of its weights in float32.
+
+    The same for files in bfloat16 and for their copy in float32, whatever the layout.
+    """
+    digest = hashlib.sha256(repr(config).encode())
+    for path, leaf in jax.tree.leaves_with_path(params):
+        values = np.ascontiguousarray(np.asarray(leaf, np.float32))
+        digest.update(f"{jax.tree_util.keystr(path)} {values.shape}\n".encode())
+        digest.update(values)
+    return digest.hexdigest()[:16]

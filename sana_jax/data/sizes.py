@@ -1,0 +1,102 @@
+"""The sizes of all images of a source, which aspect-ratio buckets need before the first batch."""
+
+import io
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int32
+from tqdm import tqdm
+
+from sana_jax.data.counts import Counts, Rejection
+from sana_jax.data.images import REASONS, BadImage, size_of
+from sana_jax.data.sources import Source, thread_pool
+from sana_jax.errors import UserError
+
+CODES = (None, *REASONS)  # why there is no size, as the file has it
+
+
+def image_sizes(
+    source: Source, cache: str | Path | None = None, threads: int | None = None
+) -> tuple[Int32[np.ndarray, "N 2"], Counts]:
+    """(height, width) of every image, from its header; (0, 0) where it cannot be used.
+
+    Args:
+      cache: a folder, made if missing, that keeps the result for the next time, in a file named
+        after the source's fingerprint; None: nothing is kept.
+      threads: that read; None: as many as there are cores, up to 16.
+
+    The counts say why images cannot be used; pixels are not decoded, so more may turn out bad.
+    """
+    path = Path(cache) / f"sizes-{source.fingerprint}.npz" if cache is not None else None
+    kept = _load(path, len(source)) if path is not None else None
+    if kept is None:
+        kept = _read(source, threads)
+        if path is not None:
+            _save(path, *kept)
+    sizes, codes = kept
+    counts = Counts(read=len(sizes), used=int((codes == 0).sum()))
+    for code, count in zip(*np.unique(codes[codes > 0], return_counts=True), strict=True):
+        counts.rejected[CODES[code]] = int(count)
+    if counts.used < counts.read:
+        logging.warning("sizes of images: %s", counts)
+    return sizes, counts
+
+
+def _read(source: Source, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+    sizes = np.zeros((len(source), 2), np.int32)
+    codes = np.zeros(len(source), np.uint8)
+    seen = Counts()
+
+    def look(index: int) -> Rejection | None:
+        key = f"record {index}"
+        try:
+            record = source[index]
+            key = record["key"]
+            sizes[index] = size_of(record["image"])
+            return None
+        except BadImage as error:
+            codes[index] = CODES.index(error.reason)
+            return Rejection(key, error.reason, str(error))
+
+    with thread_pool(threads) as pool:
+        # In parts: a pool would take all of a large source at once.
+        parts = (range(i, min(i + 4096, len(source))) for i in range(0, len(source), 4096))
+        with tqdm(total=len(source), desc="sizes", unit="image", disable=None) as progress:
+            for part in parts:
+                seen.add(0, filter(None, pool.map(look, part)))
+                progress.update(len(part))
+    return sizes, codes
+
+
+def _load(path: Path, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `_save` wrote; None where it did not, or where that is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            sizes, codes = arrays["sizes"], arrays["codes"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        logging.warning("%s is read anew: %s", path, error)
+        return None
+    fits = (
+        sizes.shape == (count, 2) and codes.shape == (count,) and codes.max(initial=0) < len(CODES)
+    )
+    return (sizes, codes) if fits else None
+
+
+def _save(path: Path, sizes: np.ndarray, codes: np.ndarray) -> None:
+    data = io.BytesIO()
+    np.savez_compressed(data, sizes=sizes, codes=codes)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own, because other hosts may write the same.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as partial:
+            partial.write(data.getvalue())
+        os.replace(partial.name, path)
+    except OSError as error:
+        raise UserError(f"cache {path.parent}: {error.strerror or error}; name another") from None

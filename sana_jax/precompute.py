@@ -1,0 +1,130 @@
+"""Encodes a data set once, so that training reads latents in place of images.
+
+    python -m sana_jax.precompute --checkpoint=DIR_OR_HUB_ID --data=PHOTOS --out=DIR --size=512
+    python -m sana_jax.precompute --checkpoint=... --data=PHOTOS --out=DIR --buckets=1024 --text
+
+DIR is then a data set by the name precomputed:DIR. Every image is resized to cover --size, or the
+published size of the nearest aspect ratio at --buckets, and cropped, once and for all: a --crop of
+random is drawn from (--seed, the image's number). With --text the embedding of every caption is
+stored too, as sampling has it: after the instruction of the checkpoint, if it has one.
+
+Images that cannot be used are left out, counted by reason in DIR/index.json, and named in the log.
+The same command goes on where it was stopped: shards that are complete are kept.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from sana_jax import cli
+from sana_jax.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]", required=True
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder where shapes or TFDS data were prepared")
+_SPLIT = flags.DEFINE_string("split", "train", "of the data")
+_OUT = flags.DEFINE_string("out", None, "folder to write; made if missing", required=True)
+_SIZE = flags.DEFINE_integer("size", None, "side of the images in pixels", 16, 2**13)
+_BUCKETS = flags.DEFINE_integer(
+    "buckets", None, "in place of --size: the published sizes at 512, 1024, 2048 or 4096 px"
+)
+_CROP = flags.DEFINE_enum("crop", "centre", ["centre", "random"], "which part of an image")
+_SEED = flags.DEFINE_integer("seed", 0, "of random crops", 0, 2**32 - 1)
+_UPSCALE = flags.DEFINE_bool("upscale", False, "enlarge images that are too small")
+_TEXT = flags.DEFINE_bool("text", False, "store the embeddings of the captions too")
+_INSTRUCTION = flags.DEFINE_string(
+    "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
+)
+_NO_INSTRUCTION = flags.DEFINE_bool("no_instruction", False, "encode the captions alone")
+_BATCH = flags.DEFINE_integer(
+    "batch", 16, "images at once; rounded up to the number of devices", 1, 2**16
+)
+_SHARD = flags.DEFINE_integer("shard", 4096, "images of the data in a shard", 1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
+_STORE = flags.DEFINE_enum("store", "bfloat16", ["float32", "bfloat16"], "dtype of the latents")
+_VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
+_REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+
+
+def main(argv):
+    del argv
+    if (_SIZE.value is None) == (_BUCKETS.value is None):
+        raise UserError("give --size or --buckets")
+
+    import dataclasses
+
+    import jax
+
+    from sana_jax import checkpoints, sharding
+    from sana_jax.data import buckets, precomputed
+    from sana_jax.data.encode import Encoder, WithTokens, precompute
+    from sana_jax.data.sources import open_source
+    from sana_jax.data.text_image import CaptionTokens
+    from sana_jax.data.transforms import BucketTransform, ImageTransform
+    from sana_jax.lock import locked
+
+    options = dict(crop=_CROP.value, upscale=_UPSCALE.value, dtype="uint8")
+    if _SIZE.value is not None:
+        image = ImageTransform(_SIZE.value, _SIZE.value, **options)
+    else:
+        image = BucketTransform(buckets.training_buckets(_BUCKETS.value), **options)
+    checkpoint = checkpoints.open_checkpoint(
+        _CHECKPOINT.value,
+        variant=_VARIANT.value,
+        revision=_REVISION.value,
+        instruction_file=_INSTRUCTION.value,
+    )
+    factor = checkpoint.vae.factor
+    if _SIZE.value is not None and _SIZE.value % factor:
+        raise UserError(f"--size={_SIZE.value} is not a multiple of {factor}")
+    if _TEXT.value and checkpoint.text_encoder is None:
+        raise UserError(f"{_CHECKPOINT.value} has no text encoder, which --text needs")
+    source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
+    tokens = None
+    if _TEXT.value:
+        found = None if _NO_INSTRUCTION.value else checkpoint.instruction
+        tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, found and found.text)
+    text_encoder = checkpoint.text_encoder if _TEXT.value else None
+    checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=text_encoder)
+    params = checkpoint.params
+    mesh = sharding.make_mesh()
+    settings = {
+        "format": precomputed.FORMAT,
+        "data": _DATA.value,
+        "split": _SPLIT.value,
+        "source": source.fingerprint,
+        "records": len(source),
+        "image": image.settings,
+        "seed": _SEED.value,
+        "autoencoder": precomputed.weights_sha256(checkpoint.vae, params["vae"]),
+        "scaling_factor": checkpoint.vae.scaling_factor,
+        "text": tokens and tokens.settings,
+        "text_encoder": text_encoder
+        and precomputed.weights_sha256(text_encoder, params["text_encoder"]),
+        "dtype": _DTYPE.value,
+        "store": _STORE.value,
+        "batch": _BATCH.value + -_BATCH.value % sharding.batch_divisor(mesh),
+        "shard": _SHARD.value,
+    }
+    folder = Path(_OUT.value)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder), jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+            checkpoints.place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
+            encoder = Encoder(checkpoint, mesh, _DTYPE.value, settings["batch"], tokens)
+            index = precompute(source, WithTokens(image, tokens), encoder, folder, settings)
+    except OSError as error:
+        raise UserError(f"--out={folder}: {error.strerror or error}") from None
+    counts = index["counts"]
+    rejected = {reason: count for reason, count in counts["rejected"].items() if count}
+    print(f"{folder}: read it by the name precomputed:{folder}")
+    print(json.dumps({"read": counts["read"], "used": counts["used"], "rejected": rejected}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
