@@ -2,6 +2,7 @@
 
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=DIR_OR_HUB_ID --data=PICTURES
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=shapes --out=pairs.png
+    python -m sana_jax.evaluate --task=shapes --checkpoint=shapes --out=sheet.png
 
 reconstruction: how near decode(encode(image)) is to the image, for the images of --data, centre
 cropped to squares. Both are rounded to 8 bits first; figures are means over the images.
@@ -10,11 +11,26 @@ cropped to squares. Both are rounded to 8 bits first; figures are means over the
     ssim                  structural similarity, Gaussian window, as scikit-image has it
     lpips                 on AlexNet, with --lpips_weights (null without)
     high_frequency_ratio  energy above 0.25 cycles a pixel, over that of the originals
-    baseline_...          the same of images made as small as the latents, and large again, bicubic
+    baseline_...          the same of images that are shrunk until they hold as many numbers as
+                          the latents do, and enlarged again, both bicubic
+
+shapes: what a model draws for --count prompts (512) whose combinations of shape and colour it was
+not trained on, parsed without a sight of the prompt. Figures are shares, null where nothing was
+stated, or where the checkpoint is an autoencoder alone.
+
+    overall               pictures that have every stated fact right
+    facts, count, shape, colour, size, position, relation
+                          facts that are right, of all that are stated, and of that kind
+    by_objects, by_style  overall, by number of objects and by the prompt's style
+    held_out              shape and colour right, for each combination training has not
+    control_shuffled      overall against another picture's prompt: chance
+    parser_overall        overall of the ground truth, which is drawn exactly
+    ceiling               overall of the ground truth after the autoencoder
 
 The last line is a JSON object with these figures and what was measured.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -30,7 +46,7 @@ SHAPES_TEST = 1000  # images of the built-in data set that are made where there 
 SHOWN = 8  # images in the picture
 
 FLAGS = flags.FLAGS
-_TASK = flags.DEFINE_enum("task", "reconstruction", ["reconstruction"], "what to measure")
+_TASK = flags.DEFINE_enum("task", "reconstruction", ["reconstruction", "shapes"], "what to measure")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
 )
@@ -46,10 +62,18 @@ _DATA_DIR = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
     "split", None, "of the data; default: test, or all of a folder without such a subfolder"
 )
-_SIZE = flags.DEFINE_integer("size", 128, "side of the images in pixels", 16, 2**13)
-_COUNT = flags.DEFINE_integer("count", None, "the first images of the data; default: all", 1)
+_SIZE = flags.DEFINE_integer(
+    "size",
+    128,
+    "side of the images in pixels; what the task shapes draws has the native size",
+    16,
+    2**13,
+)
+_COUNT = flags.DEFINE_integer(
+    "count", None, "the first images of the data, default: all; or prompts, default: 512", 1, 10**6
+)
 _BATCH = flags.DEFINE_integer(
-    "batch", 16, "images at once; rounded up to the number of devices", 1, 2**16
+    "batch_size", 16, "images at once; rounded up to the number of devices", 1, 2**16
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
 _LPIPS = flags.DEFINE_string(
@@ -58,7 +82,17 @@ _LPIPS = flags.DEFINE_string(
     "AlexNet and LPIPS' heads, a .safetensors or .pth file, or TOWER,HEADS in two",
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "a .png to write: originals above reconstructions; replaced if it is there"
+    "out",
+    None,
+    "a .png to write, replaced if it is there: originals above reconstructions; or what was drawn,"
+    " framed green where every fact is right",
+)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "of the prompts of shapes, and of the first picture; the others count up", 0, 2**31
+)
+_STEPS = flags.DEFINE_integer("num_steps", 20, "of sampling, 1 .. 1000", 1, 1000)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance_scale", 4.5, "classifier-free guidance; off where <= 1", 0, 1000
 )
 _VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
 _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
@@ -83,16 +117,8 @@ def check_out(out: str | None) -> Path | None:
     return path
 
 
-def check_size(size: int, factor: int) -> None:
-    """Raises UserError unless an autoencoder of that factor takes squares of that side."""
-    if size % factor:
-        low = size // factor * factor
-        near = f"{low} or {low + factor}" if low else f"{factor}"
-        raise UserError(f"--size={size} is not a multiple of {factor}: try {near}")
-
-
 def open_data(data: str, data_dir: str | None, split: str | None, size: int):
-    """The source and the name of its split. Raises UserError.
+    """The source and the name of its split, None of a folder without any. Raises UserError.
 
     Draws the test images of shapes into a cache where `data_dir` is None.
     """
@@ -103,15 +129,20 @@ def open_data(data: str, data_dir: str | None, split: str | None, size: int):
     if data == "shapes" and data_dir is None:
         if split not in (None, "test"):
             raise UserError(f"--split={split} of shapes: name the folder it is in with --data_dir")
+        from sana_jax import compilation_cache
         from sana_jax.data import shapes
 
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        data_dir = os.path.join(caches, "sana_jax", "shapes_test")
+        try:
+            data_dir = str(compilation_cache.cache_folder() / "shapes_test")
+        except RuntimeError:
+            raise UserError("there is no home folder for a cache: give --data_dir") from None
         # A record depends on its number and split alone: the others need not be drawn.
         shapes.prepare(data_dir, size, train=1, test=SHAPES_TEST)
     if split is None:
-        named = data == "shapes" or data.startswith("tfds:")
-        split = "test" if named or (epath.Path(data).expanduser() / "test").is_dir() else "train"
+        named, root = data == "shapes" or data.startswith("tfds:"), epath.Path(data).expanduser()
+        split = "test" if named or (root / "test").is_dir() else "train"
+        if not named and not (root / split).is_dir():
+            return open_source(data), None
     return open_source(data, split, data_dir, size), split
 
 
@@ -120,13 +151,11 @@ def reconstruction() -> None:
     out = check_out(_OUT.value)
     size = _SIZE.value
 
-    import dataclasses
-
     import jax
     import numpy as np
     from tqdm import tqdm
 
-    from sana_jax import checkpoints, sharding
+    from sana_jax import arguments, checkpoints, sharding
     from sana_jax.checkpoints.components import module_for
     from sana_jax.data.loader import EvaluationLoader
     from sana_jax.data.transforms import ImageTransform
@@ -137,7 +166,7 @@ def reconstruction() -> None:
     checkpoint = checkpoints.open_checkpoint(_CHECKPOINT.value, **options)
     checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=None)
     config = checkpoint.vae
-    check_size(size, config.factor)
+    arguments.multiple(f"--size={size}", size, config.factor)
     distance = None
     if _LPIPS.value is not None:
         measure = jax.jit(partial(lpips.lpips, tower="alex"))
@@ -174,7 +203,8 @@ def reconstruction() -> None:
         if out is not None:
             save_pairs(out, reconstruct, loader)
 
-    print(f"{_DATA.value} {split}, {found['count']} images at {size} px; {loader.counts}")
+    data = _DATA.value if split is None else f"{_DATA.value} {split}"
+    print(f"{data}, {found['count']} images at {size} px; {loader.counts}")
     print(table(found))
     about = {
         "task": "reconstruction",
@@ -197,9 +227,9 @@ def save_pairs(path: Path, reconstruct, loader) -> None:
     from sana_jax.training.metrics_writer import make_grid
 
     batches = (loader.load(step)[0] for step in range(len(loader)))
-    batch = next(batch for batch in batches if batch["mask"].any())
+    batch = next(batch for batch in batches if batch["valid"].any())
     pairs = batch["image"], reconstruct(batch["image"])
-    rows = [list(np.asarray(to_uint8(x))[batch["mask"]][:SHOWN]) for x in pairs]
+    rows = [list(np.asarray(to_uint8(x))[batch["valid"]][:SHOWN]) for x in pairs]
     data = io.BytesIO()
     Image.fromarray(make_grid(rows)).save(data, "PNG")
     try:
@@ -221,7 +251,35 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-TASKS = {"reconstruction": reconstruction}
+def shapes() -> None:
+    """The task of that name."""
+    out = check_out(_OUT.value)
+
+    from sana_jax.metrics import shapes_task
+
+    options = shapes_task.Options(
+        count=_COUNT.value or 512,
+        seed=_SEED.value,
+        num_steps=_STEPS.value,
+        guidance_scale=_GUIDANCE.value,
+        batch_size=_BATCH.value,
+        size=_SIZE.value,
+        dtype=_DTYPE.value,
+        variant=_VARIANT.value,
+        revision=_REVISION.value,
+    )
+    found, sheet = shapes_task.measure(_CHECKPOINT.value, options)
+    if out is not None:
+        shapes_task.save_sheet(out, sheet)
+    print(f"{found['prompts']} held-out prompts, {found['pixels']} px; per cent:")
+    print(shapes_task.table(found))
+    if found["overall"] is None:
+        print(f"note: {_CHECKPOINT.value} is an autoencoder alone, which draws nothing")
+    about = {"task": "shapes", "checkpoint": _CHECKPOINT.value} | dataclasses.asdict(options)
+    print(json.dumps(about | found))  # here count and size are kinds of facts
+
+
+TASKS = {"reconstruction": reconstruction, "shapes": shapes}
 
 
 def main(argv):

@@ -28,6 +28,7 @@ import contextlib, io, json, sys
 from absl import flags
 from sana_jax import cli, evaluate
 
+cli.GRACE_SECONDS = 10**6  # this process goes on after the first error
 answers = []
 for arguments in json.load(sys.stdin):
     sys.argv, told = ["evaluate", *arguments], io.StringIO()
@@ -57,6 +58,8 @@ def shared(tmp_path_factory):
         params={"vae": whole.params["vae"]},
     )
     native.save(alone, path / "checkpoint")
+    (path / "run").mkdir()
+    native.save(alone, path / "run" / "model")
     params = _arrays(alone.params["vae"])
     params["decoder"]["conv_out"]["kernel"] *= np.float32(3e38)
     native.save(dataclasses.replace(alone, params={"vae": params}), path / "overflowing")
@@ -88,7 +91,13 @@ def test_reconstruction(shared, tmp_path):
     """The figures are scikit-image's, of what the network makes of the same squares."""
     result = run(
         [
-            *("-m", "sana_jax.evaluate", "--task=reconstruction", f"--size={SIZE}", "--batch=2"),
+            *(
+                "-m",
+                "sana_jax.evaluate",
+                "--task=reconstruction",
+                f"--size={SIZE}",
+                "--batch_size=2",
+            ),
             *(f"--checkpoint={shared / 'checkpoint'}", f"--data={shared / 'pictures'}"),
             *("--out=pairs.png", f"--lpips_weights={shared / 'alex.pth'}"),
         ],
@@ -117,7 +126,7 @@ def test_reconstruction(shared, tmp_path):
     assert found["ssim"] == pytest.approx(np.mean(ssim), abs=1e-4)
     assert found["lpips"] == pytest.approx(np.mean(lpips), rel=1e-3)
     assert found["task"] == "reconstruction"
-    assert (found["count"], found["split"], found["size"]) == (5, "train", SIZE)
+    assert (found["count"], found["split"], found["size"]) == (5, None, SIZE)
     assert found["rejected"] == {"not_an_image": 1}
     # 12 x 12 latents of 8 channels are 1152 values.
     assert found["baseline_size"] == [19, 19] and found["baseline_psnr"] > found["psnr"]
@@ -144,6 +153,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
     (tmp_path / "weights.pth").write_text("<html>not found</html>")
     cases = {
         "--checkpoint is missing": [pictures],
+        f"give {shared / 'run' / 'model'}": [f"--checkpoint={shared / 'run'}", pictures],
         "no checkpoint 'nowhere'": ["--checkpoint=nowhere", pictures],
         "--task": ["--task=generation", checkpoint, pictures],
         "nowhere: there is no such folder": [checkpoint, "--data=nowhere"],
@@ -151,7 +161,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "--size=50 is not a multiple of 4: try 48 or 52": [checkpoint, pictures, "--size=50"],
         "size": [checkpoint, pictures, "--size=0"],
         "count": [checkpoint, pictures, "--count=0"],
-        "batch": [checkpoint, pictures, "--batch=-1"],
+        "batch": [checkpoint, pictures, "--batch_size=-1"],
         "web page": [checkpoint, pictures, "--lpips_weights=weights.pth"],
         "none.pth is missing": [checkpoint, pictures, "--lpips_weights=none.pth"],
         "ends with .png": [checkpoint, pictures, "--out=pairs.jpg"],
@@ -176,7 +186,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
 
 def test_shapes_is_drawn_into_a_cache_once(shared, tmp_path):
     few = "evaluate.SHAPES_TEST = 3; answers = []"
-    arguments = [f"--checkpoint={shared / 'checkpoint'}", "--size=16", "--batch=2"]
+    arguments = [f"--checkpoint={shared / 'checkpoint'}", "--size=16", "--batch_size=2"]
     result = run(
         ["-c", SEVERAL.replace("answers = []", few)],
         tmp_path,
@@ -189,3 +199,31 @@ def test_shapes_is_drawn_into_a_cache_once(shared, tmp_path):
     assert first == second
     assert (first["data"], first["split"], first["count"]) == ("shapes", "test", 3)
     assert list((tmp_path / "caches").rglob("shapes-test*"))
+
+
+def test_shapes(shared, tmp_path):
+    """Random weights draw nothing that is right; the ground truth is parsed without an error."""
+    arguments = ["--task=shapes", "--count=6", "--num_steps=2", "--batch_size=4", "--size=64"]
+    cases = [
+        [f"--checkpoint={shared / 'whole'}", "--out=sheet.png"],
+        [f"--checkpoint={shared / 'checkpoint'}"],
+        [f"--checkpoint={shared / 'overflowing'}", "--out=none.png"],
+        [f"--checkpoint={shared / 'checkpoint'}", "--size=50"],
+    ]
+    result = run(["-c", SEVERAL], tmp_path, input=json.dumps([arguments + case for case in cases]))
+    assert result.returncode == 0, result.stderr
+    *lines, answers = result.stdout.splitlines()
+    whole, alone = (json.loads(line) for line in lines if line.startswith("{"))
+    for found in (whole, alone):
+        assert (found["prompts"], found["pixels"]) == (6, 64)
+        assert found["parser_overall"] == 1 and found["ceiling"] == 0
+    names = ("overall", "count", "shape", "colour", "position", "relation", "control_shuffled")
+    assert whole["overall"] == whole["control_shuffled"] == 0 and whole["facts"] < 0.5
+    assert set(whole["by_objects"]) == set("1234") and set(whole["by_style"]) == {"short", "long"}
+    assert all(alone[name] is None for name in (*names, "facts"))
+    assert any(line.startswith("note: ") for line in lines)
+    told = [told for _, told in json.loads(answers)]
+    assert "NaN or infinite" in told[2] and "--size=50 is not a multiple of 4" in told[3]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (6 * 70 + 5 * 2, 70)
+    assert not (tmp_path / "none.png").exists()
