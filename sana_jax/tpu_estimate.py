@@ -10,7 +10,8 @@ The compiler has no estimate for a Pallas kernel. Here a kernel costs the larges
     compute    the FLOPs it declares over the chip's peak
     memory     the bytes it declares, else those of its operands and results, over the bandwidth
 
-and a kernel whose schedule was not found is an error. Bundles under `pl.when` count every time.
+and a kernel whose schedule was not found is an error. Bundles under `pl.when` count every time,
+and a grid's pipeline takes two steps more than the grid has.
 
 It is a model of one chip and no measurement: compare programs that the same compiler compiled. On
 v5e and v5p a plain matrix product reads 94 % of peak, on v6e 57 %.
@@ -21,6 +22,7 @@ Import this before anything that loads libtpu: it asks the compiler to write its
 import atexit
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 import shutil
@@ -53,6 +55,8 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
+from sana_jax.errors import UserError  # noqa: E402
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -62,13 +66,13 @@ class Chip:
     hertz: float
     flops_per_cycle: int  # bfloat16
     hbm_bytes_per_second: float
-    hbm_bytes: int
+    hbm_bytes: int  # that a program may fill, by the compiler; a little less than the chip has
 
 
 CHIPS = {
-    "v5e": Chip("v5e", 1.503e9, 131072, 819e9, 16 * 2**30),
-    "v5p": Chip("v5", 1.75e9, 262144, 2765e9, 95 * 2**30),
-    "v6e": Chip("v6e", 1.75e9, 524288, 1640e9, 32 * 2**30),
+    "v5e": Chip("v5e", 1.503e9, 131072, 819e9, int(15.75 * 2**30)),
+    "v5p": Chip("v5", 1.75e9, 262144, 2765e9, int(95.74 * 2**30)),
+    "v6e": Chip("v6e", 1.75e9, 524288, 1640e9, int(31.25 * 2**30)),
 }
 
 
@@ -98,6 +102,7 @@ class Estimate:
     argument_bytes: int
     output_bytes: int
     temp_bytes: int
+    alias_bytes: int  # of outputs that take the place of donated arguments
     hbm_bytes: int  # what must fit at once; donated arguments count once
 
     @property
@@ -107,6 +112,26 @@ class Estimate:
     def utilisation(self, model_flops: float) -> float:
         """Model FLOPs over what the chip could do in the estimated time (MFU)."""
         return model_flops / (self.chip.flops_per_cycle * (self.cycles + self.kernel_cycles))
+
+
+class TooLarge(Exception):
+    """A program that needs more of the chip's memory than there is."""
+
+    def __init__(self, needed: int, available: int):
+        super().__init__(f"{needed / 2**30:.2f} GiB needed, {available / 2**30:.2f} available")
+        self.needed, self.available = needed, available  # bytes
+
+    @classmethod
+    def read(cls, message: str) -> "TooLarge | None":
+        """Of the compiler's message, if that is what it says."""
+        size = r"([\d.]+)([KMGT])"
+        used = rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)"
+        found = re.search(used, message)
+        if not found:
+            return None
+        number, unit, limit, of = filter(None, found.groups())
+        power = {"K": 10, "M": 20, "G": 30, "T": 40}
+        return cls(int(float(number) * 2 ** power[unit]), int(float(limit) * 2 ** power[of]))
 
 
 def tpu_mesh(topology: str, axes: dict[str, int], chip: str = "v5e") -> Mesh:
@@ -119,14 +144,43 @@ def tpu_mesh(topology: str, axes: dict[str, int], chip: str = "v5e") -> Mesh:
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
+def has_libtpu() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def tpu_devices(topology: str) -> tuple[str, list[jax.Device]]:
+    """The chip and the compile-only devices of "v5e:16x16". Raises UserError."""
+    chip, _, shape = topology.partition(":")
+    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise UserError(
+            f"topology {topology!r} is not CHIP:SHAPE, such as v5e:16x16, v6e:4x4 or v5p:2x2x2,"
+            f" with one of the chips {', '.join(CHIPS)}"
+        )
+    if not has_libtpu():
+        raise UserError("the TPU compiler libtpu is not installed: pip install 'jax[tpu]'")
+    name = f"{CHIPS[chip].prefix}:{shape}"
+    try:
+        return chip, topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition(": ")[2] or str(error)
+        raise UserError(f"topology {topology!r} does not exist: {reason}") from None
+
+
 def estimate(fn: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_options: Any) -> Estimate:
-    """Compiles `fn` for `args`, ShapeDtypeStructs with shardings over a `tpu_mesh`."""
+    """Compiles `fn` for `args`, ShapeDtypeStructs with shardings over devices of a topology.
+
+    Raises TooLarge for a program that the chip's memory does not hold, and ValueError for a Pallas
+    kernel that cannot be costed.
+    """
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # a hit would write no schedule
     before = set(_DUMP.iterdir())
     try:
         fresh = functools.wraps(fn)(lambda *args: fn(*args))  # else a second call compiles nothing
         compiled = jax.jit(fresh, **jit_options).lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise TooLarge.read(str(error)) or error from None
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
     schedules = set(_DUMP.iterdir()) - before
@@ -149,6 +203,7 @@ def estimate(fn: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_option
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
         hbm_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
@@ -282,7 +337,7 @@ def _find(schedules: set[Path], name: str) -> Path | None:
 
 _BUNDLE = re.compile(r"\n\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:")
 _BRANCH = re.compile(r"sbr\.rel (?:\(!?(%\w+)\))?.*?target = \$region(\d+)")
-_EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test \*/")
+_EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder (%\w+), (\d+)[ ,]")
 _DELAY_SLOTS = 4  # bundles after a branch that still belong to its loop
 
 

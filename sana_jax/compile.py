@@ -1,0 +1,209 @@
+"""Compiles for TPUs that are not there: does it fit, and what does the compiler think it costs?
+
+    python -m sana_jax.compile --preset=sana_600m_1024 --topology=v5e:2x2 --what=forward --batch=16
+    python -m sana_jax.compile --config=configs/sana_1600m_1024.py --topology=v5e:16x16 --batch=8
+
+    forward  the transformer once, 300 rows of text
+    sample   --steps steps with guidance, from noise to latents
+    decode   latents to pixels; above 2048 x 2048 pixels one tile, times their number
+    train    the step of a config with its optimizer, averages and frozen networks
+
+Needs no TPU but its compiler, which pip install 'jax[tpu]' brings to x86-64 Linux. Figures are
+those of one chip, by the estimate of tpu_estimate.py: a model, no measurement. Networks that the
+program does not use are not in its memory. MFU counts what the architecture asks for: recomputed
+activations show as slowness; a training counts three times the forward pass of what trains.
+
+The last line is a JSON object, sizes in bytes. A program that does not fit is an answer: the
+status is 0, `fits` false and `hbm_bytes` what the compiler says is needed at least. `mfu` is null
+where FLOPs are not counted: phases of an autoencoder's training that train a part of it.
+"""
+
+import importlib.metadata
+import json
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections.config_flags import config_flags
+
+from sana_jax import cli, random_weights, sharding, tpu_estimate
+from sana_jax.errors import UserError
+
+WHAT = ("forward", "train", "sample", "decode")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe to train, of configs/")
+_PRESET = flags.DEFINE_string("preset", None, "the networks to draw with, as benchmark takes them")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, f"CHIP:SHAPE, such as v5e:16x16; chips: {', '.join(tpu_estimate.CHIPS)}"
+)
+_WHAT = flags.DEFINE_enum("what", None, WHAT, "default: train with a config, else forward")
+_BATCH = flags.DEFINE_integer(
+    "batch", None, "pictures a chip; default: the config's batch, or 1", 1, 2**16
+)
+_SIZE = flags.DEFINE_integer(
+    "size", None, "side of the picture in pixels; default: the preset's own", 1, 2**16
+)
+_STEPS = flags.DEFINE_integer("steps", 20, "of sample", 1, 1000)
+_FSDP = flags.DEFINE_integer(
+    "fsdp", 1, "chips that share a copy of a preset's weights; a config has its mesh", 1, 2**16
+)
+_PHASE = flags.DEFINE_string("phase", None, "of an autoencoder's training; default: its first")
+_TOP = flags.DEFINE_integer("top", 12, "operations to list", 0, 1000)
+flags.mark_flag_as_required("topology")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    what = _check_flags()
+    jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
+    chip, devices = tpu_estimate.tpu_devices(_TOPOLOGY.value)
+    mesh, program = _program(what, devices)
+    limit, chips = tpu_estimate.CHIPS[chip].hbm_bytes, mesh.size
+    share, rest = divmod(program.batch, chips)
+    result = {
+        "topology": _TOPOLOGY.value,
+        "what": what,
+        "batch": program.batch / chips if rest else share,
+        "config": flags.FLAGS["config"].config_filename if what == "train" else None,
+        "preset": _PRESET.value,
+        "size": program.size,
+        "mesh": dict(mesh.shape),
+        "calls": program.calls,
+        "hbm_available": limit,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+    print(f"compiling {what} for {_TOPOLOGY.value}", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):
+            found = tpu_estimate.estimate(
+                program.function, *program.arguments, chip=chip, **program.options
+            )
+        result |= figures(found, program.calls, program.flops and program.flops / chips)
+    except tpu_estimate.TooLarge as error:
+        found, result["hbm_bytes"] = None, error.needed
+        result |= dict.fromkeys(["cycles", "kernel_cycles", "step_seconds", "mfu", "collectives"])
+    result["fits"] = found is not None and result["hbm_bytes"] <= limit
+    result["compile_seconds"] = round(time.monotonic() - start, 1)
+    print(text(result, found, _TOP.value))
+    print(json.dumps(result))
+
+
+def _program(what: str, devices: list[jax.Device]):
+    """(mesh, program) that the flags ask for. Raises UserError."""
+    from sana_jax.measure import programs  # takes seconds
+
+    if what == "train":
+        mesh = sharding.make_mesh(**_CONFIG.value.mesh, devices=devices)
+        batch = _BATCH.value and _BATCH.value * mesh.size
+        return mesh, programs.training(_CONFIG.value, mesh, batch, _PHASE.value)
+    mesh = sharding.make_mesh(fsdp=_FSDP.value, devices=devices)
+    dit, vae, _ = random_weights.configs(_PRESET.value)
+    batch = (_BATCH.value or 1) * mesh.size
+    return mesh, programs.drawing(what, dit, vae, mesh, batch, _SIZE.value, _STEPS.value)
+
+
+def figures(found: tpu_estimate.Estimate, calls: int, model_flops: float | None) -> dict[str, Any]:
+    """What an estimate says of `calls` calls of a program, `model_flops` a call and chip."""
+    return {
+        "hbm_bytes": found.hbm_bytes,
+        "argument_bytes": found.argument_bytes,
+        "output_bytes": found.output_bytes,
+        "temp_bytes": found.temp_bytes,
+        "alias_bytes": found.alias_bytes,
+        "cycles": calls * found.cycles,
+        "kernel_cycles": calls * found.kernel_cycles,
+        "step_seconds": calls * found.seconds,
+        "model_flops": model_flops and calls * model_flops,
+        "mfu": model_flops and found.utilisation(model_flops),
+        "collectives": {
+            kind: {"executions": calls * count, "bytes": calls * size}
+            for kind, (count, size) in found.collectives.items()
+        },
+        "kernels": {
+            name: {"calls": calls * count, "cycles": cost.cycles, **vars(cost)}
+            for name, (count, cost) in found.kernels.items()
+        },
+    }
+
+
+def text(result: dict[str, Any], found: tpu_estimate.Estimate | None, top: int) -> str:
+    """The result for people; `found` is None for a program that does not fit."""
+    of = result["config"] or result["preset"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
+    lines = [
+        f"{result['what']} of {of}, {result['batch']:g} pictures of {result['size']} px a chip,"
+        f" on {result['topology']} ({mesh or 'one chip'}), libtpu {result['libtpu']}"
+    ]
+    limit = result["hbm_available"]
+    if not result["fits"]:
+        least = "at least " if found is None else ""
+        over = result["hbm_bytes"] - limit
+        lines.append(
+            f"DOES NOT FIT: {least}{_gib(result['hbm_bytes'])} GiB a chip of {_gib(limit)},"
+            f" {_gib(over)} too many"
+        )
+    if found is None:
+        return "\n".join(lines)
+    lines.append(
+        f"memory, GiB a chip: arguments {_gib(found.argument_bytes)},"
+        f" temporaries {_gib(found.temp_bytes)}, outputs {_gib(found.output_bytes)},"
+        f" aliased {_gib(-found.alias_bytes)}; in all {_gib(found.hbm_bytes)} of {_gib(limit)}"
+    )
+    cycles = found.cycles + found.kernel_cycles
+    lines += ["", f"{'cycles':>15} {'share':>6}  operation"]
+    for count, name in found.operations[:top]:
+        lines.append(f"{count:15,} {count / max(1, cycles):6.1%}  {_short(name)}")
+    if found.kernels:
+        bounds = ("bundles", "compute", "memory")
+        lines += ["", f"{'calls':>6} " + "".join(f"{b:>12}" for b in bounds) + "  kernel, cycles"]
+    for name, (calls, cost) in found.kernels.items():
+        each = "".join(f"{getattr(cost, bound):12,}" for bound in bounds)
+        lines.append(f"{calls:6} {each}  {name}")
+    if found.collectives:
+        lines += ["", f"{'executions':>10} {'GB':>8}  collective"]
+    for kind, (count, size) in found.collectives.items():
+        lines.append(f"{count:10} {size / 1e9:8.3f}  {kind}")
+    lines += ["", "Collectives have no cycles: they are not in the step time."]
+    mfu = "not counted" if result["mfu"] is None else f"{result['mfu']:.1%}"
+    calls = f" in {result['calls']} calls" if result["calls"] > 1 else ""
+    lines.append(
+        f"{result['cycles'] / 1e6:,.1f} M cycles and {result['kernel_cycles'] / 1e6:,.1f} M of"
+        f" kernels{calls}: {result['step_seconds']:.4g} s, MFU {mfu}; by the compiler's estimate"
+    )
+    return "\n".join(lines)
+
+
+def _check_flags() -> str:
+    """What to compile. Raises UserError for flags that do not go together."""
+    config, preset = _CONFIG.value is not None, _PRESET.value is not None
+    what = _WHAT.value or ("train" if config else "forward")
+    if what == "train" and not config:
+        raise UserError("--what=train needs --config=FILE, a recipe of configs/")
+    if what != "train" and not preset:
+        raise UserError(f"--what={what} needs --preset, such as sana_600m_1024")
+    if config and preset:
+        raise UserError("--config trains, --preset draws: give one of them")
+    if config and _SIZE.value is not None:
+        raise UserError("--size goes with --preset; a config has keys of its own for it")
+    if config and _FSDP.value != 1:
+        raise UserError("--fsdp goes with --preset; for a config give --config.mesh.fsdp")
+    if preset and _PHASE.value is not None:
+        raise UserError("--phase goes with --config")
+    return what
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _short(name: str) -> str:
+    name = re.sub(r"jit\([^)]*\)/", "", name)
+    return name if len(name) <= 80 else "..." + name[-77:]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,206 @@
+"""The programs that `compile` costs: those of the pipeline and of the trainings, nothing run.
+
+Arguments are abstract and live on a mesh whose devices need not be there.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sana_jax import denoise, flops, pipeline
+from sana_jax.checkpoints.components import abstract_params, module_for
+from sana_jax.diffusion import dpm_solver
+from sana_jax.errors import UserError
+from sana_jax.metrics import lpips
+from sana_jax.models.dc_ae import DCAE
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.sharding import batch_divisor, batch_sharding, shardings_for
+
+DTYPE = "bfloat16"  # of weights and activations where pictures are drawn
+TEXT_ROWS, FLOW_SHIFT = 300, 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function and what to compile it for."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings
+    batch: int  # pictures, of all chips
+    size: int  # their side in pixels
+    flops: float | None  # of one call on all chips, as flops.py counts; None: not counted
+    calls: int = 1  # a picture takes so many
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of jax.jit
+
+
+def drawing(
+    what: str,
+    dit: SanaConfig,
+    vae: DCAEConfig,
+    mesh: Mesh,
+    batch: int,
+    size: int | None = None,
+    steps: int = 20,
+) -> Program:
+    """`what` is "forward", "sample" or "decode", with bfloat16 weights.
+
+    `batch`: pictures of all chips; `size`: None: the native one. As in the pipeline, pictures above
+    2048 x 2048 pixels are decoded in tiles, a call each. Raises UserError.
+    """
+    size = dit.sample_size * vae.factor if size is None else size
+    if size % (vae.factor * dit.patch_size):
+        raise UserError(f"--size={size} is not a multiple of {vae.factor * dit.patch_size}")
+    rows = partial(_array, sharding=batch_sharding(mesh))
+    if what == "decode":
+        return _decode(vae, mesh, rows, batch, size)
+    side = size // vae.factor
+    latents = rows((batch, side, side, dit.latent_channels))
+    module, params = module_for(dit, DTYPE), _params(dit, mesh)
+    count = batch * flops.trunk(dit, side, side, TEXT_ROWS)
+    if what == "forward":
+        captions = rows((batch, TEXT_ROWS, dit.caption_channels))
+        inputs = latents, rows((batch,)), captions, rows((batch, TEXT_ROWS), bool)
+        function = partial(pipeline._velocity, module)
+        return Program(function, (params, *inputs), batch, size, count)
+
+    def sample(params, noise, schedule, captions, masks, scale):
+        inputs = noise, schedule, captions, masks, scale
+        return denoise.sample(module, params, *inputs, None, sequential=False)
+
+    schedule = dpm_solver.flow_dpm_solver(steps, FLOW_SHIFT)
+    schedule = jax.tree.map(lambda x: _array(x.shape, x.dtype, NamedSharding(mesh, P())), schedule)
+    captions = rows((batch, 2, TEXT_ROWS, dit.caption_channels))
+    masks, scale = rows((batch, 2, TEXT_ROWS), bool), rows((batch, 1, 1, 1))
+    arguments = params, latents, schedule, captions, masks, scale
+    return Program(sample, arguments, batch, size, 2 * steps * count)
+
+
+def training(config: ConfigDict, mesh: Mesh, batch: int | None, phase: str | None) -> Program:
+    """The step of a recipe of configs/, with its optimizer, averages and losses.
+
+    `batch`: pictures of all chips; None: the config's own. `phase`: of an autoencoder's training;
+    None: the first that it runs. Raises UserError.
+    """
+    if "phases" in config:
+        found = _autoencoder_training(config, mesh, batch, phase)
+    elif phase is not None:
+        raise UserError(f"--phase={phase}: this config has no phases; leave it out")
+    else:
+        found = _text_to_image_training(config, mesh, batch)
+    function, state, rows, inputs, size, count = found
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return Program(
+        function,
+        (state, rows, *inputs),
+        jax.tree.leaves(rows)[0].shape[0],
+        size,
+        count,
+        options={"donate_argnums": 0, "out_shardings": (shardings, None)},
+    )
+
+
+def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program:
+    calls = 1
+    if size * size > pipeline.LARGE:
+        whole, (size, stride) = size, pipeline.LARGE_TILE
+        calls = len(range(0, whole, stride)) ** 2  # a sliver at the edge counts as a tile
+    side = size // vae.factor
+    latents = rows((batch, side, side, vae.latent_channels))
+    function = partial(pipeline._decode, module_for(vae, DTYPE))
+    count = batch * flops.decode(vae, size, size)
+    return Program(function, (_params(vae, mesh), latents), batch, size, count, calls)
+
+
+def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None):
+    from sana_jax.training import text_to_image_model
+
+    if batch is not None:
+        config = ConfigDict(config.to_dict())
+        config.recipe.batch_size = batch
+    recipe = config.recipe
+    divisor = batch_divisor(mesh) * recipe.microbatches * recipe.encoder_microbatches
+    if recipe.batch_size % divisor:
+        raise UserError(
+            f"a batch of {recipe.batch_size} is no multiple of {divisor}, the chips that split it"
+            " times the microbatches and the encoder's"
+        )
+    function, state, rows, inputs = text_to_image_model.abstract_training(config, mesh)
+    dit = text_to_image_model._network(SanaConfig, config, "network")
+    encoder, vae = config.text_encoder, DCAEConfig()
+    size = config.data.size or dit.sample_size * vae.factor
+    side = size // vae.factor
+    each = 3 * flops.trunk(dit, side, side, encoder.rows)
+    if "image" in rows:
+        each += flops.encode(vae, size, size)
+    if "tokens" in rows:
+        gemma = text_to_image_model._network(Gemma2Config, config, "text_encoder.network")
+        each += (3 if encoder.train else 1) * flops.text(gemma, rows["tokens"].shape[1])
+    return function, state, rows, inputs, size, recipe.batch_size * each
+
+
+def _autoencoder_training(config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None):
+    from sana_jax.training import dc_ae_phases
+    from sana_jax.training.autoencoder import AutoencoderTask
+    from sana_jax.training.discriminator import Discriminator
+    from sana_jax.training.state import on_mesh
+
+    name = name or config.run[0]
+    if name not in config.phases:
+        raise UserError(f"--phase={name} is not one of {', '.join(config.phases)}")
+    network, dtype = DCAEConfig(**config.network.to_dict()), jnp.dtype(config.dtype)
+    phase = dc_ae_phases._phase(config.phases[name].to_dict())
+    phase = dataclasses.replace(phase, batch_size=batch or phase.batch_size)
+    dc_ae_phases._check(name, phase, network, mesh)
+    distance, weights = _perceptual(config.perceptual.name, dtype, mesh)
+    model = DCAE(network, dtype, jnp.float32, remat=config.remat)
+    discriminator = Discriminator(**config.discriminator, dtype=dtype)
+    task = AutoencoderTask(model, discriminator, phase, distance)
+    state, _ = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
+    size, count = phase.image_size, None
+    images = _array((phase.batch_size, size, size, 3), sharding=batch_sharding(mesh))
+    if phase.trainable == (".*",):
+        once = flops.encode(network, size, size) + flops.decode(network, size, size)
+        count = 3 * phase.batch_size * once
+    return task.step, state, {"image": images}, (weights,), size, count
+
+
+def _perceptual(name: str, dtype, mesh: Mesh):
+    """(distance, weights) of a perceptual loss, without the file of its weights."""
+    from sana_jax.training.perceptual import STAND_INS, make_perceptual
+
+    tower = name.removeprefix("lpips_")
+    if name in STAND_INS or tower not in lpips.TOWERS:
+        return make_perceptual(name, None, dtype)
+    array = partial(_array, sharding=NamedSharding(mesh, P()))
+    convs, heads, channels = {}, [], 3
+    for layers in lpips.TOWERS[tower].slices:
+        for conv in filter(None, layers):
+            kernel = array((conv.size, conv.size, channels, conv.channels))
+            convs[str(conv.index)] = kernel, array((conv.channels,))
+            channels = conv.channels
+        heads.append(array((channels,)))
+    distance = partial(lpips.lpips, tower=tower, dtype=dtype)
+    return distance, {"convs": convs, "heads": heads}
+
+
+def _params(config: SanaConfig | DCAEConfig, mesh: Mesh):
+    boxed = abstract_params(config)
+    return jax.tree.map(
+        lambda leaf, where: _array(leaf.shape, DTYPE, where),
+        nn.unbox(boxed),
+        shardings_for(boxed, mesh),
+    )
+
+
+def _array(shape, dtype="float32", sharding=None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)

@@ -1,0 +1,270 @@
+"""The launchers: what they would run, and what they make of exit statuses. No cluster is there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = ["local", "slurm", "tpu", "gke", "sweep"]
+SLICE = dict(NAME="run1", ZONE="us-west4-a", ACCELERATOR="v5litepod-16", RUNTIME="v2-alpha")
+POOL = dict(NAME="run1", IMAGE="image", ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x4")
+POOL |= dict(HOSTS="4", BUCKET="bucket")
+
+
+def launch(script, *arguments, path=None, **environment):
+    environment = {"RETRY_SECONDS": "0", "PATH": os.environ["PATH"], **environment}
+    if path:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    command = ["bash", ROOT / "launch" / script, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def counting(tmp_path, *statuses):
+    """A command that ends with the next of these statuses every time it runs."""
+    script = tmp_path / "counting.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        f"count = pathlib.Path({str(tmp_path / 'count')!r})\n"
+        "n = int(count.read_text()) if count.exists() else 0\n"
+        "count.write_text(str(n + 1))\n"
+        f"sys.exit({list(statuses)}[n])\n"
+    )
+    return sys.executable, script
+
+
+def fake(tmp_path, name, body):
+    """A program on a PATH of its own that logs its arguments; returns that PATH and the log."""
+    log, folder = tmp_path / f"{name}.log", tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    program.write_text(f'#!/usr/bin/env bash\necho "$@" >> {log}\n{body}\n')
+    program.chmod(0o755)
+    return folder, log
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_and_bad_flags(script):
+    shown = launch(script, "--help")
+    assert shown.returncode == 0 and not shown.stderr
+    assert f"launch/{script}" in shown.stdout and "--dry_run" in shown.stdout
+    assert "SBATCH" not in shown.stdout and "set -euo" not in shown.stdout
+    for flags in ([], ["--unknown=1"], ["--dry_run"]):
+        result = launch(script, *flags)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert "--help" in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize("script", ["tpu", "gke"])
+def test_a_missing_variable_is_named(script):
+    known = (SLICE if script == "tpu" else POOL) | {"NAME": ""}
+    result = launch(script, *(["create"] if script == "tpu" else ["python"]), **known)
+    assert result.returncode == 2 and "NAME is not set" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "statuses, wanted",
+    [((0,), 0), ((75, 75, 0), 0), ((75, 76), 76), ((76,), 76), ((2,), 2), ((1,), 1), ((137, 0), 0)],
+)
+def test_only_75_and_lost_processes_are_tried_again(tmp_path, statuses, wanted):
+    result = launch("local", "--processes=1", *counting(tmp_path, *statuses))
+    assert result.returncode == wanted, result.stderr
+    assert (tmp_path / "count").read_text() == str(len(statuses))
+
+
+def test_retries_come_to_an_end(tmp_path):
+    result = launch("local", "--processes=1", *counting(tmp_path, *[75] * 9), RETRIES="2")
+    assert result.returncode == 75 and (tmp_path / "count").read_text() == "3"
+
+
+def test_local_processes_meet():
+    script = (
+        "import jax\n"
+        "from jax.experimental import multihost_utils\n"
+        "jax.distributed.initialize()\n"
+        "rows = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 1))\n"
+        "print(jax.process_count(), jax.device_count(), int(rows.sum()), flush=True)\n"
+    )
+    result = launch("local", "--processes=2", "--devices=2", sys.executable, "-c", script)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert lines == ["2 4 3"] * 2
+
+
+def test_one_process_that_gives_up_ends_the_others():
+    script = (
+        "import os, sys, time\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': sys.exit(76)\n"
+        "time.sleep(60)\n"
+    )
+    result = launch("local", "--processes=3", sys.executable, "-c", script, GRACE_SECONDS="0")
+    assert result.returncode == 76 and "ended with 76" in result.stderr
+
+
+def test_local_shows_what_it_would_run():
+    result = launch("local", "--processes=3", "--dry_run", "python", "-c", "two words")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) == 3
+    for rank, line in enumerate(lines):
+        assert f"OMPI_COMM_WORLD_RANK={rank}" in line and line.endswith(r"python -c two\ words")
+
+
+def test_slurm_shows_what_it_would_run():
+    result = launch("slurm", "--dry_run", "python", "train.py")
+    assert result.returncode == 0 and result.stdout.startswith("srun ")
+    assert "python train.py" in result.stdout
+    assert launch("slurm", "python").returncode == 2  # outside a job
+
+
+@pytest.mark.parametrize(
+    "status, restarts, wanted, requeued",
+    [
+        (0, 0, 0, False),
+        (75, 0, 75, True),
+        (75, 100, 75, False),
+        (76, 0, 76, False),
+        (2, 0, 2, False),
+    ]
+    + [("$(kill -9 $$)", 0, 75, True)],
+)
+def test_slurm_puts_a_job_back_after_75(tmp_path, status, restarts, wanted, requeued):
+    # The tasks, one after the other: rank 0 ends well, and the highest status is srun's.
+    body = 'shift\n"$@" || exit\nexit 0'
+    fake(tmp_path, "srun", body)
+    path, log = fake(tmp_path, "scontrol", "")
+    job = dict(SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts), SLURM_SUBMIT_DIR=str(ROOT))
+    result = launch("slurm", "bash", "-c", f"exit {status}", path=path, **job)
+    assert result.returncode == wanted, result.stderr
+    assert log.exists() == requeued and (not requeued or log.read_text() == "requeue 7\n")
+
+
+def test_tpu_shows_what_it_would_run():
+    for action, words in {
+        "create": "queued-resources create run1 --zone=us-west4-a --node-id=run1",
+        "setup": "scp",
+        "status": "queued-resources describe run1",
+        "delete": "queued-resources delete run1 --zone=us-west4-a --force",
+    }.items():
+        result = launch("tpu", "--dry_run", action, **SLICE)
+        assert result.returncode == 0 and words in result.stdout, result.stderr
+    result = launch("tpu", "--dry_run", "run", "python", "a b.py", **SLICE)
+    assert result.returncode == 0, result.stderr
+    assert "tpu-vm ssh run1 --zone=us-west4-a --worker=all" in result.stdout
+    assert launch("tpu", "--dry_run", "run", **SLICE).returncode == 2
+
+
+GCLOUD = """
+count() {{ n=$(cat {folder}/$1 2> /dev/null || echo 0); echo $((n + 1)) > {folder}/$1; }}
+case "$*" in
+    *queued-resources\\ describe*) count states; states=({states}); echo "${{states[$n]}}" ;;
+    *tpu-vm\\ ssh*.venv/bin:*)
+        count runs
+        rounds=({rounds})
+        for status in ${{rounds[$n]//,/ }}; do
+            [ "$status" = lost ] && exit 255
+            echo "[worker] worker ended with $status"
+        done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "rounds, wanted",
+    [
+        ("0,0", 0),
+        ("75,75 0,0", 0),
+        ("0,lost 0,0", 0),  # a worker that was not heard of
+        ("134,76", 76),
+        ("2,2", 2),
+        ("75,134 76,76", 76),
+    ],
+)
+def test_tpu_runs_again_after_75(tmp_path, rounds, wanted):
+    body = GCLOUD.format(folder=tmp_path, states="ACTIVE " * 9, rounds=rounds)
+    path, log = fake(tmp_path, "gcloud", body)
+    result = launch("tpu", "run", "python", "x.py", path=path, **SLICE)
+    assert result.returncode == wanted, result.stderr
+    assert (tmp_path / "runs").read_text() == f"{len(rounds.split())}\n"
+    assert "create" not in log.read_text()
+
+
+def test_tpu_makes_a_lost_slice_anew(tmp_path):
+    states = "ACTIVE SUSPENDED SUSPENDED WAITING_FOR_RESOURCES ACTIVE"
+    body = GCLOUD.format(folder=tmp_path, states=states, rounds="lost 0")
+    path, log = fake(tmp_path, "gcloud", body)
+    result = launch("tpu", "run", "python", "x.py", path=path, POLL_SECONDS="0", **SLICE)
+    assert result.returncode == 0, result.stderr
+    actions = re.findall(r"queued-resources (create|delete)|tpu-vm (scp|ssh)", log.read_text())
+    names = ["".join(pair) for pair in actions]
+    assert names == ["ssh", "delete", "create", "scp", "ssh", "ssh"]
+
+
+def test_gke_manifest():
+    result = launch("gke", "--dry_run", "python", "-c", "print('hi')", RETRIES="5", **POOL)
+    assert result.returncode == 0, result.stderr
+    spec = yaml.safe_load(result.stdout)["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 5
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 4 and job["backoffLimit"] == 0
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2, 76]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["python", "-c", "print('hi')"]
+    assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
+    plain = launch("gke", "--dry_run", "python", **POOL | {"BUCKET": ""})
+    assert "volumes" not in yaml.safe_load(plain.stdout)["spec"]["replicatedJobs"][0]
+
+
+def test_gke_applies_the_manifest(tmp_path):
+    path, log = fake(tmp_path, "kubectl", f"cat > {tmp_path}/manifest")
+    result = launch("gke", "python", path=path, **POOL)
+    assert result.returncode == 0 and log.read_text() == "apply -f -\n"
+    assert yaml.safe_load((tmp_path / "manifest").read_text())["kind"] == "JobSet"
+
+
+TRAINING = """
+import json, pathlib, sys
+rate, workdir = (a.partition("=")[2] for a in sys.argv[1:])
+folder = pathlib.Path(workdir)
+first = not folder.exists()
+folder.mkdir(parents=True, exist_ok=True)
+for step in 1, 2:
+    with open(folder / "metrics.jsonl", "a") as file:
+        print(json.dumps({"step": step, "loss": step * float(rate)}), file=file)
+sys.exit({"0.1": 75 if first else 0, "0.3": 76}.get(rate, 0))
+"""
+
+
+def test_sweep(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    out = tmp_path / "runs"
+    flags = "--field=rate", "--values=0.1,0.2,0.3", f"--out={out}", "--metrics=loss"
+    command = sys.executable, tmp_path / "train.py"
+    shown = launch("sweep", "--dry_run", *flags, *command)
+    assert shown.returncode == 0 and not out.exists()
+    assert shown.stdout.splitlines()[1].endswith(f"--rate=0.2 --workdir={out}/0.2")
+    result = launch("sweep", *flags, *command)
+    assert result.returncode == 76 and "rate=0.3 stopped itself" in result.stderr
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert table[0] == ["rate", "step", "loss"]
+    assert table[1:] == [["0.1", "2", "0.2"], ["0.2", "2", "0.4"], ["0.3", "2", "0.6"]]
+    lines = (out / "0.1/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 1, 2]  # 75: a second time
+
+
+def test_a_bad_sweep_ends_at_once(tmp_path):
+    flags = "--field=rate", "--values=1,2", f"--out={tmp_path}"
+    result = launch("sweep", *flags, *counting(tmp_path, 2, 0))
+    assert result.returncode == 2 and (tmp_path / "count").read_text() == "1"
+    result = launch("sweep", "--field=rate", "--values=../x", f"--out={tmp_path}", "true")
+    assert result.returncode == 2 and "cannot name a folder" in result.stderr
