@@ -7,29 +7,61 @@ are not counted.
 
 import itertools
 
+import jax
+
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 
+# FLOP/s of a device in dense bfloat16, by the beginning of its name; the vendors' figures.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak(device: jax.Device) -> float | None:
+    """FLOP/s in bfloat16 of a known kind of device."""
+    return next((f for name, f in PEAKS.items() if device.device_kind.startswith(name)), None)
+
 
 def trunk(config: SanaConfig, height: int, width: int, rows: int) -> int:
     """One image once through the transformer: latents of height x width, `rows` of text."""
+    return captions(config, rows) + denoise(config, height, width, rows)
+
+
+def captions(config: SanaConfig, rows: int) -> int:
+    """The part of `trunk` that no timestep changes: keys and values of the text."""
+    c = config.width
+    embedding = _linear(rows, config.caption_channels, c) + _linear(rows, c, c)
+    return embedding + config.depth * _linear(rows, c, 2 * c)
+
+
+def denoise(config: SanaConfig, height: int, width: int, rows: int) -> int:
+    """The rest of `trunk`."""
     tokens = (height // config.patch_size) * (width // config.patch_size)
     c, patch = config.width, config.patch_size**2 * config.latent_channels
     hidden = int(config.mlp_ratio * c)
     attention = _linear(tokens, c, 4 * c) + _linear_attention(tokens, c, config.head_dim)
-    cross = _linear(tokens, c, 2 * c) + _linear(rows, c, 2 * c) + 4 * tokens * rows * c
+    cross = _linear(tokens, c, 2 * c) + 4 * tokens * rows * c
     block = attention + cross + _glumbconv(tokens, c, hidden)
     time = _linear(1, 256, c) + _linear(1, c, 7 * c)
-    caption = _linear(rows, config.caption_channels, c) + _linear(rows, c, c)
-    return config.depth * block + time + caption + _linear(tokens, patch, 2 * c)
+    return config.depth * block + time + _linear(tokens, patch, 2 * c)
 
 
-def text(config: Gemma2Config, tokens: int) -> int:
-    """One sequence of `tokens` through the text encoder, its attention computed in full."""
+def text(config: Gemma2Config, tokens: int, before: int = 0) -> int:
+    """`tokens` through the text encoder, after some `before` whose keys and values are there.
+
+    Attention is counted in full, as if no token were hidden.
+    """
     c, heads = config.hidden_size, config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
-    layer = _linear(tokens, c, 2 * heads + 2 * keys) + 4 * tokens * tokens * heads
+    layer = _linear(tokens, c, 2 * heads + 2 * keys) + 4 * tokens * (before + tokens) * heads
     return config.num_layers * (layer + _linear(tokens, c, 3 * config.intermediate_size))
 
 

@@ -312,7 +312,7 @@ class SanaPipeline:
         channels = self.checkpoint.vae.in_channels
         arguments.array("images", images, ("B", "H", "W", channels))
         for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
-            self._check_multiple(name, side, self.factor)
+            arguments.multiple(f"{name} {side}", side, self.factor)
         tile = self._tile(tile, large=False)
         run = partial(_encode, self.vae, self.params["vae"])
         padded = self._spread(images)
@@ -362,16 +362,11 @@ class SanaPipeline:
         width = arguments.whole("width", native if width is None else width, 1, MAX_SIDE)
         if not binning:
             for name, side in ("height", height), ("width", width):
-                self._check_multiple(name, side, self.factor * self.checkpoint.dit.patch_size)
+                step = self.factor * self.checkpoint.dit.patch_size
+                arguments.multiple(f"{name} {side}", side, step)
             return height, width, None
         bucket = buckets.nearest(height, width, native)
         return *bucket, (None if bucket == (height, width) else (height, width))
-
-    def _check_multiple(self, name: str, side: int, step: int) -> None:
-        if side % step:
-            low = side // step * step
-            near = f"{low} or {low + step}" if low else str(step)
-            raise UserError(f"{name} {side} is not a multiple of {step}: try {near}")
 
     def _spread(self, x) -> Array:
         """`x` with its batch split over the mesh; padded with copies of the last row to fit."""
@@ -413,7 +408,8 @@ def _encode_text(module: nn.Module, params: Any, tokens, prefix: Prefix | None, 
 
 @partial(jax.jit, static_argnums=0)
 def _velocity(module: nn.Module, params: Any, latents, timestep, captions, mask):
-    return module.apply({"params": params}, latents, timestep, captions, mask)
+    keys_values = module.apply({"params": params}, captions, method="keys_values")
+    return module.apply({"params": params}, latents, timestep, keys_values, mask, method="denoise")
 
 
 @partial(jax.jit, static_argnums=0)

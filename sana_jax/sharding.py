@@ -1,7 +1,7 @@
 """Where arrays live: the mesh and the one table from logical axis names to mesh axes.
 
 Mesh axes: `replica` holds copies of the weights, `fsdp` shards them, both split the batch;
-`sequence` splits the tokens of an image, `tensor` the heads and the hidden width.
+`sequence` splits the tokens of an image by rows, `tensor` the heads and the hidden width.
 """
 
 import math
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,7 +27,7 @@ RULES = (
     ("mlp", "tensor"),  # the hidden width of a feed-forward network
     ("vocab", "tensor"),
     ("batch", ("replica", "fsdp")),
-    ("tokens", "sequence"),
+    ("tokens", "sequence"),  # of the transformer, row by row; or their rows
     ("residual", None),
 )
 
@@ -48,7 +49,11 @@ def make_mesh(
         raise UserError(f"a mesh of {wanted} does not fit {devices.size} devices") from None
     # Orders the devices of a TPU slice so that neighbours in the mesh are neighbours in it.
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices.ravel())
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices.ravel())
+    except NotImplementedError:  # an axis of the slice has to be split, as 4 x 64 splits 16 x 16
+        grid = mesh_utils.create_device_mesh(sizes, devices.ravel(), allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -100,6 +105,17 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fit(x.shape, axes, mesh)))
+
+
+def check_tokens(height: int, width: int) -> None:
+    """Raises UserError where the mesh that is set cannot split so many rows of tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["sequence"]
+    if height % shards:
+        raise UserError(
+            f"an image of {height} x {width} tokens does not split by rows over"
+            f" sequence={shards}: choose a height or a mesh that divides"
+        )
 
 
 def _fit(shape: tuple[int, ...], axes, mesh) -> P:

@@ -359,6 +359,18 @@ def test_velocity_is_the_network_once(theirs, ours):
     toy.assert_close(found, expected.numpy(), 1e-5)
 
 
+def test_one_picture_over_several_devices(ours, folder):
+    mesh = make_mesh(sequence=2, devices=toy.devices(2))
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
+    embeddings, mask = ours.encode_prompt(PROMPTS[:1])
+    inputs = noise(1), np.full(1, 749.0), np.asarray(embeddings), np.asarray(mask)
+    toy.assert_close(pipe.velocity(*inputs), ours.velocity(*inputs), 1e-5)
+    settings = dict(output="latent", num_steps=2)
+    toy.assert_close(draw(pipe, PROMPTS[:1], **settings), draw(ours, PROMPTS[:1], **settings), 1e-5)
+    with pytest.raises(UserError, match="sequence=2"):
+        draw(pipe, PROMPTS[:1], height=96)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_types(ours, folder, dtype):
     pipe = SanaPipeline.from_pretrained(str(folder), dtype=dtype, mesh=one_device())

@@ -16,6 +16,7 @@ from sana_jax.errors import UserError
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import PRESETS, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
+from tests import toy
 
 NETWORKS = {
     "dit": PRESETS["sana1.5_1600m_1024"],
@@ -96,8 +97,8 @@ SMALL = {
 }
 
 
-def collectives(config, mesh, method, *inputs) -> list[tuple[int, ...]]:
-    """The shapes that devices exchange in a compiled network, batch and weights sharded."""
+def compiled(config, mesh, method, *inputs) -> str:
+    """The program of a network, batch and weights sharded."""
     boxed = abstract_params(config)
     place = sharding.batch_sharding(mesh)
     params = jax.tree.map(
@@ -109,10 +110,20 @@ def collectives(config, mesh, method, *inputs) -> list[tuple[int, ...]]:
     module = module_for(config, "float32")
     with jax.set_mesh(mesh):
         apply = jax.jit(lambda p, *a: module.apply({"params": p}, *a, method=method))
-        text = apply.lower(params, *inputs).compile().as_text()
+        return apply.lower(params, *inputs).compile().as_text()
+
+
+def exchanges(text: str) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """The kind of every collective of a program, and the shapes of its results."""
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    found = re.findall(rf"= \(?\w+\[([\d,]*)\]\S* (?:{kinds})", text)
-    return [tuple(map(int, shape.split(","))) if shape else () for shape in found]
+    calls = re.findall(rf"= (\([^()]*\)|\S+) ({kinds})(?:-start)?\(", text)
+
+    def shapes(types):
+        return [
+            tuple(map(int, filter(None, s.split(",")))) for s in re.findall(r"\[(.*?)\]", types)
+        ]
+
+    return [(kind, shapes(types)) for types, kind in calls]
 
 
 @pytest.mark.parametrize("network", SMALL)
@@ -122,12 +133,11 @@ def test_weights_travel_and_activations_stay(network):
     batch, height, width, rows = 8, 6, 10, 7
     latents = ((batch, height, width, 8), jnp.float32)
     if network == "vae":
-        found = collectives(config, mesh, "decode", latents)
+        text = compiled(config, mesh, "decode", latents)
     else:
         caption, mask = ((batch, rows, 48), jnp.float32), ((batch, rows), jnp.bool_)
-        found = collectives(
-            config, mesh, "__call__", latents, ((batch,), jnp.float32), caption, mask
-        )
+        text = compiled(config, mesh, "__call__", latents, ((batch,), jnp.float32), caption, mask)
+    found = [shape for _, shapes in exchanges(text) for shape in shapes]
     weights = {leaf.shape for leaf in jax.tree.leaves(nn.unbox(abstract_params(config)))}
     layer = {shape[1:] for shape in weights}
     # Upsampling's 3x3 kernels, folded to 2x2 for the four pixels that each input pixel becomes.
@@ -137,6 +147,55 @@ def test_weights_travel_and_activations_stay(network):
         squeezed = tuple(n for n in shape if n != 1)
         known = {tuple(n for n in s if n != 1) for s in weights | layer}
         assert squeezed in known, f"{shape} is exchanged and no weight"
+
+
+def test_states_and_halo_rows_travel_and_tokens_stay():
+    """With rows over sequence=4, a layer sums its state and key sum and swaps two rows."""
+    mesh, config = sharding.make_mesh(replica=1, sequence=4, devices=toy.devices(4)), SMALL["dit"]
+    batch, height, width, rows = 2, 20, 11, 7
+    text = compiled(
+        config,
+        mesh,
+        "__call__",
+        ((batch, height, width, 8), jnp.float32),
+        ((batch,), jnp.float32),
+        ((batch, rows, 48), jnp.float32),
+        ((batch, rows), jnp.bool_),
+    )
+    head, wide = config.head_dim, 2 * int(config.mlp_ratio * config.width)
+    heads = config.width // head
+    state = [(batch, heads, head), (batch, heads, head, head)]
+    halo = [(batch, 1, width, wide)]
+    found = sorted((kind, sorted(shapes, key=len)) for kind, shapes in exchanges(text))
+    # Once each: the layers are a loop.
+    assert found == [("all-reduce", state)] + 2 * [("collective-permute", halo)]
+
+
+def test_tokens_stay_in_training():
+    """Nor do they travel backward, where halo rows go home and weights' gradients are summed."""
+    mesh, config = sharding.make_mesh(replica=1, sequence=4, devices=toy.devices(4)), SMALL["dit"]
+    batch, height, width, rows = 2, 20, 11, 7
+    model, whole = module_for(config, "float32"), sharding.batch_sharding(mesh)
+
+    def loss(params, latents, caption):
+        mask = jnp.ones(caption.shape[:2], bool)
+        found = model.apply({"params": params}, latents, jnp.ones(batch), caption, mask)
+        return jnp.sum((found - latents) ** 2)
+
+    inputs = nn.unbox(abstract_params(config)), jnp.zeros((batch, height, width, 8))
+    inputs = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        (*inputs, jnp.zeros((batch, rows, 48))),
+    )
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(*inputs).compile().as_text()
+    halo = (batch, 1, width, 2 * int(config.mlp_ratio * config.width))
+    permuted = [shapes for kind, shapes in exchanges(text) if kind == "collective-permute"]
+    summed = [s for kind, shapes in exchanges(text) if kind == "all-reduce" for s in shapes]
+    assert permuted == 4 * [[halo]]
+    assert {kind for kind, _ in exchanges(text)} == {"all-reduce", "collective-permute"}
+    tokens = {height, height // 4, width, height * width, height * width // 4}
+    assert summed and not [shape for shape in summed if tokens & set(shape)]
 
 
 @pytest.mark.parametrize("network", SMALL)

@@ -22,11 +22,17 @@ def use_pallas(implementation: str, operation: str, unsupported: str | None) -> 
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
-    if implementation == "xla" or (implementation == "auto" and jax.default_backend() != "tpu"):
+    if implementation == "xla" or (implementation == "auto" and _platform() != "tpu"):
         return False
     if unsupported:
         _say_once(f"{operation}: no kernel for {unsupported}, running plain XLA")
     return not unsupported
+
+
+def _platform() -> str:
+    """Of the mesh that is set: a program may be compiled for devices that are not here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 _say_once = functools.cache(logging.warning)
@@ -37,16 +43,43 @@ def by_platform(*args: jax.Array, plain: Callable, **kernels: Callable):
     return jax.lax.platform_dependent(*args, default=plain, **kernels)
 
 
-def over_batch(fn: Callable, arrays: tuple[jax.Array, ...], weights: tuple[jax.Array, ...] = ()):
-    """fn(*arrays, *weights) on every device's images, under the mesh that is set, if any.
-
-    The compiler cannot split a kernel and would copy everything to every device. A batch that the
-    mesh does not divide is computed whole everywhere; so are tokens and heads that a mesh splits.
-    """
+def sequence_axis(tokens: int) -> str | None:
+    """The axis over which the mesh that is set splits so many tokens, or rows of them, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return None
+    shards = mesh.shape["sequence"]
+    return "sequence" if shards > 1 and tokens % shards == 0 else None
+
+
+def over_mesh(
+    fn: Callable,
+    tokens: tuple[jax.Array, ...],
+    images: tuple[jax.Array, ...] = (),
+    weights: tuple[jax.Array, ...] = (),
+    *,
+    kernel: bool = True,
+):
+    """fn(*tokens, *images, *weights) on every device's part, under the mesh that is set, if any.
+
+    Axis 0 of `tokens` and `images` is the batch; axis 1 of `tokens` is split where `sequence_axis`
+    says so, and fn has to exchange over that axis what it needs. The compiler cannot split a kernel
+    and would copy everything to every device. A batch that the mesh does not divide is computed
+    whole everywhere; so are heads that it splits. Without a kernel, the compiler is left to split
+    all but the tokens.
+    """
+    arrays = *tokens, *images
+    mesh = jax.sharding.get_abstract_mesh()
+    sequence = sequence_axis(tokens[0].shape[1]) if tokens else None
+    if mesh.empty or AxisType.Manual in mesh.axis_types or not (kernel or sequence):
         return fn(*arrays, *weights)
-    whole = arrays[0].shape[0] % batch_divisor(mesh)
-    batch = P() if whole else P(("replica", "fsdp"))
-    specs = (batch,) * len(arrays) + (P(),) * len(weights)
-    return jax.shard_map(fn, in_specs=specs, out_specs=batch, check_vma=False)(*arrays, *weights)
+    whole = not kernel or arrays[0].shape[0] % batch_divisor(mesh)
+    batch = None if whole else ("replica", "fsdp")
+    split = P(batch, sequence)
+    return jax.shard_map(
+        fn,
+        in_specs=(split,) * len(tokens) + (P(batch),) * len(images) + (P(),) * len(weights),
+        out_specs=split,
+        axis_names=set(mesh.axis_names) if kernel else {sequence},
+        check_vma=False,
+    )(*arrays, *weights)

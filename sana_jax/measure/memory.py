@@ -1,7 +1,7 @@
 """The compiler's account of the memory that drawing needs. Nothing runs, no weight exists.
 
-At its peak the device holds the weights of all networks and, of the part that needs most, inputs,
-outputs and what the compiler calls temporary.
+The compiler is that of the mesh's platform. At its peak the device holds the weights of all
+networks and, of the part that needs most, inputs, outputs and what the compiler calls temporary.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sana_jax.checkpoints.components import component_dtype, param_shapes
 from sana_jax.measure import inputs
@@ -17,13 +19,15 @@ from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
 
 
-def analyse(settings: Settings) -> dict:
+def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
     """Bytes: `weights` a network, `working` a part, and the peaks of all, with and without Gemma.
+
+    `mesh`: one device, which need not be there; None: this host's first.
 
     `peak`: all three networks on the device. `peak_without_text_encoder`: it was dropped, or moved
     to the host, when the prompts were encoded.
     """
-    pipe = make_pipeline(settings)
+    pipe = make_pipeline(settings, mesh)
     params = {
         name: _abstract(name, pipe, settings.dtype) for name in ("text_encoder", "dit", "vae")
     }
@@ -39,7 +43,7 @@ def analyse(settings: Settings) -> dict:
     without = weights["dit"] + weights["vae"]
     return dict(
         dtype=settings.dtype,
-        platform=jax.default_backend(),
+        platform=pipe.mesh.devices.flat[0].platform,
         weights=weights,
         working=working,
         peak=without + weights["text_encoder"] + max(drawing, working["text"]),
@@ -49,7 +53,11 @@ def analyse(settings: Settings) -> dict:
 
 def _abstract(name: str, pipe, dtype: str):
     shapes, dtype = param_shapes(getattr(pipe.checkpoint, name)), component_dtype(name, dtype)
-    flat = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
+    where = NamedSharding(pipe.mesh, P())
+    flat = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where)
+        for path, leaf in shapes.items()
+    }
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -87,4 +95,5 @@ def _compile(pipe, part: str, params, settings: Settings):
     # The mesh is entered out here: a function that is being traced cannot.
     enter, pipe._context = type(pipe)._context, contextlib.nullcontext
     with enter(pipe):
-        return jax.jit(function).lower(params, *arguments).compile()
+        # Also what the part does not read, such as the encoder's weights in decoding.
+        return jax.jit(function, keep_unused=True).lower(params, *arguments).compile()

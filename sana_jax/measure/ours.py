@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sana_jax import SanaPipeline, flops
 from sana_jax.checkpoints.components import component_dtype, param_shapes, place
@@ -16,11 +17,12 @@ from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.sharding import make_mesh
 
 
-def make_pipeline(settings: Settings) -> SanaPipeline:
-    """The preset's pipeline without any weights."""
+def make_pipeline(settings: Settings, mesh: Mesh | None = None) -> SanaPipeline:
+    """The preset's pipeline without any weights; without a mesh, on this host's first device."""
     checkpoint = inputs.checkpoint(settings)
     checkpoint.params = {}
-    return SanaPipeline(checkpoint, make_mesh(devices=jax.local_devices()[:1]), settings.dtype)
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    return SanaPipeline(checkpoint, mesh, settings.dtype)
 
 
 class Ours:
@@ -115,14 +117,20 @@ def prepare(pipe: SanaPipeline, settings: Settings):
 
 
 def count(pipe: SanaPipeline, settings: Settings) -> int:
-    """The part's floating-point operations, as flops.py counts them, without padding of texts."""
+    """The operations of one call, as flops.py counts them, without padding of prompts.
+
+    What earlier calls or steps have left is not counted again: the instruction's keys and values,
+    and in the loop the captions'.
+    """
     checkpoint, size, batch = pipe.checkpoint, settings.size, settings.batch
     side, rows = size // pipe.factor, checkpoint.text_rows
     if settings.part == "text":
-        text = inputs.instruction() + inputs.prompts(1, 0)[0]
-        return batch * flops.text(checkpoint.text_encoder, len(checkpoint.tokenizer.encode(text)))
+        before, text = inputs.INSTRUCTION_TOKENS, inputs.instruction() + inputs.prompts(1, 0)[0]
+        tokens = len(checkpoint.tokenizer.encode(text)) - before
+        return batch * flops.text(checkpoint.text_encoder, tokens, before)
     if settings.part in ("trunk", "loop"):
-        evaluations = 2 * (settings.steps if settings.part == "loop" else 1)
-        return batch * evaluations * flops.trunk(checkpoint.dit, side, side, rows)
+        steps = settings.steps if settings.part == "loop" else 1
+        denoise = steps * flops.denoise(checkpoint.dit, side, side, rows)
+        return 2 * batch * (flops.captions(checkpoint.dit, rows) + denoise)
     count_one = {"decode": flops.decode, "encode": flops.encode}[settings.part]
     return batch * count_one(checkpoint.vae, size, size)

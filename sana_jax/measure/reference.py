@@ -16,7 +16,12 @@ from sana_jax.measure.inputs import PARTS, Settings
 
 
 class Diffusers:
-    """As measure.ours.Ours. Eager at its best: inference mode, channels last, all cores."""
+    """As measure.ours.Ours. Eager at its best: inference mode, all cores, channels last.
+
+    That order suits torch: on two CPU cores its depthwise convolution takes 20 ms so and 53 ms in
+    the default order (float32, 5760 channels of 32 x 32), the autoencoder's encoder 8 % less time,
+    its decoder 1 to 4 % less.
+    """
 
     def __init__(self, settings: Settings):
         import torch

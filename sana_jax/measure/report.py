@@ -68,7 +68,7 @@ def memory(found: dict[str, Any]) -> str:
         return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in some.items())
 
     return (
-        f"memory by the compiler for {found['platform']}, {found['dtype']}, GB:"
+        f"memory by XLA's compiler for {found['platform']}, {found['dtype']}, GB:"
         f" all parts {found['peak'] / 1e9:.2f},"
         f" text encoder dropped {found['peak_without_text_encoder'] / 1e9:.2f}\n"
         f"  weights: {list_of(found['weights'])}\n"

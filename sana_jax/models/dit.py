@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.cross_attention.api import cross_attention
@@ -30,10 +31,32 @@ from sana_jax.kernels.linear_attention.api import linear_attention
 from sana_jax.kernels.modulated_norm import reference
 from sana_jax.kernels.modulated_norm.api import modulated_norm
 from sana_jax.models.config import check_fields
-from sana_jax.models.layers import Dtype, GLUMBConv, RMSNorm, dense, partitioned
-from sana_jax.sharding import constrain
+from sana_jax.models.layers import (
+    Dtype,
+    GLUMBConv,
+    RMSNorm,
+    dense,
+    partitioned,
+    scan_for_sampling,
+)
+from sana_jax.sharding import check_tokens, constrain
 
 FLOAT16_MAX = 65504.0
+
+_policies = jax.checkpoint_policies
+# Name -> which activations of a block the forward pass keeps for the backward pass, which computes
+# the others again; "none" keeps all. Every block's input is kept, by "offload" in host memory.
+REMAT = {
+    "none": None,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 small_normal = nn.initializers.normal(0.02)
 
 
@@ -265,7 +288,8 @@ class Block(nn.Module):
         self.attention = LinearAttention(config, **types)
         self.cross_attention = CrossAttention(config, **types)
         hidden = int(config.mlp_ratio * config.width)
-        self.ffn = GLUMBConv(hidden, implementation=config.implementation, **types)
+        options = dict(implementation=config.implementation, split_rows=True)
+        self.ffn = GLUMBConv(hidden, **options, **types)
 
     def keys_values(self, carry, caption):
         """What cross-attention needs of the text: once a prompt in sampling."""
@@ -275,7 +299,7 @@ class Block(nn.Module):
         """x is (B, H, W, C); modulation (B or 1, 6, C) in float32."""
         _, height, width, _ = x.shape
         x = rearrange(x, "b h w c -> b (h w) c")
-        x = constrain(x, "batch", "tokens", "residual")
+        x = checkpoint_name(constrain(x, "batch", "tokens", "residual"), "block_input")
         table = self.modulation_table.astype(jnp.float32)[None] + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
 
@@ -357,6 +381,7 @@ class SanaTransformer(nn.Module):
     config: SanaConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    remat: str = "none"  # a key of REMAT
 
     def setup(self):
         config = self.config
@@ -371,8 +396,11 @@ class SanaTransformer(nn.Module):
             length=config.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        block = Block
+        if policy := REMAT[self.remat]:  # a scan needs no barrier against CSE
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.blocks = nn.scan(
-            Block,
+            block,
             methods={
                 "__call__": {"in_axes": (once, once, once), **scan},
                 "keys_values": {"in_axes": (once,), **scan},
@@ -390,7 +418,7 @@ class SanaTransformer(nn.Module):
 
     def keys_values(self, caption: Float[Array, "B L T"]) -> Float[Array, "depth B L C2"]:
         """The cross-attention keys and values of all blocks, side by side."""
-        return self.blocks.keys_values((), self.caption_embed(caption))[1]
+        return self._scan("keys_values", (), (), self.caption_embed(caption))[1]
 
     def denoise(
         self,
@@ -402,7 +430,7 @@ class SanaTransformer(nn.Module):
         """`__call__`, with `keys_values(caption)` in place of the caption."""
 
         def blocks(x, modulation):
-            return self.blocks.with_keys_values(x, keys_values, modulation, mask)
+            return self._scan("with_keys_values", x, (keys_values,), modulation, mask)
 
         return self._velocity(latents, timestep, blocks)
 
@@ -425,10 +453,16 @@ class SanaTransformer(nn.Module):
 
         return self._velocity(latents, timestep, blocks)
 
+    def _scan(self, method, *arguments):
+        block = Block(self.config, self.dtype, self.param_dtype, parent=None)
+        return scan_for_sampling(self.blocks, block, method, *arguments)
+
     def _velocity(self, latents, timestep, blocks):
         config, patch = self.config, self.config.patch_size
         x = rearrange(latents, "b (h p) (w q) c -> b h w (c p q)", p=patch, q=patch)
-        x = constrain(self.patch_embed(x), "batch", None, None, "residual")
+        if not self.is_initializing():
+            check_tokens(*x.shape[1:3])
+        x = constrain(self.patch_embed(x), "batch", "tokens", None, "residual")
         if config.interpolation_scale is not None:
             x = x + self._positions(*x.shape[1:3]).astype(x.dtype)
         embedding, modulation = self.time_embed(timestep)

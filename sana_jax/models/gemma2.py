@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sana_jax.kernels.mixed_einsum import einsum_float32
 from sana_jax.models.config import check_fields
-from sana_jax.models.layers import Dtype, RMSNorm, dense, partitioned
+from sana_jax.models.layers import Dtype, RMSNorm, dense, partitioned, scan_for_sampling
 from sana_jax.sharding import constrain
 
 
@@ -292,5 +292,9 @@ class Gemma2(nn.Module):
         x = (x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)).astype(self.dtype)
         cos, sin = rope_table(start + tokens.shape[1], self.config)
         slides = jnp.asarray(self.config.slides)
-        x, keys_values = self.layers(x, slides, before, cos[start:], sin[start:])
+        layer = Layer(self.config, self.dtype, self.param_dtype, parent=None)
+        table = cos[start:], sin[start:]
+        x, keys_values = scan_for_sampling(
+            self.layers, layer, "__call__", x, (slides, before), *table
+        )
         return self.final_norm(x), keys_values

@@ -4,6 +4,7 @@ Every weight names its logical axes (sharding.py maps them to the mesh). `dtype`
 computes in, `param_dtype` what its weights are stored in.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.convolution import convolve, convolve_doubled
-from sana_jax.kernels.glumbconv import reference
 from sana_jax.kernels.glumbconv.api import glumbconv, uses_kernel
 from sana_jax.kernels.mixed_einsum import dense_float32
 
@@ -38,6 +38,7 @@ def dense(
     dtype: Dtype,
     param_dtype: Dtype,
     precision: jax.lax.Precision | None = None,
+    dot_general: Callable = dense_float32,
     name: str | None = None,
 ) -> nn.Dense:
     """A matrix product with logical axes (in, out)."""
@@ -49,9 +50,37 @@ def dense(
         precision=precision,
         kernel_init=partitioned(kernel_init, axes),
         bias_init=partitioned(nn.initializers.zeros, axes[-1:]),
-        dot_general=dense_float32,
+        dot_general=dot_general,
         name=name,
     )
+
+
+def scan_for_sampling(
+    scanned: nn.Module, layer: nn.Module, method: str, carry: Any, each: tuple, *shared: Any
+) -> tuple[Any, Any]:
+    """`method` of `scanned`, an nn.scan of `layer`, where no gradient is asked for.
+
+    `each` goes to the layers one by one, `shared` to all. XLA's CPU backend slices bfloat16 as
+    float32, and moves the widening of the whole stack of weights out of an nn.scan: three times
+    the memory, and slower. A slice of what seems to depend on the layer's number stays inside.
+    """
+    if scanned.is_initializing():
+        return getattr(scanned, method)(carry, *each, *shared)
+    stack = nn.unbox(scanned.variables["params"])
+
+    def in_loop(stack, i):
+        return take(*jax.lax.optimization_barrier((stack, i)))
+
+    def take(stack, i):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+
+    def body(carry, row):
+        i, each = row
+        params = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=take)
+        return layer.apply({"params": params}, carry, *each, *shared, method=method)
+
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    return jax.lax.scan(body, carry, (jnp.arange(depth), each))
 
 
 class Conv3x3(nn.Module):
@@ -113,21 +142,14 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-class Halves(nn.Module):
-    """A matrix product without bias, as one product or as two that give its halves."""
+def _products(parts: int) -> Callable:
+    """The `dot_general` of a `dense` without bias that gives its product in so many parts."""
 
-    features: int
-    axes: Axes
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
+    def dot_general(x, kernel, dims, precision):
+        kernels = jnp.split(kernel, parts, axis=1)
+        return [dense_float32(x, kernel, dims, precision) for kernel in kernels]
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B C"], parts: int) -> list[Array]:
-        init = partitioned(fan_in_uniform, self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-        kernels = jnp.split(kernel.astype(self.dtype), parts, axis=1)
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
-        return [dense_float32(x.astype(self.dtype), kernel, dims, None) for kernel in kernels]
+    return dot_general
 
 
 class GLUMBConv(nn.Module):
@@ -140,6 +162,7 @@ class GLUMBConv(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     implementation: str = "auto"  # of the middle: see kernels/dispatch.py
+    split_rows: bool = False  # of the images, over the mesh axis that splits tokens
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -157,18 +180,10 @@ class GLUMBConv(nn.Module):
             (3, 3, wide),
             self.param_dtype,
         )
-        axes = ("embed", "mlp")
         weights = vector("expand_bias"), depthwise_kernel, vector("depthwise_bias")
-        expand = Halves(wide, axes, name="expand", **types)
-        if uses_kernel(*x.shape[1:3], self.implementation):
-            u = glumbconv(*expand(x, 2), *weights, implementation=self.implementation)
-        else:
-            u = reference.glumbconv(*expand(x, 1), *weights)
-        return dense(
-            x.shape[-1],
-            axes[::-1],
-            use_bias=False,
-            kernel_init=fan_in_uniform,
-            name="contract",
-            **types,
-        )(u)
+        parts = 2 if uses_kernel(*x.shape[1:3], self.implementation) else 1
+        linear = dict(use_bias=False, kernel_init=fan_in_uniform, **types)
+        axes = ("embed", "mlp")
+        halves = dense(wide, axes, dot_general=_products(parts), name="expand", **linear)(x)
+        u = glumbconv(halves, *weights, split_rows=self.split_rows)
+        return dense(x.shape[-1], axes[::-1], name="contract", **linear)(u)

@@ -22,6 +22,8 @@ from sana_jax.kernels.linear_attention import api as linear
 from sana_jax.kernels.linear_attention import gpu as linear_gpu
 from sana_jax.kernels.linear_attention import tpu as linear_tpu
 from sana_jax.kernels.modulated_norm import tpu as norm_tpu
+from sana_jax.sharding import MESH_AXES, make_mesh
+from tests import toy
 
 EPSILON = 1e-15
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3}  # bfloat16 keeps eight bits: 4e-3 a rounding
@@ -176,6 +178,38 @@ def test_cross_attention_on_tpu(on_tpu, monkeypatch, tokens, rows, channels, hea
     check(run, formula, [normal(2, tokens, channels), normal(2, rows, 2 * channels)], dtype)
 
 
+def run_public(fn, arrays, cotangent):
+    """A public function, differentiated as a network does it."""
+    out, pull_back = jax.vjp(fn, *arrays)
+    return out, pull_back(cotangent)
+
+
+@pytest.fixture(params=["tpu", "cuda"])
+def split_tokens(request, monkeypatch):
+    """Two images over fsdp=2, their tokens over sequence=2, with the kernels of a platform."""
+    request.getfixturevalue({"tpu": "on_tpu", "cuda": "on_gpu"}[request.param])
+    for api in (linear, glu):
+        kernel = lambda *args, plain, **kernels: kernels[request.param](*args)  # noqa: E731
+        monkeypatch.setattr(api, "by_platform", kernel)
+    with jax.set_mesh(make_mesh(replica=1, fsdp=2, sequence=2, devices=toy.devices(4))):
+        yield
+
+
+def test_linear_attention_of_split_tokens(split_tokens):
+    attention = partial(linear.linear_attention, head_dim=32, implementation="pallas")
+    formula = partial(softmax_free_attention, head_dim=32)
+    check(partial(run_public, attention), formula, [normal(2, 24, 3 * 96)], "float32")
+
+
+def test_glumbconv_of_split_rows(split_tokens):
+    """Biases of all signs: what stands outside the image must not pass through SiLU as a zero."""
+
+    def middle(value, gate, *weights):
+        return glu.glumbconv((value, gate), *weights, split_rows=True)
+
+    check(partial(run_public, middle), mix_ffn_middle, glumbconv_arrays(2, 4, 8, 40), "float32")
+
+
 def spec(*shape, dtype="bfloat16", sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -188,7 +222,10 @@ def operations(sharding=None):
         return jax.grad(lambda *args: jnp.sum(fn(*args).astype(jnp.float32) ** 2), argnums=0)
 
     attention = partial(linear.linear_attention, head_dim=32, implementation="pallas")
-    middle = partial(glu.glumbconv, implementation="pallas")
+
+    def middle(value, gate, *weights):
+        return glu.glumbconv((value, gate), *weights, split_rows=True)
+
     image = made(1, 8, 8, 160)
     weights = made(320), made(3, 3, 320), made(320)
     return {
@@ -216,3 +253,27 @@ def test_compiles_for_tpu(name, chip):
     estimate = tpu_estimate.estimate(fn, *args, chip=chip)
     assert any(name in kernel for kernel in estimate.kernels)
     assert estimate.kernel_cycles > 0
+
+
+# Forward, and the cotangent of the first operand: the state twice, and its cotangent; two halo rows
+# of value and gate, and two that go home, of which the compiler's list counts operand and result.
+@pytest.mark.parametrize(
+    "name, kind, moved",
+    [
+        ("linear_attention", "all-reduce", 3 * (64 * 224 * 4)),
+        ("glumbconv", "collective-permute", 6 * 2 * (8 * 160 * 2)),
+    ],
+)
+def test_split_tokens_compile_for_tpu(name, kind, moved):
+    """The kernels on a quarter of the tokens, and what they exchange: states, or halo rows."""
+    pytest.importorskip("libtpu")
+    from sana_jax import tpu_estimate
+
+    mesh = tpu_estimate.tpu_mesh("2x2", dict(zip(MESH_AXES, (1, 1, 4, 1), strict=True)))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    fn, args = operations(sharding)[name]
+    with jax.set_mesh(mesh):
+        estimate = tpu_estimate.estimate(fn, *args)
+    assert any(name in kernel for kernel in estimate.kernels)
+    assert set(estimate.collectives) == {kind}
+    assert estimate.collectives[kind][1] == pytest.approx(moved, rel=0.01)

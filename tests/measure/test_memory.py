@@ -1,12 +1,15 @@
-"""The compiler's account: weights to the byte."""
+"""The compiler's account: weights to the byte, and what a picture of full size takes."""
 
 import math
 
 import jax
+import pytest
 
+from sana_jax import tpu_estimate
 from sana_jax.checkpoints.components import param_shapes
 from sana_jax.measure import inputs, memory
 from sana_jax.measure.inputs import Settings
+from sana_jax.sharding import MESH_AXES
 
 
 def test_the_account_adds_up():
@@ -21,3 +24,16 @@ def test_the_account_adds_up():
     without = weights["dit"] + weights["vae"] + max(working["loop"], working["decode"])
     assert found["peak_without_text_encoder"] == without < found["peak"]
     assert working["decode"] > 4 * 64 * 64 * 3  # the picture, in float32
+
+
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_a_picture_of_1024_px_fits_9_gb(platform):
+    """0.6B in bfloat16, weights of 7.04 GB; 4 GB hold it once the prompts are encoded."""
+    mesh = None
+    if platform == "tpu":
+        mesh = tpu_estimate.tpu_mesh("2x2", dict.fromkeys(MESH_AXES, 1))
+    settings = Settings("sana_600m_1024", "memory", 1, 1024, "bfloat16", 20)
+    found = memory.analyse(settings, mesh)
+    print(found)
+    assert found["platform"] == platform
+    assert found["peak"] < 9e9 and found["peak_without_text_encoder"] < 4e9

@@ -32,9 +32,20 @@ def test_counts_follow_batch_and_steps():
     pipe = make_pipeline(settings("loop"))
     one = count(pipe, settings("trunk"))
     assert one == 2 * flops.trunk(pipe.checkpoint.dit, 2, 2, 300)
-    assert count(pipe, settings("loop", steps=5)) == 5 * one
+    again = 2 * flops.denoise(pipe.checkpoint.dit, 2, 2, 300)
+    assert 0 < again < one and count(pipe, settings("loop", steps=5)) == one + 4 * again
     for part in PARTS:
         assert count(pipe, settings(part, batch=3)) == 3 * count(pipe, settings(part))
+
+
+def test_only_the_prompt_counts_behind_the_instruction():
+    """A first call, without anything kept, counts as its two pieces."""
+    config = inputs.checkpoint(settings("text")).text_encoder
+    whole = flops.text(config, 241)
+    prompt = count(make_pipeline(settings("text")), settings("text"))
+    hidden = 4 * config.num_layers * 222 * 19 * config.num_heads * config.head_dim
+    assert prompt == flops.text(config, 19, before=222)
+    assert flops.text(config, 222) + prompt + hidden == whole
 
 
 @pytest.mark.parametrize("part", ["text", "loop"])

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen as nn
 
+from sana_jax import sharding
+from sana_jax.checkpoints.components import abstract_params
+from sana_jax.errors import UserError
 from sana_jax.models.dit import PRESETS, SanaConfig, SanaTransformer
 from tests import toy
 
@@ -111,6 +115,27 @@ def test_keys_and_values_once_a_prompt():
     toy.assert_close(ours, apply(model, params, latents, timestep, caption, mask), 1e-6)
 
 
+@pytest.mark.parametrize("method", ["keys_values", "denoise"])
+def test_no_stack_of_weights_is_widened(method):
+    """XLA's CPU backend would keep all layers in float32, twice the bfloat16 weights."""
+    config = SanaConfig(depth=40, width=64, cross_heads=2, caption_channels=48, sample_size=2)
+    model = SanaTransformer(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    rest = array(1, 2, 2, 32), array(1)
+    caption, mask = array(1, 4, 48), array(1, 4, dtype=bool)
+    variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *rest, caption, mask))
+    keys_values = array(40, 1, 4, 128, dtype=jnp.bfloat16)
+    inputs = (caption,) if method == "keys_values" else (*rest, keys_values, mask)
+    apply = jax.jit(functools.partial(model.apply, method=method))
+    memory = apply.lower(variables, *inputs).compile().memory_analysis()
+    blocks = variables["params"]["blocks"]
+    read = blocks["cross_attention"]["kv"] if method == "keys_values" else blocks
+    assert memory.temp_size_in_bytes < sum(2 * leaf.size for leaf in jax.tree.leaves(read)) / 2
+
+
 def exploding(**changes):
     """A model whose linear attention leaves float16's range, as the published weights' does."""
     module, config = toy.transformer(**changes)
@@ -175,6 +200,77 @@ def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
     print(f"bfloat16 error: ours {ours:.2e}, diffusers' {theirs:.2e}")
     assert ours <= 1.5 * theirs
     assert ours > 1e-4, "this is not bfloat16"
+
+
+MESHES = [dict(sequence=4), dict(fsdp=2, sequence=2), dict(replica=2, sequence=4)]
+
+
+@functools.cache
+def split_case(implementation: str = "auto", remat: str = "none"):
+    """A config, fn of a flow loss -> ((loss, velocity), gradients), and its operands."""
+    module, config = toy.transformer(num_layers=2, qk_norm="rms_norm_across_heads")
+    config = dataclasses.replace(config, interpolation_scale=1.0, implementation=implementation)
+    model, rng = SanaTransformer(config, remat=remat), np.random.default_rng(1)
+    latents = rng.standard_normal((4, 8, 6, config.latent_channels), np.float32)
+    velocity = rng.standard_normal(latents.shape, np.float32)
+    caption = rng.standard_normal((4, ROWS, config.caption_channels), np.float32)
+    mask = np.arange(ROWS)[None] < np.array([11, 4, 1, 7])[:, None]
+    times = np.array([900.0, 500.0, 300.0, 20.0], np.float32)
+
+    def fn(params, latents, times, caption, mask, velocity):
+        def loss(params):
+            found = model.apply({"params": params}, latents, times, caption, mask)
+            return jnp.mean((found - velocity) ** 2), found
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    operands = toy.params(module, config), latents, times, caption, mask, velocity
+    return config, fn, operands
+
+
+@functools.cache
+def whole():
+    _, fn, operands = split_case()
+    return jax.jit(fn)(*operands)
+
+
+def assert_same_on(sizes, implementation="auto", remat="none"):
+    config, fn, (params, *batch) = split_case(implementation, remat)
+    sizes = {"replica": 1, **sizes}
+    mesh = sharding.make_mesh(**sizes, devices=toy.devices(int(np.prod(list(sizes.values())))))
+    params = jax.device_put(params, sharding.shardings_for(abstract_params(config), mesh))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        fast = {"xla_backend_optimization_level": 0}  # compiling is what takes the time
+        (loss, velocity), gradients = jax.jit(fn, compiler_options=fast)(params, *batch)
+    (expected_loss, expected_velocity), expected = whole()
+    toy.assert_close(loss, expected_loss, 1e-5, f"{sizes}: loss")
+    toy.assert_close(velocity, expected_velocity, 1e-5, f"{sizes}: velocity")
+    for (path, found), one in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    ):
+        toy.assert_close(found, one, 1e-5, jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_tokens_over_devices(sizes):
+    """Velocity and gradients of a flow loss are those of one device."""
+    assert_same_on(sizes)
+
+
+def test_tokens_over_devices_with_kernels_and_remat():
+    """All mesh axes at once; the kernels' plain forms, under the exchanges that kernels need."""
+    assert_same_on(dict(fsdp=2, sequence=2, tensor=2), "pallas", "full")
+
+
+def test_rows_that_do_not_divide_are_refused():
+    config, fn, (params, latents, *rest) = split_case()
+    with jax.set_mesh(sharding.make_mesh(sequence=4, devices=toy.devices(4))):
+        with pytest.raises(UserError, match=r"6 x 6 tokens does not split .* sequence=4"):
+            jax.eval_shape(fn, params, latents[:, :6], *rest)
+        jax.eval_shape(  # where parameters are made, sizes are those of nothing
+            SanaTransformer(config).init, jax.random.key(0), latents[:, :1], *rest[:-1]
+        )
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,17 @@ def test_keys_and_values_that_nobody_reads_are_not_kept():
     assert memory.temp_size_in_bytes < keys_values
 
 
+def test_no_stack_of_weights_is_widened():
+    """XLA's CPU backend would keep all layers in float32, twice the bfloat16 weights."""
+    config = replace(TOY, num_layers=40)
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    model = Gemma2(config, jnp.bfloat16, jnp.bfloat16)
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
+    memory = jax.jit(model.apply).lower(params, tokens).compile().memory_analysis()
+    layers = sum(2 * leaf.size for leaf in jax.tree.leaves(params["params"]["layers"]))
+    assert memory.temp_size_in_bytes < layers / 2
+
+
 def test_embedding_is_scaled_in_the_dtype_of_the_weights():
     """sqrt(60) = 7.746 is 7.75 in bfloat16."""
     # The branches are silent, and the norm at the end divides by its epsilon only.

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.cross_attention import reference, tpu
-from sana_jax.kernels.dispatch import by_platform, over_batch, use_pallas
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_pallas
 
 
 def cross_attention(
@@ -25,7 +25,7 @@ def cross_attention(
     elif q.dtype == jnp.float32:  # it is off by 1e-4 there, which is no float32
         unsupported = "float32"
     if use_pallas(implementation, "cross attention", unsupported):
-        return over_batch(lambda *args: _kernel(*args, heads), (q, kv, mask))
+        return over_mesh(lambda *args: _kernel(*args, heads), (q,), (kv, mask))
     return reference.cross_attention(q, kv, mask, heads)
 
 

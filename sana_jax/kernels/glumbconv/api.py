@@ -1,36 +1,59 @@
-"""The middle of Mix-FFN: the plain form or a kernel."""
+"""The middle of Mix-FFN: the plain form or a kernel, on all rows of the images or on some."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_batch, use_pallas
+from sana_jax.kernels.dispatch import by_platform, over_mesh, sequence_axis, use_pallas
 from sana_jax.kernels.glumbconv import gpu, reference, tpu
+
+OUTSIDE = -1e4  # what SiLU turns into zero, after any bias, and whose cotangent it turns into zero
 
 
 def glumbconv(
-    value: Float[Array, "B H W C"],
-    gate: Float[Array, "B H W C"],
+    halves: Sequence[Float[Array, "B H W _"]],
     bias: Float[Array, " C2"],
     depthwise_kernel: Float[Array, "3 3 C2"],
     depthwise_bias: Float[Array, " C2"],
-    implementation: str = "auto",
+    split_rows: bool = False,
 ) -> Float[Array, "B H W C"]:
     """Bias, SiLU, depthwise 3x3, bias, gate; reference.py says what is computed.
 
-    Value and gate are the two halves of the wide tensor, C2 = 2 C: as two arrays, each from a
-    product of its own, they need no copy. implementation: see kernels/dispatch.py.
+    Value and gate, the halves of the wide tensor, C2 = 2 C: side by side in one array for the plain
+    form; as two, each from a product of its own, for the kernel, which needs no copy then.
+    split_rows: over the mesh axis that splits tokens; devices exchange the rows where they meet.
     """
-    weights = (bias, depthwise_kernel, depthwise_bias)
-    if uses_kernel(*value.shape[1:3], implementation):
-        return over_batch(_kernel, (value, gate), weights)
-    return _plain(value, gate, *weights)
+    kernel, halves = len(halves) == 2, tuple(halves)
+    fn = _kernel if kernel else reference.glumbconv
+    weights = bias, depthwise_kernel, depthwise_bias
+    axis = sequence_axis(halves[0].shape[1]) if split_rows else None
+    if not axis:
+        return over_mesh(fn, (), halves, weights, kernel=kernel)
+
+    def between_neighbours(*arrays):
+        halves, weights = arrays[:-3], arrays[-3:]
+        return fn(*(_with_neighbours(x, axis) for x in halves), *weights)[:, 1:-1]
+
+    return over_mesh(between_neighbours, halves, (), weights, kernel=kernel)
+
+
+def _with_neighbours(x, axis):
+    """This device's rows, and the row above and below: another device's, or OUTSIDE the image."""
+    shards, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    down = [(i, i + 1) for i in range(shards - 1)]
+    above = jax.lax.ppermute(x[:, -1:], axis, down)
+    below = jax.lax.ppermute(x[:, :1], axis, [pair[::-1] for pair in down])
+    outside = jnp.asarray(OUTSIDE, x.dtype)
+    above = jnp.where(index == 0, outside, above)
+    below = jnp.where(index == shards - 1, outside, below)
+    return jnp.concatenate([above, x, below], axis=1)
 
 
 def uses_kernel(height: int, width: int, implementation: str) -> bool:
-    """Whether images of this size get the kernel, to which two products are better than one."""
+    """Whether images of this size get the kernel; implementation: see kernels/dispatch.py."""
     unsupported = None if tpu.supported(height, width) else f"images of {height} x {width}"
     return use_pallas(implementation, "glumbconv", unsupported)
 

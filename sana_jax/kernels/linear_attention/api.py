@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_batch, use_pallas
+from sana_jax.kernels.dispatch import by_platform, over_mesh, sequence_axis, use_pallas
 from sana_jax.kernels.linear_attention import gpu, reference, tpu
 
 
@@ -21,20 +21,21 @@ def linear_attention(
 
     `qkv` holds queries, keys and values side by side, heads side by side in each, as one
     projection leaves them. implementation: "auto", "xla" or "pallas", see kernels/dispatch.py.
+    Where a mesh splits the tokens, its devices sum the state between the two halves.
     """
     channels = qkv.shape[-1] // 3
     unsupported = None
     if not tpu.supported(channels, head_dim):
         unsupported = f"heads of {head_dim} in {channels} channels"
-    if use_pallas(implementation, "linear attention", unsupported):
-        return over_batch(lambda qkv: _kernel(qkv, head_dim, epsilon), (qkv,))
-    return _plain(qkv, head_dim, epsilon)
+    kernel = use_pallas(implementation, "linear attention", unsupported)
+    form, axis = _kernel if kernel else _plain, sequence_axis(qkv.shape[1])
+    return over_mesh(lambda qkv: form(qkv, head_dim, epsilon, axis), (qkv,), kernel=kernel)
 
 
-def _plain(qkv, head_dim, epsilon):
+def _plain(qkv, head_dim, epsilon, axis):
     parts = jnp.split(qkv, 3, axis=-1)
     q, k, v = (rearrange(t, "b n (h d) -> b n h d", d=head_dim) for t in parts)
-    out = reference.linear_attention(q, k, v, epsilon)
+    out = reference.linear_attention(q, k, v, epsilon, axis)
     return rearrange(out, "b n h d -> b n (h d)")
 
 
@@ -43,27 +44,33 @@ def _kernels(head_dim):
     return {"tpu": tpu} | ({"cuda": gpu} if gpu.supported(head_dim) else {})
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _kernel(qkv, head_dim, epsilon):
+def _total(state, axis):
+    """A state, or its cotangent, summed over all tokens."""
+    return jax.lax.psum(state, axis) if axis else state
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _kernel(qkv, head_dim, epsilon, axis):
     def run(module, qkv):
-        return module.apply(qkv, module.state(qkv, head_dim), head_dim, epsilon)
+        state = _total(module.state(qkv, head_dim), axis)
+        return module.apply(qkv, state, head_dim, epsilon)
 
     kernels = {name: partial(run, module) for name, module in _kernels(head_dim).items()}
-    return by_platform(qkv, plain=lambda qkv: _plain(qkv, head_dim, epsilon), **kernels)
+    return by_platform(qkv, plain=lambda qkv: _plain(qkv, head_dim, epsilon, axis), **kernels)
 
 
-def _forward(qkv, head_dim, epsilon):
-    return _kernel(qkv, head_dim, epsilon), qkv
+def _forward(qkv, head_dim, epsilon, axis):
+    return _kernel(qkv, head_dim, epsilon, axis), qkv
 
 
-def _backward(head_dim, epsilon, qkv, cotangent):
+def _backward(head_dim, epsilon, axis, qkv, cotangent):
     def run(module, qkv, cotangent):
-        state = module.state(qkv, head_dim)
+        state = _total(module.state(qkv, head_dim), axis)
         d_state = module.state_cotangent(qkv, state, cotangent, head_dim, epsilon)
-        return module.cotangents(qkv, state, d_state, cotangent, head_dim, epsilon)
+        return module.cotangents(qkv, state, _total(d_state, axis), cotangent, head_dim, epsilon)
 
     def plain(qkv, cotangent):
-        return jax.vjp(lambda qkv: _plain(qkv, head_dim, epsilon), qkv)[1](cotangent)[0]
+        return jax.vjp(lambda qkv: _plain(qkv, head_dim, epsilon, axis), qkv)[1](cotangent)[0]
 
     kernels = {name: partial(run, module) for name, module in _kernels(head_dim).items()}
     return (by_platform(qkv, cotangent, plain=plain, **kernels),)

@@ -21,14 +21,18 @@ def linear_attention(
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
     epsilon: float = 1e-15,
+    axis_name: str | None = None,
 ) -> Float[Array, "B N H D"]:
     """Attends every token to every other; sums and division in float32, result in v's dtype.
 
     `epsilon` is the one of diffusers. A row whose q is zero everywhere gives zero, not NaN.
+    `axis_name`: of the mesh axis that splits the tokens, under shard_map.
     """
     q, k = jax.nn.relu(q), jax.nn.relu(k)
     state = einsum_float32("bnhd,bnhe->bhde", k, v)
     total = jnp.sum(k, axis=1, dtype=jnp.float32)  # (B, H, D)
+    if axis_name:
+        state, total = jax.lax.psum((state, total), axis_name)
     q = q.astype(jnp.float32)
     # Or TPUs would round the float32 sums to bfloat16 first.
     exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

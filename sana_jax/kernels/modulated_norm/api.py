@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_batch, use_pallas
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_pallas
 from sana_jax.kernels.modulated_norm import reference, tpu
 
 
@@ -22,7 +22,7 @@ def modulated_norm(
     if use_pallas(implementation, "modulated norm", None):
         shape = (x.shape[0], 1, x.shape[-1])
         vectors = (jnp.broadcast_to(v.astype(jnp.float32), shape) for v in (shift, scale))
-        return over_batch(_kernel, (x, *vectors))
+        return over_mesh(_kernel, (x,), tuple(vectors))
     return x, reference.modulated_norm(x, shift, scale)
 
 
