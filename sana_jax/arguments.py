@@ -28,6 +28,14 @@ def number(name: str, value, low: float, high: float) -> float:
     return float(value)
 
 
+def multiple(given: str, side: int, step: int) -> None:
+    """Raises unless `side`, in pixels, is a multiple of `step`; `given`: how the caller put it."""
+    if side % step:
+        low = side // step * step
+        near = f"{low} or {low + step}" if low else str(step)
+        raise UserError(f"{given} is not a multiple of {step}: try {near}")
+
+
 def choice(name: str, value, choices: Sequence[str]) -> str:
     if value not in list(choices):
         raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")

@@ -4,8 +4,9 @@
         cli.run(main)  # main(argv) as for absl's app.run; argv holds the program's name alone
 
 0 done; 1 a bug, with its traceback; 2 the user's input (`UserError`); 75 retry me (`Retry`);
-76 do not retry (`DoNotRetry`); 130 Ctrl-C; 143 SIGTERM. From 2 on, stderr gets one line.
-Ctrl-C and SIGTERM unwind `main`, so `finally` blocks run; a second SIGTERM kills at once.
+76 do not retry (`DoNotRetry`); 130 Ctrl-C; 143 SIGTERM, and 75 for both in a training. From 2 on,
+stderr gets one line. Ctrl-C and SIGTERM unwind `main`, so `finally` blocks run; a second SIGTERM
+kills at once.
 """
 
 import difflib
@@ -14,16 +15,18 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 
 from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from sana_jax.errors import DoNotRetry, Retry, UserError
+from sana_jax.errors import DoNotRetry, Retry, Stopped, UserError
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR, EXIT_RETRY, EXIT_DO_NOT_RETRY = 2, 75, 76
+GRACE_SECONDS = 5.0  # for threads that read, once the status is known
 
 # Complaints of absl that leave the remedy out, and what to say instead.
 _REMEDIES = {
@@ -40,8 +43,11 @@ class _Terminated(BaseException):
     """SIGTERM arrived; no `except Exception` swallows it."""
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parses the flags, calls main(argv) and exits; `main` returns None or a status."""
+def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
+    """Parses the flags, calls main(argv) and exits; `main` returns None or a status.
+
+    `resumes`: the same command goes on where a signal has ended it.
+    """
     if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
         sys.exit(print(_help()))
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -54,6 +60,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         status, line = EXIT_USER_ERROR, f"error: {error}"
+    except Stopped as error:
+        status, line = EXIT_RETRY, f"{error}"
     except Retry as error:
         status, line = EXIT_RETRY, f"error: {error}"
     except DoNotRetry as error:
@@ -62,10 +70,17 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         status, line = 130, "interrupted"
     except _Terminated:
         status, line = 143, "terminated"
+    signalled = status > 128
+    if signalled and resumes:
+        status, line = EXIT_RETRY, f"{line}; the same command goes on from what is saved"
     print(" ".join(line.split()), file=sys.stderr, flush=True)
-    if status > 128:  # a signal: do not wait, as the interpreter would, for what devices still do
-        sys.stdout.flush()
+    sys.stdout.flush()
+    if signalled:  # do not wait, as the interpreter would, for what devices still do
         os._exit(status)
+    # It waits for threads too, one of which may read from a disk that never answers.
+    timer = threading.Timer(GRACE_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
     sys.exit(status)
 
 
@@ -104,6 +119,9 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(_explain(str(error))) from error
     except OSError as error:
         raise UserError(f"--config: {_last_line(error)}; give it a file of configs/") from error
+    except SyntaxError as error:
+        where = f"{error.filename} line {error.lineno}"
+        raise UserError(f"--config: {where} is not Python: {error.msg}") from error
     except (AttributeError, LookupError):
         for flag in _config_flags():
             _check_keys(flag, argv)
@@ -131,9 +149,9 @@ def _last_line(error) -> str:
     return str(error).strip().splitlines()[-1].strip()
 
 
-def _closest(name: str, names, prefix: str = "") -> str:
+def _closest(name: str, names) -> str:
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean --{prefix}{close[0]}?" if close else ""
+    return f"did you mean --{close[0]}?" if close else ""
 
 
 def _config_flags() -> list[flags.Flag]:
@@ -144,12 +162,13 @@ def _check_keys(flag: flags.Flag, argv: list[str]) -> None:
     """Names the first override on the command line that the config has no key for."""
     text = "\n".join(argv)
     files = re.findall(rf"^--?{flag.name}[=\n](.*)$", text, re.M)
-    keys = list(_keys(flag.parser.parse(files[-1]))) if files else []
+    config = flag.parser.parse(files[-1]) if files else ConfigDict()
+    keys = list(_keys(config))
     for key in re.findall(rf"^--?(?:no)?{flag.name}\.([^=\n]+)", text, re.M):
         if re.sub(r"\[-?\d+\]", "", key) not in keys:
-            hint = _closest(key, keys, f"{flag.name}.")
-            others = ", ".join(known for known in keys if "." not in known)
-            raise UserError(f"unknown key --{flag.name}.{key}; {hint or f'it has {others}'}")
+            near = _nearest(config, key.split("."))
+            hint = f"did you mean --{flag.name}.{near}?" if near else f"it has {', '.join(config)}"
+            raise UserError(f"unknown key --{flag.name}.{key}; {hint}")
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -157,6 +176,21 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, ConfigDict):
             yield from _keys(value, f"{prefix}{key}.")
+
+
+def _nearest(config: ConfigDict, parts: list[str], prefix: str = "") -> str | None:
+    """The known key that a misspelt one stands for: level by level, or else by its last name."""
+    first, *rest = parts
+    close = [first] if first in config else difflib.get_close_matches(first, config, n=1)
+    if not close:  # a level too few, or one of another name
+        keys = sorted(_keys(config, prefix), key=lambda key: key.count("."), reverse=True)
+        by_name = {key.rpartition(".")[2]: key for key in keys}  # the one nearest the top
+        close = difflib.get_close_matches(parts[-1], by_name, n=1)
+        return by_name[close[0]] if close else None
+    key, below = prefix + close[0], config[close[0]]
+    if rest and isinstance(below, ConfigDict):
+        return _nearest(below, rest, f"{key}.")
+    return key
 
 
 def _check_tuples(flag: flags.Flag) -> None:

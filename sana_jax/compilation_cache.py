@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, in the place where caches belong."""
+"""The place where caches belong, and JAX's persistent compilation cache there."""
 
 import os
 import tempfile
@@ -8,6 +8,11 @@ import jax
 from absl import logging
 
 from sana_jax.errors import UserError
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/sana_jax, or ~/.cache/sana_jax. RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sana_jax")
 
 
 def enable(folder: str | None = None) -> None:
@@ -22,8 +27,7 @@ def enable(folder: str | None = None) -> None:
     if folder is None and jax.config.jax_compilation_cache_dir:
         return
     try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        path = Path(caches, "sana_jax") if folder is None else Path(folder)
+        path = cache_folder() if folder is None else Path(folder)
         if "://" not in str(folder):
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):

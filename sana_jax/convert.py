@@ -1,12 +1,14 @@
-"""Converts a checkpoint (diffusers, native or NVlabs .pth) to the native or the diffusers layout.
+"""Converts a checkpoint (diffusers, native, NVlabs .pth, or a training's folder) to another layout.
 
     python -m sana_jax.convert --source=DIR_OR_HUB_ID --out=DIR
     python -m sana_jax.convert --source=NATIVE_DIR --out=DIR --format=diffusers --dtype=bfloat16
     python -m sana_jax.convert --source=Sana_600M_1024px.pth --rest=DIR --out=DIR
+    python -m sana_jax.convert --source=WORKDIR --out=DIR --ema
 
 Tensors pass through one by one: memory holds the largest, not the checkpoint. A .pth holds the
 transformer alone; --rest names the checkpoint that lends the autoencoder, the text encoder and the
-tokenizer. The complex human instruction is stored with its sha256 and where it was found.
+tokenizer. WORKDIR is that of `train`, whose newest checkpoint is read that is whole and good. The
+complex human instruction is stored with its sha256 and where it was found.
 """
 
 import dataclasses
@@ -14,13 +16,16 @@ import math
 from pathlib import Path
 
 from absl import flags, logging
+from etils import epath
 
 from sana_jax import cli
 from sana_jax.errors import UserError
 from sana_jax.new_folder import check_new, new_folder
 
 FLAGS = flags.FLAGS
-_SOURCE = flags.DEFINE_string("source", None, "folder, hub id, or .pth file", required=True)
+_SOURCE = flags.DEFINE_string(
+    "source", None, "folder, hub id, .pth file, or the --workdir of a training", required=True
+)
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
 _FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of --out")
 _DTYPE = flags.DEFINE_enum(
@@ -32,7 +37,7 @@ _INSTRUCTION = flags.DEFINE_string(
     "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
 )
 _REST = flags.DEFINE_string("rest", None, "for a .pth: the checkpoint with the other networks")
-_EMA = flags.DEFINE_bool("ema", False, "for a .pth: the averaged weights")
+_EMA = flags.DEFINE_bool("ema", False, "for a .pth or a training: the averaged weights")
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "for a .pth: the side in pixels it was trained at; default: by its name"
 )
@@ -55,6 +60,13 @@ def open_source():
 
     options = dict(revision=_REVISION.value, instruction_file=_INSTRUCTION.value)
     source = Path(_SOURCE.value)
+    if (epath.Path(_SOURCE.value) / "checkpoints").is_dir():
+        from sana_jax.training.text_to_image_model import open_workdir
+
+        for flag in (_REST, _IMAGE_SIZE, _CROSS_HEADS, _VARIANT, _REVISION, _INSTRUCTION):
+            if flag.value:
+                raise UserError(f"--{flag.name} is not for a training; --source={source} is one")
+        return open_workdir(_SOURCE.value, _EMA.value)
     if source.suffix != ".pth":
         for flag in (_REST, _EMA, _IMAGE_SIZE, _CROSS_HEADS):
             if flag.value:

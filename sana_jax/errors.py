@@ -13,5 +13,9 @@ class Retry(Exception):
     """The same command may succeed later: preempted, hung, a peer lost, storage away (75)."""
 
 
+class Stopped(Retry):
+    """A signal ended the command, and what it had is saved: nothing is wrong (75)."""
+
+
 class DoNotRetry(Exception):
     """The command stopped itself and would stop again; names the last good step (76)."""

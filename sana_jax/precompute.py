@@ -3,7 +3,8 @@
     python -m sana_jax.precompute --checkpoint=DIR_OR_HUB_ID --data=PHOTOS --out=DIR --size=512
     python -m sana_jax.precompute --checkpoint=... --data=PHOTOS --out=DIR --buckets=1024 --text
 
-DIR is then a data set by the name precomputed:DIR. Every image is resized to cover --size, or the
+DIR is then a data set by the name precomputed:DIR; of several splits, write each to its own
+DIR/SPLIT. Every image is resized to cover --size, or the
 published size of the nearest aspect ratio at --buckets, and cropped, once and for all: a --crop of
 random is drawn from (--seed, the image's number). With --text the embedding of every caption is
 stored too, as sampling has it: after the instruction of the checkpoint, if it has one.

@@ -11,16 +11,11 @@ from absl import flags
 
 from sana_jax import cli
 from sana_jax.new_folder import check_new, new_folder
-from sana_jax.random_weights import TINY, make
+from sana_jax.random_weights import KNOWN, TINY, make
 
 FLAGS = flags.FLAGS
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
-_PRESET = flags.DEFINE_string(
-    "preset",
-    TINY,
-    "tiny, or sana_600m_512, _1024; sana_1600m_512, _1024, _2048, _4096;"
-    " sana1.5_1600m_1024; sana1.5_4800m_1024",
-)
+_PRESET = flags.DEFINE_string("preset", TINY, KNOWN)
 _FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of the folder")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the weights")
 _SEED = flags.DEFINE_integer("seed", 0, "of the weights", 0, 2**32 - 1)

@@ -8,6 +8,10 @@ import numpy as np
 from sana_jax.errors import UserError
 
 TINY = "tiny"
+KNOWN = (
+    "tiny, or sana_600m_512, _1024; sana_1600m_512, _1024, _2048, _4096;"
+    " sana1.5_1600m_1024; sana1.5_4800m_1024"
+)
 
 
 def random_weight(

@@ -6,6 +6,8 @@
 
 The same command continues a run that was stopped, killed or preempted. DIR/PHASE holds what a
 phase shows and saves; DIR/model is the result, which `evaluate --task=reconstruction` measures.
+With --config.start=CHECKPOINT the first phase starts from the weights of an autoencoder of the same
+network: a folder, a name on the hub, or `shapes`.
 On several hosts run it on every one, with --multihost; all of them must mount DIR.
 """
 
@@ -34,4 +36,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumes=True)

@@ -32,6 +32,8 @@ def main(argv):
         raise cli.Retry("a peer is lost; start again")
     if PROMPT.value == "stop":
         raise cli.DoNotRetry("NaN three times; the last good step is 7")
+    if PROMPT.value == "stopped":
+        raise cli.Stopped("stopped after step 7; saved")
     if PROMPT.value == "bug":
         raise ValueError("a bug")
     if PROMPT.value == "status":
@@ -66,6 +68,9 @@ def get_config(size="small"):
     return ConfigDict({
         "num_steps": 3, "learning_rate": 0.1, "ema": True, "betas": (0.9, 0.95),
         "model": {"width": 8 if size == "small" else 64, "sides": (1, 2)},
+        "phases": {
+            name: {"steps": 9, "adam": {"width": 8, "warmup_steps": 0}} for name in ("high", "low")
+        },
     })
 """
 
@@ -85,7 +90,7 @@ def main(argv):
         print("cleaned up", flush=True)
         time.sleep(float(sys.stdin.readline()))
 
-cli.run(main)
+cli.run(main, resumes=RESUMES)
 """
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
@@ -139,6 +144,7 @@ def test_notes_of_libraries_show_on_request(call):
     [
         ("refused", 2, "error: the prompt is refused; write another\n"),
         ("retry", 75, "error: a peer is lost; start again\n"),
+        ("stopped", 75, "stopped after step 7; saved\n"),
         ("stop", 76, "error: NaN three times; the last good step is 7\n"),
     ],
 )
@@ -193,7 +199,14 @@ def test_config_overrides(call):
         ("model.widht=5", ["--config.model.widht;", "did you mean --config.model.width?"]),
         ("modle.width=5", ["--config.modle.width;", "did you mean --config.model.width?"]),
         ("num_steps.more=5", ["--config.num_steps.more;", "did you mean --config.num_steps?"]),
-        ("zzzzzz=5", ["--config.zzzzzz;", "it has betas, ema, learning_rate, model, num_steps"]),
+        ("width=5", ["--config.width;", "did you mean --config.model.width?"]),
+        ("phases.high.width=5", ["did you mean --config.phases.high.adam.width?"]),
+        ("phases.high.adam.warmup=5", ["did you mean --config.phases.high.adam.warmup_steps?"]),
+        ("phases.high.adma.warmup_stps=5", ["mean --config.phases.high.adam.warmup_steps?"]),
+        (
+            "zzzzzz=5",
+            ["--config.zzzzzz;", "it has betas, ema, learning_rate, model, num_steps, phases"],
+        ),
         ("num_steps=five", ["--config.num_steps=five", "it takes int"]),
         ("num_steps=2.5", ["--config.num_steps=2.5", "it takes int"]),
         ("learning_rate=fast", ["--config.learning_rate=fast", "it takes float"]),
@@ -229,6 +242,13 @@ def test_wrong_config(call, arguments, parts):
 
 
 @pytest.mark.parametrize("override", [[], ["--config.num_steps=5"]])
+def test_config_that_is_not_python(call, tmp_path, override):
+    (tmp_path / "notes.py").write_text("# a recipe\n\ndef get_config(:\n    return 1\n")
+    result = call(CONFIGURED, "--config=notes.py", *override)
+    assert_one_line(result, 2, "--config", "notes.py line 3", "invalid syntax")
+
+
+@pytest.mark.parametrize("override", [[], ["--config.num_steps=5"]])
 def test_bug_in_a_config_shows_its_traceback(call, override):
     result = call(CONFIGURED, "--config=broken.py", *override)
     assert result.returncode == 1
@@ -250,12 +270,20 @@ cli.run(lambda argv: print(flags.FLAGS.jax_debug_nans))
     assert call(script, "--jax_debug_nans").stdout == "True\n"
 
 
+RESUMES = "; the same command goes on from what is saved\n"
+
+
 @pytest.mark.parametrize(
-    ("number", "status", "line"),
-    [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGINT, 130, "interrupted\n")],
+    ("resumes", "number", "status", "line"),
+    [
+        (False, signal.SIGTERM, 143, "terminated\n"),
+        (False, signal.SIGINT, 130, "interrupted\n"),
+        (True, signal.SIGTERM, 75, f"terminated{RESUMES}"),
+        (True, signal.SIGINT, 75, f"interrupted{RESUMES}"),
+    ],
 )
-def test_signal_cleans_up(tmp_path, number, status, line):
-    process = start_waiting(tmp_path)
+def test_signal_cleans_up(tmp_path, resumes, number, status, line):
+    process = start_waiting(tmp_path, resumes)
     process.send_signal(number)
     stdout, stderr = process.communicate("0\n", timeout=30)
     assert (process.returncode, stdout, stderr) == (status, "cleaned up\n", line)
@@ -272,8 +300,30 @@ def test_second_sigterm_kills_at_once(tmp_path):
     process.communicate()
 
 
-def start_waiting(folder):
-    (folder / "waiting.py").write_text(WAITING)
+def test_a_thread_that_hangs_does_not_keep_the_status_back(call):
+    """As one that reads data does, where the disk never answers."""
+    script = """
+import concurrent.futures, time
+from sana_jax import cli
+
+cli.GRACE_SECONDS = 0.5
+
+def main(argv):
+    concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 600)
+    print("written")
+    raise cli.Stopped("stopped after step 7; saved")
+
+cli.run(main)
+"""
+    began = time.monotonic()
+    result = call(script)
+    assert time.monotonic() - began < 30
+    assert (result.returncode, result.stdout) == (75, "written\n")
+    assert result.stderr == "stopped after step 7; saved\n"
+
+
+def start_waiting(folder, resumes=False):
+    (folder / "waiting.py").write_text(WAITING.replace("RESUMES", str(resumes)))
     pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
     command = [sys.executable, "waiting.py"]
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)

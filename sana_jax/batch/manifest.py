@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from sana_jax.errors import UserError
+from sana_jax.files import is_local, write_whole
 
 UPLOAD_SECONDS = 10  # between two uploads, where a file cannot be appended to
 
@@ -25,24 +26,6 @@ def key_of(settings: dict[str, Any]) -> str:
     """The hash of settings, whatever their order."""
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def is_local(path: epath.Path) -> bool:
-    """Whether `path` is on a disk, which can rename, append and lock."""
-    return "://" not in os.fspath(path)
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    if not is_local(path):
-        path.write_bytes(content)  # an object store shows no half of it
-        return
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Manifest:

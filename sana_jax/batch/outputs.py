@@ -22,8 +22,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sana_jax.batch.manifest import Line, Manifest, is_local, key_of, write_whole
+from sana_jax.batch.manifest import Line, Manifest, key_of
 from sana_jax.errors import UserError
+from sana_jax.files import is_local, write_whole
 from sana_jax.lock import locked
 
 LEFTOVER = re.compile(r"(\d{6,}_\d+\.png|manifest\.jsonl|grid\.png|probe)\.part")

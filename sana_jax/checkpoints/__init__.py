@@ -99,7 +99,10 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
         for marker in ("model.json", "model_index.json"):
             if (path / marker).is_file():
                 return path
-        raise UserError(f"{name} has neither model.json (native) nor model_index.json (diffusers)")
+        lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"
+        if (path / "model" / "model.json").is_file():  # where a training puts it
+            lacks += f": give {os.path.join(name, 'model')}"
+        raise UserError(lacks)
     if name in bundled():
         return bundled()[name]
     mistyped = path.parent != Path(".") and path.parent.is_dir()  # its parent is a folder here

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from sana_jax.checkpoints.mapping import flat_shapes
 from sana_jax.errors import UserError
@@ -75,24 +77,25 @@ def module_for(config: Config, dtype: Dtype, param_dtype: Dtype | None = None) -
     return module(config, dtype=dtype, param_dtype=param_dtype or dtype)
 
 
+def init_params(module: nn.Module, key: Array) -> Any:
+    """New parameters of one of the three networks, boxed with their logical axes."""
+    config = module.config
+    if isinstance(config, SanaConfig):
+        patch = config.patch_size
+        latents = jnp.zeros((1, patch, patch, config.latent_channels))
+        caption = jnp.zeros((1, 1, config.caption_channels))
+        inputs = latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool)
+    elif isinstance(config, DCAEConfig):
+        inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+    else:
+        inputs = (jnp.zeros((1, 1), jnp.int32),)
+    return module.init(key, *inputs)["params"]
+
+
 @functools.cache
 def abstract_params(config: Config):
     """The shapes of a network's parameters, boxed with their logical axes; computes nothing."""
-    module = module_for(config, "float32")
-
-    def init():
-        if isinstance(config, SanaConfig):
-            patch = config.patch_size
-            latents = jnp.zeros((1, patch, patch, config.latent_channels))
-            caption = jnp.zeros((1, 1, config.caption_channels))
-            inputs = latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool)
-        elif isinstance(config, DCAEConfig):
-            inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
-        else:
-            inputs = (jnp.zeros((1, 1), jnp.int32),)
-        return module.init(jax.random.key(0), *inputs)["params"]
-
-    return jax.eval_shape(init)
+    return jax.eval_shape(partial(init_params, module_for(config, "float32")), jax.random.key(0))
 
 
 def param_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -70,7 +70,7 @@ def open_folder(folder: Path) -> Checkpoint:
             f" {model.get('version')!r}; this program reads {FORMAT!r} version {VERSION}"
         )
     try:
-        configs = {n: cls(**_freeze(model[n])) for n, cls in CONFIGS.items() if model.get(n)}
+        configs = {n: cls(**frozen(model[n])) for n, cls in CONFIGS.items() if model.get(n)}
         files, instruction = dict(model["files"]), model["instruction"]
         if instruction is not None:
             sha256 = instruction["sha256"]
@@ -142,11 +142,11 @@ def _positive(kind: type, value):
     return value
 
 
-def _freeze(value):
+def frozen(value):
     """JSON's lists as the tuples of our configs."""
     if isinstance(value, dict):
-        return {key: _freeze(item) for key, item in value.items()}
-    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+        return {key: frozen(item) for key, item in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def sha256_of(path: Path) -> str:

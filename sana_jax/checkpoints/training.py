@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from sana_jax.checkpoints.integrity import fingerprints
@@ -312,6 +313,39 @@ class Checkpoints:
                 if (document if older == step else self._document(older))["good"]:
                     return older
         return None
+
+
+def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:
+    """The newest good checkpoint that verifies: its document, and one part of its state.
+
+    Nothing is changed in the folder, where a run may be going on.
+
+    Args:
+      workdir: the folder of the run.
+      part: a field of the state, which is returned as nested dicts of NumPy arrays.
+
+    Raises:
+      UserError: where there is no checkpoint, or none that is whole and good.
+      Retry: where the storage does not answer.
+    """
+    checkpoints, bad = Checkpoints(workdir, {}, {}), []
+    for step in reversed(checkpoints.steps()):
+        try:
+            document = checkpoints._document(step)
+            if not document["good"]:
+                raise _Damaged("its last update was not finite")
+            leaves = {n: x for n, x in document["leaves"].items() if n.startswith(f"{part}/")}
+            wanted = {n: np.empty(shape, dtype) for n, (dtype, shape, _) in leaves.items()}
+            arrays = checkpoints._arrays(step, document, wanted)
+        except _Damaged as error:
+            bad.append(f"{step} ({error})")
+            continue
+        if bad:
+            logging.warning("checkpoints left out: %s; step %d is used", ", ".join(bad), step)
+        flat = {name.removeprefix(f"{part}/"): array for name, array in arrays.items()}
+        return document, traverse_util.unflatten_dict(flat, sep="/")
+    found = f"none of {', '.join(bad)} can be used" if bad else "there are none"
+    raise UserError(f"{checkpoints.folder}: {found}; name the --workdir of a training")
 
 
 class _Damaged(Exception):

@@ -36,7 +36,7 @@ INDEX, NULL = "index.json", "null.msgpack"
 
 
 class Precomputed:
-    """The records of such a folder, their latents in float32 and scaled.
+    """The records of such a folder, or of its subfolder `split`; latents float32 and scaled.
 
     Attributes:
       index: index.json.
@@ -47,13 +47,14 @@ class Precomputed:
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
-        self.folder = Path(folder).expanduser()
+        root = Path(folder).expanduser()
+        self.folder = root / split if (root / split).is_dir() else root
         try:
             text = (self.folder / INDEX).read_bytes()
             self.index = json.loads(text)
         except FileNotFoundError:
             raise UserError(
-                f"{folder} has no {INDEX}: it was not precomputed, or not to the end; run python -m"
+                f"{self.folder} has no {INDEX}: it was not precomputed, or not to the end; run python -m"
                 " sana_jax.precompute with the same arguments to finish it"
             ) from None
         except (OSError, ValueError) as error:

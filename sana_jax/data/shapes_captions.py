@@ -62,7 +62,7 @@ class Prompt:
 
 CAPTIONERS = {
     "short": Captioner(language.short, 0.85, 0.1, 0.25, 0.5, 1),
-    "long": Captioner(language.long, 1.0, 0.9, 0.9, 0.85, 6),
+    "long": Captioner(language.long, 1.0, 0.9, 0.9, 0.85, 2),
     "reordered": Captioner(language.reordered, 0.95, 0.5, 0.7, 0.6, 2),
     "noisy": Captioner(language.telegram, 0.9, 0.3, 0.4, 0.4, 2, wrong=0.6),
 }

@@ -54,7 +54,8 @@ def open_source(
 
     - `shapes`: the built-in data set at `size` pixels, prepared under `data_dir` before;
     - `tfds:NAME[/CONFIG][:VERSION]`: a prepared TFDS data set under `data_dir`;
-    - `precomputed:DIR`: latents that `python -m sana_jax.precompute` has written of that split;
+    - `precomputed:DIR`: latents that `python -m sana_jax.precompute` has written of that split to
+      DIR, or to DIR/split;
     - anything else: a folder of images. Its subfolder `split` is read where there is one; where
       there is none the whole folder is the split `train`.
 

@@ -1,15 +1,32 @@
-"""A small tokenizer of our own, trained on captions, that behaves as Gemma's does."""
+"""A small tokenizer of our own, trained on captions, that behaves as Gemma's does.
+
+    python -m sana_jax.data.tokenizer --out=DIR                    # of the built-in data set
+    python -m sana_jax.data.tokenizer --out=DIR --data=PHOTOS --vocab_size=8192
+"""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from absl import flags
+
+from sana_jax import cli
+from sana_jax.data.images import BadImage
 from sana_jax.errors import UserError
 from sana_jax.text import clean_prompt, import_transformers
 from sana_jax.toy_tokenizer import ALPHABET, SPACE, SPECIAL
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SMALLEST = len(SPECIAL) + len(BYTES) + len(ALPHABET)
+
+
+if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", None, "new or empty folder", required=True)
+    _DATA = flags.DEFINE_string("data", "shapes", "shapes, a folder of images, or tfds:NAME")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps a tfds:NAME")
+    _SPLIT = flags.DEFINE_string("split", "train", "of the data")
+    _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "tokens, at most", SMALLEST)
+    _RECORDS = flags.DEFINE_integer("records", 10_000, "whose captions are read, at most", 1)
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path):
@@ -88,3 +105,41 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path
     )
     fast.save_pretrained(folder)
     return fast
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if (out := Path(_OUT.value)).exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out={out} exists and is not an empty folder")
+    tokenizer = train_tokenizer(_captions(), _VOCAB_SIZE.value, out)
+    print(f"{out}: {len(tokenizer)} tokens")
+
+
+def _captions() -> Iterable[str]:
+    """Those of the records that the flags name. Nothing is drawn for shapes."""
+    if _DATA.value == "shapes":
+        from sana_jax.data.shapes_captions import captions
+        from sana_jax.data.shapes_scene import scene
+
+        scenes = (scene((0, index), _SPLIT.value) for index in range(_RECORDS.value))
+        return (said.text for drawn in scenes for said in captions(drawn))
+    from sana_jax.data.sources import open_source
+
+    source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value)
+    count = min(len(source), _RECORDS.value)
+    found = [text for index in range(count) for text in _read(source, index)]
+    if not found:
+        raise UserError(f"--data={_DATA.value}: the first {count} records have no captions")
+    return found
+
+
+def _read(source, index: int) -> list[str]:
+    """A record's captions; none of a bad one."""
+    try:
+        return source[index]["captions"]
+    except BadImage:
+        return []
+
+
+if __name__ == "__main__":
+    cli.run(main)

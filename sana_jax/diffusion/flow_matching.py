@@ -124,22 +124,24 @@ def flow_loss(
     return jnp.mean(WEIGHTINGS[config.weighting](sigma) * errors)
 
 
+def draw_dropped(key: Array, rows: int, probability: float) -> Bool[Array, " B"]:
+    """Which rows lose their caption, each with `probability`."""
+    return jax.vmap(lambda k: jax.random.bernoulli(k, probability))(row_keys(key, rows))
+
+
 def drop_captions(
-    key: Array,
+    dropped: Bool[Array, " B"],
     embeddings: Float[Array, "B L T"],
     mask: Bool[Array, "B L"],
     null_embedding: Float[Array, "L T"],
     null_mask: Bool[Array, " L"],
-    probability: float,
     keep_mask: bool = False,
 ) -> tuple[Float[Array, "B L T"], Bool[Array, "B L"]]:
-    """Replaces a caption by the empty one, each with `probability`, for classifier-free guidance.
+    """Replaces the captions of `dropped` rows by the empty one, for classifier-free guidance.
 
     A dropped row gets the empty prompt's own mask, which sampling uses too; `keep_mask` leaves it
     the caption's, as the reference does (Ho and Salimans, arXiv 2207.12598, section 3.2).
     """
-    keys = row_keys(key, embeddings.shape[0])
-    drop = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
     null_embedding = null_embedding.astype(embeddings.dtype)
-    embeddings = jnp.where(drop[:, None, None], null_embedding, embeddings)
-    return embeddings, mask if keep_mask else jnp.where(drop[:, None], null_mask, mask)
+    embeddings = jnp.where(dropped[:, None, None], null_embedding, embeddings)
+    return embeddings, mask if keep_mask else jnp.where(dropped[:, None], null_mask, mask)

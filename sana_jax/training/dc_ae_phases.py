@@ -11,6 +11,7 @@ A phase whose results are there is over; the others resume from their newest che
 import dataclasses
 import json
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -30,9 +32,11 @@ from sana_jax.checkpoints.components import Checkpoint, place
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
+from sana_jax.data.memory import InMemory
 from sana_jax.data.sources import Source, open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.errors import UserError
+from sana_jax.files import write_whole
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.metrics.reconstruction_figures import figures
 from sana_jax.models.dc_ae import DCAE
@@ -41,13 +45,14 @@ from sana_jax.training.autoencoder import AutoencoderTask, Phase
 from sana_jax.training.discriminator import Discriminator
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
-from sana_jax.training.optimizers import OptimizerConfig
+from sana_jax.training.optimizers import OptimizerConfig, make_schedule
 from sana_jax.training.perceptual import make_perceptual
 from sana_jax.training.state import TrainState, on_mesh
 
 SHOWN = 8  # images in a sheet of reconstructions
 # What may change from one run in a folder to the next. Not the steps: schedules depend on them.
-FREE = ("loop.*", "loader.*", "keep", "evaluation.*", "mesh.*", "data.data_dir")
+# Nor what `start` says, but by its fingerprint.
+FREE = ("loop.*", "loader.*", "keep", "evaluation.*", "mesh.*", "data.data_dir", "start")
 
 
 class AutoencoderTraining:
@@ -82,6 +87,11 @@ class AutoencoderTraining:
                 )
             except (ValueError, UserError) as error:  # ValueError: of a network that is traced
                 raise UserError(f"config.phases.{name}: {error}") from None
+        self._sources: dict[tuple[str, int], Source] = {}
+        self._check_data()
+        self._given: tuple[Checkpoint | None, str | None] = None, None
+        if config.start:
+            self._given = self._open(find(config.start))
 
         def apply(params: Any, images: Array, method: str = "__call__") -> Array:
             return self.model.apply({"params": params}, images, method=method)
@@ -93,9 +103,7 @@ class AutoencoderTraining:
 
     def run(self) -> None:
         """Does what is left to do. Raises what `loop.fit` does."""
-        before, parent = None, None
-        if self.config.start:
-            before, parent = self._open(find(self.config.start))
+        before, parent = self._given
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
             # What decides the phase: its own fields, and the model that it starts from.
@@ -145,14 +153,20 @@ class AutoencoderTraining:
         batches, sheet = iter(loader), next(iter(held_out[min(held_out)]))["image"][:SHOWN]
         with Checkpoints(folder, about, loader.fingerprint, config.keep, free=FREE) as checkpoints:
             state = checkpoints.restore(abstract, batches) or self._start(create, before)
-            if int(state.step) > phase.steps:
+            first = int(state.step)
+            if first > phase.steps:
                 raise UserError(
-                    f"{folder} has {int(state.step)} steps already, more than"
+                    f"{folder} has {first} steps already, more than"
                     f" config.phases.{name}.steps={phase.steps}"
                 )
+            if first:
+                _say(f"{name}: resumed at step {first} of {phase.steps}")
             if not (folder / "before.json").exists():
+                _say(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
-            with MetricsWriter(folder, int(state.step), loop.steps) as writer:
+            if first < phase.steps:
+                _say(f"{name}: compiling the step")
+            with MetricsWriter(folder, first, loop.steps) as writer:
 
                 def draw(state: TrainState, step: int) -> None:
                     pairs = sheet, self._reconstruct(state.ema, sheet)
@@ -163,6 +177,7 @@ class AutoencoderTraining:
                     *(step, state, batches, self.mesh, loop, checkpoints, writer), on_images=draw
                 )
                 draw(state, phase.steps)
+            _say(f"{name}: measuring the latents and the held-out images")
             factor = before.vae.scaling_factor if before else self.network.scaling_factor
             if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
                 factor = self._scaling_factor(state.ema, loader)
@@ -194,15 +209,16 @@ class AutoencoderTraining:
         return jax.default_matmul_precision(None if narrow else "float32")
 
     def _loader(self, phase: Phase, number: int) -> TrainingLoader:
-        side = phase.image_size
+        options = self.config.loader.to_dict()
+        source = self._source(self.config.data.train_split, phase.image_size)
         return TrainingLoader(
-            self._source(self.config.data.train_split, side),
-            ImageTransform(side, side, crop=phase.crop, flip=phase.flip),
+            InMemory(source, int(options.pop("cache_gib") * 2**30)),
+            _transform(phase),
             batch_size=phase.batch_size,
             seed=self.config.seed + number,
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
-            **self.config.loader,
+            **options,
         )
 
     def _held_out(self, size: int) -> EvaluationLoader:
@@ -216,18 +232,50 @@ class AutoencoderTraining:
         )
 
     def _source(self, split: str, size: int) -> Source:
-        data = self.config.data
-        folder = data.data_dir or str(self.workdir / "data")
-        if data.source == "shapes":
-            from sana_jax.data import shapes  # what draws is not needed for other sources
+        if (split, size) not in self._sources:
+            data = self.config.data
+            folder = data.data_dir or str(self.workdir / "data")
+            if data.source == "shapes":
+                from sana_jax.data import shapes  # what draws is not needed for other sources
 
-            train = dict(data.shapes.train)
-            if size not in train:
-                raise UserError(f"config.data.shapes.train={data.shapes.train} has no size {size}")
-            if _is_first():
-                shapes.prepare(folder, size, train[size], data.shapes.test, data.shapes.seed)
-            _barrier(f"shapes {size}")
-        return open_source(data.source, split, folder, size)
+                train = dict(data.shapes.train)
+                if _is_first():
+                    shapes.prepare(folder, size, train[size], data.shapes.test, data.shapes.seed)
+                _barrier(f"shapes {size}")
+            self._sources[split, size] = open_source(data.source, split, folder, size)
+        return self._sources[split, size]
+
+    def _check_data(self) -> None:
+        """Raises UserError where the data lacks what any phase needs; nothing is written."""
+        data, evaluation = self.config.data, self.config.evaluation
+        phases = {name: task.phase for name, task in self.tasks.items()}
+        if data.source == "shapes":
+            sizes = {size: 1 for size in evaluation.sizes}
+            for phase in phases.values():
+                size = phase.image_size
+                sizes[size] = max(sizes.get(size, 1), phase.batch_size)
+            for size, least in sizes.items():
+                if dict(data.shapes.train).get(size, 0) < least:
+                    more = f", COUNT {least} or more" if least > 1 else ""
+                    raise UserError(
+                        f"config.data.shapes.train={data.shapes.train}: give ({size}, COUNT)"
+                        f" too{more}"
+                    )
+            return
+        for size in evaluation.sizes:
+            self._source(data.test_split, size)
+        for name, phase in phases.items():
+            key = f"config.phases.{name}"
+            source = self._source(data.train_split, phase.image_size)
+            if len(source) < phase.batch_size:
+                raise UserError(
+                    f"{key}.batch_size={phase.batch_size}: the data has {len(source)} records,"
+                    " less than a batch; lower it, or give more data"
+                )
+            try:
+                EvaluationLoader(source, _transform(phase), batch_size=1)
+            except UserError as error:
+                raise UserError(f"{key}.image_size={phase.image_size}: {error}") from None
 
     def _start(self, create, before: Checkpoint | None) -> TrainState:
         """The state of step 0, with the autoencoder of the phase before."""
@@ -270,6 +318,11 @@ class AutoencoderTraining:
         _barrier("model")
 
 
+def _transform(phase: Phase) -> ImageTransform:
+    side = phase.image_size
+    return ImageTransform(side, side, crop=phase.crop, flip=phase.flip)
+
+
 def _phase(fields: dict[str, Any]) -> Phase:
     for name in ("autoencoder", "discriminator"):
         fields[name] = OptimizerConfig(**fields[name])
@@ -291,6 +344,11 @@ def _check(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh
             f"{key}.batch_size={phase.batch_size}: it is a multiple of {divisor}, the devices that"
             " split it times the microbatches"
         )
+    for optimizer in ("autoencoder", "discriminator")[: 2 if phase.adversarial else 1]:
+        try:
+            make_schedule(getattr(phase, optimizer), phase.steps)
+        except UserError as error:
+            raise UserError(f"{key}.{optimizer}.{error}") from None
 
 
 def _training_seconds(folder: Path, phase: Phase) -> float:
@@ -304,12 +362,16 @@ def _training_seconds(folder: Path, phase: Phase) -> float:
     return seconds
 
 
+def _say(line: str) -> None:
+    """What a person waits for, where nothing else shows for a while."""
+    if _is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
 def _write(path: Path, contents: dict[str, Any]) -> None:
     """JSON that is there as a whole or not at all."""
     if _is_first():
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(contents, indent=2) + "\n")
-        part.replace(path)
+        write_whole(epath.Path(path), (json.dumps(contents, indent=2) + "\n").encode())
     _barrier(path.name)
 
 

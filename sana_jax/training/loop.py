@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.errors import DoNotRetry, Retry
+from sana_jax.errors import DoNotRetry, Retry, Stopped
 from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.prefetch import Prefetch
@@ -46,14 +46,12 @@ class LoopConfig:
     profile: bool = False  # steps 10 to 15 into workdir/profile
 
 
-def jit_step(step: Callable[..., Any], state: TrainState, *inputs: Any) -> Step:
-    """The step compiled, its state donated and left where it is, `skipped` and `streak` reported.
+def compile_step(step: Callable[..., Any], state: TrainState) -> Any:
+    """The step under jit, its state donated and left where it is, `skipped` and `streak` reported.
 
     Args:
       step: (state, batch, *inputs) -> (state, metrics), the metrics scalars.
       state: one with shardings; abstract will do.
-      inputs: trees that no step changes, such as the weights of a frozen network; as arguments
-        they are not constants of the program.
     """
 
     def reporting(state: TrainState, batch: Any, *inputs: Any) -> tuple[TrainState, Metrics]:
@@ -61,7 +59,16 @@ def jit_step(step: Callable[..., Any], state: TrainState, *inputs: Any) -> Step:
         return state, metrics | {"skipped": state.skipped, "streak": state.streak}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    compiled = jax.jit(reporting, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(reporting, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def jit_step(step: Callable[..., Any], state: TrainState, *inputs: Any) -> Step:
+    """`compile_step` for `fit`.
+
+    `inputs` are trees that no step changes, such as the weights of a frozen network; as arguments
+    they are not constants of the program.
+    """
+    compiled = compile_step(step, state)
     return lambda state, batch: compiled(state, batch, *inputs)
 
 
@@ -75,6 +82,7 @@ def fit(
     writer: MetricsWriter | None = None,
     on_images: Hook | None = None,
     on_evaluate: Hook | None = None,
+    peak_rate: float | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `config.steps`.
 
@@ -93,13 +101,16 @@ def fit(
         and hooks; `data_wait`, the share of time that the device waited for data;
         `checkpoint_seconds` and `hook_seconds` of pauses; once `compile_seconds`.
       on_images, on_evaluate: called with the state, which they must not keep, and the step.
+      peak_rate: images/s of devices that do nothing but the networks' FLOPs at their peak; `mfu` in
+        the rows is the share of it that was reached.
 
     Raises:
-      Retry: after a signal, when all is saved.
+      Stopped: after a signal, when all is saved.
+      Retry: the metrics or the checkpoints cannot be written.
       DoNotRetry: `max_streak` updates in a row were skipped.
       UserError: the data ends, or a batch does not split over the devices.
     """
-    done, pending, meter = int(state.step), None, Meter()
+    done, pending, meter = int(state.step), None, Meter(peak_rate)
 
     def read_pending():
         """Waits for the step in flight and takes in what it returned."""
@@ -160,9 +171,10 @@ def fit(
         if checkpoints:
             checkpoints.save(done, state, position, good=not meter.streak)
             checkpoints.wait()
-        if done < config.steps or stop():  # a signal while the last state was saved counts too
+        # A signal while the last state was saved counts too.
+        if done < config.steps or stop.agreed(now=True):
             saved = "saved, the same command goes on from there" if checkpoints else "not saved"
-            raise Retry(f"{stop.name} after step {done} of {config.steps}: {saved}")
+            raise Stopped(f"{stop.name} after step {done} of {config.steps}: {saved}")
     return state
 
 

@@ -10,8 +10,9 @@ import numpy as np
 class Meter:
     """Gathers what the steps return; `row` gives the means since the row before."""
 
-    def __init__(self):
-        self.streak = 0
+    def __init__(self, peak_rate: float | None = None):
+        """`peak_rate`: images/s at the devices' peak, for the share of it that is reached."""
+        self.streak, self._peak_rate = 0, peak_rate
         self._compile: float | None = None  # seconds, of the first step
         self._shown = False
         self._reset()
@@ -49,6 +50,8 @@ class Meter:
             "images_per_second": self._rows / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
         }
+        if self._peak_rate:
+            row["mfu"] = row["images_per_second"] / self._peak_rate
         row |= {f"{name}_seconds": spent for name, spent in self._pauses.items()}
         if not self._shown:
             row["compile_seconds"], self._shown = self._compile, True

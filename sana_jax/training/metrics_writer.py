@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -16,6 +15,8 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
+
+from sana_jax.files import write_whole
 
 # tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
 _torch = sys.modules.get("torch")
@@ -159,6 +160,4 @@ def _drop_after(rows: Path, step: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    part = rows.with_name(rows.name + ".part")
-    part.write_text("".join(kept))
-    shutil.move(part, rows)
+    write_whole(rows, "".join(kept).encode())

@@ -233,6 +233,27 @@ def mean_over_microbatches(
     """
     if count == 1:
         return function(batch)
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, function(micro)), None
+
+    micros = _split(batch, count)
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, micros)
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def map_microbatches(function: Callable[[PyTree], PyTree], batch: PyTree, count: int = 1) -> PyTree:
+    """`function(batch)`, rows to rows, in the memory of a batch `count` times smaller."""
+    if count == 1:
+        return function(batch)
+    parts = jax.lax.map(function, _split(batch, count))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
+def _split(batch: PyTree, count: int) -> PyTree:
+    """(B, ...) as (count, B / count, ...)."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if count < 1 or rows % count:
         raise UserError(f"a batch of {rows} does not split into {count} microbatches")
@@ -240,14 +261,7 @@ def mean_over_microbatches(
     def split(x):  # every count-th row: each device's rows stay on it
         return x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, function(micro)), None
-
-    micros = jax.tree.map(split, batch)
-    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    total, _ = jax.lax.scan(add, zeros, micros)
-    return jax.tree.map(lambda x: x / count, total)
+    return jax.tree.map(split, batch)
 
 
 def _map_with_name(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:

@@ -4,9 +4,25 @@ import dataclasses
 
 from ml_collections import ConfigDict, config_dict
 
+from sana_jax.data.captions import CaptionChoice
 from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.training.autoencoder import Phase
 from sana_jax.training.optimizers import OptimizerConfig
+from sana_jax.training.text_to_image import Recipe
+
+# Of the full-size recipes' validation images.
+PROMPTS = (
+    "a red cube on top of a blue sphere",
+    "a portrait of an old fisherman, soft morning light",
+    "a small wooden house by a lake, mountains behind it, autumn",
+    "a cat that wears a space suit, watercolour",
+    "a bowl of ramen seen from above",
+    "a shop window with the words open late",
+    "an astronaut rides a white horse through a desert",
+    "macro photograph of a dew drop on a leaf",
+)
 
 
 def autoencoder(network: DCAEConfig) -> ConfigDict:
@@ -72,7 +88,8 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
                 # Of the built-in data set: (pixels, training records) for each size in use.
                 "shapes": {"train": ((128, 20_000), (256, 4_000)), "test": 1000, "seed": 0},
             },
-            "loader": {"threads": 8, "prefetch": 4},
+            # Decoded images are kept in memory, up to so many GiB of each host's.
+            "loader": {"threads": 8, "prefetch": 4, "cache_gib": 4.0},
             # Those to run, in order; each starts from the last one's moving average.
             "run": tuple(phases),
             "phases": {name: dataclasses.asdict(phase) for name, phase in phases.items()},
@@ -83,9 +100,76 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
                 "checkpoint_every": 1000,
                 "images_every": 1000,
                 "max_streak": 20,
-                "watchdog_seconds": 0.0,
+                "watchdog_seconds": 1800.0,
                 "profile": False,
             },
             "keep": 3,  # checkpoints
+        }
+    )
+
+
+def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDict:
+    """SANA's training of the transformer (arXiv 2410.10629 and its published configs).
+
+    CAME at 1e-4 for a batch of 256, scaled by the root of the batch; 2,000 steps of warm-up, then
+    constant; gradients clipped at 0.1; a tenth of the captions dropped; logit-normal noise levels,
+    shifted by 3. The moving average is ours: theirs is off by default.
+    """
+    recipe = Recipe(
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=OptimizerConfig("came", learning_rate=1e-4, warmup_steps=2000, clip_norm=0.1),
+    )
+    return ConfigDict(
+        {
+            "seed": 0,
+            "network": dataclasses.asdict(network),
+            # A checkpoint whose transformer is trained on; none: it starts from nothing.
+            "start": config_dict.placeholder(str),
+            "autoencoder": config_dict.placeholder(str),  # the checkpoint that has it
+            "text_encoder": {
+                "checkpoint": config_dict.placeholder(str),
+                "rows": 300,  # of text that the transformer sees
+                "instruction": True,  # the checkpoint's, before every caption, if it has one
+                "train": False,
+                # Of a new one, which has to train: its sizes and the folder of its tokenizer.
+                "network": dataclasses.asdict(Gemma2Config()),
+                "tokenizer": config_dict.placeholder(str),
+            },
+            "dtype": "bfloat16",  # of activations and frozen weights; what trains is float32
+            "remat": "none",  # models/dit.py's REMAT
+            "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "recipe": dataclasses.asdict(recipe),
+            # "sqrt": learning rates are for a batch of 256 and grow with the root of the batch.
+            "auto_lr": "sqrt",
+            "data": {
+                "source": "shapes",  # or tfds:NAME, precomputed:DIR, a folder of images
+                "data_dir": config_dict.placeholder(str),  # default: WORKDIR/data
+                "train_split": "train",
+                "test_split": "test",
+                "size": config_dict.placeholder(int),  # pixels a side; default: the network's own
+                "buckets": False,  # keep aspect ratios: the published sizes around `size`
+                "crop": "centre",
+                "flip": False,
+                "upscale": False,
+                "captions": dataclasses.asdict(CaptionChoice()),
+                "shapes": {"train": 20_000, "test": 1000, "seed": 0},  # records
+            },
+            "loader": {"threads": 8, "prefetch": 4},
+            "evaluation": {"batches": 4, "sigmas": (0.1, 0.3, 0.5, 0.7, 0.9)},
+            "images": {"prompts": (), "num_steps": 20, "guidance_scale": 4.5, "seed": 0},
+            "loop": {
+                "log_every": 20,
+                "checkpoint_every": 500,
+                "images_every": 0,
+                "evaluate_every": 0,
+                "max_streak": 20,
+                "watchdog_seconds": 1800.0,
+                "profile": False,
+            },
+            "keep": 3,  # checkpoints
+            "keep_every": config_dict.placeholder(int),  # steps whose checkpoints stay for good
+            # FLOP/s of a device, for MFU; default: known by its kind (flops.py).
+            "peak_flops": config_dict.placeholder(float),
         }
     )

@@ -36,16 +36,18 @@ class StopSignal:
         """Whether this host, being alone, is to stop."""
         return self._raised and jax.process_count() == 1
 
-    def agreed(self) -> bool:
+    def agreed(self, now: bool = False) -> bool:
         """Whether to stop before the next step; every host asks before every step.
 
-        Among several hosts the answer is that of the step before, so that none waits for it.
+        Among several hosts the answer is that of the step before, so that none waits for it; with
+        `now` they wait.
         """
         if jax.process_count() == 1:
             return self._raised
         before, flags = self._said, np.full(self._local, self._raised)
         self._said = self._any(jax.make_array_from_process_local_data(self._every, flags))
-        return before is not None and bool(before)
+        said = self._said if now else before
+        return said is not None and bool(said)
 
     def _note(self, number, frame) -> None:
         self._raised, self.name = True, f"stopped by {signal.Signals(number).name}"

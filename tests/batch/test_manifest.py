@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from sana_jax.batch import manifest
-from sana_jax.batch.manifest import Manifest, key_of, write_whole
+from sana_jax.batch.manifest import Manifest, key_of
 from sana_jax.errors import UserError
 
 
@@ -111,15 +111,6 @@ def test_full_disk_leaves_the_file_as_it_was(path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
-
-
-def test_write_whole_leaves_no_part(tmp_path, monkeypatch):
-    path = epath.Path(tmp_path / "a")
-    write_whole(path, b"old")
-    monkeypatch.setattr(type(path), "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError):
-        write_whole(path, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"old"
 
 
 def test_remote_manifest_is_uploaded_whole(tmp_path, monkeypatch):

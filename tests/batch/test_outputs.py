@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sana_jax import files as whole_files
 from sana_jax.batch import manifest, outputs
 from sana_jax.batch.manifest import key_of
 from sana_jax.batch.outputs import OutputFolder
@@ -260,7 +261,7 @@ def test_grid(tmp_path, count, side):
 
 def test_remote_folder(tmp_path, monkeypatch):
     """Without rename, append and lock: as object stores are."""
-    for module in manifest, outputs:
+    for module in whole_files, manifest, outputs:
         monkeypatch.setattr(module, "is_local", lambda path: False)
     monkeypatch.setattr(type(outputs.epath.Path()), "replace", None)
     monkeypatch.setattr(outputs, "locked", None)

@@ -134,14 +134,14 @@ def test_captions_depend_on_the_scene_alone():
     assert first[0] != first[1]
 
 
-def test_a_long_caption_can_say_everything_of_four_objects():
+def test_a_long_caption_can_say_all_of_four_objects_and_two_relations():
     whole = 0
     for index in range(2000):
         drawn = scene((9, index))
         known, long = truth(drawn), captions(drawn)[1]
         named = sum(len(thing) for thing in long.facts["objects"])
         places = sum(bool(thing["position"]) for thing in known["objects"])
-        full = named == 12 + places and len(long.facts["relations"]) * 2 == len(known["relations"])
+        full = named == 12 + places and len(long.facts["relations"]) == 2
         whole += known["count"] == 4 and full
     assert whole >= 5
 

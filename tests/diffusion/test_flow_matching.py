@@ -17,6 +17,7 @@ from sana_jax.diffusion.flow_matching import (
     DENSITIES,
     WEIGHTINGS,
     NoiseConfig,
+    draw_dropped,
     draw_levels,
     draw_noise,
     drop_captions,
@@ -178,17 +179,17 @@ def test_drop_captions():
     embeddings = jax.random.normal(jax.random.key(1), (rows, length, width))
     mask = jnp.arange(length) < jnp.arange(rows)[:, None] % length + 1
     null, null_mask = jnp.full((length, width), 9.0), jnp.arange(length) < 2
-    found, found_mask = drop_captions(KEY, embeddings, mask, null, null_mask, 0.1)
-    dropped = np.asarray((found == 9).all(axis=(1, 2)))
+    dropped = draw_dropped(KEY, rows, 0.1)
     assert abs(dropped.mean() - 0.1) < 4 * math.sqrt(0.09 / rows)
+    np.testing.assert_array_equal(dropped[:100], draw_dropped(KEY, 100, 0.1))
+    assert draw_dropped(KEY, rows, 1.0).all() and not draw_dropped(KEY, rows, 0.0).any()
+    found, found_mask = drop_captions(dropped, embeddings, mask, null, null_mask)
+    np.testing.assert_array_equal((found == 9).all(axis=(1, 2)), dropped)
     np.testing.assert_array_equal(found[~dropped], embeddings[~dropped])
     np.testing.assert_array_equal(found_mask, np.where(dropped[:, None], null_mask, mask))
-    same, kept = drop_captions(KEY, embeddings, mask, null, null_mask, 0.1, keep_mask=True)
+    same, kept = drop_captions(dropped, embeddings, mask, null, null_mask, keep_mask=True)
     np.testing.assert_array_equal(same, found)
     np.testing.assert_array_equal(kept, mask)
-    for probability, wanted in (0.0, embeddings), (1.0, jnp.broadcast_to(null, embeddings.shape)):
-        found, _ = drop_captions(KEY, embeddings, mask, null, null_mask, probability)
-        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(

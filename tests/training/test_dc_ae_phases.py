@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,11 +75,11 @@ def command(config, workdir, *arguments):
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
-def run(config, workdir, *arguments):
+def run(config, workdir, *arguments, **environment):
     return subprocess.run(
         command(config, workdir, *arguments),
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
     )
@@ -209,6 +210,122 @@ def test_a_second_run_does_nothing(unbroken, config):
     }
 
 
+def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
+    training = AutoencoderTraining(load(config), "/nonexistent")
+    found = []
+    for cache in (4.0, 0.0):
+        training.config.loader.cache_gib = cache
+        loader = training._loader(training.tasks[PHASES[0]].phase, 0)
+        images = [loader.batch(step)["image"] for step in range(4)]  # 12 images: some come again
+        found.append((loader.fingerprint, np.stack(images)))
+        assert len(loader.source._kept) == (12 if cache else 0)
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+STARTED = ("--config.run=('low_resolution',)", "--config.phases.low_resolution.steps=2")
+
+
+def test_a_training_starts_from_a_checkpoint(unbroken, config, tmp_path):
+    result = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / 'model'}")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run" / PHASES[0]
+    after = native.read_json(unbroken / PHASES[2] / "results.json")["after"]
+    before = native.read_json(folder / "before.json")
+    for size in ("32", "48"):
+        for name in ("psnr", "ssim", "high_frequency_ratio"):
+            np.testing.assert_allclose(before[size][name], after[size][name], rtol=1e-6)
+    lineage = native.open_folder(tmp_path / "run" / "model").provenance["phases"]
+    assert [phase["phase"] for phase in lineage] == [*PHASES, PHASES[0]]
+    # The same command finds its work done; one that starts from other weights is another training.
+    again = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / 'model'}")
+    assert again.returncode == 0 and "phase low_resolution is over" in again.stderr
+    other = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / PHASES[0]}/model")
+    assert other.returncode == 2 and "from another model" in other.stderr
+
+
+def test_progress_is_told_before_each_silence(unbroken, config, tmp_path):
+    result = run(config, tmp_path / "run", *STARTED)
+    said = [line for line in result.stderr.splitlines() if line.startswith(PHASES[0])]
+    assert said == [
+        f"{PHASES[0]}: {what}"
+        for what in (
+            "measuring the held-out images",
+            "compiling the step",
+            "measuring the latents and the held-out images",
+        )
+    ]
+    (tmp_path / "run" / PHASES[0] / "results.json").unlink()
+    result = run(config, tmp_path / "run", *STARTED)
+    assert result.returncode == 0 and f"{PHASES[0]}: resumed at step 2 of 2" in result.stderr
+
+
+HOST = """
+import json, sys
+import jax
+from sana_jax import cli, train_dc_ae
+from sana_jax.training import dc_ae_phases
+
+host, port = int(sys.argv.pop(1)), sys.argv.pop(1)
+jax.distributed.initialize(f"localhost:{port}", 2, host)
+write = dc_ae_phases._write
+
+def show(path, contents):  # what every host has found, though one writes
+    print("found", path.name, json.dumps(contents))
+    write(path, contents)
+
+dc_ae_phases._write = show
+cli.run(train_dc_ae.main, resumes=True)
+"""
+
+
+@pytest.mark.slow  # a minute
+def test_two_hosts_train_as_one_does(config, tmp_path):
+    """Two processes of one device, beside a process of two: the same batches, losses, figures."""
+    phases = [f"--config.phases.{phase}.steps=3" for phase in PHASES]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    workdir, alone, cache = tmp_path / "two", tmp_path / "one", config.parent / "cache"
+    arguments = [f"--config={config}", f"--compilation_cache={cache}", *phases]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(host), port, *arguments, f"--workdir={workdir}"],
+            env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in (0, 1)
+    ]
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    first, second = (re.findall("^found .*", output, re.M) for output, _ in outputs)
+    assert first == second and len(first) == 2 * len(PHASES)
+    assert not outputs[1][1].strip(), "the second host is silent"
+
+    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    single = run(config, alone, *phases, **two_devices)
+    assert single.returncode == 0, single.stderr
+    for phase in PHASES:
+        ours, theirs = (native.read_json(w / phase / "results.json") for w in (workdir, alone))
+        assert ours["after"].keys() == theirs["after"].keys()
+        for when, size in itertools.product(("before", "after"), ("32", "48")):
+            for name in ("count", "psnr", "ssim"):
+                values = ours[when][size][name], theirs[when][size][name]
+                np.testing.assert_allclose(*values, rtol=1e-4)
+        np.testing.assert_allclose(ours["scaling_factor"], theirs["scaling_factor"], rtol=1e-4)
+        rows = [(w / phase / "metrics.jsonl").read_text().splitlines() for w in (workdir, alone)]
+        for our, their in zip(*[map(json.loads, part) for part in rows], strict=True):
+            assert our["step"] == their["step"]
+            np.testing.assert_allclose(our["loss"], their["loss"], rtol=1e-4)
+    ours, theirs = weights(workdir / "model"), weights(alone / "model")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        # Adam makes a step of the learning rate, 3e-3, of the smallest gradient's sign.
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-3, err_msg=name)
+
+
 def load(config):
     namespace = {}
     exec(config.read_text(), namespace)
@@ -236,6 +353,32 @@ def load(config):
         ({"discriminator.norm": "batch"}, "norm 'batch' is not one of"),
         ({"dtype": "float99"}, "float99"),
         ({"evaluation.sizes": (30,)}, "sizes=(30,)"),
+        (
+            {"phases.low_resolution.autoencoder.warmup_steps": 11},
+            "config.phases.low_resolution.autoencoder.warmup_steps=11: give 0 to steps=10",
+        ),
+        (
+            {"phases.local_refinement.discriminator.schedule": "step"},
+            "config.phases.local_refinement.discriminator.schedule 'step'",
+        ),
+        # What only a later phase lacks.
+        (
+            {"data.source": "shapes", "data.shapes.train": ((32, 20),)},
+            "config.data.shapes.train=((32, 20),): give (48, COUNT) too",
+        ),
+        (
+            {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 7))},
+            "give (48, COUNT) too, COUNT 8 or more",
+        ),
+        (
+            {"phases.local_refinement.batch_size": 16},
+            "config.phases.local_refinement.batch_size=16: ",
+        ),
+        (
+            {"phases.latent_adaptation.image_size": 64},
+            "config.phases.latent_adaptation.image_size=64: none of the first records",
+        ),
+        ({"start": "shapes"}, "is of another config.network"),
     ],
     ids=str,
 )

@@ -56,7 +56,7 @@ def test_killed_twice_and_terminated(tmp_path, capsys):
     run = start(broken, "terminate_at=38")
     _, errors = run.communicate()
     # The signal comes while batch 38 is read, and step 37 or 38 runs.
-    stopped = re.search("error: stopped by SIGTERM after step (38|39) of 40: saved", errors)
+    stopped = re.search("^stopped by SIGTERM after step (38|39) of 40: saved", errors)
     assert run.returncode == 75 and newest(broken) == int(stopped[1])
     assert finish(broken, capsys) == whole
     assert (
@@ -66,20 +66,21 @@ def test_killed_twice_and_terminated(tmp_path, capsys):
 
 HOSTS = """
 import sys
-from sana_jax.errors import Retry
+from sana_jax.errors import Stopped
 from tests.training import toy_run
-whole, broken, *settings, accident = sys.argv[1:]
+whole, broken, *settings, first, second = sys.argv[1:]
 toy_run.main(["", whole, *settings])
-try:
-    toy_run.main(["", broken, *settings, accident])
-except Retry as error:
-    print(error)
+for accident in first, second:
+    try:
+        toy_run.main(["", broken, *settings, accident])
+    except Stopped as error:
+        print(error)
 toy_run.main(["", broken, *settings])
 """
 
 
 def test_two_hosts_one_of_which_is_terminated(tmp_path):
-    """Both end after the same step, and go on as if nothing had been."""
+    """Both end after the same step, the last one too, and go on as if nothing had been."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -88,17 +89,18 @@ def test_two_hosts_one_of_which_is_terminated(tmp_path):
     runs = []
     for host in 0, 1:
         command = [sys.executable, "-c", HOSTS, tmp_path / "whole", tmp_path / "broken", "steps=14"]
-        accident = "terminate_at=7" if host else "terminate_at=null"
-        command += [f"host=[{host},2,{port}]", "checkpoint_every=5", accident]
+        command += [f"host=[{host},2,{port}]", "checkpoint_every=5"]
+        command += [f"terminate_at={batch if host else 'null'}" for batch in (7, 13)]
         pipe = subprocess.PIPE
         runs.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
     results = [run.communicate(timeout=200) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], results
     steps = set()
     for output, _ in results:
-        whole, line, broken = re.findall("^(?:[0-9a-f]{64}$|stopped.*)", output, re.M)
-        assert whole == broken and "after step" in line
-        steps.add(line.partition("after ")[2])
-    assert len(steps) == 1
+        whole, *lines, broken = re.findall("^(?:[0-9a-f]{64}$|stopped.*)", output, re.M)
+        assert whole == broken and len(lines) == 2
+        steps.add(tuple(line.partition("after ")[2] for line in lines))
+    ((_, last),) = steps
+    assert last.startswith("step 14 of 14: saved")
     document = json.loads((tmp_path / "broken/checkpoints/14/run/metadata").read_text())
     assert len(document["iterators"]) == 2

@@ -23,10 +23,11 @@ def forward(value, gate, bias, kernel, depthwise_bias):
 
 
 def backward(value, gate, bias, kernel, depthwise_bias, cotangent):
-    """The cotangents of all five inputs; those of the weights in float32."""
+    """Forward's result, then the cotangents of all five inputs; those of the weights in float32."""
+    out = jax.ShapeDtypeStruct(value.shape, value.dtype)
     image = jax.ShapeDtypeStruct(value.shape, jnp.float32)
     operands = (value, gate, bias, kernel, depthwise_bias, cotangent)
-    d_results = _call(_results_kernel, operands, (image, image), "results")
+    out, *d_results = _call(_results_kernel, operands, (out, image, image), "results")
     strips = pl.cdiv(value.shape[2], COLUMNS)
     sums = jax.ShapeDtypeStruct((value.shape[0] * strips, 22, value.shape[3]), jnp.float32)
     image = jax.ShapeDtypeStruct(value.shape, value.dtype)
@@ -34,7 +35,7 @@ def backward(value, gate, bias, kernel, depthwise_bias, cotangent):
     d_value, d_gate, sums = _call(_inputs_kernel, operands, (image, image, sums), "inputs")
     sums = jnp.sum(sums, axis=0)  # of every strip: bias and depthwise bias, then the taps
     d_kernel = jnp.moveaxis(sums[4:].reshape(2, 9, -1), 1, 0)
-    return d_value, d_gate, sums[:2], d_kernel, sums[2:4]
+    return out, d_value, d_gate, sums[:2], d_kernel, sums[2:4]
 
 
 def _call(kernel, operands, out_shape, name):
@@ -134,13 +135,22 @@ def _forward_kernel(value_ref, gate_ref, bias_ref, kernel_ref, depthwise_ref, ou
 
 
 def _results_kernel(
-    value_ref, gate_ref, bias_ref, kernel_ref, depthwise_ref, cotangent_ref, *d_refs, **sizes
+    value_ref,
+    gate_ref,
+    bias_ref,
+    kernel_ref,
+    depthwise_ref,
+    cotangent_ref,
+    out_ref,
+    *d_refs,
+    **sizes,
 ):
     strip = _Strip(**sizes)
 
     def use(y, value, gate):
         cotangent, _ = strip.row(cotangent_ref, y)
         s = jax.nn.sigmoid(gate)
+        strip.put(out_ref, y, value * gate * s)
         strip.put(d_refs[0], y, cotangent * gate * s)
         strip.put(d_refs[1], y, cotangent * value * s * (1 + gate * (1 - s)))
 

@@ -42,8 +42,11 @@ def backward(
     depthwise_bias: Float[Array, "2 C"],
     cotangent: Float[Array, "B H W C"],
 ):
-    """The cotangents of all five inputs; those of the weights are float32 sums over pixels."""
-    return _call(_backward_kernel, (value, gate, cotangent), (bias, kernel, depthwise_bias), 2, 3)
+    """Forward's result, then the cotangents of all five inputs.
+
+    Those of the weights are float32 sums over pixels.
+    """
+    return _call(_backward_kernel, (value, gate, cotangent), (bias, kernel, depthwise_bias), 3, 3)
 
 
 def _call(body, images, weights, image_results, weight_results):
@@ -68,7 +71,7 @@ def _call(body, images, weights, image_results, weight_results):
         grid=(pl.cdiv(channels, LANES), batch),
         in_specs=[image] * len(images) + weight_specs,
         out_specs=[image] * image_results + weight_specs[:weight_results],
-        scratch_shapes=[scratch] * image_results,
+        scratch_shapes=[scratch] * (2 if weight_results else 1),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -179,6 +182,7 @@ def _backward_kernel(
     bias_ref,
     kernel_ref,
     depthwise_ref,
+    out_ref,
     d_value_ref,
     d_gate_ref,
     d_bias_ref,
@@ -194,12 +198,14 @@ def _backward_kernel(
     nothing = jnp.zeros((1 if width % 8 else 8, LANES), jnp.float32)
 
     def gate_row(y, sums):
-        """Cotangents of the convolution's two results."""
+        """The result, and the cotangents of the convolution's two results."""
         value = _convolve(u_ref, 0, y, width, taps[0], biases[0])
         half_gate = _convolve(u_ref, 1, y, width, taps[1], biases[1])
         t = jnp.tanh(half_gate)
         cotangent = cotangent_ref[0, y].astype(jnp.float32)
-        d_value = cotangent * (half_gate * t + half_gate)
+        activated = half_gate * t + half_gate
+        out_ref[0, y] = (value * activated).astype(out_ref.dtype)
+        d_value = cotangent * activated
         slope = (0.5 + 0.5 * t) * (1.0 + half_gate * (1.0 - t))
         d_gate = cotangent * value * slope
         for half, d in enumerate((d_value, d_gate)):

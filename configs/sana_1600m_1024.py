@@ -1,0 +1,26 @@
+"""Sana 1.6B at 1024 px, as its authors trained it: 1,604 M parameters.
+
+    python -m sana_jax.train --config=configs/sana_1600m_1024.py --workdir=/mnt/shared/run \\
+        --config.autoencoder=SANA --config.text_encoder.checkpoint=SANA \\
+        --config.start=RUN_512/model --config.data.source=PHOTOS --multihost
+
+SANA and PHOTOS are as in sana_600m_512.py; RUN_512 is a training of the 1.6B model at 512 px, whose
+weights this stage starts from. Meant for a v5e 16x16 slice (256 chips of 16 GB): 16 images a chip,
+four copies of the state, each sharded over 64 chips. It has not been run. The figures are the
+published ones, the batch that of 64 GPUs with 64 images each.
+"""
+
+from sana_jax.models.dit import PRESETS
+from sana_jax.training import recipes
+
+
+def get_config():
+    config = recipes.text_to_image(PRESETS["sana_1600m_1024"], steps=100_000, batch_size=4096)
+    config.mesh.update(replica=4, fsdp=64)
+    config.remat = "full"
+    config.data.buckets = True
+    # What a v5e's 16 GB hold at a time: 4 images' activations, 1 image in the autoencoder.
+    config.recipe.update(microbatches=4, encoder_microbatches=4)
+    config.loop.update(images_every=500, evaluate_every=500)
+    config.images.prompts = recipes.PROMPTS
+    return config

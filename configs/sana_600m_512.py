@@ -1,0 +1,26 @@
+"""Sana 0.6B at 512 px from nothing, as its authors trained it: 592 M parameters.
+
+    python -m sana_jax.train --config=configs/sana_600m_512.py --workdir=/mnt/shared/run \\
+        --config.autoencoder=SANA --config.text_encoder.checkpoint=SANA \\
+        --config.data.source=PHOTOS --multihost
+
+SANA is any Sana checkpoint, whose autoencoder, Gemma-2 2B and instruction are used; PHOTOS is a
+folder of images with captions, or precomputed:DIR. Meant for a v5e 16x16 slice (256 chips of
+16 GB): 32 images a chip, four copies of the state, each sharded over 64 chips. It has not been run.
+The figures are the published ones, the batch that of 64 GPUs with 128 images each.
+"""
+
+from sana_jax.models.dit import PRESETS
+from sana_jax.training import recipes
+
+
+def get_config():
+    config = recipes.text_to_image(PRESETS["sana_600m_512"], steps=200_000, batch_size=8192)
+    config.mesh.update(replica=4, fsdp=64)
+    config.remat = "full"
+    config.data.buckets = True
+    # What a v5e's 16 GB hold at a time: 16 images' activations, 8 images in the autoencoder.
+    config.recipe.update(microbatches=2, encoder_microbatches=2)
+    config.loop.update(images_every=500, evaluate_every=500)
+    config.images.prompts = recipes.PROMPTS
+    return config

@@ -1,0 +1,60 @@
+"""The bundled model on the built-in data set `shapes`, at 128 px: 8 M parameters and a 2 M reader.
+
+    launch/train_shapes DIR
+
+runs the whole chain: autoencoder, tokenizer, stored latents, this, and the evaluation. This step is
+
+    python -m sana_jax.train --config=configs/shapes.py --workdir=DIR \\
+        --config.autoencoder=AUTOENCODER --config.text_encoder.tokenizer=TOKENIZER \\
+        --config.data.source=precomputed:LATENTS
+
+The text encoder has Gemma 2's architecture, starts from nothing and trains with the transformer.
+A 32x autoencoder leaves 4 x 4 tokens of these pictures, so noise levels are not shifted.
+"""
+
+from sana_jax.data.shapes_captions import prompts
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.training import recipes
+
+READER = dict(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    query_pre_attn_scalar=64,
+    sliding_window=None,
+)
+NETWORK = SanaConfig(
+    depth=8,
+    width=256,
+    cross_heads=4,
+    caption_channels=READER["hidden_size"],
+    sample_size=4,
+    # So few tokens have to be told where they are.
+    interpolation_scale=1.0,
+    qk_norm=True,
+)
+
+
+def get_config():
+    config = recipes.text_to_image(NETWORK, steps=20_000, batch_size=64)
+    config.dtype = "float32"
+    config.auto_lr = "none"
+    config.text_encoder.update(rows=64, train=True, instruction=False)
+    config.text_encoder.network.update(**vars(Gemma2Config(**READER)))
+    config.recipe.update(ema_decay=0.999)
+    config.recipe.noise.shift = 1.0
+    config.recipe.optimizer.update(
+        name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=500, clip_norm=1.0
+    )
+    config.recipe.optimizer.update(beta2=0.99, weight_decay=0.01)
+    # By their scores, which tell the captions with mistakes from the others.
+    config.data.captions.update(kind="score", temperature=0.25, threshold=20.0)
+    config.loader.update(threads=2, prefetch=4)
+    config.loop.update(log_every=50, checkpoint_every=500, images_every=1000, evaluate_every=1000)
+    config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), num_steps=20)
+    return config

@@ -1,0 +1,243 @@
+"""What a text-to-image training is made of, and the checkpoint that comes of it.
+
+A config names checkpoints for what does not train; their weights stay in their folders, and the
+training's checkpoints know these by fingerprint.
+"""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sana_jax import sharding, text
+from sana_jax.checkpoints import find, native, open_checkpoint
+from sana_jax.checkpoints.components import (
+    Checkpoint,
+    Config,
+    abstract_params,
+    check_fit,
+    component_dtype,
+    module_for,
+)
+from sana_jax.checkpoints.fingerprint import fingerprint
+from sana_jax.checkpoints.tensors import LazyArray
+from sana_jax.checkpoints.training import read_newest
+from sana_jax.diffusion.flow_matching import NoiseConfig
+from sana_jax.errors import UserError
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.models.dit import REMAT, SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.training.loop import compile_step
+from sana_jax.training.optimizers import OptimizerConfig, sqrt_scaled
+from sana_jax.training.state import on_mesh
+from sana_jax.training.text_to_image import CaptionWindow, Frozen, Recipe, TextToImageTask
+
+AUTO_LR_BATCH = 256  # what learning rates are stated for, where config.auto_lr is "sqrt"
+# Tokens of SANA's instruction by Gemma's tokenizer, about: only what is compiled ahead needs it.
+INSTRUCTION_TOKENS = 240
+
+
+def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint that the training completes, and the fingerprints of where it is from.
+
+    It lacks the weights of what trains. Raises UserError.
+    """
+    encoder, prints = config.text_encoder, {}
+    opened: dict[str, Checkpoint] = {}
+
+    def open_named(key: str, name: str, *parts: str) -> Checkpoint:
+        folder = find(name)
+        opened[name] = found = opened.get(name) or open_checkpoint(name)
+        for part in parts:
+            if getattr(found, part) is None:
+                raise UserError(f"config.{key}={name}: this checkpoint has no {part}")
+        prints[key] = fingerprint(folder)
+        return found
+
+    if not config.autoencoder:
+        raise UserError("config.autoencoder is missing: name a checkpoint, such as shapes")
+    base = open_named("autoencoder", config.autoencoder, "vae")
+    base = Checkpoint(vae=base.vae, params={"vae": base.params["vae"]})
+    if encoder.checkpoint:
+        parts = "text_encoder", "tokenizer"
+        found = open_named("text_encoder.checkpoint", encoder.checkpoint, *parts)
+        base.text_encoder, base.tokenizer = found.text_encoder, found.tokenizer
+        base.instruction = found.instruction if encoder.instruction else None
+        if not encoder.train:
+            base.params["text_encoder"] = found.params["text_encoder"]
+    else:
+        if not encoder.train or not encoder.tokenizer:
+            raise UserError(
+                "config.text_encoder.checkpoint is missing: name one, or train a new text encoder"
+                " with config.text_encoder.train=True and .tokenizer=FOLDER"
+            )
+        base.text_encoder = _network(Gemma2Config, config, "text_encoder.network")
+        base.tokenizer = text.load_tokenizer(Path(encoder.tokenizer).expanduser())
+        file = Path(encoder.tokenizer).expanduser() / "tokenizer.json"
+        prints["text_encoder.tokenizer"] = native.sha256_of(file)
+    if len(base.tokenizer) > base.text_encoder.vocab_size:
+        raise UserError(
+            f"config.text_encoder.network.vocab_size={base.text_encoder.vocab_size}: the tokenizer"
+            f" has {len(base.tokenizer)} tokens"
+        )
+    base.dit, base.text_rows = _network(SanaConfig, config, "network"), encoder.rows
+    base.flow_shift = float(config.recipe.noise.shift)
+    check_fit(base)
+    if config.start:
+        prints["start"] = open_start(config)[1]
+    return base, prints
+
+
+def open_start(config: ConfigDict) -> tuple[Any, str]:
+    """The transformer's weights that config.start names, and the fingerprint of their folder."""
+    found, network = open_checkpoint(config.start), _network(SanaConfig, config, "network")
+    if found.dit is None:
+        raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
+    theirs, ours = (nn.unbox(abstract_params(c)) for c in (found.dit, network))
+    if theirs != ours:
+        raise UserError(f"config.start={config.start} does not have the weights of config.network")
+    return found.params["dit"], fingerprint(find(config.start))
+
+
+def open_encoder(config: ConfigDict) -> Any:
+    """The weights that a text encoder starts from, which trains."""
+    return open_checkpoint(config.text_encoder.checkpoint).params["text_encoder"]
+
+
+def read_recipe(config: ConfigDict) -> Recipe:
+    """config.recipe, its learning rate as config.auto_lr says. Raises UserError."""
+    fields = config.recipe.to_dict()
+    try:
+        optimizer = OptimizerConfig(**fields.pop("optimizer"))
+        recipe = Recipe(optimizer=optimizer, noise=NoiseConfig(**fields.pop("noise")), **fields)
+    except (TypeError, UserError) as error:
+        raise UserError(f"config.recipe: {error}") from None
+    if config.auto_lr not in ("none", "sqrt"):
+        raise UserError(f"config.auto_lr={config.auto_lr!r}: give none or sqrt")
+    for key, low, high in ("steps", 1, 2**31), ("caption_dropout", 0, 1), ("ema_decay", 0, 1):
+        if not low <= (value := getattr(recipe, key)) <= high:
+            raise UserError(f"config.recipe.{key}={value}: give {low} to {high}")
+    if config.auto_lr == "sqrt":
+        rate = sqrt_scaled(optimizer.learning_rate, max(recipe.batch_size, 1), AUTO_LR_BATCH)
+        optimizer = dataclasses.replace(optimizer, learning_rate=rate)
+    return dataclasses.replace(recipe, optimizer=optimizer)
+
+
+def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> TextToImageTask:
+    """The task of a config. Raises UserError naming the key."""
+    if config.remat not in REMAT:
+        raise UserError(f"config.remat={config.remat!r}: give {', '.join(REMAT)}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"config.dtype={config.dtype!r}: give float32 or bfloat16")
+    dtype, train, recipe = config.dtype, config.text_encoder.train, read_recipe(config)
+    dit = dataclasses.replace(module_for(base.dit, dtype, "float32"), remat=config.remat)
+    encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
+    vae = module_for(base.vae, dtype)
+    try:
+        return TextToImageTask(recipe, dit, vae, encoder, captions, train)
+    except UserError as error:
+        raise UserError(f"config.recipe: {error}") from None
+
+
+def abstract_training(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """What is compiled, before any checkpoint is there: (step, state, batch, inputs).
+
+    `step` is under jit: step.lower(state, batch, *inputs) with `mesh` set. The others are
+    ShapeDtypeStructs with shardings. Named checkpoints are not looked at: the autoencoder is
+    SANA's, the text encoder config.text_encoder.network after an instruction as long as SANA's.
+    """
+    encoder, rows = config.text_encoder, config.text_encoder.rows
+    base = Checkpoint(
+        vae=DCAEConfig(),
+        dit=_network(SanaConfig, config, "network"),
+        text_encoder=_network(Gemma2Config, config, "text_encoder.network"),
+    )
+    told = encoder.instruction and not encoder.train
+    tokens = rows - 1 if told else rows
+    none = np.zeros((1, rows), np.int32)
+    empty = text.TokenizedPrompts((), none, np.arange(rows), none.astype(bool))
+    prefix = (0,) * INSTRUCTION_TOKENS if told else ()
+    window = np.maximum(np.arange(rows) - (rows - tokens), 0)
+    captions = SimpleNamespace(prefix=prefix, window=window, empty=empty)
+    task = make_task(config, base, captions)
+    state, _ = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
+
+    def placed(shape, dtype):
+        where = sharding.batch_sharding(mesh)
+        return jax.ShapeDtypeStruct((task.recipe.batch_size, *shape), dtype, sharding=where)
+
+    side = config.data.size or base.dit.sample_size * base.vae.factor
+    batch = {"tokens": placed((tokens,), jnp.int32), "mask": placed((rows,), jnp.bool_)}
+    if config.data.source.startswith("precomputed:"):
+        side //= base.vae.factor
+        batch["latents"] = placed((side, side, base.vae.latent_channels), jnp.float32)
+    else:
+        batch["image"] = placed((side, side, 3), jnp.float32)
+    vae = _abstract_frozen("vae", base.vae, config, mesh)
+    if encoder.train:
+        frozen = Frozen(vae)
+    else:
+        params = _abstract_frozen("text_encoder", base.text_encoder, config, mesh)
+        everywhere = NamedSharding(mesh, P())
+        constants = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            jax.eval_shape(task.read_constants, params),
+        )
+        frozen = Frozen(vae, params, *constants)
+    return compile_step(task.step, state), state, batch, (frozen,)
+
+
+def open_workdir(workdir: str | epath.Path, ema: bool = True) -> Checkpoint:
+    """The model of a training's newest checkpoint that is whole: its average, or what trains.
+
+    What did not train is read from where the config says, and must be as it was. Raises UserError.
+    """
+    document, trained = read_newest(workdir, "ema" if ema else "params")
+    settings = document["config"]
+    if "fingerprints" not in settings:
+        raise UserError(f"{workdir} is no text-to-image training")
+    prints = settings.pop("fingerprints")
+    base, now = open_base(ConfigDict(settings))
+    for name in prints:
+        if now.get(name) != prints[name]:
+            raise UserError(f"config.{name} of {workdir} is not what it was in the training")
+    return complete(base, jax.tree.map(_lazy, trained), document["step"], ema)
+
+
+def complete(base: Checkpoint, trained: Any, step: int, ema: bool) -> Checkpoint:
+    """`base` with what was trained."""
+    provenance = {"trained": True, "steps": int(step), "ema": ema}
+    return dataclasses.replace(base, params={**base.params, **trained}, provenance=provenance)
+
+
+def _network(kind: type, config: ConfigDict, key: str) -> Config:
+    fields = config
+    for name in key.split("."):
+        fields = fields[name]
+    try:
+        return kind(**native.frozen(fields.to_dict()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.{key}: {error}") from None
+
+
+def _abstract_frozen(name: str, config: Config, settings: ConfigDict, mesh: Mesh) -> Any:
+    """A network's parameters as `place` puts them."""
+    boxed, dtype = abstract_params(config), component_dtype(name, settings.dtype)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
+        nn.unbox(boxed),
+        sharding.shardings_for(boxed, mesh),
+    )
+
+
+def _lazy(array: np.ndarray) -> LazyArray:
+    return LazyArray(array.shape, array.dtype, lambda dtype: array.astype(dtype, copy=False))

@@ -1,0 +1,48 @@
+"""The full-size recipes, by shapes alone."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from sana_jax import sharding
+from sana_jax.training.text_to_image_model import abstract_training
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"sana_600m_512": (592, 512), "sana_1600m_1024": (1604, 1024)}  # millions, pixels
+
+
+def config(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"configs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_recipe_is_what_it_says(name):
+    """On 256 chips: the size of the network, what a chip holds, and that a step can be traced."""
+    recipe, (millions, side) = config(name), SIZES[name]
+    axes = tuple(recipe.mesh[name] for name in sharding.MESH_AXES)
+    assert axes == (4, 64, 1, 1)
+    mesh = jax.sharding.AbstractMesh(axes, sharding.MESH_AXES)
+    step, state, batch, inputs = abstract_training(recipe, mesh)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert round(numbers / 1e6) == millions
+    assert batch["image"].shape == (recipe.recipe.batch_size, side, side, 3)
+    # Parameters, their average and CAME's momentum, in float32, cut into 64 parts; small filters,
+    # biases and factored statistics are not.
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * 4
+        for tree in (state.params, state.ema, state.opt_state)
+        for x in jax.tree.leaves(tree)
+    )
+    assert held < 1.4 * 3 * numbers * 4 / 64
+    with jax.sharding.use_abstract_mesh(mesh):
+        after, metrics = jax.eval_shape(step, state, batch, *inputs)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert {"loss", "gradient_norm", "learning_rate", "skipped", "streak"} == metrics.keys()

@@ -1,0 +1,294 @@
+"""A whole tiny training: what it writes, how it resumes, what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from sana_jax.checkpoints import native
+from sana_jax.checkpoints.training import read_newest
+from sana_jax.data.precomputed import ShardWriter, weights_sha256, write_json
+from sana_jax.errors import Retry, UserError
+from sana_jax.pipeline import SanaPipeline
+from sana_jax.training.text_to_image_model import open_workdir
+from sana_jax.training.text_to_image_run import TextToImageTraining
+from tests.training.text_to_image_toy import load, prepare
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    """20 steps on eight devices."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    changes = dict(loop__images_every=20, loop__evaluate_every=20, peak_flops=1e12)
+    TextToImageTraining(load(config, **changes), str(workdir)).run()
+    return workdir
+
+
+def document(workdir):
+    """What the newest checkpoint says of itself: a fingerprint of every leaf, the data's place."""
+    return read_newest(workdir, "params")[0]
+
+
+def assert_same_end(workdir, unbroken):
+    """Every leaf and the next batch, to the bit."""
+    ours, theirs = document(workdir), document(unbroken)
+    assert ours["step"] == theirs["step"] == 20
+    assert ours["leaves"] == theirs["leaves"]
+    assert ours["iterators"] == theirs["iterators"]
+    for part in ("params/dit/", "opt_state/", "ema/dit/", "key"):
+        assert any(name.startswith(part) for name in ours["leaves"]), part
+
+
+def command(config, workdir, *arguments):
+    cache = config.parent / "cache"
+    module = [sys.executable, "-m", "sana_jax.train", f"--compilation_cache={cache}"]
+    return [*module, f"--config={config}", f"--workdir={workdir}", *arguments]
+
+
+def test_it_shows_what_it_does(unbroken):
+    rows = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == [5, 10, 15, 20]
+    for row in trained:
+        assert {"learning_rate", "gradient_norm", "images_per_second", "data_wait"} <= row.keys()
+        assert 0 < row["mfu"] < 1 and row["skipped"] == 0
+    assert "compile_seconds" in trained[0]
+    assert "checkpoint_seconds" in trained[1]
+    (held_out,) = (row for row in rows if "held_out_loss" in row)
+    assert held_out["held_out_loss"] == pytest.approx(
+        (held_out["held_out_loss_0.2"] + held_out["held_out_loss_0.8"]) / 2
+    )
+    sheet = np.asarray(Image.open(unbroken / "images/samples_00000020.png"))
+    assert sheet.shape == (16, 34, 3)  # two pictures, a gap between
+
+
+def test_the_model_at_the_end_is_the_average(unbroken):
+    _, ema = read_newest(unbroken, "ema")
+    stored = load_file(unbroken / "model/dit.safetensors")
+    np.testing.assert_array_equal(stored["proj_out/kernel"], ema["dit"]["proj_out"]["kernel"])
+    model = native.open_folder(unbroken / "model")
+    assert model.provenance["trained"] is True and model.provenance["steps"] == 20
+    assert (model.text_rows, model.flow_shift) == (8, 3.0)
+    pipe = SanaPipeline.from_pretrained(str(unbroken / "model"), dtype="float32")
+    (drawn,) = pipe("a red cat", num_steps=1, output="np")
+    sheet = np.asarray(Image.open(unbroken / "images/samples_00000020.png"))
+    assert np.abs(sheet[:, :16].astype(int) - drawn.astype(int)).max() <= 1
+
+
+def damage(workdir, step):
+    """Flips a bit in every file that holds numbers of a checkpoint."""
+    for path in (workdir / f"checkpoints/{step}/state").rglob("d/*"):
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+
+
+def test_convert_reads_the_folder_and_falls_back(unbroken, tmp_path):
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(unbroken, workdir)
+    damage(workdir, 20)
+    arguments = [f"--source={workdir}", f"--out={out}", "--ema"]
+    command = [sys.executable, "-m", "sana_jax.convert", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "step 15 is used" in result.stderr
+    model = native.open_folder(out)
+    assert (model.provenance["steps"], model.provenance["ema"]) == (15, True)
+    assert (workdir / "checkpoints/20").exists()  # converting changes nothing
+    trained = open_workdir(workdir, ema=False)
+    last = load_file(unbroken / "model/dit.safetensors")["proj_out/kernel"]
+    average = load_file(out / "dit.safetensors")["proj_out/kernel"]
+    plain = np.asarray(trained.params["dit"]["proj_out"]["kernel"])
+    assert len({array.tobytes() for array in (last, average, plain)}) == 3
+
+
+def test_killed_and_terminated_it_ends_as_the_unbroken_run(unbroken, config, tmp_path, monkeypatch):
+    """Bit-exact on the same devices: SIGKILL in another process, SIGTERM in this one."""
+    workdir = tmp_path / "run"
+    run = subprocess.Popen(command(config, workdir), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (workdir / "checkpoints/5").exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    training = TextToImageTraining(load(config), str(workdir))
+    batch = type(iter(training.loader)).__next__
+
+    def terminated(iterator):
+        if iterator.step == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(iterator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(iter(training.loader)), "__next__", terminated)
+        with pytest.raises(Retry, match="SIGTERM after step 1[0-9] of 20: saved"):
+            training.run()
+    assert document(workdir)["step"] < 20
+    TextToImageTraining(load(config), str(workdir)).run()
+    assert_same_end(workdir, unbroken)
+
+
+@pytest.mark.parametrize("devices", [4, 1])
+def test_it_goes_on_with_fewer_devices(unbroken, config, tmp_path, devices, monkeypatch):
+    """8 -> 4 and 8 -> 1: sums in another order, so equal to float32's rounding over five steps."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    for name in ("20", "10", "5"):
+        shutil.rmtree(workdir / "checkpoints" / name, ignore_errors=True)
+    all_devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *a: all_devices[:devices])
+    axes = dict(mesh__replica=1, mesh__fsdp=devices)
+    TextToImageTraining(load(config, **axes), str(workdir)).run()
+    ours, theirs = (read_newest(folder, "params")[1]["dit"] for folder in (workdir, unbroken))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
+
+
+def test_another_run_is_refused_with_the_difference(unbroken, config):
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
+    for changes, message in (
+        (dict(seed=1), "config.seed: 0 -> 1"),
+        (dict(recipe__batch_size=16), "config.recipe.batch_size: 8 -> 16"),
+        (dict(recipe__noise__shift=4.0), "config.recipe.noise.shift: 3.0 -> 4.0"),
+        (dict(data__train_split="test"), "data.source: "),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            TextToImageTraining(load(config, **changes), str(unbroken)).run()
+    after = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
+    assert after == {path: time for path, time in before.items() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(recipe__batch_size=12), "config.recipe.batch_size=12: it is a multiple of 8"),
+        (dict(recipe__microbatches=2), "config.recipe.batch_size=8: it is a multiple of 16"),
+        (dict(recipe__batch_size=24), "batch_size=24: the data has 16 records"),
+        (dict(recipe__steps=0), "config.recipe.steps=0"),
+        (dict(recipe__optimizer__learning_rate=-1.0), "config.recipe: learning_rate=-1.0: give"),
+        (dict(recipe__optimizer__warmup_steps=21), "config.recipe: warmup_steps=21: give 0 to"),
+        (dict(recipe__optimizer__name="sgd"), "optimizer 'sgd' is unknown"),
+        (dict(recipe__noise__density="normal"), "density 'normal' is unknown"),
+        (dict(recipe__caption_dropout=1.5), "config.recipe.caption_dropout=1.5"),
+        (dict(auto_lr="linear"), "config.auto_lr='linear': give none or sqrt"),
+        (dict(remat="some"), "config.remat='some': give none, full, dots, offload"),
+        (dict(dtype="float99"), "config.dtype='float99'"),
+        (dict(autoencoder=None), "config.autoencoder is missing"),
+        (dict(autoencoder="nowhere"), "no checkpoint 'nowhere'"),
+        (dict(autoencoder="shapes"), "latent channels"),
+        (dict(text_encoder__checkpoint="shapes"), "this checkpoint has no text_encoder"),
+        (dict(text_encoder__checkpoint=None), "config.text_encoder.checkpoint is missing"),
+        (dict(start="shapes"), "config.start=shapes: this checkpoint has no transformer"),
+        (dict(network__caption_channels=40), "the transformer reads text of width 40"),
+        (dict(network__width=33), "config.network: transformer width 33"),
+        (dict(mesh__replica=3, mesh__fsdp=1), "does not fit 8 devices"),
+        (dict(data__size=18), "config.data.size=18: it is a multiple of 4"),
+        (dict(data__source="nowhere"), "nowhere: there is no such folder"),
+        (dict(data__captions__kind="best"), "captions='best'"),
+        (dict(loop__images_every=1, images__prompts=()), "config.images.prompts is empty"),
+        (dict(loop__evaluate_every=1, evaluation__batches=0), "config.evaluation: give batches"),
+        (dict(loop__evaluate_every=1, data__test_split="validation"), "no split 'validation'"),
+    ],
+    ids=str,
+)
+def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_text_encoder_trains_beside_the_transformer(config, tmp_path):
+    changes = dict(
+        text_encoder__checkpoint=None,
+        text_encoder__train=True,
+        text_encoder__tokenizer=str(config.parent / "base/tokenizer"),
+        recipe__steps=2,
+    )
+    sizes = dict(vocab_size=640, hidden_size=48, intermediate_size=32, num_layers=1, num_heads=2)
+    sizes |= dict(num_kv_heads=1, head_dim=8, query_pre_attn_scalar=8)
+    changes |= {f"text_encoder__network__{name}": value for name, value in sizes.items()}
+    TextToImageTraining(load(config, **changes), str(tmp_path)).run()
+    start, end = (read_newest(tmp_path, part)[1]["text_encoder"] for part in ("ema", "params"))
+    assert any(
+        not np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)
+    )
+    model = native.open_folder(tmp_path / "model")
+    assert model.text_encoder.num_layers == 1 and model.instruction is None
+
+
+def test_stored_latents_must_be_of_the_autoencoder(config, tmp_path):
+    base, writer = native.open_folder(config.parent / "base"), ShardWriter(tmp_path, 0)
+    latents = np.random.default_rng(0).standard_normal((4, 4, 8)).astype(np.float32)
+    for i in range(8):
+        row = {"latents": latents + i, "scaled": False, "captions": ["a cat"], "scores": []}
+        writer.add(row | {"key": str(i), "truth": ""})
+    index = {"format": 1, "split": "train", "shards": [writer.finish({})], "text": None}
+    index["scaling_factor"] = base.vae.scaling_factor
+    index["autoencoder"] = weights_sha256(base.vae, base.params["vae"])
+    write_json(tmp_path / "index.json", index)
+    source = dict(data__source=f"precomputed:{tmp_path}")
+    training = TextToImageTraining(load(config, **source), str(tmp_path / "run"))
+    batch = training.loader.batch(0)
+    assert {name: rows.shape for name, rows in batch.items()} == {
+        "latents": (8, 4, 4, 8),
+        "tokens": (8, 8),
+        "mask": (8, 8),
+    }
+    write_json(tmp_path / "index.json", index | {"autoencoder": "another"})
+    with pytest.raises(UserError, match="is not of config.autoencoder="):
+        TextToImageTraining(load(config, **source), str(tmp_path / "run"))
+
+
+HOST = """
+import sys, jax
+index, port, config, workdir = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+from pathlib import Path
+from sana_jax.training.text_to_image_model import open_workdir
+from sana_jax.training.text_to_image_run import TextToImageTraining
+from tests.training.text_to_image_toy import load
+changes = dict(recipe__steps=4, loop__images_every=4, loop__evaluate_every=4, mesh__fsdp=2)
+TextToImageTraining(load(Path(config), **changes), workdir).run()
+"""
+
+
+def test_two_hosts_train_as_one(config, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    runs = []
+    for host in "01":
+        arguments = [sys.executable, "-c", HOST, host, str(port), config, tmp_path / "two"]
+        pipe = subprocess.PIPE
+        runs.append(subprocess.Popen(arguments, stdout=pipe, stderr=pipe, env=environment))
+    results = [run.communicate(timeout=600) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], results
+    TextToImageTraining(load(config, recipe__steps=4), str(tmp_path / "one")).run()
+    ours, theirs = (read_newest(tmp_path / name, "params")[1]["dit"] for name in ("two", "one"))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+    assert (tmp_path / "two/images/samples_00000004.png").exists()
+    assert len(document(tmp_path / "two")["iterators"]) == 2
+    native.open_folder(tmp_path / "two/model")
