@@ -5,6 +5,7 @@ computes in, `param_dtype` what its weights are stored in.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.bias import add_bias
 from sana_jax.kernels.convolution import convolve, convolve_doubled
-from sana_jax.kernels.glumbconv.api import glumbconv, uses_kernel
+from sana_jax.kernels.glumbconv.api import glumbconv, projected_glumbconv, uses_kernel
 from sana_jax.kernels.mixed_einsum import dense_float32
 
 Dtype = Any
@@ -29,6 +31,31 @@ def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializer
     return nn.with_logical_partitioning(init, axes)
 
 
+class Dense(nn.Module):
+    """nn.Dense with `add_bias`."""
+
+    features: int
+    use_bias: bool
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer
+    dtype: Dtype
+    param_dtype: Dtype
+    precision: jax.lax.Precision | None
+    dot_general: Callable
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = self.dot_general(x, kernel, dims, self.precision)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        return add_bias(y, bias.astype(self.dtype))
+
+
 def dense(
     features: int,
     axes: Axes,
@@ -40,9 +67,9 @@ def dense(
     precision: jax.lax.Precision | None = None,
     dot_general: Callable = dense_float32,
     name: str | None = None,
-) -> nn.Dense:
+) -> Dense:
     """A matrix product with logical axes (in, out)."""
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
@@ -142,14 +169,9 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-def _products(parts: int) -> Callable:
-    """The `dot_general` of a `dense` without bias that gives its product in so many parts."""
-
-    def dot_general(x, kernel, dims, precision):
-        kernels = jnp.split(kernel, parts, axis=1)
-        return [dense_float32(x, kernel, dims, precision) for kernel in kernels]
-
-    return dot_general
+def _halves(x, kernel, dims, precision):
+    """The `dot_general` of a `dense` that gives the halves of its product, without a copy."""
+    return [dense_float32(x, half, dims, precision) for half in jnp.split(kernel, 2, axis=1)]
 
 
 class GLUMBConv(nn.Module):
@@ -181,9 +203,14 @@ class GLUMBConv(nn.Module):
             self.param_dtype,
         )
         weights = vector("expand_bias"), depthwise_kernel, vector("depthwise_bias")
-        parts = 2 if uses_kernel(*x.shape[1:3], self.implementation) else 1
         linear = dict(use_bias=False, kernel_init=fan_in_uniform, **types)
-        axes = ("embed", "mlp")
-        halves = dense(wide, axes, dot_general=_products(parts), name="expand", **linear)(x)
-        u = glumbconv(halves, *weights, split_rows=self.split_rows)
-        return dense(x.shape[-1], axes[::-1], name="contract", **linear)(u)
+        expand = partial(dense, wide, ("embed", "mlp"), name="expand", **linear)
+        contract = partial(dense, x.shape[-1], ("mlp", "embed"), name="contract", **linear)
+        if not uses_kernel(*x.shape[1:3], self.implementation):
+            return contract()(glumbconv(expand()(x), *weights, split_rows=self.split_rows))
+        value, gate = expand(dot_general=_halves)(x)
+
+        def middle_too(value, kernel, dims, precision):
+            return projected_glumbconv(self.split_rows, value, gate, *weights, kernel)
+
+        return contract(dot_general=middle_too)(value)

@@ -37,7 +37,7 @@ from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import REMAT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.training.loop import compile_step
-from sana_jax.training.optimizers import OptimizerConfig, sqrt_scaled
+from sana_jax.training.optimizers import OptimizerConfig, make_schedule, sqrt_scaled
 from sana_jax.training.state import on_mesh
 from sana_jax.training.text_to_image import CaptionWindow, Frozen, Recipe, TextToImageTask
 
@@ -126,6 +126,10 @@ def read_recipe(config: ConfigDict) -> Recipe:
     for key, low, high in ("steps", 1, 2**31), ("caption_dropout", 0, 1), ("ema_decay", 0, 1):
         if not low <= (value := getattr(recipe, key)) <= high:
             raise UserError(f"config.recipe.{key}={value}: give {low} to {high}")
+    try:
+        make_schedule(optimizer, recipe.steps)
+    except UserError as error:
+        raise UserError(f"config.recipe.optimizer.{error}") from None
     if config.auto_lr == "sqrt":
         rate = sqrt_scaled(optimizer.learning_rate, max(recipe.batch_size, 1), AUTO_LR_BATCH)
         optimizer = dataclasses.replace(optimizer, learning_rate=rate)

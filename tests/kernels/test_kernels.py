@@ -13,6 +13,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sana_jax.kernels import bias
 from sana_jax.kernels.cross_attention import api as cross
 from sana_jax.kernels.cross_attention import tpu as cross_tpu
 from sana_jax.kernels.glumbconv import api as glu
@@ -40,7 +41,7 @@ def relative_error(found, expected):
 
 
 def check(run, formula, arrays, dtype):
-    """`run(arrays, cotangent)` -> (out, gradients), against `formula` in float64."""
+    """`run(arrays, cotangent)` -> (out or several of them, gradients), against `formula`."""
     arrays = [jnp.asarray(array, dtype) for array in arrays]
     exact = [np.asarray(array, np.float64) for array in arrays]
     with jax.enable_x64(True):
@@ -49,7 +50,9 @@ def check(run, formula, arrays, dtype):
         gradients = pull_back(jnp.asarray(np.asarray(cotangent, np.float64)))
         expected = [np.asarray(x) for x in (out, *gradients)]
     found_out, found_gradients = jax.jit(run)(arrays, cotangent)
-    for found, exact in zip((found_out, *found_gradients), expected, strict=True):
+    outs = jax.tree.leaves(found_out)
+    expected = [expected[0]] * len(outs) + expected[1:]
+    for found, exact in zip((*outs, *found_gradients), expected, strict=True):
         error = relative_error(found.reshape(exact.shape), exact)
         assert error < TOLERANCE[dtype], error
 
@@ -81,7 +84,8 @@ def run_linear(module, head_dim, arrays, cotangent):
 def run_glumbconv(module, arrays, cotangent):
     value, gate, *weights = arrays
     operands = (value, gate, *glu._by_halves(*weights))
-    return module.forward(*operands), list(module.backward(*operands, cotangent))
+    out, *gradients = module.backward(*operands, cotangent)
+    return (module.forward(*operands), out), gradients
 
 
 def glumbconv_arrays(batch, height, width, channels):
@@ -201,13 +205,34 @@ def test_linear_attention_of_split_tokens(split_tokens):
     check(partial(run_public, attention), formula, [normal(2, 24, 3 * 96)], "float32")
 
 
+def middle_and_product(*arrays):
+    return mix_ffn_middle(*arrays[:-1]) @ arrays[-1]
+
+
 def test_glumbconv_of_split_rows(split_tokens):
     """Biases of all signs: what stands outside the image must not pass through SiLU as a zero."""
+    run = partial(run_public, partial(glu.projected_glumbconv, True))
+    arrays = *glumbconv_arrays(2, 4, 8, 40), normal(40, 24)
+    check(run, middle_and_product, arrays, "float32")
 
-    def middle(value, gate, *weights):
-        return glu.glumbconv((value, gate), *weights, split_rows=True)
 
-    check(partial(run_public, middle), mix_ffn_middle, glumbconv_arrays(2, 4, 8, 40), "float32")
+@pytest.mark.parametrize("platform", ["tpu", "other"])
+def test_projected_glumbconv(on_tpu, monkeypatch, platform):
+    """Without a mesh, by the kernel and in the plain form."""
+    kernel = lambda *args, plain, **kernels: kernels.get(platform, plain)(*args)  # noqa: E731
+    monkeypatch.setattr(glu, "by_platform", kernel)
+    run = partial(run_public, partial(glu.projected_glumbconv, False))
+    arrays = *glumbconv_arrays(2, 4, 8, 40), normal(40, 24)
+    check(run, middle_and_product, arrays, "float32")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "other"])
+@pytest.mark.parametrize("shape", [(2, 40, 24), (3, 24), (24,)])
+def test_add_bias(monkeypatch, platform, shape):
+    kernel = lambda *args, plain, **kernels: kernels.get(platform, plain)(*args)  # noqa: E731
+    monkeypatch.setattr(bias, "by_platform", kernel)
+    arrays = [normal(*shape), normal(24)]
+    check(partial(run_public, bias.add_bias), jnp.add, arrays, "bfloat16")
 
 
 def spec(*shape, dtype="bfloat16", sharding=None):
@@ -223,11 +248,9 @@ def operations(sharding=None):
 
     attention = partial(linear.linear_attention, head_dim=32, implementation="pallas")
 
-    def middle(value, gate, *weights):
-        return glu.glumbconv((value, gate), *weights, split_rows=True)
-
+    middle = partial(glu.projected_glumbconv, True)
     image = made(1, 8, 8, 160)
-    weights = made(320), made(3, 3, 320), made(320)
+    weights = made(320), made(3, 3, 320), made(320), made(160, 64)
     return {
         "linear_attention": (loss(attention), (made(1, 64, 3 * 224),)),
         "glumbconv": (loss(middle), (image, image, *weights)),

@@ -184,8 +184,14 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(recipe__microbatches=2), "config.recipe.batch_size=8: it is a multiple of 16"),
         (dict(recipe__batch_size=24), "batch_size=24: the data has 16 records"),
         (dict(recipe__steps=0), "config.recipe.steps=0"),
-        (dict(recipe__optimizer__learning_rate=-1.0), "config.recipe: learning_rate=-1.0: give"),
-        (dict(recipe__optimizer__warmup_steps=21), "config.recipe: warmup_steps=21: give 0 to"),
+        (
+            dict(recipe__optimizer__learning_rate=-1.0),
+            "config.recipe.optimizer.learning_rate=-1.0: give",
+        ),
+        (
+            dict(recipe__optimizer__warmup_steps=21),
+            "config.recipe.optimizer.warmup_steps=21: give 0 to",
+        ),
         (dict(recipe__optimizer__name="sgd"), "optimizer 'sgd' is unknown"),
         (dict(recipe__noise__density="normal"), "density 'normal' is unknown"),
         (dict(recipe__caption_dropout=1.5), "config.recipe.caption_dropout=1.5"),

@@ -1,6 +1,5 @@
 """The middle of Mix-FFN: the plain form or a kernel, on all rows of the images or on some."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -9,35 +8,89 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.dispatch import by_platform, over_mesh, sequence_axis, use_pallas
 from sana_jax.kernels.glumbconv import gpu, reference, tpu
+from sana_jax.kernels.mixed_einsum import dense_float32
 
 OUTSIDE = -1e4  # what SiLU turns into zero, after any bias, and whose cotangent it turns into zero
 
 
 def glumbconv(
-    halves: Sequence[Float[Array, "B H W _"]],
+    x: Float[Array, "B H W C2"],
     bias: Float[Array, " C2"],
     depthwise_kernel: Float[Array, "3 3 C2"],
     depthwise_bias: Float[Array, " C2"],
     split_rows: bool = False,
 ) -> Float[Array, "B H W C"]:
-    """Bias, SiLU, depthwise 3x3, bias, gate; reference.py says what is computed.
+    """Bias, SiLU, depthwise 3x3, bias, gate in the plain form, C2 = 2 C: see reference.py.
 
-    Value and gate, the halves of the wide tensor, C2 = 2 C: side by side in one array for the plain
-    form; as two, each from a product of its own, for the kernel, which needs no copy then.
     split_rows: over the mesh axis that splits tokens; devices exchange the rows where they meet.
     """
-    kernel, halves = len(halves) == 2, tuple(halves)
-    fn = _kernel if kernel else reference.glumbconv
     weights = bias, depthwise_kernel, depthwise_bias
-    axis = sequence_axis(halves[0].shape[1]) if split_rows else None
+    return _by_rows(reference.glumbconv, (x,), (), weights, split_rows, kernel=False)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def projected_glumbconv(
+    split_rows: bool,
+    value: Float[Array, "B H W C"],
+    gate: Float[Array, "B H W C"],
+    bias: Float[Array, " C2"],
+    depthwise_kernel: Float[Array, "3 3 C2"],
+    depthwise_bias: Float[Array, " C2"],
+    projection: Float[Array, "C D"],
+) -> Float[Array, "B H W D"]:
+    """`glumbconv` by the kernel, then a product.
+
+    Value and gate, the halves of the wide tensor, each from a product of its own: no copy then.
+    Backward, the kernel gives what the product's gradient needs of the forward pass.
+    """
+    weights = bias, depthwise_kernel, depthwise_bias
+    return _project(_middle(split_rows, value, gate, *weights), projection)
+
+
+def _project(x, projection):
+    return dense_float32(x, projection, (((3,), (0,)), ((), ())), None)
+
+
+def _middle(split_rows, value, gate, *weights, out=None):
+    """`out`: any array; as its cotangent the kernel gives the result."""
+    out = jnp.zeros_like(value) if out is None else out
+    return _by_rows(_kernel, (value, gate), (out,), weights, split_rows, kernel=True)
+
+
+def _projected_forward(split_rows, *args):
+    return projected_glumbconv(split_rows, *args), args
+
+
+def _projected_backward(split_rows, args, cotangent):
+    *args, projection = args
+    cotangent = jax.lax.optimization_barrier(cotangent)  # else each product scales it again
+    nothing = jnp.zeros_like(args[0])
+    d_x, _ = jax.vjp(_project, nothing, projection)[1](cotangent)
+
+    def middle(out, *args):
+        return _middle(split_rows, *args, out=out)
+
+    x, *gradients = jax.vjp(middle, nothing, *args)[1](d_x)
+    _, d_projection = jax.vjp(_project, x, projection)[1](cotangent)
+    return *gradients, d_projection
+
+
+projected_glumbconv.defvjp(_projected_forward, _projected_backward)
+
+
+def _by_rows(fn, images, own, weights, split_rows, kernel):
+    """fn(*images, *own, *weights) over the mesh; of `own`, it needs no rows of other devices."""
+    axis = sequence_axis(images[0].shape[1]) if split_rows else None
     if not axis:
-        return over_mesh(fn, (), halves, weights, kernel=kernel)
+        return over_mesh(fn, (), images + own, weights, kernel=kernel)
 
     def between_neighbours(*arrays):
-        halves, weights = arrays[:-3], arrays[-3:]
-        return fn(*(_with_neighbours(x, axis) for x in halves), *weights)[:, 1:-1]
+        wide = [_with_neighbours(x, axis) for x in arrays[: len(images)]]
+        own = arrays[len(images) : -len(weights)]
+        wide += [jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0))) for x in own]
+        return fn(*wide, *arrays[-len(weights) :])[:, 1:-1]
 
-    return over_mesh(between_neighbours, halves, (), weights, kernel=kernel)
+    return over_mesh(between_neighbours, images + own, (), weights, kernel=kernel)
 
 
 def _with_neighbours(x, axis):
@@ -68,7 +121,7 @@ def _by_halves(bias, kernel, depthwise_bias):
 
 
 @jax.custom_vjp
-def _kernel(value, gate, *weights):
+def _kernel(value, gate, out, *weights):
     def run(module, value, gate, *weights):
         return module.forward(value, gate, *_by_halves(*weights))
 
@@ -76,19 +129,22 @@ def _kernel(value, gate, *weights):
     return by_platform(value, gate, *weights, plain=_plain, **kernels)
 
 
-def _forward(*args):
-    return _kernel(*args), args
+def _forward(value, gate, out, *weights):
+    return _kernel(value, gate, out, *weights), (value, gate, *weights)
 
 
 def _backward(args, cotangent):
     def run(module, value, gate, *rest):
         *weights, cotangent = rest
-        d_value, d_gate, *d_weights = module.backward(value, gate, *_by_halves(*weights), cotangent)
+        found = module.backward(value, gate, *_by_halves(*weights), cotangent)
+        out, d_value, d_gate, *d_weights = found
         pairs = zip(d_weights, weights, strict=True)
-        return d_value, d_gate, *(d.reshape(w.shape).astype(w.dtype) for d, w in pairs)
+        return d_value, d_gate, out, *(d.reshape(w.shape).astype(w.dtype) for d, w in pairs)
 
     def plain(*args):
-        return jax.vjp(_plain, *args[:-1])[1](args[-1])
+        out, pull_back = jax.vjp(_plain, *args[:-1])
+        d_value, d_gate, *d_weights = pull_back(args[-1])
+        return d_value, d_gate, out, *d_weights
 
     kernels = dict(tpu=partial(run, tpu), cuda=partial(run, gpu))
     return by_platform(*args, cotangent, plain=plain, **kernels)

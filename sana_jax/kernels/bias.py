@@ -1,0 +1,44 @@
+"""Adding a bias, with a gradient that a TPU is fast at.
+
+Log: TPU compiler's estimate, v5e, 0.6B at 1024 px, batch 16, million cycles a call.
+
+- The gradient as a product with a row of ones in place of a sum over tokens: 0.49 to 0.01. Reading
+  the cotangent from HBM takes 0.07, which the estimate of a product leaves out.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.dispatch import by_platform
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "*B C"], bias: Float[Array, " C"]) -> Float[Array, "*B C"]:
+    """x + bias; the bias's gradient is summed in float32."""
+    return x + bias
+
+
+def _forward(x, bias):
+    return x + bias, None
+
+
+def _backward(_, cotangent):
+    axes = tuple(range(cotangent.ndim - 1))
+
+    def plain(cotangent):
+        return jnp.sum(cotangent, axes, dtype=jnp.float32)
+
+    def product(cotangent):
+        ones = jnp.ones((1, *cotangent.shape[:-1]), cotangent.dtype)
+        dims = (tuple(axis + 1 for axis in axes), axes), ((), ())
+        return lax.dot_general(ones, cotangent, dims, preferred_element_type=jnp.float32)[0]
+
+    narrow = cotangent.dtype == jnp.bfloat16  # the matrix unit would round float32
+    kernels = {"tpu": product} if narrow and axes else {}
+    d_bias = by_platform(cotangent, plain=plain, **kernels) if kernels else plain(cotangent)
+    return cotangent, d_bias.astype(cotangent.dtype)
+
+
+add_bias.defvjp(_forward, _backward)
