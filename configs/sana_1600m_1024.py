@@ -1,4 +1,4 @@
-"""Sana 1.6B at 1024 px, as its authors trained it: 1,604 M parameters.
+"""Sana 1.6B at 1024 px, from a model at 512 px: 1,604 M parameters.
 
     python -m sana_jax.train --config=configs/sana_1600m_1024.py --workdir=/mnt/shared/run \\
         --config.autoencoder=SANA --config.text_encoder.checkpoint=SANA \\
@@ -6,8 +6,9 @@
 
 SANA and PHOTOS are as in sana_600m_512.py; RUN_512 is a training of the 1.6B model at 512 px, whose
 weights this stage starts from. Meant for a v5e 16x16 slice (256 chips of 16 GB): 16 images a chip,
-four copies of the state, each sharded over 64 chips. It has not been run. The figures are the
-published ones, the batch that of 64 GPUs with 64 images each.
+four copies of the state, each sharded over 64 chips. It has not been run. Optimizer, learning rate,
+warm-up, shift, bfloat16 and the 64 images of a device are those of the authors' config. The number
+of steps, the 64 devices that make the batch and the moving average are ours.
 """
 
 from sana_jax.models.dit import PRESETS

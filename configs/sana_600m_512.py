@@ -1,13 +1,15 @@
-"""Sana 0.6B at 512 px from nothing, as its authors trained it: 592 M parameters.
+"""Sana 0.6B at 512 px from nothing: 592 M parameters.
 
     python -m sana_jax.train --config=configs/sana_600m_512.py --workdir=/mnt/shared/run \\
         --config.autoencoder=SANA --config.text_encoder.checkpoint=SANA \\
         --config.data.source=PHOTOS --multihost
 
 SANA is any Sana checkpoint, whose autoencoder, Gemma-2 2B and instruction are used; PHOTOS is a
-folder of images with captions, or precomputed:DIR. Meant for a v5e 16x16 slice (256 chips of
-16 GB): 32 images a chip, four copies of the state, each sharded over 64 chips. It has not been run.
-The figures are the published ones, the batch that of 64 GPUs with 128 images each.
+folder of images with captions, train/ and test/ in it (or --config.loop.evaluate_every=0), or
+precomputed:DIR. Meant for a v5e 16x16 slice (256 chips of 16 GB): 32 images a chip, four copies of
+the state, each sharded over 64 chips. It has not been run. Optimizer, learning rate, warm-up, shift
+and the 128 images of a device are those of the authors' config; theirs runs in float16. The number
+of steps, the 64 devices that make the batch, bfloat16 and the moving average are ours.
 """
 
 from sana_jax.models.dit import PRESETS

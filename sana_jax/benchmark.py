@@ -29,6 +29,7 @@ The last line is a JSON object; times there are seconds, sizes bytes.
 import contextlib
 import importlib.util
 import json
+import math
 import statistics
 import sys
 from typing import Any
@@ -125,6 +126,7 @@ def measure(
         both = [ours, stack.enter_context(Worker("diffusers", settings))] if beside else [ours]
         if beside:
             facts |= both[1].ask("describe")
+            _check_platforms(facts["platform"], facts["reference_platform"])
         weights = facts.pop("weight_bytes")
         together = not beside or facts["platform"] != "cpu" or _fits_twice(weights)
         first, peaks = {}, {}
@@ -170,7 +172,7 @@ def measure(
             reference_compile_seconds=max(0.0, first["diffusers"][0] - theirs / scale),
             ratio=median / theirs,
             reference_peak_bytes=peaks["diffusers"],
-            relative_error=error,
+            relative_error=error if math.isfinite(error) else None,  # JSON has no NaN
             agrees=error <= BARS[settings.dtype][part],
             interleaved=together,
         )
@@ -209,6 +211,15 @@ def _check_installed(against: str) -> None:
                 f"--against={against} needs {package}, which is not installed:"
                 " pip install torch diffusers, or leave --against out"
             )
+
+
+def _check_platforms(ours: str, theirs: str) -> None:
+    if ours != theirs:
+        missing = f"jax for the {theirs}" if ours == "cpu" else f"torch for the {ours}"
+        raise UserError(
+            f"we run on the {ours}, torch on the {theirs}: install {missing}, or put both on the"
+            " cpu with JAX_PLATFORMS=cpu and CUDA_VISIBLE_DEVICES="
+        )
 
 
 def _check_size(preset: str, size: int | None) -> int:

@@ -12,7 +12,8 @@ cropped to squares. Both are rounded to 8 bits first; figures are means over the
     lpips                 on AlexNet, with --lpips_weights (null without)
     high_frequency_ratio  energy above 0.25 cycles a pixel, over that of the originals
     baseline_...          the same of images that are shrunk until they hold as many numbers as
-                          the latents do, and enlarged again, both bicubic
+                          the latents do, baseline_size, and enlarged again, both bicubic
+    count, rejected       images that were measured, and those that could not be, by reason
 
 shapes: what a model draws for --count prompts (512) whose combinations of shape and colour it was
 not trained on, parsed without a sight of the prompt. Figures are shares, null where nothing was
@@ -22,12 +23,18 @@ stated, or where the checkpoint is an autoencoder alone.
     facts, count, shape, colour, size, position, relation
                           facts that are right, of all that are stated, and of that kind
     by_objects, by_style  overall, by number of objects and by the prompt's style
+    by_shape              objects whose shape is right, by the stated one
     held_out              shape and colour right, for each combination training has not
     control_shuffled      overall against another picture's prompt: chance
     parser_overall        overall of the ground truth, which is drawn exactly
+    parser                all shares of it, from overall to relation
     ceiling               overall of the ground truth after the autoencoder
+    reconstruction, reconstruction_by_objects, reconstruction_by_shape
+                          all shares of that, and by objects and shapes as above
+    prompts, pixels       how many there were, and the pictures' side
 
-The last line is a JSON object with these figures and what was measured.
+The last line is a JSON object with these figures and what was measured: task and checkpoint; of
+reconstruction data, split, size and dtype; of shapes the options.
 """
 
 import dataclasses
@@ -38,12 +45,18 @@ from functools import partial
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from sana_jax import cli
 from sana_jax.errors import UserError
+from sana_jax.files import write_whole
 
 SHAPES_TEST = 1000  # images of the built-in data set that are made where there are none
 SHOWN = 8  # images in the picture
+OWN = {  # flags that one task alone reads
+    "reconstruction": ("data", "data_dir", "split", "lpips_weights"),
+    "shapes": ("seed", "num_steps", "guidance_scale"),
+}
 
 FLAGS = flags.FLAGS
 _TASK = flags.DEFINE_enum("task", "reconstruction", ["reconstruction", "shapes"], "what to measure")
@@ -112,7 +125,7 @@ def check_out(out: str | None) -> Path | None:
             raise UserError(f"--out={out}: the folder {path.parent} is not there; make it first")
     except OSError as error:  # a name that no file can have
         raise UserError(f"--out={out:.60}: {error.strerror}") from None
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not all(os.access(it, os.W_OK) for it in (path, path.parent) if it.exists()):
         raise UserError(f"--out={out} cannot be written; name another")
     return path
 
@@ -122,8 +135,6 @@ def open_data(data: str, data_dir: str | None, split: str | None, size: int):
 
     Draws the test images of shapes into a cache where `data_dir` is None.
     """
-    from etils import epath
-
     from sana_jax.data.sources import open_source
 
     if data == "shapes" and data_dir is None:
@@ -201,7 +212,7 @@ def reconstruction() -> None:
                 " --dtype"
             )
         if out is not None:
-            save_pairs(out, reconstruct, loader)
+            save_png(out, pairs(reconstruct, loader))
 
     data = _DATA.value if split is None else f"{_DATA.value} {split}"
     print(f"{data}, {found['count']} images at {size} px; {loader.counts}")
@@ -218,22 +229,27 @@ def reconstruction() -> None:
     print(json.dumps(about | found | {"rejected": rejected}))
 
 
-def save_pairs(path: Path, reconstruct, loader) -> None:
-    """A PNG of the first usable images, their reconstructions below them."""
+def pairs(reconstruct, loader):
+    """A sheet of the first usable images, their reconstructions below them."""
     import numpy as np
-    from PIL import Image
 
     from sana_jax.metrics.reconstruction import to_uint8
     from sana_jax.training.metrics_writer import make_grid
 
     batches = (loader.load(step)[0] for step in range(len(loader)))
     batch = next(batch for batch in batches if batch["valid"].any())
-    pairs = batch["image"], reconstruct(batch["image"])
-    rows = [list(np.asarray(to_uint8(x))[batch["valid"]][:SHOWN]) for x in pairs]
+    rows = batch["image"], reconstruct(batch["image"])
+    return make_grid([list(np.asarray(to_uint8(x))[batch["valid"]][:SHOWN]) for x in rows])
+
+
+def save_png(path: Path, picture) -> None:
+    """Writes uint8 (height, width, 3) whole or not at all. Raises UserError."""
+    from PIL import Image
+
     data = io.BytesIO()
-    Image.fromarray(make_grid(rows)).save(data, "PNG")
+    Image.fromarray(picture).save(data, "PNG")
     try:
-        path.write_bytes(data.getvalue())
+        write_whole(epath.Path(path), data.getvalue())
     except OSError as error:
         raise UserError(f"--out={path}: {error.strerror or error}") from None
 
@@ -270,13 +286,14 @@ def shapes() -> None:
     )
     found, sheet = shapes_task.measure(_CHECKPOINT.value, options)
     if out is not None:
-        shapes_task.save_sheet(out, sheet)
+        save_png(out, sheet)
     print(f"{found['prompts']} held-out prompts, {found['pixels']} px; per cent:")
     print(shapes_task.table(found))
     if found["overall"] is None:
         print(f"note: {_CHECKPOINT.value} is an autoencoder alone, which draws nothing")
-    about = {"task": "shapes", "checkpoint": _CHECKPOINT.value} | dataclasses.asdict(options)
-    print(json.dumps(about | found))  # here count and size are kinds of facts
+    about = {"task": "shapes", "checkpoint": _CHECKPOINT.value}
+    # Under a key of their own: count and size are kinds of facts here.
+    print(json.dumps(about | {"options": dataclasses.asdict(options)} | found))
 
 
 TASKS = {"reconstruction": reconstruction, "shapes": shapes}
@@ -284,6 +301,9 @@ TASKS = {"reconstruction": reconstruction, "shapes": shapes}
 
 def main(argv):
     del argv
+    for name in (name for task, names in OWN.items() if task != _TASK.value for name in names):
+        if FLAGS[name].present:
+            raise UserError(f"--{name} is not of --task={_TASK.value}; leave it out")
     TASKS[_TASK.value]()
 
 

@@ -10,14 +10,20 @@ def is_local(path: os.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file whole or not at all; what was there stays until then. Raises OSError."""
+def write_whole(path: epath.Path, content: bytes, part: str = ".part") -> None:
+    """Writes a file whole or not at all; what was there stays until then. Raises OSError.
+
+    It is made under its name and `part`, which processes that write the same file must not share.
+    """
     if not is_local(path):
         path.write_bytes(content)  # an object store shows no half of it
         return
-    part = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + part)
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name of an empty file
+        partial.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

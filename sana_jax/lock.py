@@ -1,4 +1,7 @@
-"""One writer at a time in a folder, by a file that is never anybody else's."""
+"""One writer at a time in a folder, by a file that is never anybody else's.
+
+A mounted object store keeps no locks: there two machines may write, and neither is refused.
+"""
 
 import contextlib
 import os

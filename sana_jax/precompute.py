@@ -43,7 +43,7 @@ _INSTRUCTION = flags.DEFINE_string(
 )
 _NO_INSTRUCTION = flags.DEFINE_bool("no_instruction", False, "encode the captions alone")
 _BATCH = flags.DEFINE_integer(
-    "batch", 16, "images at once; rounded up to the number of devices", 1, 2**16
+    "batch", 16, "images at once; filled up to a multiple of the devices", 1, 2**16
 )
 _SHARD = flags.DEFINE_integer("shard", 4096, "images of the data in a shard", 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
@@ -109,7 +109,7 @@ def main(argv):
         and precomputed.weights_sha256(text_encoder, params["text_encoder"]),
         "dtype": _DTYPE.value,
         "store": _STORE.value,
-        "batch": _BATCH.value + -_BATCH.value % sharding.batch_divisor(mesh),
+        "batch": _BATCH.value,
         "shard": _SHARD.value,
     }
     folder = Path(_OUT.value)

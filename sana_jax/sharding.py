@@ -93,6 +93,33 @@ def batch_divisor(mesh: Mesh) -> int:
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
+def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this host's devices hold, in order.
+
+    Hosts whose devices differ in `sequence` and `tensor` alone hold the same; those of one host
+    need not follow one another. Which row is where in the global batch never depends on the mesh.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in parts for row in range(batch_size)[rows]})
+
+
+def put_batch(batch, mesh: Mesh):
+    """The global batch on the devices, where every host gives its `batch_rows` of each array."""
+    where, parts = batch_sharding(mesh), batch_rows(mesh, batch_divisor(mesh))
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        size = len(leaf) // len(parts)  # rows of a device
+
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            first = size * parts.index((index[0].start or 0) // size)
+            return leaf[first : first + size]
+
+        shape = size * batch_divisor(mesh), *leaf.shape[1:]
+        return jax.make_array_from_callback(shape, where, of_device)
+
+    return jax.tree.map(put, batch)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Fixes the layout of an activation inside a network, a name an axis.
 

@@ -76,8 +76,9 @@ class Fake:
 
     def ask(self, question):
         machine = dict(platform="cpu", device="cpu", cores=1, flops=8, weight_bytes=1)
+        reference = dict(torch="0", diffusers="0", reference_platform="cpu")
         return dict(
-            describe=machine if self.kind == "ours" else dict(torch="0", diffusers="0"),
+            describe=machine if self.kind == "ours" else reference,
             first=(1.0, numpy.array([3.0, 4.0 if self.kind == "ours" else WRONG])),
             run=0.5 if self.kind == "ours" else 2.0,
             peak_flops=32.0,
@@ -98,11 +99,27 @@ def test_a_wrong_answer_is_no_time(theirs, status):
     flags = "--preset=tiny", "--parts=decode", "--against=diffusers", "--dtype=float32"
     result = bench(*flags, setup=FAKE.replace("WRONG", theirs))
     assert result.returncode == status, result.stderr
-    row = json.loads(result.stdout.splitlines()[-1])["parts"]["decode"]
+    last = result.stdout.splitlines()[-1]
+    row = json.loads(last, parse_constant=pytest.fail)["parts"]["decode"]  # NaN is no JSON
+    assert (row["relative_error"] is None) == (theirs == "numpy.nan")
     assert row["ratio"] == 0.25 and row["flops_per_second"] == 16 and row["share_of_peak"] == 0.5
     assert row["compile_seconds"] == 0.5 and row["agrees"] == (status == 0)
     assert ("decode: THE RESULTS DIFFER" in result.stdout) == (status == 1)
     assert ("the two sides differ in decode" in result.stderr) == (status == 1)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, remedy", [("gpu", "cpu", "torch for the gpu"), ("cpu", "gpu", "jax for the gpu")]
+)
+def test_two_kinds_of_devices_are_not_compared(ours, theirs, remedy):
+    """A TPU's case too, which no torch has."""
+    setup = FAKE.replace("WRONG", "4.0")
+    setup = setup.replace('reference_platform="cpu"', f"reference_platform={theirs!r}")
+    setup = setup.replace('(platform="cpu"', f"(platform={ours!r}")
+    setup = setup.replace('assert question == "load"', "assert False")  # before any weights
+    result = bench("--preset=tiny", "--parts=decode", "--against=diffusers", setup=setup)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert f"we run on the {ours}, torch on the {theirs}: install {remedy}" in result.stderr
 
 
 @pytest.mark.parametrize(

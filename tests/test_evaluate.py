@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from sana_jax import evaluate
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import module_for
 from tests import mini
@@ -63,6 +65,11 @@ def shared(tmp_path_factory):
     params = _arrays(alone.params["vae"])
     params["decoder"]["conv_out"]["kernel"] *= np.float32(3e38)
     native.save(dataclasses.replace(alone, params={"vae": params}), path / "overflowing")
+    params = _arrays(whole.params)
+    kernel = params["dit"]["proj_out"]["kernel"]
+    kernel /= np.abs(kernel).max()
+    kernel *= np.float32(3e38)  # infinite velocities
+    native.save(dataclasses.replace(whole, params=params), path / "diverged")
     twin = Twin("alex")
     torch.save(twin.package(), path / "alex.pth")
     (path / "pictures").mkdir()
@@ -171,6 +178,8 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "can be used": [checkpoint, "--data=small", "--out=pairs.png"],
         "NaN or infinite": [f"--checkpoint={shared / 'overflowing'}", pictures, "--size=16"],
         "--data_dir": [checkpoint, "--data=shapes", "--split=train"],
+        "--seed is not of --task=reconstruction": [checkpoint, pictures, "--seed=0"],
+        "--data is not of --task=shapes": [checkpoint, pictures, "--task=shapes"],
     }
     (tmp_path / "folder.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
@@ -209,6 +218,7 @@ def test_shapes(shared, tmp_path):
         [f"--checkpoint={shared / 'checkpoint'}"],
         [f"--checkpoint={shared / 'overflowing'}", "--out=none.png"],
         [f"--checkpoint={shared / 'checkpoint'}", "--size=50"],
+        [f"--checkpoint={shared / 'diverged'}", "--out=none.png"],
     ]
     result = run(["-c", SEVERAL], tmp_path, input=json.dumps([arguments + case for case in cases]))
     assert result.returncode == 0, result.stderr
@@ -217,13 +227,17 @@ def test_shapes(shared, tmp_path):
     for found in (whole, alone):
         assert (found["prompts"], found["pixels"]) == (6, 64)
         assert found["parser_overall"] == 1 and found["ceiling"] == 0
+        assert found["options"]["count"] == 6 and found["options"]["num_steps"] == 2
+        assert not [key for key in found if not re.search(rf"\b{key}\b", evaluate.__doc__)]
     names = ("overall", "count", "shape", "colour", "position", "relation", "control_shuffled")
     assert whole["overall"] == whole["control_shuffled"] == 0 and whole["facts"] < 0.5
     assert set(whole["by_objects"]) == set("1234") and set(whole["by_style"]) == {"short", "long"}
     assert all(alone[name] is None for name in (*names, "facts"))
     assert any(line.startswith("note: ") for line in lines)
     told = [told for _, told in json.loads(answers)]
-    assert "NaN or infinite" in told[2] and "--size=50 is not a multiple of 4" in told[3]
+    assert "reconstructs some pictures with NaN or infinite" in told[2]
+    assert "--size=50 is not a multiple of 4" in told[3]
+    assert "draws some pictures with NaN or infinite" in told[4]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (6 * 70 + 5 * 2, 70)
     assert not (tmp_path / "none.png").exists()

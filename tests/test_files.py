@@ -1,5 +1,7 @@
 """A file that cannot be written leaves the one that was there."""
 
+import os
+
 import pytest
 from etils import epath
 
@@ -13,3 +15,21 @@ def test_write_whole_leaves_no_part(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_whole(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"old"
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    path, synced = epath.Path(tmp_path / "a"), []
+
+    def fsync(number):
+        synced.append((os.fstat(number).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(path, b"whole")
+    assert synced == [(5, False)] and path.read_bytes() == b"whole"
+
+
+def test_two_writers_do_not_share_a_part(tmp_path):
+    path = epath.Path(tmp_path / "a")
+    (tmp_path / "a.part").write_text("another's")
+    write_whole(path, b"ours", ".1.part")
+    assert path.read_bytes() == b"ours" and (tmp_path / "a.part").read_text() == "another's"

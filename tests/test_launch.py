@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,25 @@ def test_only_75_and_lost_processes_are_tried_again(tmp_path, statuses, wanted):
 def test_retries_come_to_an_end(tmp_path):
     result = launch("local", "--processes=1", *counting(tmp_path, *[75] * 9), RETRIES="2")
     assert result.returncode == 75 and (tmp_path / "count").read_text() == "3"
+
+
+def test_ctrl_c_is_not_tried_again(tmp_path):
+    """A training ends with 75 after it too."""
+    training = tmp_path / "train.py"
+    training.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(75))\n"
+        f"with open({str(tmp_path / 'started')!r}, 'a') as file: file.write('x')\n"
+        "time.sleep(60)\n"
+    )
+    command = ["bash", ROOT / "launch/sweep", "--field=rate", "--values=1,2", f"--out={tmp_path}"]
+    command += [sys.executable, training]
+    environment = os.environ | {"RETRY_SECONDS": "0"}
+    run = subprocess.Popen(command, env=environment, start_new_session=True)
+    while not (tmp_path / "started").exists() and run.poll() is None:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(30) == 130 and (tmp_path / "started").read_text() == "x"
 
 
 def test_local_processes_meet():
@@ -225,6 +246,11 @@ def test_gke_manifest():
     assert "volumes" not in yaml.safe_load(plain.stdout)["spec"]["replicatedJobs"][0]
 
 
+def test_gke_says_which_buckets_will_do():
+    shown = launch("gke", "--help").stdout
+    assert "--enable-hierarchical-namespace" in shown and "no locks" in shown
+
+
 def test_gke_applies_the_manifest(tmp_path):
     path, log = fake(tmp_path, "kubectl", f"cat > {tmp_path}/manifest")
     result = launch("gke", "python", path=path, **POOL)
@@ -268,3 +294,27 @@ def test_a_bad_sweep_ends_at_once(tmp_path):
     assert result.returncode == 2 and (tmp_path / "count").read_text() == "1"
     result = launch("sweep", "--field=rate", "--values=../x", f"--out={tmp_path}", "true")
     assert result.returncode == 2 and "cannot name a folder" in result.stderr
+
+
+def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
+    body = (
+        'case "$2" in\n'
+        "    sana_jax.train*)\n"
+        f'        if [ ! -e "{tmp_path}/$2" ]; then touch "{tmp_path}/$2"; exit 75; fi ;;\n'
+        "esac"
+    )
+    path, log = fake(tmp_path, "python", body)
+    tokenizer = tmp_path / "run/tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "tokenizer_config.json").write_text("{}")
+    result = launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python"))
+    assert result.returncode == 0, result.stderr
+    ran = [line.split()[1].removeprefix("sana_jax.") for line in log.read_text().splitlines()]
+    assert ran == [
+        *["train_dc_ae"] * 2, "data.tokenizer", "data.shapes", *["precompute"] * 2,
+        *["train"] * 2, "evaluate",
+    ]  # fmt: skip
+    (tokenizer / "tokenizer.json").write_text("{}")
+    log.unlink()
+    assert launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python")).returncode == 0
+    assert "data.tokenizer" not in log.read_text()

@@ -1,7 +1,12 @@
 """The mesh and the rule table."""
 
 import ast
+import functools
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -222,3 +227,38 @@ def test_float32_islands_are_float32_on_a_tpu(network):
     ]
     assert exact and len(exact) < len(products)
     assert all("HIGHEST" in line for line in exact), exact
+
+
+HOST = """
+import sys, jax, numpy as np
+index, port = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+from jax.sharding import Mesh
+from sana_jax import sharding
+devices, batch = np.array(jax.devices()), np.arange(24).reshape(8, 3)
+for order, sizes in (
+    ((0, 1, 2, 3), (2, 2, 1, 1)),  # as hosts have them
+    ((0, 2, 1, 3), (2, 2, 1, 1)),  # a host's rows do not follow one another
+    ((0, 1, 2, 3), (1, 2, 1, 2)),
+    ((0, 2, 1, 3), (1, 2, 1, 2)),  # both hosts hold all rows
+    ((0, 1, 2, 3), (1, 1, 1, 4)),
+):
+    mesh = Mesh(devices[list(order)].reshape(sizes), sharding.MESH_AXES)
+    rows = sharding.batch_rows(mesh, 8)
+    placed = sharding.put_batch({"x": batch[rows]}, mesh)["x"]
+    assert placed.shape == batch.shape, (order, sizes)
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, batch[shard.index])
+"""
+
+
+def test_hosts_put_together_the_batch_on_every_mesh():
+    """Two hosts of two devices: each row is where it would be on one host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    run = functools.partial(subprocess.Popen, cwd=Path(__file__).parents[1], env=environment)
+    hosts = [run([sys.executable, "-c", HOST, host, port], stderr=subprocess.PIPE) for host in "01"]
+    errors = [host.communicate(timeout=300)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], errors

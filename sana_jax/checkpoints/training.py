@@ -15,7 +15,7 @@ import fnmatch
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -25,10 +25,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
 from sana_jax.checkpoints.integrity import fingerprints
 from sana_jax.errors import DoNotRetry, Retry, UserError
+from sana_jax.hosts import from_first, gathered, jointly
 from sana_jax.lock import locked
 
 State = TypeVar("State")
@@ -54,7 +54,9 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 class Checkpoints:
     """The checkpoints of a folder, in a context in which no other run writes there.
 
-    Raises UserError where another run does. On an object store there is no lock.
+    Raises UserError where another run does; an object store has no locks, mounted or not. All
+    methods but `steps` are collective, and what is in the folder is for the first host to say:
+    others may see it later.
     """
 
     def __init__(
@@ -86,23 +88,25 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    reason = error.strerror or error
-                    raise UserError(f"--workdir={self.workdir}: {reason}") from None
-                if "://" not in str(self.workdir):
-                    stack.enter_context(locked(self.workdir, "--workdir"))
-                self._sweep()
-            _barrier("checkpoints_open")
+            from_first(self._enter, stack)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error) -> None:
+    def _enter(self, stack: contextlib.ExitStack) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--workdir={self.workdir}: {reason}") from None
+        if "://" not in str(self.workdir):
+            stack.enter_context(locked(self.workdir, "--workdir"))
+        self._sweep()
+
+    def __exit__(self, kind, *error) -> None:
         with self._stack:
             try:
-                self.wait()
+                if kind is None:  # or other hosts may not come here
+                    self.wait()
             finally:
                 self._close()
 
@@ -126,18 +130,18 @@ class Checkpoints:
         """
         wanted, treedef = _flatten(abstract)
         bad: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(from_first(self.steps)):
             try:
-                document = self._document(step)
-                self._check(step, document, wanted)
+                document = from_first(self._document, step)
+                jointly(self._check, step, document, wanted)
                 arrays = self._arrays(step, document, wanted)
             except _Damaged as error:
                 bad[step] = str(error)
                 continue
-            self._set_aside(bad, step)
+            from_first(self._set_aside, bad, step)
             if batches is not None:
                 batches.set_state(_decode(_own(document["iterators"])))
-            self.last_good = self._last_good(step, document)
+            self.last_good = from_first(self._last_good, step, document)
             return jax.tree.unflatten(treedef, _wrapped(arrays, wanted))
         if bad:
             reasons = ", ".join(f"{step} ({reason})" for step, reason in bad.items())
@@ -160,7 +164,7 @@ class Checkpoints:
           Retry: when saving failed SAVE_ATTEMPTS times in a row; one failure is a warning.
         """
         self.wait()
-        if step in self.steps():
+        if step in from_first(self.steps):
             return
         flat, _ = _flatten(state)
         arrays = {name: _unwrapped(leaf) for name, leaf in flat.items()}
@@ -171,26 +175,28 @@ class Checkpoints:
             "good": good,
             **self._about,
             "leaves": leaves,
-            "iterators": _gathered(_encode(iterator)),
+            "iterators": gathered(_encode(iterator)),
         }
         document["sha256"] = _sha256(document)
         self._saving = step, good
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(document)
         )
-        with self._failing():
-            self._open().save(step, args=args, force=True)
+        self._forgive(lambda: self._open().save(step, args=args, force=True))
 
     def wait(self) -> None:
         """Returns when the save that was started is on disk. Raises Retry as `save` does."""
         if self._saving is None:
             return
-        with self._failing():
+        step, good = self._saving
+
+        def finish():
             if self._manager is not None:
                 self._manager.wait_until_finished()
-            step, good = self._saving
-            if step not in self.steps():
+            if jax.process_index() == 0 and step not in self.steps():
                 raise OSError("it is not there after it was saved")
+
+        if self._forgive(finish):
             self._saving, self._failures = None, 0
             self.last_good = step if good else self.last_good
 
@@ -215,21 +221,22 @@ class Checkpoints:
     def _close(self) -> None:
         manager, self._manager = self._manager, None
         if manager is not None:
-            manager.close()
+            with contextlib.suppress(Exception):  # of a save that failed, or is given up
+                manager.close()
 
-    @contextlib.contextmanager
-    def _failing(self):
-        """Forgives a failed save; what a manager remembers after one cannot be trusted."""
+    def _forgive(self, action: Callable[[], Any]) -> bool:
+        """Whether a part of a save succeeds on all hosts; raises Retry as `save` does.
+
+        What a manager remembers after a failure cannot be trusted.
+        """
         try:
-            yield
+            jointly(action)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax and TensorStore raise what they like for a full disk
             step, _ = self._saving
             self._saving, self._failures = None, self._failures + 1
-            with contextlib.suppress(Exception):
-                self._close()
-            self._manager = None
+            self._close()
             with contextlib.suppress(OSError):
                 self._sweep()
             reason = f"step {step} could not be saved to {self.folder}: {_brief(error)}"
@@ -237,6 +244,8 @@ class Checkpoints:
                 newest = max(self.steps(), default="none")
                 raise Retry(f"{reason}; the newest checkpoint is {newest}") from error
             logging.error("%s", reason)
+            return False
+        return True
 
     def _document(self, step: int) -> Document:
         with _damage("its document"):
@@ -277,20 +286,21 @@ class Checkpoints:
     def _arrays(self, step: int, document: Document, wanted: dict[str, Any]) -> dict[str, Any]:
         """The arrays of a step, verified."""
         abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
-        reason = ""
-        try:
+        saved = {name: leaf[2] for name, leaf in document["leaves"].items()}
+
+        def read():
             with _damage("its arrays"):
-                arrays = _restore(self.folder / str(step) / "state", abstract)
-                found = fingerprints(arrays)
-        except _Damaged as error:
-            reason = str(error)
-        else:
-            saved = {name: leaf[2] for name, leaf in document["leaves"].items()}
+                return jax.block_until_ready(_restore(self.folder / str(step) / "state", abstract))
+
+        arrays = jointly(read)
+        found = fingerprints(arrays)
+
+        def compare():
             wrong = [name for name in found if found[name] != saved[name]]
             if wrong:
-                reason = f"its fingerprints: {_some(wrong)}"
-        if _anywhere(bool(reason)):
-            raise _Damaged(reason or "on another host")
+                raise _Damaged(f"its fingerprints: {_some(wrong)}")
+
+        jointly(compare)
         return arrays
 
     def _set_aside(self, bad: dict[int, str], step: int) -> None:
@@ -298,14 +308,12 @@ class Checkpoints:
         for damaged, reason in bad.items():
             line = f"checkpoint {damaged} is damaged ({reason}); going back to step {step}"
             logging.error("%s", line)
-            if jax.process_index() == 0:
-                print(line, file=sys.stderr, flush=True)
-                number, path = 0, self.folder / f"{damaged}.bad"
-                while path.exists():
-                    number += 1
-                    path = self.folder / f"{damaged}.bad{number}"
-                (self.folder / str(damaged)).rename(path)
-        _barrier("checkpoints_set_aside")
+            print(line, file=sys.stderr, flush=True)
+            number, path = 0, self.folder / f"{damaged}.bad"
+            while path.exists():
+                number += 1
+                path = self.folder / f"{damaged}.bad{number}"
+            (self.folder / str(damaged)).rename(path)
 
     def _last_good(self, step: int, document: Document) -> int | None:
         for older in reversed([s for s in self.steps() if s <= step]):
@@ -329,9 +337,9 @@ def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:
       Retry: where the storage does not answer.
     """
     checkpoints, bad = Checkpoints(workdir, {}, {}), []
-    for step in reversed(checkpoints.steps()):
+    for step in reversed(from_first(checkpoints.steps)):
         try:
-            document = checkpoints._document(step)
+            document = from_first(checkpoints._document, step)
             if not document["good"]:
                 raise _Damaged("its last update was not finite")
             leaves = {n: x for n, x in document["leaves"].items() if n.startswith(f"{part}/")}
@@ -371,7 +379,8 @@ def _restore(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Arra
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+    # Without a Checkpointer around it, which waits for hosts that may have failed.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(folder, args=args)
 
 
@@ -428,28 +437,6 @@ def _decode(encoded: Document) -> Any:
 
 def _own(iterators: list[Any]) -> Any:
     return iterators[jax.process_index()]
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The JSON values of all hosts, on all hosts."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
-    padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
-    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
-
-
-def _anywhere(flag: bool) -> bool:
-    """Whether a flag is set on any host."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 _ABSENT = object()

@@ -10,7 +10,6 @@ import grain
 import jax
 import ml_dtypes
 import numpy as np
-from flax import serialization
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 from tqdm import tqdm
@@ -25,7 +24,6 @@ from sana_jax.data.sources import Record, Source
 from sana_jax.data.text_image import CaptionTokens
 from sana_jax.data.transforms import Transform, to_float
 from sana_jax.errors import UserError
-from sana_jax.files import write_whole
 from sana_jax.lock import NAME as LOCK
 
 SETTINGS = "settings.json"  # of a folder that may not be finished
@@ -37,7 +35,7 @@ class Encoder:
     Args:
       checkpoint: with its weights on `mesh`.
       dtype: that the networks compute in.
-      batch: rows that are encoded at once, a multiple of the mesh's batch axes.
+      batch: rows that are encoded at once, filled up to a multiple of the mesh's batch axes.
       tokens: whose captions are to be encoded; None: no captions are.
     """
 
@@ -49,7 +47,8 @@ class Encoder:
         batch: int,
         tokens: CaptionTokens | None = None,
     ):
-        self._batch, self._sharding = batch, sharding.batch_sharding(mesh)
+        self._batch = batch + -batch % sharding.batch_divisor(mesh)
+        self._sharding = sharding.batch_sharding(mesh)
         params, scale = checkpoint.params, checkpoint.vae.scaling_factor
         vae = module_for(checkpoint.vae, dtype)
 
@@ -59,10 +58,10 @@ class Encoder:
 
         self._encode = lambda images: encode(params["vae"], images)
         if tokens is not None:
-            self._read, self.null = self._reader(checkpoint, dtype, tokens)
+            self._read = self._reader(checkpoint, dtype, tokens)
 
     def _reader(self, checkpoint: Checkpoint, dtype: str, tokens: CaptionTokens):
-        """What reads captions, and the rows of the empty prompt that count, (n, T)."""
+        """What reads captions."""
         encoder = module_for(checkpoint.text_encoder, dtype)
         params = checkpoint.params["text_encoder"]
 
@@ -77,12 +76,7 @@ class Encoder:
 
         told = np.array([tokens.prefix], np.int32)
         prefix = read_prefix(params, told) if tokens.prefix else None
-        empty = tokens.empty
-        null = np.asarray(read(params, None, empty.window, empty.tokens, empty.mask))
-        return (
-            lambda rows, mask: read(params, prefix, tokens.window, rows, mask),
-            null[0][empty.mask[0]],
-        )
+        return lambda rows, mask: read(params, prefix, tokens.window, rows, mask)
 
     def latents(self, images: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B h w c"]:
         """Scaled latents of pixels in [-1, 1]; B is any number."""
@@ -153,9 +147,6 @@ def precompute(
     if not total.used:
         bad = [f"{key} ({why})" for shard in shards for key, why in shard["bad"].items()]
         raise UserError(f"no image can be used: {total}; for example {'; '.join(bad[:5])}")
-    if settings["text"]:
-        null = {"embeddings": encoder.null.astype(ml_dtypes.bfloat16)}
-        write_whole(folder / precomputed.NULL, serialization.msgpack_serialize(null))
     index = settings | {"shards": shards, "counts": total.state()}
     precomputed.write_json(folder / precomputed.INDEX, index)
     return index

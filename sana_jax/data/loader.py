@@ -17,7 +17,7 @@ What becomes of a record is the transform's affair (transforms.py).
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -40,9 +40,7 @@ class TrainingLoader:
       batch_size: rows of the global batch.
       seed: of the order and of all that is random in the transform.
       order: which record is where; None: a global shuffle from `seed`.
-      shard_index, shard_count: this host gets the rows `shard_index` of `shard_count` equal parts
-        of every batch. They are its coordinate along the batch axes of the mesh, and their size:
-        hosts that hold the same rows must be given the same ones.
+      rows: of every batch, those that this host loads (sharding.batch_rows); None: all.
       threads: that decode; None: as many as there are cores, up to 16.
       prefetch: batches that are made ready ahead.
       budget: of bad records. Counted for each host by itself, whose `counts` are its own.
@@ -58,8 +56,7 @@ class TrainingLoader:
         batch_size: int,
         seed: int = 0,
         order: Order | None = None,
-        shard_index: int = 0,
-        shard_count: int = 1,
+        rows: Sequence[int] | None = None,
         threads: int | None = None,
         prefetch: int = 2,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
@@ -69,11 +66,13 @@ class TrainingLoader:
                 f"batch_size={batch_size}: the data has {len(source)} records, less than a batch;"
                 " lower it, or give more data"
             )
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: it is at least 1")
         if seed < 0:
             raise UserError(f"seed={seed}: it is at least 0")
         self.source, self.transform, self.batch_size = source, transform, batch_size
-        self.seed, self.budget, self.shard_count = seed, budget, shard_count
-        self.rows = rows_of_shard(batch_size, shard_index, shard_count)
+        self.seed, self.budget = seed, budget
+        self.rows = range(batch_size) if rows is None else rows
         self._prefetch = prefetch
         self._pool = thread_pool(threads)
         self.order = order if order is not None else GlobalOrder(len(source), seed)

@@ -5,7 +5,6 @@ A folder holds one split:
     index.json                 what was encoded and how, every shard, what was left out and why
     shard-00000.array_record   records, packed by MessagePack, checked by ArrayRecord when read
     shard-00000.json           the shard's entry of the index, written when the shard is complete
-    null.msgpack               the embedding of the empty prompt, where there are embeddings
 
 A record has key, captions, scores and truth as every source's (sources.Record); `latents`, (h, w,
 c) in float32 or bfloat16; `scaled`, whether they are multiplied by the autoencoder's scaling factor
@@ -26,13 +25,11 @@ from flax import serialization
 
 from sana_jax.data.images import BadImage
 from sana_jax.data.sources import Record
-from sana_jax.data.text_image import pad_rows
-from sana_jax.data.transforms import Example
 from sana_jax.errors import UserError
 from sana_jax.files import write_whole
 
 FORMAT = 1
-INDEX, NULL = "index.json", "null.msgpack"
+INDEX = "index.json"
 
 
 class Precomputed:
@@ -54,8 +51,8 @@ class Precomputed:
             self.index = json.loads(text)
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder} has no {INDEX}: it was not precomputed, or not to the end; run python -m"
-                " sana_jax.precompute with the same arguments to finish it"
+                f"{self.folder} has no {INDEX}: it was not precomputed, or not to the end; run"
+                " python -m sana_jax.precompute with the same arguments to finish it"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder / INDEX} cannot be read: {error}") from None
@@ -94,13 +91,6 @@ class Precomputed:
             error.key = record["key"]
             raise error
         return record | {"latents": latents}
-
-    def null_embedding(self) -> Example:
-        """{"embeddings": (rows, T), "mask": (rows,)} of the empty prompt. Raises UserError."""
-        if self.rows is None:
-            raise UserError(f"{self.folder} holds no embeddings; precompute it with --text")
-        stored = serialization.msgpack_restore((self.folder / NULL).read_bytes())
-        return pad_rows(stored["embeddings"], self.rows)
 
 
 class ShardWriter:

@@ -1,14 +1,14 @@
 """The sizes of all images of a source, which aspect-ratio buckets need before the first batch."""
 
 import io
-import os
-import tempfile
+import uuid
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Int32
 from tqdm import tqdm
 
@@ -16,6 +16,7 @@ from sana_jax.data.counts import Counts, Rejection
 from sana_jax.data.images import REASONS, BadImage, size_of
 from sana_jax.data.sources import Source, thread_pool
 from sana_jax.errors import UserError
+from sana_jax.files import write_whole
 
 CODES = (None, *REASONS)  # why there is no size, as the file has it
 
@@ -94,9 +95,7 @@ def _save(path: Path, sizes: np.ndarray, codes: np.ndarray) -> None:
     np.savez_compressed(data, sizes=sizes, codes=codes)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own, because other hosts may write the same.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as partial:
-            partial.write(data.getvalue())
-        os.replace(partial.name, path)
+        # Other hosts may write the same.
+        write_whole(epath.Path(path), data.getvalue(), f".{uuid.uuid4().hex}.part")
     except OSError as error:
         raise UserError(f"cache {path.parent}: {error.strerror or error}; name another") from None

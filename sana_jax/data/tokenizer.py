@@ -2,6 +2,8 @@
 
     python -m sana_jax.data.tokenizer --out=DIR                    # of the built-in data set
     python -m sana_jax.data.tokenizer --out=DIR --data=PHOTOS --vocab_size=8192
+
+It reads the captions of the first records, and draws nothing for shapes.
 """
 
 import json
@@ -13,6 +15,7 @@ from absl import flags
 from sana_jax import cli
 from sana_jax.data.images import BadImage
 from sana_jax.errors import UserError
+from sana_jax.new_folder import check_new, new_folder
 from sana_jax.text import clean_prompt, import_transformers
 from sana_jax.toy_tokenizer import ALPHABET, SPACE, SPECIAL
 
@@ -109,9 +112,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path
 
 def main(argv: list[str]) -> None:
     del argv
-    if (out := Path(_OUT.value)).exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out={out} exists and is not an empty folder")
-    tokenizer = train_tokenizer(_captions(), _VOCAB_SIZE.value, out)
+    out = check_new(_OUT.value)
+    found = _captions()
+    with new_folder(out):
+        tokenizer = train_tokenizer(found, _VOCAB_SIZE.value, out)
     print(f"{out}: {len(tokenizer)} tokens")
 
 

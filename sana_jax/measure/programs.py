@@ -23,7 +23,6 @@ from sana_jax.metrics import lpips
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
-from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.sharding import batch_divisor, batch_sharding, shardings_for
 
 DTYPE = "bfloat16"  # of weights and activations where pictures are drawn
@@ -134,18 +133,8 @@ def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None):
             f"a batch of {recipe.batch_size} is no multiple of {divisor}, the chips that split it"
             " times the microbatches and the encoder's"
         )
-    function, state, rows, inputs = text_to_image_model.abstract_training(config, mesh)
-    dit = text_to_image_model._network(SanaConfig, config, "network")
-    encoder, vae = config.text_encoder, DCAEConfig()
-    size = config.data.size or dit.sample_size * vae.factor
-    side = size // vae.factor
-    each = 3 * flops.trunk(dit, side, side, encoder.rows)
-    if "image" in rows:
-        each += flops.encode(vae, size, size)
-    if "tokens" in rows:
-        gemma = text_to_image_model._network(Gemma2Config, config, "text_encoder.network")
-        each += (3 if encoder.train else 1) * flops.text(gemma, rows["tokens"].shape[1])
-    return function, state, rows, inputs, size, recipe.batch_size * each
+    *found, each = text_to_image_model.abstract_training(config, mesh)
+    return *found, recipe.batch_size * each
 
 
 def _autoencoder_training(config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None):

@@ -54,7 +54,11 @@ class Diffusers:
         import diffusers
         import torch
 
-        return dict(torch=torch.__version__, diffusers=diffusers.__version__)
+        return dict(
+            torch=torch.__version__,
+            diffusers=diffusers.__version__,
+            reference_platform="gpu" if self.cuda else "cpu",  # as JAX names them
+        )
 
     def peak_bytes(self) -> int | None:
         import torch

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 from tqdm import tqdm
 
 from sana_jax import arguments, checkpoints, sharding
@@ -80,21 +79,31 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
     apply = jax.jit(module_for(vae, component_dtype("vae", options.dtype)).apply)
     finite = []
 
+    def rounded(images: jax.Array) -> jax.Array:
+        finite.append(jnp.isfinite(images).all())  # which 8 bits do not tell
+        return to_uint8(images)
+
+    def check(does: str) -> None:
+        if not all(finite):
+            raise UserError(
+                f"{name} {does} some pictures with NaN or infinite values: its weights are not"
+                " those of a trained model, or need another --dtype"
+            )
+
     def sample(batch: Batch) -> jax.Array:
-        return pipe(
+        images = pipe(
             [task.prompt for task in batch.padded()],
             seed=[task.seed for task in batch.padded()],
-            output="device",
+            output="float",
             **common,
         )
+        return rounded(2 * images - 1)
 
     def reconstruct(batch: Batch) -> jax.Array:
         scenes = [asked[task.number].scene for task in batch.padded()]
         images = np.stack([draw(scene, size, size) for scene in scenes])
         images = jax.device_put(images, sharding.batch_sharding(mesh))
-        images = apply({"params": checkpoint.params["vae"]}, to_float(images))
-        finite.append(jnp.isfinite(images).all())
-        return to_uint8(images)
+        return rounded(apply({"params": checkpoint.params["vae"]}, to_float(images)))
 
     with (
         jax.set_mesh(mesh),
@@ -102,14 +111,11 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
         tqdm(total=len(tasks) * (1 + draws), unit=" image", disable=None) as bar,
     ):
         restored, pictures = _parse_all(reconstruct, batches, bar.update)
-        if not all(finite):
-            raise UserError(
-                f"{name} reconstructs some pictures with NaN or infinite values: its weights are"
-                " not those of a trained autoencoder, or need another --dtype"
-            )
+        check("reconstructs")
         drawn = None
         if draws:
             drawn, pictures = _parse_all(sample, batches, bar.update)
+            check("draws")
     truth = [parse(draw(each.scene, size, size)) for each in asked]
     found = figures(asked, drawn, truth, restored) | {"pixels": size}
     shown = drawn or restored
@@ -147,9 +153,8 @@ def figures(
       restored: in these after the autoencoder.
     """
 
-    def scored(found, shift: int = 0):
-        order = range(shift, shift + len(asked))
-        return [score(asked[k % len(asked)].facts, found[k - shift]) for k in order]
+    def scored(found):
+        return [score(each.facts, seen) for each, seen in zip(asked, found, strict=True)]
 
     parser, ceiling = scored(truth), scored(restored)
     found = dict.fromkeys(("overall", "facts", *KINDS))
@@ -162,8 +167,9 @@ def figures(
             "by_shape": objects_by(scores, "shape"),
             "held_out": held_out(scores),
         }
-        if len(asked) > MAX_OBJECTS:  # numbers of objects come in turn
-            found["control_shuffled"] = rates(scored(drawn, MAX_OBJECTS))["overall"]
+        others = [another(k, len(asked)) for k in range(len(asked))]
+        control = [score(asked[j].facts, drawn[k]) for k, j in enumerate(others) if j != k]
+        found["control_shuffled"] = rates(control)["overall"]
     return found | {
         "prompts": len(asked),
         "parser_overall": rates(parser)["overall"],
@@ -175,6 +181,14 @@ def figures(
     }
 
 
+def another(k: int, count: int) -> int:
+    """The next of `count` prompts with as many objects as prompt `k`; after the last, the first.
+
+    Numbers of objects come in turn.
+    """
+    return k + MAX_OBJECTS if k + MAX_OBJECTS < count else k % MAX_OBJECTS
+
+
 def _sheet(pictures: list[Picture], good: list[bool]) -> Picture:
     """The pictures in frames: green where every stated fact is right, else red."""
     framed = []
@@ -183,14 +197,6 @@ def _sheet(pictures: list[Picture], good: list[bool]) -> Picture:
         frame[3:-3, 3:-3] = picture
         framed.append(frame.astype(np.uint8))
     return make_grid([framed[k : k + COLUMNS] for k in range(0, len(framed), COLUMNS)])
-
-
-def save_sheet(path, sheet: Picture) -> None:
-    """Raises UserError."""
-    try:
-        Image.fromarray(sheet).save(path, "PNG")
-    except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror or error}") from None
 
 
 def table(found: dict[str, Any]) -> str:

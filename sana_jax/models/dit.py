@@ -310,11 +310,10 @@ class Block(nn.Module):
         x, h = modulated_norm(x, shift1, scale1, implementation)
         x = x + gated(gate1, self.attention(h))
         x = x + self.cross_attention(x, keys_values, mask)
-        x, h = modulated_norm(x, shift2, scale2, implementation)
-        h = self.ffn(rearrange(h, "b (h w) c -> b h w c", h=height, w=width))
-        x = x + gated(gate2, rearrange(h, "b h w c -> b (h w) c"))
-        x = constrain(x, "batch", "tokens", "residual")
-        return rearrange(x, "b (h w) c -> b h w c", h=height, w=width), None
+        pair = modulated_norm(x, shift2, scale2, implementation)
+        x, h = (rearrange(t, "b (h w) c -> b h w c", h=height, w=width) for t in pair)
+        x = x + self.ffn(h, gate2[:, None])
+        return constrain(x, "batch", "tokens", None, "residual"), None
 
     def __call__(self, x, modulation, caption, mask):
         keys_values = self.cross_attention.keys_values(caption)

@@ -250,6 +250,7 @@ class Gemma2(nn.Module):
     config: Gemma2Config
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    trains: bool = False  # whether gradients are asked for, whose memory scan_for_sampling wastes
 
     def setup(self):
         config = self.config
@@ -292,9 +293,10 @@ class Gemma2(nn.Module):
         x = (x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)).astype(self.dtype)
         cos, sin = rope_table(start + tokens.shape[1], self.config)
         slides = jnp.asarray(self.config.slides)
-        layer = Layer(self.config, self.dtype, self.param_dtype, parent=None)
-        table = cos[start:], sin[start:]
-        x, keys_values = scan_for_sampling(
-            self.layers, layer, "__call__", x, (slides, before), *table
-        )
+        each, table = (slides, before), (cos[start:], sin[start:])
+        if self.trains:
+            x, keys_values = self.layers(x, *each, *table)
+        else:
+            layer = Layer(self.config, self.dtype, self.param_dtype, parent=None)
+            x, keys_values = scan_for_sampling(self.layers, layer, "__call__", x, each, *table)
         return self.final_norm(x), keys_values

@@ -187,7 +187,10 @@ class GLUMBConv(nn.Module):
     split_rows: bool = False  # of the images, over the mesh axis that splits tokens
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], scale: Float[Array, "#B #H #W C"] | None = None
+    ) -> Float[Array, "B H W C"]:
+        """`scale`: a factor of the result, in float32."""
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         wide = 2 * self.hidden
 
@@ -206,11 +209,12 @@ class GLUMBConv(nn.Module):
         linear = dict(use_bias=False, kernel_init=fan_in_uniform, **types)
         expand = partial(dense, wide, ("embed", "mlp"), name="expand", **linear)
         contract = partial(dense, x.shape[-1], ("mlp", "embed"), name="contract", **linear)
-        if not uses_kernel(*x.shape[1:3], self.implementation):
-            return contract()(glumbconv(expand()(x), *weights, split_rows=self.split_rows))
+        if not uses_kernel(*x.shape[1:3], self.dtype, self.implementation):
+            y = contract()(glumbconv(expand()(x), *weights, split_rows=self.split_rows))
+            return y if scale is None else (scale * y.astype(jnp.float32)).astype(y.dtype)
         value, gate = expand(dot_general=_halves)(x)
 
         def middle_too(value, kernel, dims, precision):
-            return projected_glumbconv(self.split_rows, value, gate, *weights, kernel)
+            return projected_glumbconv(self.split_rows, (value, gate), weights, kernel, scale)
 
         return contract(dot_general=middle_too)(value)

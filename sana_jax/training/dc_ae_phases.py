@@ -9,9 +9,12 @@ A phase whose results are there is over; the others resume from their newest che
 """
 
 import dataclasses
+import fnmatch
 import json
+import operator
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,15 @@ from sana_jax.training.state import TrainState, on_mesh
 SHOWN = 8  # images in a sheet of reconstructions
 # What may change from one run in a folder to the next. Not the steps: schedules depend on them.
 # Nor what `start` says, but by its fingerprint.
-FREE = ("loop.*", "loader.*", "keep", "evaluation.*", "mesh.*", "data.data_dir", "start")
+FREE = ("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir", "start")
+# The least that numbers may be which what uses them refuses late.
+LEAST = {
+    "seed": 0,
+    "data.shapes.seed": 0,
+    "data.shapes.test": 1,
+    "evaluation.images": 1,
+    "evaluation.batch_size": 1,
+}
 
 
 class AutoencoderTraining:
@@ -70,6 +81,9 @@ class AutoencoderTraining:
         if not config.run or set(config.run) - set(phases):
             known = ", ".join(phases)
             raise UserError(f"config.run={config.run}: name some of its phases, {known}")
+        for key, least in LEAST.items():
+            if (value := operator.attrgetter(key)(config)) < least:
+                raise UserError(f"config.{key}={value}: it is at least {least}")
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         distance, self.perceptual_params = make_perceptual(**config.perceptual, dtype=dtype)
         self.model = DCAE(self.network, dtype, jnp.float32, remat=config.remat)
@@ -106,15 +120,14 @@ class AutoencoderTraining:
         before, parent = self._given
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
-            # What decides the phase: its own fields, and the model that it starts from.
-            about = json.loads(
-                json.dumps({"phase": dataclasses.asdict(task.phase), "from": parent})
-            )
-            if (folder / "results.json").exists():
-                if native.read_json(folder / "results.json").get("about") != about:
+            about = self._about(number, task.phase, parent)
+            if _first_finds((folder / "results.json").exists):
+                then = native.read_json(folder / "results.json").get("about", {})
+                now = _fixed(about)
+                if changed := [key for key in now | then if then.get(key) != now.get(key)]:
                     raise UserError(
-                        f"{folder} was trained by another config.phases.{name}, or from another"
-                        " model than is there now; remove it to train it anew"
+                        f"{folder} was trained by another config, or from another model than is"
+                        f" there now: {', '.join(changed)} changed; remove it to train it anew"
                     )
                 logging.warning("phase %s is over; remove %s to repeat it", name, folder)
             else:
@@ -122,8 +135,13 @@ class AutoencoderTraining:
                     self._run_phase(name, number, task, before, about)
             before, parent = self._open(folder / "model")
         if _is_first():
-            shutil.rmtree(self.workdir / "model", ignore_errors=True)
-            shutil.copytree(folder / "model", self.workdir / "model")
+            _copy_model(folder / "model", self.workdir / "model")
+
+    def _about(self, number: int, phase: Phase, parent: str | None) -> dict[str, Any]:
+        """The config with one phase, and the model that it starts from, as JSON gives it back."""
+        about = {key: value for key, value in self.config.to_dict().items() if key != "phases"}
+        about |= {"run": self.config.run[: number + 1], "from": parent}
+        return json.loads(json.dumps(about | {"phase": dataclasses.asdict(phase)}))
 
     def _open(self, folder: Path) -> tuple[Checkpoint, str]:
         """A model that a phase starts from, and its fingerprint."""
@@ -139,13 +157,11 @@ class AutoencoderTraining:
         number: int,
         task: AutoencoderTask,
         before: Checkpoint | None,
-        of_phase: dict[str, Any],
+        about: dict[str, Any],
     ) -> None:
         config, folder, phase = self.config, self.workdir / name, task.phase
         loader = self._loader(phase, number)
         held_out = {size: self._held_out(size) for size in config.evaluation.sizes}
-        about = {key: value for key, value in config.to_dict().items() if key != "phases"}
-        about |= of_phase | {"run": config.run[: number + 1]}
         loop = LoopConfig(steps=phase.steps, **config.loop)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         abstract, create = on_mesh(lambda: task.init(key), self.mesh)
@@ -161,7 +177,7 @@ class AutoencoderTraining:
                 )
             if first:
                 _say(f"{name}: resumed at step {first} of {phase.steps}")
-            if not (folder / "before.json").exists():
+            if not _first_finds((folder / "before.json").exists):
                 _say(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
             if first < phase.steps:
@@ -183,11 +199,11 @@ class AutoencoderTraining:
                 factor = self._scaling_factor(state.ema, loader)
             results = {
                 "phase": name,
-                "about": of_phase,
+                "about": _fixed(about),
                 "steps": phase.steps,
                 "images": phase.steps * phase.batch_size,
                 "skipped_updates": int(state.skipped),
-                "training_seconds": round(_training_seconds(folder, phase)),
+                "training_seconds": _first_finds(lambda: _training_seconds(folder, phase)),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 "scaling_factor": factor,
                 "before": native.read_json(folder / "before.json"),
@@ -216,8 +232,7 @@ class AutoencoderTraining:
             _transform(phase),
             batch_size=phase.batch_size,
             seed=self.config.seed + number,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            rows=sharding.batch_rows(self.mesh, phase.batch_size),
             **options,
         )
 
@@ -297,9 +312,7 @@ class AutoencoderTraining:
         """1 / root mean square of the latents of training images, as the phase sees them."""
         squares = []
         for step in range(max(1, self.config.scale_images // loader.batch_size)):
-            rows = jax.make_array_from_process_local_data(
-                sharding.batch_sharding(self.mesh), loader.batch(step)["image"]
-            )
+            rows = sharding.put_batch(loader.batch(step)["image"], self.mesh)
             squares.append(float(jnp.mean(jnp.square(self._encode(params, rows)))))
         return float(1 / np.sqrt(np.mean(squares)))
 
@@ -330,10 +343,11 @@ def _phase(fields: dict[str, Any]) -> Phase:
 
 
 def _check(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for sizes that do not divide."""
+    """Raises UserError for sizes that do not divide, and options that nothing knows."""
     key = f"config.phases.{name}"
-    if phase.steps < 1:
-        raise UserError(f"{key}.steps={phase.steps}: it is at least 1")
+    for field in ("steps", "image_size", "microbatches"):
+        if (value := getattr(phase, field)) < 1:
+            raise UserError(f"{key}.{field}={value}: it is at least 1")
     if phase.image_size % network.factor:
         raise UserError(
             f"{key}.image_size={phase.image_size}: it is a multiple of {network.factor}"
@@ -344,11 +358,35 @@ def _check(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh
             f"{key}.batch_size={phase.batch_size}: it is a multiple of {divisor}, the devices that"
             " split it times the microbatches"
         )
+    try:
+        _transform(phase)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
     for optimizer in ("autoencoder", "discriminator")[: 2 if phase.adversarial else 1]:
         try:
             make_schedule(getattr(phase, optimizer), phase.steps)
         except UserError as error:
             raise UserError(f"{key}.{optimizer}.{error}") from None
+
+
+def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """`about` without what is FREE."""
+    return {
+        key: _fixed(value, f"{above}{key}.") if isinstance(value, dict) else value
+        for key, value in about.items()
+        if not any(fnmatch.fnmatch(above + key, glob) for glob in FREE)
+    }
+
+
+def _copy_model(model: Path, target: Path) -> None:
+    """Puts `model` at `target` as a whole, unless it is there."""
+    if (target / "model.json").exists() and fingerprint(target) == fingerprint(model):
+        return
+    part = target.with_name("model.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(model, part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
 
 
 def _training_seconds(folder: Path, phase: Phase) -> float:
@@ -373,6 +411,11 @@ def _write(path: Path, contents: dict[str, Any]) -> None:
     if _is_first():
         write_whole(epath.Path(path), (json.dumps(contents, indent=2) + "\n").encode())
     _barrier(path.name)
+
+
+def _first_finds(find: Callable[[], float]) -> int:
+    """What the first host finds in its files, rounded, for all: they go the same way."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(round(find()) if _is_first() else 0)))
 
 
 def _is_first() -> bool:

@@ -99,18 +99,26 @@ def fit(
       writer: takes a row every `log_every` steps: means since the last row of all that the steps
         returned but those that were skipped; `images_per_second` without pauses for checkpoints
         and hooks; `data_wait`, the share of time that the device waited for data;
-        `checkpoint_seconds` and `hook_seconds` of pauses; once `compile_seconds`.
+        `checkpoint_seconds` and `hook_seconds` of pauses; `compile_seconds` where a batch had a
+        new shape.
       on_images, on_evaluate: called with the state, which they must not keep, and the step.
       peak_rate: images/s of devices that do nothing but the networks' FLOPs at their peak; `mfu` in
         the rows is the share of it that was reached.
 
     Raises:
       Stopped: after a signal, when all is saved.
-      Retry: the metrics or the checkpoints cannot be written.
+      Retry: the metrics, the checkpoints or what a hook makes cannot be written.
       DoNotRetry: `max_streak` updates in a row were skipped.
       UserError: the data ends, or a batch does not split over the devices.
     """
     done, pending, meter = int(state.step), None, Meter(peak_rate)
+
+    @contextlib.contextmanager
+    def storage():
+        try:
+            yield
+        except OSError as error:
+            raise Retry(f"{writer and writer.workdir}: {error.strerror or error}") from error
 
     def read_pending():
         """Waits for the step in flight and takes in what it returned."""
@@ -124,10 +132,8 @@ def fit(
         if writer:
             writer.tick()
             if _due(step_read, config.log_every) or step_read == config.steps:
-                try:
+                with storage():
                     writer.write(step_read, meter.row())
-                except OSError as error:
-                    raise Retry(f"{writer.workdir}: {error.strerror or error}") from error
         if meter.streak >= config.max_streak:
             raise DoNotRetry(_streak_message(step_read, meter.streak, checkpoints))
 
@@ -136,7 +142,8 @@ def fit(
 
     def pause(name: str, action: Callable, *args):
         began = time.monotonic()
-        action(*args)
+        with storage():
+            action(*args)
         meter.paused(name, time.monotonic() - began)
         dog.beat()
 
@@ -154,7 +161,7 @@ def fit(
             began = time.monotonic()
             with jax.profiler.StepTraceAnnotation("train", step_num=done):
                 state, metrics = step(state, taken.batch)
-            meter.dispatched(time.monotonic() - began, taken.waited)
+            meter.dispatched(taken.batch, time.monotonic() - began, taken.waited)
             read_pending()  # of the step before: this one is in flight
             done, position = done + 1, taken.position
             pending = done, metrics, taken.rows

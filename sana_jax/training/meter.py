@@ -13,17 +13,20 @@ class Meter:
     def __init__(self, peak_rate: float | None = None):
         """`peak_rate`: images/s at the devices' peak, for the share of it that is reached."""
         self.streak, self._peak_rate = 0, peak_rate
-        self._compile: float | None = None  # seconds, of the first step
-        self._shown = False
+        self._shapes: set[tuple[Any, ...]] = set()  # of batches, for which a step is compiled
         self._reset()
 
-    def dispatched(self, seconds: float, waited: float) -> None:
+    def dispatched(self, batch: Any, seconds: float, waited: float) -> None:
         """A step was dispatched, which took `seconds`; the device had `waited` for its batch."""
-        if self._compile is None:
-            self._compile = seconds
-            self._reset()  # the rate is that of the steps, not of the compiler
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if not self._shapes:  # what went before the first step was no training
+            self._reset()
+            self._began -= seconds
         else:
             self._waited += waited
+        if shapes not in self._shapes:  # the rate is that of the steps, not of the compiler
+            self._shapes.add(shapes)
+            self.paused("compile", seconds)
 
     def read(self, metrics: dict[str, Any], rows: int) -> None:
         """Waits for what a step returned, a batch of `rows`, and takes it in."""
@@ -53,8 +56,6 @@ class Meter:
         if self._peak_rate:
             row["mfu"] = row["images_per_second"] / self._peak_rate
         row |= {f"{name}_seconds": spent for name, spent in self._pauses.items()}
-        if not self._shown:
-            row["compile_seconds"], self._shown = self._compile, True
         self._reset()
         return row
 

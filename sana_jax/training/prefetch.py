@@ -67,15 +67,11 @@ class Prefetch:
             ) from None
         position = self._state()
         rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
-        total, divisor = max(rows) * jax.process_count(), sharding.batch_divisor(self._mesh)
-        if len(rows) > 1 or total % divisor:
-            raise UserError(f"a batch of {total} rows does not split over {divisor} devices")
-        where = sharding.batch_sharding(self._mesh)
-
-        def put(leaf):
-            return jax.make_array_from_process_local_data(where, leaf)
-
-        return jax.tree.map(put, batch), position, total
+        divisor = sharding.batch_divisor(self._mesh)
+        held = len(sharding.batch_rows(self._mesh, divisor))  # of `divisor` parts, on this host
+        if len(rows) > 1 or max(rows) % held:
+            raise UserError(f"a batch of {max(rows)} rows does not split over {held} devices")
+        return sharding.put_batch(batch, self._mesh), position, max(rows) // held * divisor
 
     def _state(self) -> Any:
         return self._batches.get_state() if hasattr(self._batches, "get_state") else None

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sana_jax import sharding, text
+from sana_jax import arguments, flops, sharding, text
 from sana_jax.checkpoints import find, native, open_checkpoint
 from sana_jax.checkpoints.components import (
     Checkpoint,
@@ -72,6 +72,16 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         found = open_named("text_encoder.checkpoint", encoder.checkpoint, *parts)
         base.text_encoder, base.tokenizer = found.text_encoder, found.tokenizer
         base.instruction = found.instruction if encoder.instruction else None
+        if encoder.train and base.instruction:
+            raise UserError(
+                "config.text_encoder.instruction: a text encoder that trains reads none; give"
+                " config.text_encoder.instruction=False"
+            )
+        if encoder.tokenizer:
+            raise UserError(
+                "config.text_encoder.tokenizer is for a new text encoder; .checkpoint has its own,"
+                " give one of the two"
+            )
         if not encoder.train:
             base.params["text_encoder"] = found.params["text_encoder"]
     else:
@@ -81,31 +91,32 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
                 " with config.text_encoder.train=True and .tokenizer=FOLDER"
             )
         base.text_encoder = _network(Gemma2Config, config, "text_encoder.network")
-        base.tokenizer = text.load_tokenizer(Path(encoder.tokenizer).expanduser())
-        file = Path(encoder.tokenizer).expanduser() / "tokenizer.json"
+        folder = Path(encoder.tokenizer).expanduser()
+        base.tokenizer = text.load_tokenizer(folder)
+        names = "tokenizer.json", "tokenizer.model"  # one is there
+        file = next(path for path in map(folder.joinpath, names) if path.is_file())
         prints["text_encoder.tokenizer"] = native.sha256_of(file)
     if len(base.tokenizer) > base.text_encoder.vocab_size:
         raise UserError(
             f"config.text_encoder.network.vocab_size={base.text_encoder.vocab_size}: the tokenizer"
             f" has {len(base.tokenizer)} tokens"
         )
-    base.dit, base.text_rows = _network(SanaConfig, config, "network"), encoder.rows
+    base.dit = _network(SanaConfig, config, "network")
+    base.text_rows = arguments.whole("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
     check_fit(base)
-    if config.start:
-        prints["start"] = open_start(config)[1]
     return base, prints
 
 
-def open_start(config: ConfigDict) -> tuple[Any, str]:
-    """The transformer's weights that config.start names, and the fingerprint of their folder."""
+def open_start(config: ConfigDict) -> Any:
+    """The transformer's weights that config.start names, which step 0 alone needs."""
     found, network = open_checkpoint(config.start), _network(SanaConfig, config, "network")
     if found.dit is None:
         raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
     theirs, ours = (nn.unbox(abstract_params(c)) for c in (found.dit, network))
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
-    return found.params["dit"], fingerprint(find(config.start))
+    return found.params["dit"]
 
 
 def open_encoder(config: ConfigDict) -> Any:
@@ -123,7 +134,9 @@ def read_recipe(config: ConfigDict) -> Recipe:
         raise UserError(f"config.recipe: {error}") from None
     if config.auto_lr not in ("none", "sqrt"):
         raise UserError(f"config.auto_lr={config.auto_lr!r}: give none or sqrt")
-    for key, low, high in ("steps", 1, 2**31), ("caption_dropout", 0, 1), ("ema_decay", 0, 1):
+    counts = ("steps", "batch_size", "microbatches", "encoder_microbatches")
+    limits = {key: (1, 2**31) for key in counts} | {"caption_dropout": (0, 1), "ema_decay": (0, 1)}
+    for key, (low, high) in limits.items():
         if not low <= (value := getattr(recipe, key)) <= high:
             raise UserError(f"config.recipe.{key}={value}: give {low} to {high}")
     try:
@@ -131,7 +144,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
     except UserError as error:
         raise UserError(f"config.recipe.optimizer.{error}") from None
     if config.auto_lr == "sqrt":
-        rate = sqrt_scaled(optimizer.learning_rate, max(recipe.batch_size, 1), AUTO_LR_BATCH)
+        rate = sqrt_scaled(optimizer.learning_rate, recipe.batch_size, AUTO_LR_BATCH)
         optimizer = dataclasses.replace(optimizer, learning_rate=rate)
     return dataclasses.replace(recipe, optimizer=optimizer)
 
@@ -145,6 +158,7 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
     dtype, train, recipe = config.dtype, config.text_encoder.train, read_recipe(config)
     dit = dataclasses.replace(module_for(base.dit, dtype, "float32"), remat=config.remat)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
+    encoder = dataclasses.replace(encoder, trains=train)
     vae = module_for(base.vae, dtype)
     try:
         return TextToImageTask(recipe, dit, vae, encoder, captions, train)
@@ -152,12 +166,31 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
         raise UserError(f"config.recipe: {error}") from None
 
 
-def abstract_training(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, tuple[Any, ...]]:
-    """What is compiled, before any checkpoint is there: (step, state, batch, inputs).
+def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool) -> int:
+    """FLOPs that a step needs for one image of `size` pixels a side.
 
-    `step` is under jit: step.lower(state, batch, *inputs) with `mesh` set. The others are
-    ShapeDtypeStructs with shardings. Named checkpoints are not looked at: the autoencoder is
-    SANA's, the text encoder config.text_encoder.network after an instruction as long as SANA's.
+    `images`, `captions`: whether these are encoded in the step, or stored.
+    """
+    side, rows = size // task.vae.config.factor, len(task.captions.window)
+    count = 3 * flops.trunk(task.dit.config, side, side, rows)  # forward, and twice back
+    if images:
+        count += flops.encode(task.vae.config, size, size)
+    if captions:
+        told = len(task.captions.prefix)  # after an instruction the first row is that of it
+        read = flops.text(task.text_encoder.config, rows - bool(told), told)
+        count += (3 if "text_encoder" in task.trained else 1) * read
+    return count
+
+
+def abstract_training(
+    config: ConfigDict, mesh: Mesh
+) -> tuple[Any, Any, Any, tuple[Any, ...], int, int]:
+    """What is compiled, before any checkpoint is there: (step, state, batch, inputs, size, flops).
+
+    `step` is under jit: step.lower(state, batch, *inputs) with `mesh` set. The next three are
+    ShapeDtypeStructs with shardings; then pixels a side, and the FLOPs of an image. Named
+    checkpoints are not looked at: the autoencoder is SANA's, the text encoder
+    config.text_encoder.network after an instruction as long as SANA's.
     """
     encoder, rows = config.text_encoder, config.text_encoder.rows
     base = Checkpoint(
@@ -179,7 +212,7 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, tu
         where = sharding.batch_sharding(mesh)
         return jax.ShapeDtypeStruct((task.recipe.batch_size, *shape), dtype, sharding=where)
 
-    side = config.data.size or base.dit.sample_size * base.vae.factor
+    side = size = config.data.size or base.dit.sample_size * base.vae.factor
     batch = {"tokens": placed((tokens,), jnp.int32), "mask": placed((rows,), jnp.bool_)}
     if config.data.source.startswith("precomputed:"):
         side //= base.vae.factor
@@ -197,7 +230,8 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, tu
             jax.eval_shape(task.read_constants, params),
         )
         frozen = Frozen(vae, params, *constants)
-    return compile_step(task.step, state), state, batch, (frozen,)
+    count = flops_of_row(task, size, "image" in batch, captions=True)
+    return compile_step(task.step, state), state, batch, (frozen,), size, count
 
 
 def open_workdir(workdir: str | epath.Path, ema: bool = True) -> Checkpoint:

@@ -4,12 +4,12 @@
     WORKDIR/model/                                               its moving average: a native folder
 
 Everything that a config names is opened, and everything that can be wrong with it is looked at,
-before anything is written.
+before the first step; and before anything is written but pictures of the data set shapes.
 """
 
-import json
 import shutil
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,26 +21,22 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sana_jax import flops, sharding
+from sana_jax import arguments, flops, hosts, sharding
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import component_dtype, place
 from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.data import buckets
-from sana_jax.data.captions import CaptionChoice
-from sana_jax.data.loader import TrainingLoader
-from sana_jax.data.orders import bucket_order
-from sana_jax.data.precomputed import Precomputed, weights_sha256
-from sana_jax.data.sources import Source, open_source
-from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
-from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
-from sana_jax.errors import UserError
+from sana_jax.data.precomputed import Precomputed
+from sana_jax.data.text_image import CaptionTokens
+from sana_jax.errors import Retry, UserError
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.text_to_image import Frozen
+from sana_jax.training.text_to_image_data import make_loaders
 from sana_jax.training.text_to_image_model import (
     complete,
+    flops_of_row,
     make_task,
     open_base,
     open_encoder,
@@ -48,20 +44,25 @@ from sana_jax.training.text_to_image_model import (
 )
 
 # What may change from one run in a folder to the next. Names of checkpoints may, for it is their
-# fingerprints that count.
+# fingerprints that count; but for that of `start`, which is not needed again.
 FREE = (
     *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
-    *("peak_flops", "data.data_dir", "autoencoder", "start", "text_encoder.checkpoint"),
+    *("peak_flops", "data.data_dir", "autoencoder", "text_encoder.checkpoint"),
     "text_encoder.tokenizer",
 )
 SHEET_COLUMNS = 8
 
 
 class TextToImageTraining:
-    """A config made ready: what it names is there and fits together; nothing is written yet."""
+    """A config made ready: what it names is there and fits together.
+
+    Nothing is written yet, but the data set shapes and the sizes of images, which come last.
+    """
 
     def __init__(self, config: ConfigDict, workdir: str):
         """Raises UserError, naming the key, for what cannot be trained."""
+        if "phases" in config:
+            raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
         self.config, self.workdir = config, epath.Path(workdir)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         self.base, self.fingerprints = open_base(config)
@@ -76,9 +77,10 @@ class TextToImageTraining:
             raise UserError(f"config.loop: {error}") from None
         self.size = config.data.size or self.base.dit.sample_size * self.base.vae.factor
         self._check()
-        self.loader = self._loader(config.data.train_split, config.data.crop, config.data.flip)
-        if self.loop.evaluate_every:
-            self.held_out = self._loader(config.data.test_split, "centre", flip=False)
+        if config.start and not any((self.workdir / "checkpoints").glob("[0-9]*")):
+            open_start(config)
+        given = config, self.workdir, self.base, self.captions, self.mesh, self.size
+        self.loader, *self.held_out = make_loaders(*given)
 
     def run(self) -> None:
         """Trains what is left to train. Raises what `loop.fit` does."""
@@ -96,109 +98,50 @@ class TextToImageTraining:
             self.workdir, about, data, config.keep, config.keep_every, free
         ) as checkpoints:
             state = checkpoints.restore(abstract, batches) or self._start(create)
-            if int(state.step) > steps:
+            if (first := int(state.step)) > steps:
                 raise UserError(
-                    f"{self.workdir} has {int(state.step)} steps already, more than"
+                    f"{self.workdir} has {first} steps already, more than"
                     f" config.recipe.steps={steps}"
                 )
             step = jit_step(self.task.step, abstract, self._frozen)
-            with MetricsWriter(self.workdir, int(state.step), steps) as writer:
+            with MetricsWriter(self.workdir, first, steps) as writer:
                 state = fit(
                     *(step, state, batches, self.mesh, self.loop, checkpoints, writer),
                     on_images=partial(self._draw, writer),
                     on_evaluate=partial(self._evaluate, writer),
                     peak_rate=self._peak_rate(),
                 )
-            self._export(state)
+            self._export(state, first)
 
     def _check(self) -> None:
-        """Raises UserError for figures that do not fit together."""
-        recipe, config = self.task.recipe, self.config
+        """Raises UserError for figures that do not fit together, or that only hooks would use."""
+        config, recipe = self.config, self.task.recipe
         parts = recipe.microbatches * recipe.encoder_microbatches
-        divisor = sharding.batch_divisor(self.mesh) * max(parts, 1)
-        if recipe.batch_size < 1 or parts < 1 or recipe.batch_size % divisor:
-            raise UserError(
-                f"config.recipe.batch_size={recipe.batch_size}: it is a multiple of {divisor}, the"
-                " devices that split it times the microbatches and the encoder's"
-            )
-        if sharding.batch_divisor(self.mesh) % jax.process_count():
-            raise UserError(
-                f"config.mesh: replica x fsdp is a multiple of {jax.process_count()}, the hosts:"
-                " each reads rows of its own"
-            )
+        divisor = sharding.batch_divisor(self.mesh) * parts
+        batches = {"recipe": recipe.batch_size}
+        if self.loop.evaluate_every:
+            arguments.whole("config.evaluation.batches", config.evaluation.batches, 1, 2**31)
+            if (size := config.evaluation.batch_size) is not None:
+                batches["evaluation"] = size
+            sigmas = config.evaluation.sigmas
+            if not sigmas or not all(0 < sigma <= 1 for sigma in sigmas):
+                raise UserError(f"config.evaluation.sigmas={sigmas}: give some in (0, 1]")
+        for name, size in batches.items():
+            if size < 1 or size % divisor:
+                raise UserError(
+                    f"config.{name}.batch_size={size}: it is a multiple of {divisor}, the devices"
+                    " that split it times the microbatches and the encoder's"
+                )
         side = self.base.vae.factor * self.base.dit.patch_size
-        if self.size % side:
+        if self.size < 1 or self.size % side:
             raise UserError(f"config.data.size={self.size}: it is a multiple of {side}")
-        if self.loop.images_every and not config.images.prompts:
-            raise UserError("config.images.prompts is empty: give some, or loop.images_every=0")
-        if self.loop.evaluate_every and not (
-            config.evaluation.batches > 0 and all(0 < s <= 1 for s in config.evaluation.sigmas)
-        ):
-            raise UserError("config.evaluation: give batches above 0, and sigmas in (0, 1]")
-
-    def _loader(self, split: str, crop: str, flip: bool) -> TrainingLoader:
-        """Batches of a split."""
-        config, data = self.config, self.config.data
-        source, order = self._source(split), None
-        options = {"crop": crop, "flip": flip, "upscale": data.upscale}
-        table = buckets.training_buckets(self.size) if data.buckets else ()
-        text = self.captions
-        if isinstance(source, Precomputed):
-            image = StoredLatents()
-            text = CaptionEmbeddings(source.rows) if source.rows else text
-        elif data.buckets:
-            image = BucketTransform(table, **options)
-        else:
-            image = ImageTransform(self.size, self.size, **options)
-        batch_size, seed = self.task.recipe.batch_size, config.seed
-        if data.buckets or isinstance(source, Precomputed):
-            order = bucket_order(source, table, batch_size, seed, upscale=data.upscale)
-        try:
-            choice = CaptionChoice(**data.captions.to_dict())
-        except TypeError as error:
-            raise UserError(f"config.data.captions: {error}") from None
-        return TrainingLoader(
-            source,
-            TextImageTransform(image, text, choice),
-            batch_size=batch_size,
-            seed=seed,
-            order=order,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-            **config.loader,
-        )
-
-    def _source(self, split: str) -> Source:
-        data = self.config.data
-        folder = data.data_dir or str(self.workdir / "data")
-        if data.source == "shapes":
-            from sana_jax.data import shapes  # what draws is not needed for other sources
-
-            if jax.process_index() == 0:
-                wanted = data.shapes.train, data.shapes.test, data.shapes.seed
-                shapes.prepare(folder, self.size, *wanted)
-            multihost_utils.sync_global_devices("shapes")
-        source = open_source(data.source, split, folder, self.size)
-        if isinstance(source, Precomputed):
-            self._check_precomputed(source)
-        return source
-
-    def _check_precomputed(self, source: Precomputed) -> None:
-        """Raises UserError where another autoencoder, or another instruction, made the data."""
-        vae = weights_sha256(self.base.vae, self.base.params["vae"])
-        if source.index["autoencoder"] != vae:
-            raise UserError(
-                f"{source.folder} is not of config.autoencoder={self.config.autoencoder}"
-            )
-        if source.rows and source.index["text"] != json.loads(json.dumps(self.captions.settings)):
-            raise UserError(
-                f"{source.folder} has embeddings of another tokenizer, instruction or number of"
-                " rows than config.text_encoder"
-            )
-        if source.rows and self.config.text_encoder.train:
-            raise UserError(
-                f"{source.folder} has embeddings, which a text encoder that trains cannot use"
-            )
+        if self.loop.images_every:
+            images = config.images
+            if not images.prompts:
+                raise UserError("config.images.prompts is empty: give some, or loop.images_every=0")
+            arguments.whole("config.images.num_steps", images.num_steps, 1, arguments.MAX_STEPS)
+            arguments.whole("config.images.seed", images.seed, 0, arguments.MAX_SEED)
+            arguments.number("config.images.guidance_scale", images.guidance_scale, -1e6, 1e6)
 
     @cached_property
     def _frozen(self) -> Frozen:
@@ -217,7 +160,7 @@ class TextToImageTraining:
         """The state of step 0, with the weights that the config names."""
         state, params = create(), {}
         if self.config.start:
-            params["dit"] = place(open_start(self.config)[0], self.base.dit, "float32", self.mesh)
+            params["dit"] = place(open_start(self.config), self.base.dit, "float32", self.mesh)
         if self.config.text_encoder.train and self.config.text_encoder.checkpoint:
             weights = open_encoder(self.config)
             params["text_encoder"] = place(weights, self.base.text_encoder, "float32", self.mesh)
@@ -244,7 +187,8 @@ class TextToImageTraining:
     def _evaluate(self, writer: MetricsWriter, state: TrainState, step: int) -> None:
         """The moving average's error on held-out data, at fixed noise levels and noise."""
         errors = {sigma: [] for sigma in self.config.evaluation.sigmas}
-        for number, batch in enumerate(self._held_out):
+        for number in range(self.config.evaluation.batches):
+            batch = sharding.put_batch(self.held_out[0].batch(number), self.mesh)
             key = jax.random.fold_in(jax.random.key(self.config.seed), number)
             for sigma in errors:
                 error = self._error_at(state.ema, batch, self._frozen, sigma, key)
@@ -256,38 +200,46 @@ class TextToImageTraining:
     def _error_at(self):
         return jax.jit(self.task.error_at)
 
-    @cached_property
-    def _held_out(self) -> list[Any]:
-        where = sharding.batch_sharding(self.mesh)
-        put = partial(jax.make_array_from_process_local_data, where)
-        numbers = range(self.config.evaluation.batches)
-        return [jax.tree.map(put, self.held_out.batch(number)) for number in numbers]
-
     def _peak_rate(self) -> float | None:
         """Images/s of all devices at their peak, by the FLOPs that the networks need."""
         peak = self.config.peak_flops or flops.peak(jax.devices()[0])
         if not peak:
             return None
-        base, batch = self.base, self.loader.batch(0)
-        side = self.size // base.vae.factor
-        each = 3 * flops.trunk(base.dit, side, side, base.text_rows)  # forward, and twice back
-        if "image" in batch:
-            each += flops.encode(base.vae, self.size, self.size)
-        if "tokens" in batch:
-            passes = 3 if self.config.text_encoder.train else 1
-            each += passes * flops.text(base.text_encoder, batch["tokens"].shape[1])
-        return peak * jax.device_count() / each
+        source = self.loader.source
+        stored = isinstance(source, Precomputed)
+        encoded = {"images": not stored, "captions": not (stored and source.rows)}
+        return peak * jax.device_count() / flops_of_row(self.task, self.size, **encoded)
 
-    def _export(self, state: TrainState) -> None:
-        """WORKDIR/model; one that a killed run left half is replaced."""
-        params = jax.tree.map(_gathered, state.ema)
-        if jax.process_index() == 0 and "://" not in str(self.workdir):
+    def _export(self, state: TrainState, first: int) -> None:
+        """WORKDIR/model, unless step `first`, that this run went on from, was the last one."""
+        params, step = jax.tree.map(_gathered, state.ema), int(state.step)
+        model = complete(self.base, params, step, ema=True)
+
+        def write() -> None:
+            if "://" in str(self.workdir):
+                print(f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema")
+                return
             folder = native.local(self.workdir / "model")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            native.save(complete(self.base, params, int(state.step), ema=True), folder)
+            partial = folder.with_name("model.tmp")
+            try:
+                if first < step or _steps_of(folder) != step:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir()
+                    native.save(model, partial)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    partial.rename(folder)
+            except OSError as error:
+                raise Retry(f"{folder}: {error.strerror or error}") from error
             print(folder, flush=True)
-        multihost_utils.sync_global_devices("model")
+
+        hosts.from_first(write)
+
+
+def _steps_of(folder: Path) -> int | None:
+    """After how many steps a model was written; None where there is none."""
+    if not (folder / "model.json").exists():
+        return None
+    return native.read_json(folder / "model.json").get("provenance", {}).get("steps")
 
 
 def _gathered(x: jax.Array) -> Any:

@@ -23,6 +23,7 @@ from sana_jax.kernels.linear_attention import api as linear
 from sana_jax.kernels.linear_attention import gpu as linear_gpu
 from sana_jax.kernels.linear_attention import tpu as linear_tpu
 from sana_jax.kernels.modulated_norm import tpu as norm_tpu
+from sana_jax.kernels.modulated_norm.api import modulated_norm
 from sana_jax.sharding import MESH_AXES, make_mesh
 from tests import toy
 
@@ -206,14 +207,22 @@ def test_linear_attention_of_split_tokens(split_tokens):
 
 
 def middle_and_product(*arrays):
-    return mix_ffn_middle(*arrays[:-1]) @ arrays[-1]
+    *arrays, projection, scale = arrays
+    return mix_ffn_middle(*arrays) @ projection * scale
+
+
+def projected(split_rows, value, gate, *arrays):
+    *weights, projection, scale = arrays
+    images, weights = (value, gate), tuple(weights)
+    return glu.projected_glumbconv(split_rows, images, weights, projection, scale)
+
+
+PROJECTED = *glumbconv_arrays(2, 4, 8, 40), normal(40, 24), normal(2, 1, 1, 24)
 
 
 def test_glumbconv_of_split_rows(split_tokens):
     """Biases of all signs: what stands outside the image must not pass through SiLU as a zero."""
-    run = partial(run_public, partial(glu.projected_glumbconv, True))
-    arrays = *glumbconv_arrays(2, 4, 8, 40), normal(40, 24)
-    check(run, middle_and_product, arrays, "float32")
+    check(partial(run_public, partial(projected, True)), middle_and_product, PROJECTED, "float32")
 
 
 @pytest.mark.parametrize("platform", ["tpu", "other"])
@@ -221,9 +230,7 @@ def test_projected_glumbconv(on_tpu, monkeypatch, platform):
     """Without a mesh, by the kernel and in the plain form."""
     kernel = lambda *args, plain, **kernels: kernels.get(platform, plain)(*args)  # noqa: E731
     monkeypatch.setattr(glu, "by_platform", kernel)
-    run = partial(run_public, partial(glu.projected_glumbconv, False))
-    arrays = *glumbconv_arrays(2, 4, 8, 40), normal(40, 24)
-    check(run, middle_and_product, arrays, "float32")
+    check(partial(run_public, partial(projected, False)), middle_and_product, PROJECTED, "float32")
 
 
 @pytest.mark.parametrize("platform", ["tpu", "other"])
@@ -239,43 +246,69 @@ def spec(*shape, dtype="bfloat16", sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def operations(sharding=None):
+def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20):
     """Forward and backward of every operation, through its public function: (loss, operands)."""
     made = partial(spec, sharding=sharding)
 
     def loss(fn):
-        return jax.grad(lambda *args: jnp.sum(fn(*args).astype(jnp.float32) ** 2), argnums=0)
+        def squares(*args):
+            return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(fn(*args)))
+
+        return jax.grad(squares, argnums=0)
 
     attention = partial(linear.linear_attention, head_dim=32, implementation="pallas")
-
-    middle = partial(glu.projected_glumbconv, True)
-    image = made(1, 8, 8, 160)
-    weights = made(320), made(3, 3, 320), made(320), made(160, 64)
+    to_text = partial(cross.cross_attention, heads=heads, implementation="pallas")
+    norm = partial(modulated_norm, implementation="pallas")
+    tokens = side * side
+    x, vector = made(1, tokens, width), made(1, 1, width)
+    image, wide = made(1, side, side, hidden), made(2 * hidden)
+    after = made(hidden, width), made(1, 1, 1, width)
+    mask = made(1, rows, dtype="bool")
     return {
-        "linear_attention": (loss(attention), (made(1, 64, 3 * 224),)),
-        "glumbconv": (loss(middle), (image, image, *weights)),
+        "linear_attention": (loss(attention), (made(1, tokens, 3 * width),)),
+        "glumbconv": (
+            loss(partial(projected, True)),
+            (image, image, wide, made(3, 3, 2 * hidden), wide, *after),
+        ),
+        "cross_attention": (loss(to_text), (x, made(1, rows, 2 * width), mask)),
+        "modulated_norm": (loss(norm), (x, vector, vector)),
     }
 
 
-@pytest.mark.parametrize("name", operations())
+@pytest.mark.parametrize("name", ["linear_attention", "glumbconv"])
 def test_lowering_for_cuda(name):
     fn, args = operations()[name]
     text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "xla.gpu.triton" in text
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-@pytest.mark.parametrize("name", operations())
-def test_compiles_for_tpu(name, chip):
+def compile_for_tpu(name, chip, **sizes):
     pytest.importorskip("libtpu")
     from sana_jax import tpu_estimate
 
     mesh = tpu_estimate.tpu_mesh("2x2x1" if chip == "v5p" else "2x2", {"fsdp": 1}, chip)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    fn, args = operations(sharding)[name]
+    fn, args = operations(sharding, **sizes)[name]
     estimate = tpu_estimate.estimate(fn, *args, chip=chip)
     assert any(name in kernel for kernel in estimate.kernels)
     assert estimate.kernel_cycles > 0
+
+
+CHIPS = "v5e", "v5p", "v6e"
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", operations())
+def test_compiles_for_tpu(name, chip):
+    compile_for_tpu(name, chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", operations())
+def test_compiles_for_tpu_at_full_width(name, chip):
+    """An image of 1024 px in the 1.6B network: do the blocks fit into VMEM?"""
+    compile_for_tpu(name, chip, side=32, width=2240, hidden=5600, heads=20, rows=300)
 
 
 # Forward, and the cotangent of the first operand: the state twice, and its cotangent; two halo rows

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import Ours
@@ -21,4 +22,6 @@ def test_the_reference_agrees(part, dtype, bar):
         found, expected = (side.to_numpy(side.run(call)) for side in (ours, theirs))
         assert found.dtype == expected.dtype == np.float32
         toy.assert_close(found, expected, bar, f"{part} {dtype}")
-    assert {"torch", "diffusers"} == set(theirs.describe())
+    found = theirs.describe()
+    assert {"torch", "diffusers", "reference_platform"} == set(found)
+    assert found["reference_platform"] == ("gpu" if torch.cuda.is_available() else "cpu")

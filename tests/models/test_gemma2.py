@@ -146,6 +146,22 @@ def test_no_stack_of_weights_is_widened():
     assert memory.temp_size_in_bytes < layers / 2
 
 
+def test_gradients_take_no_stack_beside_their_own():
+    """They come out of a scan layer by layer; those of a stack it closes over are summed up."""
+    config = replace(TOY, num_layers=16, hidden_size=64)
+    tokens = jnp.arange(8)[None]
+    params = nn.unbox(Gemma2(config).init(jax.random.key(0), tokens))
+    found = []
+    for trains in (True, False):
+        apply = Gemma2(config, trains=trains).apply
+        gradient = jax.jit(jax.grad(lambda params, apply=apply: (apply(params, tokens) ** 2).sum()))
+        compiled = gradient.lower(params).compile()
+        found.append((compiled(params), compiled.memory_analysis().temp_size_in_bytes))
+    (ours, memory), (slow, _) = found
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), ours, slow)
+    assert memory < 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(params["params"]["layers"]))
+
+
 def test_embedding_is_scaled_in_the_dtype_of_the_weights():
     """sqrt(60) = 7.746 is 7.75 in bfloat16."""
     # The branches are silent, and the norm at the end divides by its epsilon only.

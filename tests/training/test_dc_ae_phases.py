@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,8 +19,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
+from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.errors import UserError
-from sana_jax.training.dc_ae_phases import AutoencoderTraining
+from sana_jax.training.dc_ae_phases import AutoencoderTraining, _copy_model, _training_seconds
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -123,7 +125,6 @@ def test_results_are_there_and_add_up(unbroken):
     for phase in PHASES:
         results = json.loads((unbroken / phase / "results.json").read_text())
         assert results["images"] == 40 and results["skipped_updates"] == 0
-        assert results["training_seconds"] >= 0
         for when, size in itertools.product(("before", "after"), ("32", "48")):
             assert results[when][size]["count"] == 6
             assert np.isfinite(results[when][size]["psnr"])
@@ -135,6 +136,16 @@ def test_results_are_there_and_add_up(unbroken):
     np.testing.assert_allclose(
         second["before"]["48"]["psnr"], first["after"]["48"]["psnr"], rtol=1e-5
     )
+
+
+def test_training_seconds_are_those_of_all_steps(tmp_path):
+    """Saved at step 6, resumed there: row 8 is of two steps, whose rate goes for four."""
+    rows = [(2, 4.0), (4, 8.0), (8, 16.0)]
+    lines = [json.dumps({"step": step, "images_per_second": rate}) for step, rate in rows]
+    lines.insert(2, json.dumps({"step": 4, "validation_loss": 0.5}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    seconds = _training_seconds(tmp_path, SimpleNamespace(batch_size=10))
+    assert seconds == 2 * 10 / 4 + 2 * 10 / 8 + 4 * 10 / 16
 
 
 def test_the_model_is_an_autoencoder_that_says_where_it_is_from(unbroken):
@@ -201,13 +212,28 @@ def test_killed_at_any_moment_it_ends_as_the_unbroken_run(unbroken, config, tmp_
 
 
 def test_a_second_run_does_nothing(unbroken, config):
-    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*.json*")}
-    result = run(config, unbroken)
+    before = {path: path.stat().st_ctime_ns for path in unbroken.rglob("*.*")}
+    assert unbroken / "model" / "model.json" in before
+    free = "--config.loop.log_every=1", "--config.evaluation.batch_size=2"
+    result = run(config, unbroken, *free)
     assert result.returncode == 0, result.stderr
-    after = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*.json*")}
-    assert {p: t for p, t in after.items() if p.parent.name in PHASES} == {
-        p: t for p, t in before.items() if p.parent.name in PHASES
-    }
+    assert {path: path.stat().st_ctime_ns for path in unbroken.rglob("*.*")} == before
+
+
+def test_phases_that_are_over_are_of_this_config(unbroken, config):
+    result = run(config, unbroken, "--config.seed=1", "--config.evaluation.images=5")
+    assert result.returncode == 2, result.stderr
+    assert "low_resolution was trained by another config" in result.stderr
+    assert "evaluation, seed changed" in result.stderr
+
+
+def test_a_model_left_half_copied_or_of_another_run_is_replaced(unbroken, tmp_path):
+    (tmp_path / "model.part").mkdir()
+    (tmp_path / "model.part" / "half").touch()
+    for phase in PHASES:
+        _copy_model(unbroken / phase / "model", tmp_path / "model")
+        assert fingerprint(tmp_path / "model") == fingerprint(unbroken / phase / "model")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
@@ -335,6 +361,9 @@ def load(config):
     return loaded
 
 
+SHAPES = {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 20))}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -344,6 +373,17 @@ def load(config):
         ({"phases.low_resolution.trainable": ("decoder/none",)}, "matches no parameter"),
         ({"phases.low_resolution.autoencoder.name": "sgd"}, "optimizer 'sgd' is unknown"),
         ({"phases.low_resolution.steps": 0}, "steps=0"),
+        ({"phases.low_resolution.image_size": 0}, "image_size=0: it is at least 1"),
+        ({"phases.low_resolution.microbatches": 0}, "microbatches=0: it is at least 1"),
+        (
+            {"phases.local_refinement.crop": "middle", **SHAPES},
+            "config.phases.local_refinement.crop='middle'",
+        ),
+        ({"phases.local_refinement.crop": "middle"}, "config.phases.local_refinement.crop="),
+        ({"seed": -1, **SHAPES}, "config.seed=-1: it is at least 0"),
+        ({"evaluation.batch_size": 0, **SHAPES}, "config.evaluation.batch_size=0"),
+        ({"evaluation.images": 0, **SHAPES}, "config.evaluation.images=0"),
+        ({"data.shapes.test": 0, **SHAPES}, "config.data.shapes.test=0"),
         ({"network.latent_channels": 5}, "autoencoder encoder_channels"),
         ({"perceptual.name": "lpips_vgg"}, "lpips_vgg needs its published weights"),
         ({"perceptual.name": "vgg"}, "'vgg' is not one of lpips_vgg"),

@@ -16,6 +16,7 @@ from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.errors import DoNotRetry, Retry, UserError
 from sana_jax.training import state
 from sana_jax.training.loop import LoopConfig, fit, jit_step
+from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter
 
 
@@ -139,6 +140,22 @@ def test_signal_in_a_hook(tmp_path):
 
     with pytest.raises(Retry, match="after step 3 of 20"):
         run(tmp_path, Batches(), LoopConfig(20, evaluate_every=3), on_evaluate=hook)
+
+
+def test_every_shape_of_batch_is_compiled_apart_from_the_rate():
+    meter, found = Meter(), []
+    for width, seconds in (2, 5.0), (2, 0.0), (3, 7.0), (2, 0.0):
+        meter.dispatched({"x": np.zeros((4, width))}, seconds, 0.0)
+        found.append(meter.row().get("compile_seconds"))
+    assert found == [5.0, None, 7.0, None]
+
+
+def test_a_hook_without_a_disk_is_worth_a_retry(tmp_path):
+    def hook(s, k):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Retry, match=f"{tmp_path}: No space left on device"):
+        run(tmp_path, Batches(), LoopConfig(20, images_every=3), on_images=hook)
 
 
 def test_signal_while_there_is_no_data(tmp_path):

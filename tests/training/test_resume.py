@@ -11,8 +11,10 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
 from sana_jax.errors import UserError
+from sana_jax.lock import locked
 from tests.training import toy_run
 
 SETTINGS = ["steps=40", "checkpoint_every=4", "log_every=2"]  # no row spans two runs
@@ -66,9 +68,23 @@ def test_killed_twice_and_terminated(tmp_path, capsys):
 
 HOSTS = """
 import sys
-from sana_jax.errors import Stopped
+import jax
+from sana_jax.checkpoints import training
+from sana_jax.errors import Stopped, UserError
 from tests.training import toy_run
-whole, broken, *settings, first, second = sys.argv[1:]
+locked, whole, broken, *settings, first, second = sys.argv[1:]
+try:
+    toy_run.main(["", locked, *settings])
+except UserError as error:
+    print(f"refused: {error}")
+restore = training._restore
+def fail(folder, abstract):
+    if folder.parent.name == "14":
+        raise ValueError("bytes that make no sense")
+    return restore(folder, abstract)
+if jax.process_index() == 1:  # it sees the folder late, and cannot read its part of step 14
+    training.Checkpoints.steps = lambda self: []
+    training._restore = fail
 toy_run.main(["", whole, *settings])
 for accident in first, second:
     try:
@@ -80,23 +96,32 @@ toy_run.main(["", broken, *settings])
 
 
 def test_two_hosts_one_of_which_is_terminated(tmp_path):
-    """Both end after the same step, the last one too, and go on as if nothing had been."""
+    """Both end after the same step, the last one too, and go on as if nothing had been.
+
+    What only the first can see decides for both, and what only the second cannot read.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    runs = []
-    for host in 0, 1:
-        command = [sys.executable, "-c", HOSTS, tmp_path / "whole", tmp_path / "broken", "steps=14"]
-        command += [f"host=[{host},2,{port}]", "checkpoint_every=5"]
-        command += [f"terminate_at={batch if host else 'null'}" for batch in (7, 13)]
-        pipe = subprocess.PIPE
-        runs.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
-    results = [run.communicate(timeout=200) for run in runs]
+    folders = [tmp_path / name for name in ("locked", "whole", "broken")]
+    folders[0].mkdir()
+    with locked(epath.Path(folders[0])):
+        runs = []
+        for host in 0, 1:
+            command = [sys.executable, "-c", HOSTS, *folders, "steps=14", "checkpoint_every=5"]
+            command += [f"host=[{host},2,{port}]"]
+            command += [f"terminate_at={batch if host else 'null'}" for batch in (7, 13)]
+            pipe = subprocess.PIPE
+            runs.append(
+                subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+            )
+        results = [run.communicate(timeout=200) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], results
     steps = set()
     for output, _ in results:
+        assert re.search(r"^refused: another run \(pid \d+, .*--workdir=.*locked$", output, re.M)
         whole, *lines, broken = re.findall("^(?:[0-9a-f]{64}$|stopped.*)", output, re.M)
         assert whole == broken and len(lines) == 2
         steps.add(tuple(line.partition("after ")[2] for line in lines))
@@ -104,3 +129,5 @@ def test_two_hosts_one_of_which_is_terminated(tmp_path):
     assert last.startswith("step 14 of 14: saved")
     document = json.loads((tmp_path / "broken/checkpoints/14/run/metadata").read_text())
     assert len(document["iterators"]) == 2
+    assert "checkpoint 14 is damaged (its arrays: ValueError: bytes" in results[0][1]
+    assert (tmp_path / "broken/checkpoints/14.bad").is_dir()

@@ -89,6 +89,8 @@ MESHES = [
     dict(fsdp=1, tensor=4),
     dict(replica=2, fsdp=2, tensor=2),
     dict(replica=1, fsdp=8),
+    dict(fsdp=2, sequence=2, tensor=2),
+    dict(sequence=4),
 ]
 
 
@@ -152,6 +154,21 @@ def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_stored_embeddings_train_as_their_captions():
+    """With dropped ones among them; the encoder is frozen."""
+    recipe = Recipe(3, 8, ADAMW, caption_dropout=0.5)
+    task, batch = make_task(recipe, train=False), make_batch()
+    params = nn.unbox(init_params(task.text_encoder, jax.random.key(5)))
+    frozen = Frozen(None, params, *jax.jit(task.read_constants)(params))
+    _, read = run(task, 3, batch, frozen)
+    embeddings = task._encode(params, (batch["tokens"], batch["mask"]))
+    batch = {"latents": batch["latents"], "embeddings": embeddings, "mask": batch["mask"]}
+    _, stored = run(task, 3, batch, frozen)
+    np.testing.assert_allclose(stored, read, rtol=1e-5)
+    _, others = run(task, 3, batch | {"embeddings": embeddings[::-1]}, frozen)
+    assert abs(others[0] / read[0] - 1) > 1e-4
+
+
 def test_a_row_s_draws_do_not_depend_on_the_batch():
     task, batch = make_task(Recipe(5, 8, ADAMW)), make_batch()
     whole = task._draw(jax.random.key(1), batch)
@@ -169,8 +186,12 @@ def test_error_at_a_level_drops_nothing_and_repeats():
     assert first == again
     other = dict(batch, tokens=np.roll(batch["tokens"], 1, 0), mask=np.roll(batch["mask"], 1, 0))
     assert float(at(params, other, Frozen(None), 0.5, key)) != first
-    # Almost without noise the data is all that is to be told from the noise.
-    assert float(at(params, batch, Frozen(None), 0.9, key)) != first
+    for sigma in (0.5, 0.9):
+        levels = np.full(8, sigma, np.float32)
+        fixed = {"sigma": levels, "timestep": 1000 * levels, "dropped": np.zeros(8, bool)}
+        errors = task._errors(params, {**batch, **task._draw(key, batch), **fixed}, Frozen(None))
+        expected = np.mean(np.asarray(errors, np.float64))
+        np.testing.assert_allclose(at(params, batch, Frozen(None), sigma, key), expected, rtol=1e-5)
 
 
 def test_a_batch_with_nan_changes_nothing():

@@ -7,7 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from sana_jax import sharding
+from sana_jax import flops, sharding
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.models.dit import PRESETS
+from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.training.text_to_image_model import abstract_training
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +31,7 @@ def test_recipe_is_what_it_says(name):
     axes = tuple(recipe.mesh[name] for name in sharding.MESH_AXES)
     assert axes == (4, 64, 1, 1)
     mesh = jax.sharding.AbstractMesh(axes, sharding.MESH_AXES)
-    step, state, batch, inputs = abstract_training(recipe, mesh)
+    step, state, batch, inputs, size, count = abstract_training(recipe, mesh)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert round(numbers / 1e6) == millions
     assert batch["image"].shape == (recipe.recipe.batch_size, side, side, 3)
@@ -40,6 +43,11 @@ def test_recipe_is_what_it_says(name):
         for x in jax.tree.leaves(tree)
     )
     assert held < 1.4 * 3 * numbers * 4 / 64
+    # By hand: after SANA's instruction a caption's rows look back at it too.
+    gemma, latents = Gemma2Config(), side // 32
+    read = flops.text(gemma, 299) + gemma.num_layers * 4 * 299 * 240 * 8 * 256
+    drawn = 3 * flops.trunk(PRESETS[name], latents, latents, 300)
+    assert (size, count) == (side, drawn + flops.encode(DCAEConfig(), side, side) + read)
     with jax.sharding.use_abstract_mesh(mesh):
         after, metrics = jax.eval_shape(step, state, batch, *inputs)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

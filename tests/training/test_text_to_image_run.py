@@ -17,11 +17,15 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from sana_jax import text
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.training import read_newest
+from sana_jax.data import buckets, sizes
 from sana_jax.data.precomputed import ShardWriter, weights_sha256, write_json
 from sana_jax.errors import Retry, UserError
 from sana_jax.pipeline import SanaPipeline
+from sana_jax.training import text_to_image_model
+from sana_jax.training.state import TrainState
 from sana_jax.training.text_to_image_model import open_workdir
 from sana_jax.training.text_to_image_run import TextToImageTraining
 from tests.training.text_to_image_toy import load, prepare
@@ -211,7 +215,33 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(data__source="nowhere"), "nowhere: there is no such folder"),
         (dict(data__captions__kind="best"), "captions='best'"),
         (dict(loop__images_every=1, images__prompts=()), "config.images.prompts is empty"),
-        (dict(loop__evaluate_every=1, evaluation__batches=0), "config.evaluation: give batches"),
+        (dict(loop__evaluate_every=1, evaluation__batches=0), "config.evaluation.batches 0 is not"),
+        (dict(loop__evaluate_every=1, evaluation__sigmas=()), "config.evaluation.sigmas=(): give"),
+        (dict(loop__evaluate_every=1, evaluation__batch_size=4), "config.evaluation.batch_size=4"),
+        (dict(loop__images_every=1, images__num_steps=0), "config.images.num_steps 0 is not"),
+        (
+            dict(loop__images_every=1, images__guidance_scale=float("nan")),
+            "config.images.guidance_scale nan is not",
+        ),
+        (dict(text_encoder__rows=0), "config.text_encoder.rows 0 is not"),
+        (dict(text_encoder__tokenizer="here"), "config.text_encoder.tokenizer is for a new text"),
+        (dict(data__size=-32), "config.data.size=-32: it is a multiple of 4"),
+        (
+            dict(recipe__microbatches=-1, recipe__encoder_microbatches=-1),
+            "config.recipe.microbatches=-1: give",
+        ),
+        (
+            dict(mesh__fsdp=1, mesh__sequence=8),
+            "config.mesh.sequence=8: images 16 pixels high have 4 rows of tokens",
+        ),
+        (dict(data__source="shapes", data__captions__kind="best"), "captions='best'"),
+        (dict(data__source="shapes", data__crop="middle"), "crop='middle'"),
+        (dict(data__source="shapes", data__shapes__train=4), "config.data.shapes.train=4: a batch"),
+        (
+            dict(data__source="shapes", loop__evaluate_every=1, data__test_split="validation"),
+            "shapes has no split 'validation'",
+        ),
+        (dict(phases=()), "it is for sana_jax.train_dc_ae"),
         (dict(loop__evaluate_every=1, data__test_split="validation"), "no split 'validation'"),
     ],
     ids=str,
@@ -220,6 +250,14 @@ def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, chan
     with pytest.raises(UserError, match=re.escape(message)):
         TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_instruction_is_refused_where_the_text_encoder_trains(config, tmp_path, monkeypatch):
+    base = native.open_folder(config.parent / "base")
+    base.instruction = text.Instruction("describe: ", "a test")
+    monkeypatch.setattr(text_to_image_model, "open_checkpoint", lambda name: base)
+    with pytest.raises(UserError, match="give config.text_encoder.instruction=False"):
+        TextToImageTraining(load(config, text_encoder__train=True), str(tmp_path / "run"))
 
 
 def test_a_new_text_encoder_trains_beside_the_transformer(config, tmp_path):
@@ -242,27 +280,140 @@ def test_a_new_text_encoder_trains_beside_the_transformer(config, tmp_path):
     assert model.text_encoder.num_layers == 1 and model.instruction is None
 
 
-def test_stored_latents_must_be_of_the_autoencoder(config, tmp_path):
-    base, writer = native.open_folder(config.parent / "base"), ShardWriter(tmp_path, 0)
-    latents = np.random.default_rng(0).standard_normal((4, 4, 8)).astype(np.float32)
-    for i in range(8):
-        row = {"latents": latents + i, "scaled": False, "captions": ["a cat"], "scores": []}
-        writer.add(row | {"key": str(i), "truth": ""})
-    index = {"format": 1, "split": "train", "shards": [writer.finish({})], "text": None}
-    index["scaling_factor"] = base.vae.scaling_factor
+def store(folder, config, split, shapes, **changes):
+    """Writes stored latents of these shapes, eight of each, and embeddings if `text` is given."""
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    base, writer = native.open_folder(config.parent / "base"), ShardWriter(folder / split, 0)
+    index = {"format": 1, "split": split, "text": None, "text_encoder": None}
+    index |= {"scaling_factor": base.vae.scaling_factor} | changes
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate(8 * shapes):
+        row = {"key": str(i), "truth": "", "captions": ["a cat"], "scores": [], "scaled": True}
+        row["latents"] = rng.standard_normal((height, width, 8)).astype(np.float32)
+        if index["text"]:
+            row["embeddings"] = [rng.standard_normal((3, 48)).astype(np.float32)]
+        writer.add(row)
     index["autoencoder"] = weights_sha256(base.vae, base.params["vae"])
-    write_json(tmp_path / "index.json", index)
-    source = dict(data__source=f"precomputed:{tmp_path}")
-    training = TextToImageTraining(load(config, **source), str(tmp_path / "run"))
-    batch = training.loader.batch(0)
+    write_json(folder / split / "index.json", index | {"shards": [writer.finish({})]} | changes)
+
+
+def stored(folder, config, **changes):
+    """A training on such a folder."""
+    changes = dict(data__source=f"precomputed:{folder}") | changes
+    return TextToImageTraining(load(config, **changes), str(folder / "run"))
+
+
+def test_stored_latents_must_be_of_the_config(config, tmp_path):
+    store(tmp_path, config, "train", [(4, 4)])
+    batch = stored(tmp_path, config).loader.batch(0)
     assert {name: rows.shape for name, rows in batch.items()} == {
         "latents": (8, 4, 4, 8),
         "tokens": (8, 8),
         "mask": (8, 8),
     }
-    write_json(tmp_path / "index.json", index | {"autoencoder": "another"})
+    for changes, message in (
+        (dict(data__size=32), "has latents of 16 x 16 pixels, config.data.size is 32"),
+        (dict(data__flip=True), "stored latents stay as they are"),
+        (dict(data__crop="random"), "stored latents stay as they are"),
+        (dict(network__patch_size=3, data__size=36, data__buckets=True), "patches of 3 do not"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            stored(tmp_path, config, **changes)
+    store(tmp_path, config, "train", [(4, 4), (3, 4)])
+    with pytest.raises(UserError, match="has latents of 12 x 16 pixels, config.data.size is 16"):
+        stored(tmp_path, config)
+    mesh = dict(mesh__fsdp=4, mesh__sequence=2)
+    with pytest.raises(UserError, match="config.mesh.sequence=2: images 12 pixels high have 3"):
+        stored(tmp_path, config, data__buckets=True, **mesh)
+    store(tmp_path, config, "train", [(4, 4)], autoencoder="another")
     with pytest.raises(UserError, match="is not of config.autoencoder="):
-        TextToImageTraining(load(config, **source), str(tmp_path / "run"))
+        stored(tmp_path, config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stored_embeddings_must_be_of_the_text_encoder(config, tmp_path):
+    store(tmp_path, config, "train", [(4, 4)])
+    told = stored(tmp_path, config).captions.settings
+    base = native.open_folder(config.parent / "base")
+    encoder = weights_sha256(base.text_encoder, base.params["text_encoder"])
+    store(tmp_path, config, "train", [(4, 4)], text=told, text_encoder=encoder)
+    batch = stored(tmp_path, config).loader.batch(0)
+    assert batch["embeddings"].shape == (8, 8, 48)
+    with pytest.raises(UserError, match="embeddings, which a text encoder that trains cannot use"):
+        train = dict(text_encoder__train=True, text_encoder__instruction=False)
+        stored(tmp_path, config, **train)
+    store(tmp_path, config, "train", [(4, 4)], text=told, text_encoder="another")
+    with pytest.raises(UserError, match="not of config.text_encoder.checkpoint="):
+        stored(tmp_path, config)
+    store(tmp_path, config, "train", [(4, 4)], text=told | {"rows": 9}, text_encoder=encoder)
+    with pytest.raises(UserError, match="another tokenizer, instruction or number of rows"):
+        stored(tmp_path, config)
+
+
+def test_sizes_of_images_are_read_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(buckets, "training_buckets", lambda size: ((16, 16), (8, 32)))
+    changes = dict(data__buckets=True, data__upscale=True, loop__evaluate_every=1)
+    first = TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
+    assert first.loader.batch(0)["image"].shape == (8, 16, 16, 3)
+    monkeypatch.setattr(sizes, "size_of", None)
+    again = TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
+    assert again.loader.fingerprint == first.loader.fingerprint
+
+
+def test_buckets_from_another_model(config, tmp_path, monkeypatch):
+    """Stored latents of two shapes; both are evaluated; `start` is needed by step 0 alone."""
+    for split in "train", "test":
+        store(tmp_path, config, split, [(4, 4), (2, 8)])
+    device = jax.devices()[:1]  # it compiles two steps, twice
+    monkeypatch.setattr(jax, "devices", lambda *a: device)
+    start = shutil.copytree(config.parent / "base", tmp_path / "start")
+    changes = dict(start=str(start), data__buckets=True, recipe__steps=4)
+    changes |= dict(loop__log_every=1, loop__checkpoint_every=2, loop__evaluate_every=2)
+    changes |= dict(evaluation__batches=2)
+    training = stored(tmp_path, config, **changes)
+    first = training._start(lambda: TrainState(*[{}] * 7))
+    weights = load_file(start / "dit.safetensors")
+    np.testing.assert_array_equal(
+        first.params["dit"]["proj_out"]["kernel"], weights["proj_out/kernel"]
+    )
+    training.run()
+    shapes = {training.loader.batch(step)["latents"].shape[1:3] for step in range(4)}
+    assert shapes == {(4, 4), (2, 8)}
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum("held_out_loss" in row for row in rows) == 2
+    assert "compile_seconds" in rows[0]
+    shutil.rmtree(start)
+    assert open_workdir(tmp_path / "run").provenance["steps"] == 4
+    stored(tmp_path, config, **changes | dict(recipe__steps=5)).run()
+    assert document(tmp_path / "run")["step"] == 5
+    with pytest.raises(UserError, match=r"config\.start: "):
+        stored(tmp_path, config, **changes | dict(start=None, recipe__steps=5)).run()
+
+
+def test_a_good_model_stays_until_the_next_is_whole(config, tmp_path, monkeypatch):
+    training = TextToImageTraining(load(config), str(tmp_path))
+    dit = text_to_image_model.open_start(load(config, start=str(config.parent / "base")))
+
+    def export(step, first):
+        training._export(TrainState(step, *[None] * 2, {"dit": dit}, *[None] * 3), first)
+
+    export(20, 0)
+    assert native.open_folder(tmp_path / "model").provenance["steps"] == 20
+    kept = {path: path.read_bytes() for path in (tmp_path / "model").glob("*.*")}
+
+    def full(checkpoint, folder):
+        (folder / "dit.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "save", full)
+    export(20, 20)  # nothing was left to do
+    with pytest.raises(Retry, match="model: No space left on device"):
+        export(21, 20)
+    assert kept == {path: path.read_bytes() for path in kept}
+    monkeypatch.undo()
+    export(21, 20)
+    assert native.open_folder(tmp_path / "model").provenance["steps"] == 21
+    assert not (tmp_path / "model.tmp").exists()
 
 
 HOST = """
@@ -273,7 +424,8 @@ from pathlib import Path
 from sana_jax.training.text_to_image_model import open_workdir
 from sana_jax.training.text_to_image_run import TextToImageTraining
 from tests.training.text_to_image_toy import load
-changes = dict(recipe__steps=4, loop__images_every=4, loop__evaluate_every=4, mesh__fsdp=2)
+changes = dict(recipe__steps=4, loop__images_every=4, loop__evaluate_every=4)
+changes |= dict(mesh__fsdp=2, mesh__tensor=2)
 TextToImageTraining(load(Path(config), **changes), workdir).run()
 """
 
@@ -283,7 +435,7 @@ def test_two_hosts_train_as_one(config, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     runs = []
     for host in "01":
         arguments = [sys.executable, "-c", HOST, host, str(port), config, tmp_path / "two"]

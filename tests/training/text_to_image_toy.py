@@ -52,5 +52,7 @@ def load(path: Path, **changes) -> ConfigDict:
     namespace = {}
     exec(path.read_text(), namespace)
     config = namespace["get_config"]()
+    if "phases" in changes:  # as an autoencoder's recipe has
+        config.phases = changes.pop("phases")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sana_jax.kernels.block_sizes import TPU
+
 LOG2_E = 1.4426950408889634
-TOKENS = 512  # a grid step forward
-BACKWARD_TOKENS = 256
+TOKENS, BACKWARD_TOKENS = TPU["cross_attention"], TPU["cross_attention_backward"]  # a grid step
 
 
 def forward(q, kv, bias, heads):

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.dispatch import by_platform, over_mesh, sequence_axis, use_pallas
@@ -31,24 +32,23 @@ def glumbconv(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def projected_glumbconv(
     split_rows: bool,
-    value: Float[Array, "B H W C"],
-    gate: Float[Array, "B H W C"],
-    bias: Float[Array, " C2"],
-    depthwise_kernel: Float[Array, "3 3 C2"],
-    depthwise_bias: Float[Array, " C2"],
+    images: tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]],
+    weights: tuple[Float[Array, " C2"], Float[Array, "3 3 C2"], Float[Array, " C2"]],
     projection: Float[Array, "C D"],
+    scale: Float[Array, "#B #H #W D"] | None,
 ) -> Float[Array, "B H W D"]:
-    """`glumbconv` by the kernel, then a product.
+    """`glumbconv` by the kernel, then a product, then a factor.
 
-    Value and gate, the halves of the wide tensor, each from a product of its own: no copy then.
-    Backward, the kernel gives what the product's gradient needs of the forward pass.
+    images: value and gate, the halves of the wide tensor, each from a product of its own: no copy
+    then. weights: as for `glumbconv`. Where the pass backward is all that follows, as in
+    rematerialisation, the kernel forward is not needed: the one backward gives its result too.
     """
-    weights = bias, depthwise_kernel, depthwise_bias
-    return _project(_middle(split_rows, value, gate, *weights), projection)
+    return _project(_middle(split_rows, *images, *weights), projection, scale)
 
 
-def _project(x, projection):
-    return dense_float32(x, projection, (((3,), (0,)), ((), ())), None)
+def _project(x, projection, scale):
+    y = dense_float32(x, projection, (((3,), (0,)), ((), ())), None)
+    return y if scale is None else (scale * y.astype(jnp.float32)).astype(x.dtype)
 
 
 def _middle(split_rows, value, gate, *weights, out=None):
@@ -62,17 +62,18 @@ def _projected_forward(split_rows, *args):
 
 
 def _projected_backward(split_rows, args, cotangent):
-    *args, projection = args
-    cotangent = jax.lax.optimization_barrier(cotangent)  # else each product scales it again
-    nothing = jnp.zeros_like(args[0])
-    d_x, _ = jax.vjp(_project, nothing, projection)[1](cotangent)
+    images, weights, *after = args
+    # A layer's weights cut out of the stack first: a product that does so itself is slower.
+    after = jax.lax.optimization_barrier(after)
+    nothing = jnp.zeros_like(images[0])
+    d_x = jax.vjp(lambda x: _project(x, *after), nothing)[1](cotangent)[0]  # linear in x
 
-    def middle(out, *args):
-        return _middle(split_rows, *args, out=out)
+    def middle(out, images, weights):
+        return _middle(split_rows, *images, *weights, out=out)
 
-    x, *gradients = jax.vjp(middle, nothing, *args)[1](d_x)
-    _, d_projection = jax.vjp(_project, x, projection)[1](cotangent)
-    return *gradients, d_projection
+    x, d_images, d_weights = jax.vjp(middle, nothing, images, weights)[1](d_x)
+    d_after = jax.vjp(lambda *after: _project(x, *after), *after)[1](cotangent)
+    return d_images, d_weights, *d_after
 
 
 projected_glumbconv.defvjp(_projected_forward, _projected_backward)
@@ -105,9 +106,10 @@ def _with_neighbours(x, axis):
     return jnp.concatenate([above, x, below], axis=1)
 
 
-def uses_kernel(height: int, width: int, implementation: str) -> bool:
+def uses_kernel(height: int, width: int, dtype: DTypeLike, implementation: str) -> bool:
     """Whether images of this size get the kernel; implementation: see kernels/dispatch.py."""
-    unsupported = None if tpu.supported(height, width) else f"images of {height} x {width}"
+    fits = tpu.supported(height, width, jnp.dtype(dtype).itemsize)
+    unsupported = None if fits else f"images of {height} x {width}"
     return use_pallas(implementation, "glumbconv", unsupported)
 
 

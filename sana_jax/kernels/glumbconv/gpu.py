@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-COLUMNS, CHANNELS = 8, 64  # of a strip: 512 elements over four warps
+from sana_jax.kernels.block_sizes import GPU
+
+COLUMNS, CHANNELS = GPU["glumbconv_columns"], GPU["glumbconv_channels"]  # of a strip
 
 
 def forward(value, gate, bias, kernel, depthwise_bias):

@@ -15,17 +15,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.block_sizes import TPU
+
 LANES = 128
 BORDER = 8  # columns, a sublane tile
-# Pixels that one turn of a loop handles: enough to hide the latency of tanh, few enough for the
-# registers. Filling needs one result a vector, the convolution an accumulator.
-FILL, CONVOLVE = 256, 128
+FILL, CONVOLVE = TPU["glumbconv_fill"], TPU["glumbconv_convolve"]
 VMEM_BYTES = 100 * 2**20
 
 
-def supported(height: int, width: int) -> bool:
-    """Whether an image of 128 channels fits into VMEM with its scratch, forward and backward."""
-    return 4 * (height + 4) * (width + 2 * BORDER + 8) * LANES * 4 < VMEM_BYTES // 2
+def supported(height: int, width: int, itemsize: int) -> bool:
+    """Whether 128 channels of an image fit into VMEM.
+
+    Backward there are six images of them, with two buffers each, and four scratch images.
+    """
+    images = 12 * height * width * LANES * itemsize
+    scratch = 4 * (height + 2) * (width + 2 * BORDER + 8) * LANES * 4
+    return images + scratch < VMEM_BYTES
 
 
 def forward(value, gate, bias, kernel, depthwise_bias):

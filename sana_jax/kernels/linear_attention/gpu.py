@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-TOKENS = 64  # a block: four warps' worth of rows for the tensor cores
+from sana_jax.kernels.block_sizes import GPU
+
+TOKENS = GPU["linear_attention"]  # a block
 
 
 def supported(head_dim: int) -> bool:

@@ -19,9 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.block_sizes import TPU
+
 LANES = 128
-# Tokens a grid step: some pipelining within an image, few steps: see __init__.py.
-TOKENS = 512
+TOKENS = TPU["linear_attention"]  # a grid step
 
 
 def supported(channels: int, head_dim: int) -> bool:

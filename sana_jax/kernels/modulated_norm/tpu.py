@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.modulated_norm.reference import EPSILON
 
-TOKENS = 256  # a grid step; a few MB of VMEM at the widest model
+TOKENS = TPU["modulated_norm"]  # a grid step
 
 
 def forward(x, shift, scale):
