@@ -1,8 +1,8 @@
 """Block sizes of the kernels by platform, and why.
 
 One column for v5e, v5p and v6e: the sizes were chosen by the estimate for v5e, and every kernel
-compiles with them for all three at the widths of all presets. Images with fewer tokens than a
-block take one block of their own size; channels always come in groups of 128 lanes.
+compiles with them for all three. Images with fewer tokens than a block take one block of their own
+size; channels always come in groups of 128 lanes.
 """
 
 # Tokens or pixels a grid step, or a turn of an unrolled loop.

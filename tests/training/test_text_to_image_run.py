@@ -151,7 +151,7 @@ def test_killed_and_terminated_it_ends_as_the_unbroken_run(unbroken, config, tmp
     assert_same_end(workdir, unbroken)
 
 
-@pytest.mark.parametrize("devices", [4, 1])
+@pytest.mark.parametrize("devices", [pytest.param(4, marks=pytest.mark.slow), 1])
 def test_it_goes_on_with_fewer_devices(unbroken, config, tmp_path, devices, monkeypatch):
     """8 -> 4 and 8 -> 1: sums in another order, so equal to float32's rounding over five steps."""
     workdir = tmp_path / "run"
@@ -360,6 +360,7 @@ def test_sizes_of_images_are_read_once(config, tmp_path, monkeypatch):
     assert again.loader.fingerprint == first.loader.fingerprint
 
 
+@pytest.mark.slow  # compiles a step and an evaluation for each of two shapes, twice
 def test_buckets_from_another_model(config, tmp_path, monkeypatch):
     """Stored latents of two shapes; both are evaluated; `start` is needed by step 0 alone."""
     for split in "train", "test":
@@ -430,6 +431,7 @@ TextToImageTraining(load(Path(config), **changes), workdir).run()
 """
 
 
+@pytest.mark.slow  # a minute
 def test_two_hosts_train_as_one(config, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
