@@ -65,11 +65,6 @@ def shared(tmp_path_factory):
     params = _arrays(alone.params["vae"])
     params["decoder"]["conv_out"]["kernel"] *= np.float32(3e38)
     native.save(dataclasses.replace(alone, params={"vae": params}), path / "overflowing")
-    params = _arrays(whole.params)
-    kernel = params["dit"]["proj_out"]["kernel"]
-    kernel /= np.abs(kernel).max()
-    kernel *= np.float32(3e38)  # infinite velocities
-    native.save(dataclasses.replace(whole, params=params), path / "diverged")
     twin = Twin("alex")
     torch.save(twin.package(), path / "alex.pth")
     (path / "pictures").mkdir()
@@ -218,7 +213,6 @@ def test_shapes(shared, tmp_path):
         [f"--checkpoint={shared / 'checkpoint'}"],
         [f"--checkpoint={shared / 'overflowing'}", "--out=none.png"],
         [f"--checkpoint={shared / 'checkpoint'}", "--size=50"],
-        [f"--checkpoint={shared / 'diverged'}", "--out=none.png"],
     ]
     result = run(["-c", SEVERAL], tmp_path, input=json.dumps([arguments + case for case in cases]))
     assert result.returncode == 0, result.stderr
@@ -238,7 +232,6 @@ def test_shapes(shared, tmp_path):
     told = [told for _, told in json.loads(answers)]
     assert "reconstructs some pictures with NaN or infinite" in told[2]
     assert "--size=50 is not a multiple of 4" in told[3]
-    assert "draws some pictures with NaN or infinite" in told[4]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (6 * 70 + 5 * 2, 70)
     assert not (tmp_path / "none.png").exists()

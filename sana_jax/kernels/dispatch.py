@@ -52,6 +52,18 @@ def sequence_axis(tokens: int) -> str | None:
     return "sequence" if shards > 1 and tokens % shards == 0 else None
 
 
+def copies(batch: int, sequence: str | None) -> int:
+    """How many devices compute each part in `over_mesh` with a kernel.
+
+    Its gradient is split among them and added up: so often does it count what is no gradient.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return 1
+    shards = 1 if batch % batch_divisor(mesh) else batch_divisor(mesh)
+    return mesh.size // (shards * (mesh.shape["sequence"] if sequence else 1))
+
+
 def over_mesh(
     fn: Callable,
     tokens: tuple[jax.Array, ...],

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, sequence_axis, use_pallas
+from sana_jax.kernels.dispatch import (
+    by_platform,
+    copies,
+    over_mesh,
+    sequence_axis,
+    use_pallas,
+)
 from sana_jax.kernels.glumbconv import gpu, reference, tpu
 from sana_jax.kernels.mixed_einsum import dense_float32
 
@@ -72,6 +78,8 @@ def _projected_backward(split_rows, args, cotangent):
         return _middle(split_rows, *images, *weights, out=out)
 
     x, d_images, d_weights = jax.vjp(middle, nothing, images, weights)[1](d_x)
+    batch, rows = nothing.shape[:2]
+    x = x / copies(batch, sequence_axis(rows) if split_rows else None)  # a result, no gradient
     d_after = jax.vjp(lambda *after: _project(x, *after), *after)[1](cotangent)
     return d_images, d_weights, *d_after
 
