@@ -22,6 +22,13 @@ def gathered(value: Any) -> list[Any]:
     return [pickle.loads(row.tobytes()) for row in rows]
 
 
+def whole(tree: Any) -> Any:
+    """Arrays that are spread over all hosts, in full on each of them."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def jointly(action: Callable[..., Any], *args: Any) -> Any:
     """action(*args) of this host; all hosts raise what the first of those that fail raises.
 

@@ -61,7 +61,7 @@ def main(argv):
 
     import jax
 
-    from sana_jax import checkpoints, sharding
+    from sana_jax import arguments, checkpoints, sharding
     from sana_jax.data import buckets, precomputed
     from sana_jax.data.encode import Encoder, WithTokens, precompute
     from sana_jax.data.sources import open_source
@@ -81,8 +81,8 @@ def main(argv):
         instruction_file=_INSTRUCTION.value,
     )
     factor = checkpoint.vae.factor
-    if _SIZE.value is not None and _SIZE.value % factor:
-        raise UserError(f"--size={_SIZE.value} is not a multiple of {factor}")
+    if _SIZE.value is not None:
+        arguments.multiple(f"--size={_SIZE.value}", _SIZE.value, factor)
     if _TEXT.value and checkpoint.text_encoder is None:
         raise UserError(f"{_CHECKPOINT.value} has no text encoder, which --text needs")
     source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)

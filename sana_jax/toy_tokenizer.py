@@ -5,6 +5,7 @@ import string
 from sana_jax.text import import_transformers
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPACE = "▁"
 ALPHABET = SPACE + "\n" + "".join(chr(c) for c in range(0x21, 0x7F))
 WORDS = """
@@ -22,15 +23,14 @@ def toy_tokenizer():
     As with Gemma, `<bos>` comes first, nothing comes last, and a space before a word merges into
     it. A known word is one token, any other its longest known beginning and then letters.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     # Every merge adds a letter to the beginning of a word.
     merges = {}
     for word in (SPACE, *string.ascii_lowercase, *WORDS):
         for end in range(1, len(word) + 1):
             merges[SPACE + word[:end]] = (SPACE + word[: end - 1], word[end - 1])
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocabulary = [*SPECIAL, *byte_tokens, *ALPHABET, *merges]
+    vocabulary = [*SPECIAL, *BYTES, *ALPHABET, *merges]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(vocabulary)},
@@ -44,6 +44,16 @@ def toy_tokenizer():
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
+    return as_gemma(tokenizer)
+
+
+def as_gemma(tokenizer):
+    """A tokenizer of transformers from one of `tokenizers` that has the tokens of SPECIAL.
+
+    As with Gemma, `<bos>` comes first, nothing comes last, and padding is on the right.
+    """
+    from tokenizers import AddedToken, processors
+
     bos = ("<bos>", SPECIAL.index("<bos>"))
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[bos])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])

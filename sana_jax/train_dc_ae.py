@@ -11,29 +11,11 @@ network: a folder, a name on the hub, or `shapes`.
 On several hosts run it on every one, with --multihost; all of them must mount DIR.
 """
 
-import jax
-from absl import flags
-from ml_collections.config_flags import config_flags
-
-from sana_jax import cli, compilation_cache
+from sana_jax import cli
+from sana_jax.training.command import training_command
 from sana_jax.training.dc_ae_phases import AutoencoderTraining
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe, a file of configs/")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, made if missing; it may be big")
-MULTIHOST = flags.DEFINE_bool("multihost", False, "find and join the other hosts of the job")
-CACHE = flags.DEFINE_string(
-    "compilation_cache", None, 'folder for compiled programs, "" for none; default: the user\'s'
-)
-flags.mark_flags_as_required(["config", "workdir"])
-
-
-def main(argv: list[str]) -> None:
-    del argv
-    if MULTIHOST.value:
-        jax.distributed.initialize()
-    compilation_cache.enable(CACHE.value)
-    AutoencoderTraining(CONFIG.value, WORKDIR.value).run()
-
+main = training_command(AutoencoderTraining)
 
 if __name__ == "__main__":
     cli.run(main, resumes=True)

@@ -16,10 +16,9 @@ from sana_jax import cli
 from sana_jax.data.images import BadImage
 from sana_jax.errors import UserError
 from sana_jax.new_folder import check_new, new_folder
-from sana_jax.text import clean_prompt, import_transformers
-from sana_jax.toy_tokenizer import ALPHABET, SPACE, SPECIAL
+from sana_jax.text import clean_prompt
+from sana_jax.toy_tokenizer import ALPHABET, BYTES, SPACE, SPECIAL, as_gemma
 
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SMALLEST = len(SPECIAL) + len(BYTES) + len(ALPHABET)
 
 
@@ -44,14 +43,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path
     Raises UserError where `vocab_size` has no room for letters and bytes.
     """
     from tokenizers import (
-        AddedToken,
         Regex,
         Tokenizer,
         decoders,
         models,
         normalizers,
         pre_tokenizers,
-        processors,
         trainers,
     )
 
@@ -95,17 +92,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path
             decoders.Strip(" ", 1, 0),
         ]
     )
-    bos = ("<bos>", SPECIAL.index("<bos>"))
-    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[bos])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    fast = import_transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        padding_side="right",
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-    )
+    fast = as_gemma(tokenizer)
     fast.save_pretrained(folder)
     return fast
 

@@ -43,10 +43,20 @@ def by_platform(*args: jax.Array, plain: Callable, **kernels: Callable):
     return jax.lax.platform_dependent(*args, default=plain, **kernels)
 
 
+def _mesh_to_split():
+    """The mesh that is set; None where there is none, or a part of it is computed already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
+
+
+def _divides(batch: int, mesh) -> bool:
+    return batch % batch_divisor(mesh) == 0
+
+
 def sequence_axis(tokens: int) -> str | None:
     """The axis over which the mesh that is set splits so many tokens, or rows of them, if any."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
+    mesh = _mesh_to_split()
+    if mesh is None:
         return None
     shards = mesh.shape["sequence"]
     return "sequence" if shards > 1 and tokens % shards == 0 else None
@@ -57,10 +67,10 @@ def copies(batch: int, sequence: str | None) -> int:
 
     Its gradient is split among them and added up: so often does it count what is no gradient.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
+    mesh = _mesh_to_split()
+    if mesh is None:
         return 1
-    shards = 1 if batch % batch_divisor(mesh) else batch_divisor(mesh)
+    shards = batch_divisor(mesh) if _divides(batch, mesh) else 1
     return mesh.size // (shards * (mesh.shape["sequence"] if sequence else 1))
 
 
@@ -81,12 +91,11 @@ def over_mesh(
     all but the tokens.
     """
     arrays = *tokens, *images
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_to_split()
     sequence = sequence_axis(tokens[0].shape[1]) if tokens else None
-    if mesh.empty or AxisType.Manual in mesh.axis_types or not (kernel or sequence):
+    if mesh is None or not (kernel or sequence):
         return fn(*arrays, *weights)
-    whole = not kernel or arrays[0].shape[0] % batch_divisor(mesh)
-    batch = None if whole else ("replica", "fsdp")
+    batch = ("replica", "fsdp") if kernel and _divides(arrays[0].shape[0], mesh) else None
     split = P(batch, sequence)
     return jax.shard_map(
         fn,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sana_jax import denoise, flops, pipeline
+from sana_jax import arguments, denoise, flops, pipeline
 from sana_jax.checkpoints.components import abstract_params, module_for
 from sana_jax.diffusion import dpm_solver
 from sana_jax.errors import UserError
@@ -57,8 +57,7 @@ def drawing(
     2048 x 2048 pixels are decoded in tiles, a call each. Raises UserError.
     """
     size = dit.sample_size * vae.factor if size is None else size
-    if size % (vae.factor * dit.patch_size):
-        raise UserError(f"--size={size} is not a multiple of {vae.factor * dit.patch_size}")
+    arguments.multiple(f"--size={size}", size, vae.factor * dit.patch_size)
     rows = partial(_array, sharding=batch_sharding(mesh))
     if what == "decode":
         return _decode(vae, mesh, rows, batch, size)
@@ -80,8 +79,8 @@ def drawing(
     schedule = jax.tree.map(lambda x: _array(x.shape, x.dtype, NamedSharding(mesh, P())), schedule)
     captions = rows((batch, 2, TEXT_ROWS, dit.caption_channels))
     masks, scale = rows((batch, 2, TEXT_ROWS), bool), rows((batch, 1, 1, 1))
-    arguments = params, latents, schedule, captions, masks, scale
-    return Program(sample, arguments, batch, size, 2 * steps * count)
+    inputs = latents, schedule, captions, masks, scale
+    return Program(sample, (params, *inputs), batch, size, 2 * steps * count)
 
 
 def training(config: ConfigDict, mesh: Mesh, batch: int | None, phase: str | None) -> Program:

@@ -14,7 +14,6 @@ import json
 import operator
 import shutil
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from sana_jax import sharding
+from sana_jax import hosts, sharding
 from sana_jax.checkpoints import find, native, open_checkpoint
 from sana_jax.checkpoints.components import Checkpoint, place
 from sana_jax.checkpoints.fingerprint import fingerprint
@@ -121,7 +119,7 @@ class AutoencoderTraining:
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
             about = self._about(number, task.phase, parent)
-            if _first_finds((folder / "results.json").exists):
+            if hosts.from_first((folder / "results.json").exists):
                 then = native.read_json(folder / "results.json").get("about", {})
                 now = _fixed(about)
                 if changed := [key for key in now | then if then.get(key) != now.get(key)]:
@@ -177,7 +175,7 @@ class AutoencoderTraining:
                 )
             if first:
                 _say(f"{name}: resumed at step {first} of {phase.steps}")
-            if not _first_finds((folder / "before.json").exists):
+            if not hosts.from_first((folder / "before.json").exists):
                 _say(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
             if first < phase.steps:
@@ -203,7 +201,7 @@ class AutoencoderTraining:
                 "steps": phase.steps,
                 "images": phase.steps * phase.batch_size,
                 "skipped_updates": int(state.skipped),
-                "training_seconds": _first_finds(lambda: _training_seconds(folder, phase)),
+                "training_seconds": round(hosts.from_first(_training_seconds, folder, phase)),
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 "scaling_factor": factor,
                 "before": native.read_json(folder / "before.json"),
@@ -253,10 +251,8 @@ class AutoencoderTraining:
             if data.source == "shapes":
                 from sana_jax.data import shapes  # what draws is not needed for other sources
 
-                train = dict(data.shapes.train)
-                if _is_first():
-                    shapes.prepare(folder, size, train[size], data.shapes.test, data.shapes.seed)
-                _barrier(f"shapes {size}")
+                wanted = dict(data.shapes.train)[size], data.shapes.test, data.shapes.seed
+                hosts.from_first(shapes.prepare, folder, size, *wanted)
             self._sources[split, size] = open_source(data.source, split, folder, size)
         return self._sources[split, size]
 
@@ -318,17 +314,17 @@ class AutoencoderTraining:
 
     def _export(self, folder: Path, params: Any, results: dict, before: Checkpoint | None) -> None:
         """The parameters as a native folder; one that a killed run left half is replaced."""
-        if jax.process_count() > 1:
-            params = multihost_utils.process_allgather(params, tiled=True)
-        if _is_first():
-            network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
-            history = before.provenance.get("phases", []) if before else []
-            provenance = {"trained": True, "phases": [*history, results]}
+        network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
+        history = before.provenance.get("phases", []) if before else []
+        provenance = {"trained": True, "phases": [*history, results]}
+        model = Checkpoint(network, params={"vae": hosts.whole(params)}, provenance=provenance)
+
+        def write() -> None:
             shutil.rmtree(folder / "model", ignore_errors=True)
             (folder / "model").mkdir()
-            checkpoint = Checkpoint(network, params={"vae": params}, provenance=provenance)
-            native.save(checkpoint, folder / "model")
-        _barrier("model")
+            native.save(model, folder / "model")
+
+        hosts.from_first(write)
 
 
 def _transform(phase: Phase) -> ImageTransform:
@@ -408,19 +404,9 @@ def _say(line: str) -> None:
 
 def _write(path: Path, contents: dict[str, Any]) -> None:
     """JSON that is there as a whole or not at all."""
-    if _is_first():
-        write_whole(epath.Path(path), (json.dumps(contents, indent=2) + "\n").encode())
-    _barrier(path.name)
-
-
-def _first_finds(find: Callable[[], float]) -> int:
-    """What the first host finds in its files, rounded, for all: they go the same way."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(round(find()) if _is_first() else 0)))
+    content = (json.dumps(contents, indent=2) + "\n").encode()
+    hosts.from_first(write_whole, epath.Path(path), content)
 
 
 def _is_first() -> bool:
     return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    multihost_utils.sync_global_devices(name)

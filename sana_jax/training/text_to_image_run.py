@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -176,7 +175,7 @@ class TextToImageTraining:
         images = pipe(
             prompts, height=self.size, width=self.size, seed=seed, output="device", **settings
         )
-        images = list(np.asarray(_gathered(images)))
+        images = list(np.asarray(hosts.whole(images)))
         rows = [images[i : i + SHEET_COLUMNS] for i in range(0, len(images), SHEET_COLUMNS)]
         writer.images(step, "samples", rows)
 
@@ -212,7 +211,7 @@ class TextToImageTraining:
 
     def _export(self, state: TrainState, first: int) -> None:
         """WORKDIR/model, unless step `first`, that this run went on from, was the last one."""
-        params, step = jax.tree.map(_gathered, state.ema), int(state.step)
+        params, step = hosts.whole(state.ema), int(state.step)
         model = complete(self.base, params, step, ema=True)
 
         def write() -> None:
@@ -240,8 +239,3 @@ def _steps_of(folder: Path) -> int | None:
     if not (folder / "model.json").exists():
         return None
     return native.read_json(folder / "model.json").get("provenance", {}).get("steps")
-
-
-def _gathered(x: jax.Array) -> Any:
-    """An array whole on this host."""
-    return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x

@@ -58,8 +58,9 @@ def test_killed_twice_and_terminated(tmp_path, capsys):
     run = start(broken, "terminate_at=38")
     _, errors = run.communicate()
     # The signal comes while batch 38 is read, and step 37 or 38 runs.
-    stopped = re.search("^stopped by SIGTERM after step (38|39) of 40: saved", errors)
-    assert run.returncode == 75 and newest(broken) == int(stopped[1])
+    stopped = re.search("^stopped by SIGTERM after step (38|39) of 40: saved", errors, re.M)
+    assert run.returncode == 75 and stopped, errors
+    assert newest(broken) == int(stopped[1])
     assert finish(broken, capsys) == whole
     assert (
         losses(broken)[:-1] == losses(tmp_path / "whole")[:-1]
