@@ -19,19 +19,19 @@ from sana_jax.training import recipes
 
 READER = dict(
     vocab_size=1024,
-    hidden_size=256,
-    intermediate_size=512,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
+    hidden_size=192,
+    intermediate_size=384,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=3,
     head_dim=64,
     query_pre_attn_scalar=64,
     sliding_window=None,
 )
 NETWORK = SanaConfig(
-    depth=8,
-    width=256,
-    cross_heads=4,
+    depth=6,
+    width=192,
+    cross_heads=6,
     caption_channels=READER["hidden_size"],
     sample_size=4,
     # So few tokens have to be told where they are.
@@ -41,7 +41,7 @@ NETWORK = SanaConfig(
 
 
 def get_config():
-    config = recipes.text_to_image(NETWORK, steps=20_000, batch_size=64)
+    config = recipes.text_to_image(NETWORK, steps=16_000, batch_size=32)
     config.dtype = "float32"
     config.auto_lr = "none"
     config.text_encoder.update(rows=64, train=True, instruction=False)
@@ -49,12 +49,12 @@ def get_config():
     config.recipe.update(ema_decay=0.999)
     config.recipe.noise.shift = 1.0
     config.recipe.optimizer.update(
-        name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=500, clip_norm=1.0
+        name="adamw", learning_rate=1.5e-3, schedule="cosine", warmup_steps=200, clip_norm=1.0
     )
     config.recipe.optimizer.update(beta2=0.99, weight_decay=0.01)
     # By their scores, which tell the captions with mistakes from the others.
     config.data.captions.update(kind="score", temperature=0.25, threshold=20.0)
-    config.loader.update(threads=2, prefetch=4)
-    config.loop.update(log_every=50, checkpoint_every=500, images_every=1000, evaluate_every=1000)
+    config.loader.update(threads=1, prefetch=4)
+    config.loop.update(log_every=50, checkpoint_every=500, images_every=4000, evaluate_every=2000)
     config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), num_steps=20)
     return config
