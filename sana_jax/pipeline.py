@@ -292,7 +292,7 @@ class SanaPipeline:
         timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
         inputs = [self._spread(x) for x in (latents, timestep, embeddings, mask)]
         with self._context():
-            return _velocity(self.dit, self.params["dit"], *inputs)[: latents.shape[0]]
+            return predict_velocity(self.dit, self.params["dit"], *inputs)[: latents.shape[0]]
 
     def decode(
         self, latents: Float[Array, "B h w c"], tile: Tile | None = None
@@ -338,7 +338,7 @@ class SanaPipeline:
         return self.checkpoint.dit.sample_size * self.factor
 
     def _decode_padded(self, latents: Array, tile: Tile | None = None) -> Array:
-        run = partial(_decode, self.vae, self.params["vae"])
+        run = partial(decode_latents, self.vae, self.params["vae"])
         with self._context():
             if tile is None:
                 return run(latents)
@@ -407,13 +407,15 @@ def _encode_text(module: nn.Module, params: Any, tokens, prefix: Prefix | None, 
 
 
 @partial(jax.jit, static_argnums=0)
-def _velocity(module: nn.Module, params: Any, latents, timestep, captions, mask):
+def predict_velocity(module: nn.Module, params: Any, latents, timestep, captions, mask):
+    """(B, h, w, c): the transformer once, text from its embeddings (B, L, C) on."""
     keys_values = module.apply({"params": params}, captions, method="keys_values")
     return module.apply({"params": params}, latents, timestep, keys_values, mask, method="denoise")
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(module: nn.Module, params: Any, latents):
+def decode_latents(module: nn.Module, params: Any, latents):
+    """(B, H, W, 3) in about [-1, 1] from scaled latents (B, h, w, c)."""
     latents = latents / module.config.scaling_factor
     return module.apply({"params": params}, latents, method="decode")
 

@@ -68,7 +68,7 @@ def drawing(
     if what == "forward":
         captions = rows((batch, TEXT_ROWS, dit.caption_channels))
         inputs = latents, rows((batch,)), captions, rows((batch, TEXT_ROWS), bool)
-        function = partial(pipeline._velocity, module)
+        function = partial(pipeline.predict_velocity, module)
         return Program(function, (params, *inputs), batch, size, count)
 
     def sample(params, noise, schedule, captions, masks, scale):
@@ -114,7 +114,7 @@ def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program
         calls = len(range(0, whole, stride)) ** 2  # a sliver at the edge counts as a tile
     side = size // vae.factor
     latents = rows((batch, side, side, vae.latent_channels))
-    function = partial(pipeline._decode, module_for(vae, DTYPE))
+    function = partial(pipeline.decode_latents, module_for(vae, DTYPE))
     count = batch * flops.decode(vae, size, size)
     return Program(function, (_params(vae, mesh), latents), batch, size, count, calls)
 
@@ -146,9 +146,9 @@ def _autoencoder_training(config: ConfigDict, mesh: Mesh, batch: int | None, nam
     if name not in config.phases:
         raise UserError(f"--phase={name} is not one of {', '.join(config.phases)}")
     network, dtype = DCAEConfig(**config.network.to_dict()), jnp.dtype(config.dtype)
-    phase = dc_ae_phases._phase(config.phases[name].to_dict())
+    phase = dc_ae_phases.read_phase(config.phases[name].to_dict())
     phase = dataclasses.replace(phase, batch_size=batch or phase.batch_size)
-    dc_ae_phases._check(name, phase, network, mesh)
+    dc_ae_phases.check_phase(name, phase, network, mesh)
     distance, weights = _perceptual(config.perceptual.name, dtype, mesh)
     model = DCAE(network, dtype, jnp.float32, remat=config.remat)
     discriminator = Discriminator(**config.discriminator, dtype=dtype)

@@ -72,7 +72,7 @@ class AutoencoderTraining:
         self.config, self.workdir = config, native.local(workdir)
         try:
             self.network = DCAEConfig(**config.network.to_dict())
-            phases = {name: _phase(fields) for name, fields in config.phases.to_dict().items()}
+            phases = {name: read_phase(fields) for name, fields in config.phases.to_dict().items()}
             dtype = jnp.dtype(config.dtype)
         except (TypeError, ValueError) as error:
             raise UserError(f"--config: {error}") from None
@@ -92,7 +92,7 @@ class AutoencoderTraining:
             factor = self.network.factor
             raise UserError(f"config.evaluation.sizes={sizes}: give multiples of {factor}")
         for name in config.run:
-            _check(name, phases[name], self.network, self.mesh)
+            check_phase(name, phases[name], self.network, self.mesh)
             try:
                 self.tasks[name] = AutoencoderTask(
                     self.model, discriminator, phases[name], distance
@@ -332,13 +332,14 @@ def _transform(phase: Phase) -> ImageTransform:
     return ImageTransform(side, side, crop=phase.crop, flip=phase.flip)
 
 
-def _phase(fields: dict[str, Any]) -> Phase:
+def read_phase(fields: dict[str, Any]) -> Phase:
+    """A phase from its part of the config."""
     for name in ("autoencoder", "discriminator"):
         fields[name] = OptimizerConfig(**fields[name])
     return Phase(**fields)
 
 
-def _check(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh) -> None:
+def check_phase(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError for sizes that do not divide, and options that nothing knows."""
     key = f"config.phases.{name}"
     for field in ("steps", "image_size", "microbatches"):

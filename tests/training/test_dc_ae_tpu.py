@@ -16,7 +16,7 @@ from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.sharding import MESH_AXES, batch_sharding
 from sana_jax.training.autoencoder import AutoencoderTask
-from sana_jax.training.dc_ae_phases import _phase
+from sana_jax.training.dc_ae_phases import read_phase
 from sana_jax.training.discriminator import Discriminator
 from sana_jax.training.state import on_mesh
 
@@ -55,7 +55,7 @@ def step_estimate(network, phase, topology, fsdp, remat):
 
 def phase(name, **changes):
     found = dc_ae_f32c32.get_config().phases[name].to_dict()
-    return dataclasses.replace(_phase(found), **changes)
+    return dataclasses.replace(read_phase(found), **changes)
 
 
 @pytest.mark.slow  # the TPU compiler takes minutes even for this, most of them for the VGG
