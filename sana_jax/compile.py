@@ -13,16 +13,21 @@ those of one chip, by the estimate of tpu_estimate.py: a model, no measurement. 
 program does not use are not in its memory. MFU counts what the architecture asks for: recomputed
 activations show as slowness; a training counts three times the forward pass of what trains.
 
+Most of the time goes into the schedules that kernels are costed by. --memory leaves them out: does
+it fit, and nothing else.
+
 The last line is a JSON object, sizes in bytes. A program that does not fit is an answer: the
 status is 0, `fits` false and `hbm_bytes` what the compiler says is needed at least. `mfu` is null
 where FLOPs are not counted: phases of an autoencoder's training that train a part of it.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import re
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,6 +56,7 @@ _FSDP = flags.DEFINE_integer(
     "fsdp", 1, "chips that share a copy of a preset's weights; a config has its mesh", 1, 2**16
 )
 _PHASE = flags.DEFINE_string("phase", None, "of an autoencoder's training; default: its first")
+_MEMORY = flags.DEFINE_bool("memory", False, "only whether it fits: several times faster")
 _TOP = flags.DEFINE_integer("top", 12, "operations to list", 0, 1000)
 flags.mark_flag_as_required("topology")
 
@@ -59,6 +65,8 @@ def main(argv: list[str]) -> None:
     del argv
     what = _check_flags()
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
+    if _MEMORY.value:
+        tpu_estimate.write_no_schedules()  # before the TPU compiler is loaded
     chip, devices = tpu_estimate.tpu_devices(_TOPOLOGY.value)
     mesh, program = _program(what, devices)
     limit, chips = tpu_estimate.CHIPS[chip].hbm_bytes, mesh.size
@@ -77,15 +85,18 @@ def main(argv: list[str]) -> None:
     }
     print(f"compiling {what} for {_TOPOLOGY.value}", file=sys.stderr, flush=True)
     start = time.monotonic()
+    measure = tpu_estimate.memory if _MEMORY.value else partial(tpu_estimate.estimate, chip=chip)
+    costs = dict.fromkeys(["cycles", "kernel_cycles", "step_seconds", "mfu", "collectives"])
     try:
         with jax.set_mesh(mesh):
-            found = tpu_estimate.estimate(
-                program.function, *program.arguments, chip=chip, **program.options
-            )
-        result |= figures(found, program.calls, program.flops and program.flops / chips)
+            found = measure(program.function, *program.arguments, **program.options)
+        if not _MEMORY.value:
+            costs = figures(found, program.calls, program.flops and program.flops / chips)
+        sizes = [field.name for field in dataclasses.fields(tpu_estimate.Memory)]
+        result |= {name: getattr(found, name) for name in ("hbm_bytes", *sizes)}
     except tpu_estimate.TooLarge as error:
         found, result["hbm_bytes"] = None, error.needed
-        result |= dict.fromkeys(["cycles", "kernel_cycles", "step_seconds", "mfu", "collectives"])
+    result |= costs
     result["fits"] = found is not None and result["hbm_bytes"] <= limit
     result["compile_seconds"] = round(time.monotonic() - start, 1)
     print(text(result, found, _TOP.value))
@@ -107,13 +118,8 @@ def _program(what: str, devices: list[jax.Device]):
 
 
 def figures(found: tpu_estimate.Estimate, calls: int, model_flops: float | None) -> dict[str, Any]:
-    """What an estimate says of `calls` calls of a program, `model_flops` a call and chip."""
+    """The cost of `calls` calls of a program, `model_flops` a call and chip, by an estimate."""
     return {
-        "hbm_bytes": found.hbm_bytes,
-        "argument_bytes": found.argument_bytes,
-        "output_bytes": found.output_bytes,
-        "temp_bytes": found.temp_bytes,
-        "alias_bytes": found.alias_bytes,
         "cycles": calls * found.cycles,
         "kernel_cycles": calls * found.kernel_cycles,
         "step_seconds": calls * found.seconds,
@@ -130,7 +136,7 @@ def figures(found: tpu_estimate.Estimate, calls: int, model_flops: float | None)
     }
 
 
-def text(result: dict[str, Any], found: tpu_estimate.Estimate | None, top: int) -> str:
+def text(result: dict[str, Any], found: tpu_estimate.Memory | None, top: int) -> str:
     """The result for people; `found` is None for a program that does not fit."""
     of = result["config"] or result["preset"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
@@ -153,6 +159,8 @@ def text(result: dict[str, Any], found: tpu_estimate.Estimate | None, top: int) 
         f" temporaries {_gib(found.temp_bytes)}, outputs {_gib(found.output_bytes)},"
         f" aliased {_gib(-found.alias_bytes)}; in all {_gib(found.hbm_bytes)} of {_gib(limit)}"
     )
+    if not isinstance(found, tpu_estimate.Estimate):
+        return "\n".join(lines)
     cycles = found.cycles + found.kernel_cycles
     lines += ["", f"{'cycles':>15} {'share':>6}  operation"]
     for count, name in found.operations[:top]:

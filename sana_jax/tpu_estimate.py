@@ -41,13 +41,10 @@ for _name, _value in {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }.items():
     os.environ.setdefault(_name, _value)
-os.environ["LIBTPU_INIT_ARGS"] = " ".join(
-    (
-        os.environ.get("LIBTPU_INIT_ARGS", ""),
-        f"--xla_jf_dump_to={_DUMP}",
-        "--xla_jf_dump_llo_text=true",
-        "--xla_jf_dump_llo_pass_label_regex=.*final_bundles",
-    )
+_ARGS = os.environ.get("LIBTPU_INIT_ARGS", "")
+os.environ["LIBTPU_INIT_ARGS"] = (
+    f"{_ARGS} --xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true"
+    " --xla_jf_dump_llo_pass_label_regex=.*final_bundles"
 )
 
 import jax  # noqa: E402
@@ -89,8 +86,23 @@ class Kernel:
         return max(self.bundles, self.compute, self.memory)
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Of a program on one chip."""
+
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    alias_bytes: int  # of outputs that take the place of donated arguments
+
+    @property
+    def hbm_bytes(self) -> int:
+        """What must fit at once; donated arguments count once."""
+        return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate(Memory):
     """Per chip. `cycles` covers XLA's operations, `kernel_cycles` the Pallas calls."""
 
     chip: Chip
@@ -99,11 +111,6 @@ class Estimate:
     kernel_cycles: int
     kernels: dict[str, tuple[int, Kernel]]  # name -> (calls, cost of one)
     collectives: dict[str, tuple[int, int]]  # kind -> (executions, bytes of the results in all)
-    argument_bytes: int
-    output_bytes: int
-    temp_bytes: int
-    alias_bytes: int  # of outputs that take the place of donated arguments
-    hbm_bytes: int  # what must fit at once; donated arguments count once
 
     @property
     def seconds(self) -> float:
@@ -167,28 +174,29 @@ def tpu_devices(topology: str) -> tuple[str, list[jax.Device]]:
         raise UserError(f"topology {topology!r} does not exist: {reason}") from None
 
 
+def write_no_schedules() -> None:
+    """Before libtpu is loaded: `memory` then takes a fraction of the time, `estimate` fails."""
+    os.environ["LIBTPU_INIT_ARGS"] = _ARGS
+
+
+def memory(fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Memory:
+    """What `estimate` says of memory, and raises where it does not suffice; costs nothing."""
+    return Memory(**_memory(_compile(fn, *args, **jit_options)))
+
+
 def estimate(fn: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_options: Any) -> Estimate:
     """Compiles `fn` for `args`, ShapeDtypeStructs with shardings over devices of a topology.
 
     Raises TooLarge for a program that the chip's memory does not hold, and ValueError for a Pallas
     kernel that cannot be costed.
     """
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # a hit would write no schedule
     before = set(_DUMP.iterdir())
-    try:
-        fresh = functools.wraps(fn)(lambda *args: fn(*args))  # else a second call compiles nothing
-        compiled = jax.jit(fresh, **jit_options).lower(*args).compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise TooLarge.read(str(error)) or error from None
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+    compiled = _compile(fn, *args, **jit_options)
     schedules = set(_DUMP.iterdir()) - before
     program = _Program(compiled.as_text(), schedules, CHIPS[chip])
     for path in schedules:
         path.unlink()
     total = program.cost(program.entry)
-    memory = compiled.memory_analysis()
     operations = Counter(total.operations)
     kernels = {name: (calls, program.kernels[name]) for name, calls in total.kernels.items()}
     for name, (calls, kernel) in kernels.items():
@@ -200,15 +208,26 @@ def estimate(fn: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_option
         kernel_cycles=sum(calls * kernel.cycles for calls, kernel in kernels.values()),
         kernels=kernels,
         collectives=total.collectives,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        hbm_bytes=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        **_memory(compiled),
     )
+
+
+def _compile(fn: Callable[..., Any], *args: Any, **jit_options: Any):
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # a hit would write no schedule
+    try:
+        fresh = functools.wraps(fn)(lambda *args: fn(*args))  # else a second call compiles nothing
+        return jax.jit(fresh, **jit_options).lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise TooLarge.read(str(error)) or error from None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def _memory(compiled) -> dict[str, int]:
+    found = compiled.memory_analysis()
+    parts = "argument", "output", "temp", "alias"
+    return {f"{part}_bytes": getattr(found, f"{part}_size_in_bytes") for part in parts}
 
 
 @dataclasses.dataclass

@@ -200,6 +200,18 @@ def test_the_command():
     assert all(name in result.stdout for name in found["kernels"])
 
 
+@needs_libtpu
+def test_memory_alone():
+    flags = "--preset=tiny", "--size=64", "--topology=v5e:2x2", "--batch=2"
+    result = command(*flags, "--memory")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert set(KEYS) <= found.keys() and found["fits"] is True
+    assert found["cycles"] is None and "cycles" not in result.stdout.splitlines()[-2]
+    whole = json.loads(command(*flags).stdout.splitlines()[-1])
+    assert found["hbm_bytes"] == whole["hbm_bytes"] > found["argument_bytes"]
+
+
 TOO_LARGE = """
 from sana_jax import tpu_estimate
 def estimate(*args, **kwargs):
