@@ -39,6 +39,7 @@ from absl import flags
 
 from sana_jax import arguments, cli
 from sana_jax.errors import UserError
+from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.measure import report
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.worker import Worker
@@ -64,6 +65,12 @@ _SIZE = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(BARS), "of weights and activations")
 _PARTS = flags.DEFINE_list("parts", list(PARTS), f"some of {', '.join(CHOICES)}")
 _AGAINST = flags.DEFINE_enum("against", "none", AGAINST, "what to time beside us")
+_IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation",
+    "auto",
+    IMPLEMENTATIONS,
+    "of our transformer: xla without, pallas with kernels",
+)
 _STEPS = flags.DEFINE_integer("steps", 20, "of the loop", 1, 1000)
 _LOOP_STEPS = flags.DEFINE_integer(
     "loop_steps", None, "time a loop of so many steps and scale it up; default: all", 1, 1000
@@ -81,6 +88,7 @@ def main(argv):
         dtype=_DTYPE.value,
         steps=timed_steps,
         compiled=against == "diffusers-compiled",
+        implementation=_IMPLEMENTATION.value,
     )
     _check_parts(_PARTS.value)
     _check_installed(against)
@@ -97,7 +105,7 @@ def main(argv):
         rows[part], found = measure(settings, against != "none", _REPEAT.value, scale)
         facts |= found
 
-    shown = ("preset", "batch", "size", "dtype")
+    shown = ("preset", "batch", "size", "dtype", "implementation")
     result = {name: common[name] for name in shown} | dict(steps=_STEPS.value, against=against)
     if timed_steps != _STEPS.value:
         result["timed_steps"] = timed_steps

@@ -36,6 +36,7 @@ from ml_collections.config_flags import config_flags
 
 from sana_jax import cli, random_weights, sharding, tpu_estimate
 from sana_jax.errors import UserError
+from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 
 WHAT = ("forward", "train", "sample", "decode")
 
@@ -54,6 +55,9 @@ _SIZE = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer("steps", 20, "of sample", 1, 1000)
 _FSDP = flags.DEFINE_integer(
     "fsdp", 1, "chips that share a copy of a preset's weights; a config has its mesh", 1, 2**16
+)
+_IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", "auto", IMPLEMENTATIONS, "of a preset's transformer: xla for no kernels"
 )
 _PHASE = flags.DEFINE_string("phase", None, "of an autoencoder's training; default: its first")
 _MEMORY = flags.DEFINE_bool("memory", False, "only whether it fits: several times faster")
@@ -113,6 +117,7 @@ def _program(what: str, devices: list[jax.Device]):
         return mesh, programs.training(_CONFIG.value, mesh, batch, _PHASE.value)
     mesh = sharding.make_mesh(fsdp=_FSDP.value, devices=devices)
     dit, vae, _ = random_weights.configs(_PRESET.value)
+    dit = dataclasses.replace(dit, implementation=_IMPLEMENTATION.value)
     batch = (_BATCH.value or 1) * mesh.size
     return mesh, programs.drawing(what, dit, vae, mesh, batch, _SIZE.value, _STEPS.value)
 
@@ -199,6 +204,8 @@ def _check_flags() -> str:
         raise UserError("--size goes with --preset; a config has keys of its own for it")
     if config and _FSDP.value != 1:
         raise UserError("--fsdp goes with --preset; for a config give --config.mesh.fsdp")
+    if config and _IMPLEMENTATION.value != "auto":
+        raise UserError("--implementation goes with --preset; give --config.network.implementation")
     if preset and _PHASE.value is not None:
         raise UserError("--phase goes with --config")
     return what

@@ -201,8 +201,8 @@ def test_the_command():
 
 
 @needs_libtpu
-def test_memory_alone():
-    flags = "--preset=tiny", "--size=64", "--topology=v5e:2x2", "--batch=2"
+def test_memory_alone_and_without_kernels():
+    flags = "--preset=tiny", "--size=64", "--topology=v5e:2x2", "--implementation=xla"
     result = command(*flags, "--memory")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
@@ -210,6 +210,7 @@ def test_memory_alone():
     assert found["cycles"] is None and "cycles" not in result.stdout.splitlines()[-2]
     whole = json.loads(command(*flags).stdout.splitlines()[-1])
     assert found["hbm_bytes"] == whole["hbm_bytes"] > found["argument_bytes"]
+    assert whole["kernel_cycles"] == 0 < whole["cycles"]
 
 
 TOO_LARGE = """

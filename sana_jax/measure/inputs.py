@@ -34,6 +34,7 @@ class Settings:
     dtype: str
     steps: int  # of the loop that is timed
     compiled: bool = False  # the reference under torch.compile
+    implementation: str = "auto"  # of our transformer's operations: kernels/dispatch.py
 
 
 def checkpoint(settings: Settings):

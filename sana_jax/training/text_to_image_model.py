@@ -66,7 +66,8 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
     if not config.autoencoder:
         raise UserError("config.autoencoder is missing: name a checkpoint, such as shapes")
     base = open_named("autoencoder", config.autoencoder, "vae")
-    base = Checkpoint(vae=base.vae, params={"vae": base.params["vae"]})
+    made = {"autoencoder": base.provenance}
+    base = Checkpoint(vae=base.vae, params={"vae": base.params["vae"]}, provenance=made)
     if encoder.checkpoint:
         parts = "text_encoder", "tokenizer"
         found = open_named("text_encoder.checkpoint", encoder.checkpoint, *parts)
@@ -253,7 +254,7 @@ def open_workdir(workdir: str | epath.Path, ema: bool = True) -> Checkpoint:
 
 def complete(base: Checkpoint, trained: Any, step: int, ema: bool) -> Checkpoint:
     """`base` with what was trained."""
-    provenance = {"trained": True, "steps": int(step), "ema": ema}
+    provenance = {"trained": True, "steps": int(step), "ema": ema, **base.provenance}
     return dataclasses.replace(base, params={**base.params, **trained}, provenance=provenance)
 
 

@@ -38,6 +38,12 @@ def test_counts_follow_batch_and_steps():
         assert count(pipe, settings(part, batch=3)) == 3 * count(pipe, settings(part))
 
 
+def test_kernels_are_of_the_settings():
+    for name in "auto", "xla", "pallas":
+        pipe = make_pipeline(settings("trunk", implementation=name))
+        assert pipe.dit.config.implementation == name
+
+
 def test_only_the_prompt_counts_behind_the_instruction():
     """A first call, without anything kept, counts as its two pieces."""
     config = inputs.checkpoint(settings("text")).text_encoder

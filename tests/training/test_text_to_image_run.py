@@ -85,12 +85,14 @@ def test_it_shows_what_it_does(unbroken):
     assert sheet.shape == (16, 34, 3)  # two pictures, a gap between
 
 
-def test_the_model_at_the_end_is_the_average(unbroken):
+def test_the_model_at_the_end_is_the_average(unbroken, config):
     _, ema = read_newest(unbroken, "ema")
     stored = load_file(unbroken / "model/dit.safetensors")
     np.testing.assert_array_equal(stored["proj_out/kernel"], ema["dit"]["proj_out"]["kernel"])
     model = native.open_folder(unbroken / "model")
     assert model.provenance["trained"] is True and model.provenance["steps"] == 20
+    autoencoder = native.open_folder(config.parent / "base")
+    assert model.provenance["autoencoder"] == autoencoder.provenance
     assert (model.text_rows, model.flow_shift) == (8, 3.0)
     pipe = SanaPipeline.from_pretrained(str(unbroken / "model"), dtype="float32")
     (drawn,) = pipe("a red cat", num_steps=1, output="np")
@@ -205,9 +207,9 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(autoencoder=None), "config.autoencoder is missing"),
         (dict(autoencoder="nowhere"), "no checkpoint 'nowhere'"),
         (dict(autoencoder="shapes"), "latent channels"),
-        (dict(text_encoder__checkpoint="shapes"), "this checkpoint has no text_encoder"),
+        (dict(text_encoder__checkpoint="autoencoder"), "this checkpoint has no text_encoder"),
         (dict(text_encoder__checkpoint=None), "config.text_encoder.checkpoint is missing"),
-        (dict(start="shapes"), "config.start=shapes: this checkpoint has no transformer"),
+        (dict(start="autoencoder"), "config.start=autoencoder: this checkpoint has no transformer"),
         (dict(network__caption_channels=40), "the transformer reads text of width 40"),
         (dict(network__width=33), "config.network: transformer width 33"),
         (dict(mesh__replica=3, mesh__fsdp=1), "does not fit 8 devices"),
@@ -246,7 +248,10 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
     ],
     ids=str,
 )
-def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, changes, message):
+def test_bad_config_is_refused_before_anything_is_written(
+    config, tmp_path, changes, message, monkeypatch
+):
+    monkeypatch.chdir(config.parent)
     with pytest.raises(UserError, match=re.escape(message)):
         TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
