@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -104,6 +105,10 @@ def test_training_of_an_autoencoder():
     here = mesh(fsdp=4)
     program = programs.training(autoencoder_config(), here, None, None)
     found = estimate(program, here)
+    # Of four chips each has a quarter, but of what has no "embed" axis, such as biases.
+    leaves = jax.tree.leaves(program.arguments[0])
+    share = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert share < 0.45 * sum(leaf.size for leaf in leaves)
     # Parameters, two moments and the average: the new ones take the place of the old ones.
     assert 0.5 * found.argument_bytes < found.alias_bytes <= found.argument_bytes
     assert found.collectives
