@@ -4,8 +4,9 @@
         --config.data.source=PHOTOS --config.perceptual.weights=vgg_lpips.safetensors --multihost
 
 Meant for a v5e 4x4 slice (16 chips of 16 GB, weights sharded over all of them): 16 images of 256
-pixels a chip in four microbatches; in the second phase two of 512 pixels, in two. It has not been
-run: its learning rates are the paper's, its numbers of steps and its batches are ours.
+pixels a chip in four microbatches; in the second phase two of 512 pixels, in two. The first phase's
+step takes 3.2 of a chip's 15.75 GiB, by the TPU compiler (sana_jax.compile --memory). It has not
+been run: its learning rates are the paper's, its numbers of steps and its batches are ours.
 """
 
 from sana_jax.models.dc_ae_config import DCAEConfig
@@ -15,7 +16,7 @@ from sana_jax.training import recipes
 def get_config():
     config = recipes.autoencoder(DCAEConfig())
     config.remat = True
-    # What a v5e's 16 GB hold at a time: four images of 256 pixels a chip, or one of 512.
+    # 16 images at once would need 24 GB.
     config.phases.low_resolution.microbatches = 4
     config.phases.latent_adaptation.update(image_size=512, microbatches=2)
     config.phases.local_refinement.microbatches = 4
