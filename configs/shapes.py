@@ -1,4 +1,4 @@
-"""The bundled model on the built-in data set `shapes`, at 128 px: 8 M parameters and a 2 M reader.
+"""The bundled model on the built-in data set `shapes`, at 128 px: 3.9 M parameters, a 0.9 M reader.
 
     launch/train_shapes DIR
 
@@ -9,7 +9,8 @@ runs the whole chain: autoencoder, tokenizer, stored latents, this, and the eval
         --config.data.source=precomputed:LATENTS
 
 The text encoder has Gemma 2's architecture, starts from nothing and trains with the transformer.
-A 32x autoencoder leaves 4 x 4 tokens of these pictures, so noise levels are not shifted.
+A 32x autoencoder leaves 4 x 4 tokens of these pictures, so noise levels are not shifted. Made for
+two CPU cores: 90 minutes at 95 pictures/s. A network of twice the size had a third of that rate.
 """
 
 from sana_jax.data.shapes_captions import prompts

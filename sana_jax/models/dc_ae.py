@@ -27,6 +27,7 @@ from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from sana_jax.kernels import res_block
 from sana_jax.kernels.glumbconv import depthwise_conv
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.models.dc_ae_config import DCAEConfig
@@ -126,10 +127,24 @@ class ResBlock(nn.Module):
     activation: str = "silu"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    implementation: str = "auto"  # see kernels/dispatch.py
+
+    def uses_kernel(self, x: Float[Array, "B H W C"]) -> bool:
+        """Whether a kernel does all of it."""
+        known = (self.norm, self.activation) == ("rms_norm", "silu")
+        return known and res_block.uses_kernel(x.shape, self.dtype, self.implementation)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         width, types = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        if self.uses_kernel(x) and not self.is_initializing():
+            stored = nn.unbox(self.variables["params"])  # of the modules below
+            conv1, conv2, norm = stored["conv1"], stored["conv2"], stored["norm"]
+            convs = (
+                w.astype(self.dtype) for w in (conv1["kernel"], conv1["bias"], conv2["kernel"])
+            )
+            y = res_block.res_block(x.astype(self.dtype), *convs, norm["scale"], norm["bias"])
+            return split_batch(y), None
         y = Conv3x3(width, ("embed", "mlp"), name="conv1", **types)(x)
         y = ACTIVATIONS[self.activation](y)
         y = Conv3x3(width, ("mlp", "embed"), use_bias=False, name="conv2", **types)(y)
@@ -243,6 +258,7 @@ class Stage(nn.Module):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=layers,
+                unroll=layers if block is ResBlock and ResBlock(**fields).uses_kernel(x) else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, _ = scan(name="blocks", **fields)(x)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -24,6 +25,9 @@ from sana_jax.kernels.linear_attention import gpu as linear_gpu
 from sana_jax.kernels.linear_attention import tpu as linear_tpu
 from sana_jax.kernels.modulated_norm import tpu as norm_tpu
 from sana_jax.kernels.modulated_norm.api import modulated_norm
+from sana_jax.kernels.res_block import api as residual
+from sana_jax.kernels.res_block import tpu as residual_tpu
+from sana_jax.models.dc_ae import ResBlock
 from sana_jax.sharding import MESH_AXES, make_mesh
 from tests import toy
 
@@ -242,6 +246,63 @@ def test_add_bias(monkeypatch, platform, shape):
     check(partial(run_public, bias.add_bias), jnp.add, arrays, "bfloat16")
 
 
+def residual_block(x, kernel1, bias1, kernel2, scale, bias):
+    def convolve(x, kernel):
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        height, width = x.shape[1] - 2, x.shape[2] - 2
+        return sum(x[:, i : i + height, j : j + width] @ kernel[i, j] for i, j in np.ndindex(3, 3))
+
+    y = convolve(jax.nn.silu(convolve(x, kernel1) + bias1), kernel2)
+    return x + y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+
+def residual_arrays(batch, height, width, channels):
+    kernel = 3, 3, channels, channels
+    vectors = [normal(channels) for _ in range(3)]
+    return (
+        normal(batch, height, width, channels),
+        *(normal(*kernel) / 40, vectors[0], normal(*kernel) / 40),
+        *vectors[1:],
+    )
+
+
+@pytest.mark.parametrize("shape, rows", [((2, 24, 16, 128), 8), ((1, 12, 32, 128), 4)])
+def test_residual_block_on_tpu(on_tpu, shape, rows):
+    """Inner blocks of rows and those at the edges; the gradient is the plain form's."""
+    assert residual_tpu.rows_at_once(*shape[1:]) == rows
+
+    def run(arrays, cotangent):
+        return residual_tpu.forward(*arrays), residual._backward(arrays, cotangent)
+
+    check(run, residual_block, residual_arrays(*shape), "float32")
+    arrays = [jnp.asarray(array, "bfloat16") for array in residual_arrays(*shape)]
+    with jax.enable_x64(True):
+        expected = residual_block(*(np.asarray(array, np.float64) for array in arrays))
+    found = jax.jit(residual_tpu.forward)(*arrays)
+    assert relative_error(found, expected) < TOLERANCE["bfloat16"]
+
+
+def test_images_without_a_kernel_for_residual_blocks():
+    shapes = (9, 16, 128), (8, 24, 128), (8, 16, 96), (8, 2**16, 128)
+    assert not any(residual_tpu.rows_at_once(*shape) for shape in shapes)
+    assert residual_tpu.rows_at_once(1024, 1024, 128) == 8
+    assert not residual.uses_kernel((1, 8, 16, 128), "float32", "pallas")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_module_s_residual_block_is_the_kernel_s(batch):
+    """With and without it, from the same weights, on one device and on a mesh."""
+    x = jnp.asarray(normal(batch, 8, 16, 128), jnp.bfloat16)
+    plain, fused = (ResBlock(dtype="bfloat16", implementation=name) for name in ("xla", "pallas"))
+    assert fused.uses_kernel(x) and not plain.uses_kernel(x)
+    shapes = nn.unbox(jax.eval_shape(fused.init, jax.random.key(0), x))
+    params = jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape) / 10), shapes)
+    expected = plain.apply(params, x)[0].astype(jnp.float32)
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        found = jax.jit(fused.apply)(params, x)[0].astype(jnp.float32)
+    assert relative_error(found, expected) < TOLERANCE["bfloat16"]
+
+
 def spec(*shape, dtype="bfloat16", sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -264,6 +325,7 @@ def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20):
     image, wide = made(1, side, side, hidden), made(2 * hidden)
     after = made(hidden, width), made(1, 1, 1, width)
     mask = made(1, rows, dtype="bool")
+    square, channels = made(3, 3, 128, 128), made(128)
     return {
         "linear_attention": (loss(attention), (made(1, tokens, 3 * width),)),
         "glumbconv": (
@@ -272,6 +334,10 @@ def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20):
         ),
         "cross_attention": (loss(to_text), (x, made(1, rows, 2 * width), mask)),
         "modulated_norm": (loss(norm), (x, vector, vector)),
+        "res_block": (
+            residual.res_block,
+            (made(1, 16, 16, 128), square, channels, square, channels, channels),
+        ),
     }
 
 

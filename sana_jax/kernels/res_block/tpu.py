@@ -1,0 +1,123 @@
+"""A residual block for TPU (Pallas Mosaic), forward.
+
+A grid step makes some rows of an image. It reads two rows more on either side, computes the first
+convolution on one row more, and what lies outside the image is zero for either convolution.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.res_block.reference import EPSILON
+
+LANES, HALO = 128, 2
+VMEM_BYTES = 100 * 2**20
+
+
+def rows_at_once(height: int, width: int, channels: int) -> int:
+    """The rows of a grid step, of an even height; 0 where there is no kernel for the image.
+
+    Eight read half as much again as they write; fewer where VMEM does not hold their sums.
+    """
+    if channels % LANES or width % 16:
+        return 0
+    weights = 4 * 9 * channels**2 * 2  # bfloat16, two buffers of each
+    for rows in 8, 4, 2:
+        sums = 3 * channels * width * (rows + 2) * (4 + 2)  # float32, and what is multiplied
+        images = 4 * channels * width * (rows + 2 * HALO) * (2 + 4)
+        if height % rows == 0 and weights + sums + images < VMEM_BYTES:
+            return rows
+    return 0
+
+
+def forward(
+    x: Float[Array, "B H W C"],
+    kernel1: Float[Array, "3 3 C C"],
+    bias1: Float[Array, " C"],
+    kernel2: Float[Array, "3 3 C C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+) -> Float[Array, "B H W C"]:
+    """See reference.py; sums, activation and norm are float32."""
+    batch, height, width, channels = x.shape
+    rows = rows_at_once(height, width, channels)
+    steps = rows // HALO
+
+    def image(size, index):
+        return pl.BlockSpec((1, size, width, channels), lambda b, i: (b, index(i), 0, 0))
+
+    def whole(shape):
+        return pl.BlockSpec(shape, lambda b, i: (0, 0))
+
+    # At the edges of the image the halo is some row of it, which the kernel takes for zero.
+    above = image(HALO, lambda i: jnp.maximum(i * steps - 1, 0))
+    below = image(HALO, lambda i: jnp.minimum((i + 1) * steps, height // HALO - 1))
+    matrix, vector = whole((3 * channels, 3 * channels)), whole((1, channels))
+    here = image(rows, lambda i: i)
+    return pl.pallas_call(
+        partial(_kernel, height),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(batch, height // rows),
+        in_specs=[above, here, below, matrix, vector, matrix, vector, vector],
+        out_specs=here,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * 2 * 9 * channels * x.size,
+            bytes_accessed=(2 * rows + 2 * HALO) * x.size // rows * x.dtype.itemsize,
+            transcendentals=x.size,
+        ),
+        name="res_block",
+    )(
+        *(x, x, x),
+        *(_as_matrix(kernel1), _as_row(bias1), _as_matrix(kernel2)),
+        *(_as_row(scale), _as_row(bias)),
+    )
+
+
+def _as_matrix(kernel):
+    """(3, 3, C, D) to (3 C, 3 D): rows of taps below, columns of taps beside one another."""
+    channels, features = kernel.shape[2:]
+    return kernel.transpose(0, 2, 1, 3).reshape(3 * channels, 3 * features)
+
+
+def _as_row(vector):
+    return vector.astype(jnp.float32)[None]
+
+
+def _kernel(height, above, x, below, kernel1, bias1, kernel2, scale, bias, out):
+    rows = x.shape[1]
+    first = pl.program_id(1) * rows  # of the rows that are made
+    read = jnp.concatenate([above[0], x[0], below[0]])
+    h = _convolve(_zero_outside(read, first - 2, height), kernel1) + bias1[...]
+    h = 0.5 * h
+    h = _zero_outside(h * jnp.tanh(h) + h, first - 1, height)  # SiLU
+    y = _convolve(h.astype(x.dtype), kernel2)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPSILON)
+    y = y * scale[...] + bias[...]
+    out[0] = (x[0].astype(jnp.float32) + y).astype(x.dtype)
+
+
+def _zero_outside(image, first, height):
+    """`image` starts at row `first`."""
+    row = first + jax.lax.broadcasted_iota(jnp.int32, image.shape, 0)
+    return jnp.where((row >= 0) & (row < height), image, jnp.zeros_like(image))
+
+
+def _convolve(image, kernel):
+    """(n + 2, W, C) in, (n, W, D) float32 out: rows as given, a column of zeros on either side."""
+    size, width = image.shape[0] - 2, image.shape[1]
+    around = jnp.concatenate([image[:-2], image[1:-1], image[2:]], axis=-1)
+    around = around.reshape(size * width, -1)
+    precision = "highest" if image.dtype == jnp.float32 else "default"  # float32 is for tests
+    sums = jnp.dot(around, kernel[...], preferred_element_type=jnp.float32, precision=precision)
+    left, middle, right = jnp.split(sums.reshape(size, width, -1), 3, axis=-1)
+    column = jax.lax.broadcasted_iota(jnp.int32, middle.shape, 1)
+    left = jnp.where(column == 0, 0.0, pltpu.roll(left, 1, 1))
+    right = jnp.where(column == width - 1, 0.0, pltpu.roll(right, width - 1, 1))
+    return middle + left + right
