@@ -250,6 +250,7 @@ class Stage(nn.Module):
         else:
             block = EfficientViTBlock
             fields |= dict(head_dim=config.attention_head_dim, scales=of_stage("qkv_multiscales"))
+        fused = block is ResBlock and ResBlock(**fields, parent=None).uses_kernel(x)
         if self.remat:
             block = nn.remat(block, prevent_cse=False)  # a scan needs no barrier against CSE
         if layers := of_stage("layers"):
@@ -258,7 +259,7 @@ class Stage(nn.Module):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=layers,
-                unroll=layers if block is ResBlock and ResBlock(**fields).uses_kernel(x) else 1,
+                unroll=layers if fused else 1,  # a loop copies what a kernel gives
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, _ = scan(name="blocks", **fields)(x)

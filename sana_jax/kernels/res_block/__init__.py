@@ -12,7 +12,7 @@ channels of 1024 px / 256 of 512 px / 512 of 256 px. The products alone need 4.7
 - XLA copies the picture of a loop's turn twice, since it does not know that the kernel is done with
   it: 3.2 / 1.6 / 0.8 a block, so a stage's blocks are unrolled.
 
-What is left of the last stage of a 1024 px decode, 66 in all, is 18 for the three blocks, 13 for the
+What is left of the last stage at 1024 px, 66 in all, is 18 for its three blocks, 13 for the
 convolution that doubles, 14 for the duplicated shortcut and 14 for rearranging pixels. The shortcut
 written as repeated columns takes 1.1 less, and is not done.
 """
