@@ -1,0 +1,29 @@
+"""The bundled model, which this project trained: small, and it draws what it is told."""
+
+import json
+
+from sana_jax.checkpoints import bundled, open_checkpoint
+from sana_jax.metrics import shapes_task
+
+LIMIT = 15 * 2**20  # bytes a file
+
+
+def test_its_files_are_small_and_say_how_they_came_to_be():
+    files = [path for path in bundled()["shapes"].rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) <= LIMIT
+    assert sum(path.stat().st_size for path in files) <= 40 * 2**20
+    made = json.loads((bundled()["shapes"] / "model.json").read_text())["provenance"]
+    assert made["trained"] and made["ema"] and made["steps"] > 0
+    phases = [phase["phase"] for phase in made["autoencoder"]["phases"]]
+    assert phases[-1] == "local_refinement"
+    checkpoint = open_checkpoint("shapes")
+    assert {"dit", "vae", "text_encoder"} <= checkpoint.params.keys()
+
+
+def test_it_draws_what_it_is_told():
+    """Prompts of combinations that it never saw; chance is 1 of 8 colours and of 8 shapes."""
+    options = shapes_task.Options(count=32)
+    found, _ = shapes_task.measure("shapes", options)
+    print({key: found[key] for key in ("overall", "facts", "colour", "shape", "position")})
+    assert found["colour"] > 0.6 and found["facts"] > 0.45 and found["shape"] > 0.2
+    assert found["control_shuffled"] <= found["overall"]
