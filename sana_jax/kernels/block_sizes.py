@@ -17,6 +17,8 @@ TPU = {
     # vector, the convolution an accumulator.
     "glumbconv_fill": 256,
     "glumbconv_convolve": 128,
+    # Rows: eight read half as much again as they write; fewer where VMEM does not hold their sums.
+    "res_block": (8, 4, 2),
 }
 
 # Never timed: tiles of the tensor cores, elements for four warps.

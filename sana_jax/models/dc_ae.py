@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 from sana_jax.kernels import res_block
 from sana_jax.kernels.glumbconv import depthwise_conv
 from sana_jax.kernels.linear_attention import linear_attention
+from sana_jax.kernels.res_block.reference import EPSILON  # of every norm
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.layers import (
     Conv3x3,
@@ -43,7 +44,6 @@ from sana_jax.models.layers import (
 from sana_jax.sharding import constrain
 
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
-EPSILON = 1e-5  # of every norm
 
 
 def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 4*C"]:

@@ -16,11 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
+from sana_jax.kernels.mosaic import LANES, VMEM_BYTES, half_silu
 
-LANES = 128
 BORDER = 8  # columns, a sublane tile
 FILL, CONVOLVE = TPU["glumbconv_fill"], TPU["glumbconv_convolve"]
-VMEM_BYTES = 100 * 2**20
 
 
 def supported(height: int, width: int, itemsize: int) -> bool:
@@ -93,11 +92,6 @@ def _rows(height, width, pixels, body, start):
     return jax.lax.fori_loop(0, height, body, start, unroll=unroll)
 
 
-def _half_silu(h):
-    """silu(2 h): one transcendental, no division."""
-    return h * jnp.tanh(h) + h
-
-
 def _half_silu_slope(h):
     """The derivative of silu at 2 h."""
     t = jnp.tanh(h)
@@ -136,7 +130,7 @@ def _fill(images, bias_ref, u_ref):
 
         def row(y, _, half=half, ref=ref, bias=bias):
             h = 0.5 * ref[0, y].astype(jnp.float32) + bias
-            _put_row(u_ref, half, y, _half_silu(h))
+            _put_row(u_ref, half, y, half_silu(h))
 
         _rows(height, width, FILL, lambda y, _: row(y, _), None)
 
@@ -160,7 +154,7 @@ def _forward_kernel(value_ref, gate_ref, bias_ref, kernel_ref, depthwise_ref, ou
     def row(y, _):
         value = _convolve(u_ref, 0, y, width, taps[0], biases[0])
         half_gate = _convolve(u_ref, 1, y, width, taps[1], biases[1])
-        out_ref[0, y] = (value * _half_silu(half_gate)).astype(out_ref.dtype)
+        out_ref[0, y] = (value * half_silu(half_gate)).astype(out_ref.dtype)
 
     _rows(height, width, CONVOLVE, row, None)
 

@@ -20,8 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
+from sana_jax.kernels.mosaic import LANES
 
-LANES = 128
 TOKENS = TPU["linear_attention"]  # a grid step
 
 

@@ -12,21 +12,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.block_sizes import TPU
+from sana_jax.kernels.mosaic import LANES, VMEM_BYTES, half_silu
 from sana_jax.kernels.res_block.reference import EPSILON
 
-LANES, HALO = 128, 2
-VMEM_BYTES = 100 * 2**20
+HALO = 2  # rows
+ROWS = TPU["res_block"]
 
 
 def rows_at_once(height: int, width: int, channels: int) -> int:
-    """The rows of a grid step, of an even height; 0 where there is no kernel for the image.
-
-    Eight read half as much again as they write; fewer where VMEM does not hold their sums.
-    """
+    """The rows of a grid step, of an even height; 0 where there is no kernel for the image."""
     if channels % LANES or width % 16:
         return 0
     weights = 4 * 9 * channels**2 * 2  # bfloat16, two buffers of each
-    for rows in 8, 4, 2:
+    for rows in ROWS:
         sums = 3 * channels * width * (rows + 2) * (4 + 2)  # float32, and what is multiplied
         images = 4 * channels * width * (rows + 2 * HALO) * (2 + 4)
         if height % rows == 0 and weights + sums + images < VMEM_BYTES:
@@ -95,8 +94,7 @@ def _kernel(height, above, x, below, kernel1, bias1, kernel2, scale, bias, out):
     first = pl.program_id(1) * rows  # of the rows that are made
     read = jnp.concatenate([above[0], x[0], below[0]])
     h = _convolve(_zero_outside(read, first - 2, height), kernel1) + bias1[...]
-    h = 0.5 * h
-    h = _zero_outside(h * jnp.tanh(h) + h, first - 1, height)  # SiLU
+    h = _zero_outside(half_silu(0.5 * h), first - 1, height)
     y = _convolve(h.astype(x.dtype), kernel2)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPSILON)
     y = y * scale[...] + bias[...]
