@@ -1,9 +1,11 @@
 """A whole checkpoint that is smaller than tiny: drawing with it compiles in a few seconds."""
 
+import dataclasses
 from pathlib import Path
 
 from sana_jax import random_weights
 from sana_jax.checkpoints import native
+from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 
@@ -36,3 +38,10 @@ def save(folder: Path, seed: int = 0) -> None:
         native.save(random_weights.make(random_weights.TINY, seed=seed), folder)
     finally:
         random_weights.configs = configs
+
+
+def alone(folder: Path) -> Checkpoint:
+    """The autoencoder of a native folder, without the rest."""
+    whole = native.open_folder(folder)
+    parts = dict.fromkeys(("dit", "text_encoder", "tokenizer", "instruction"))
+    return dataclasses.replace(whole, **parts, params={"vae": whole.params["vae"]})

@@ -50,15 +50,7 @@ def shared(tmp_path_factory):
     """An autoencoder that stands alone, and a folder of pictures, one of them none."""
     path = tmp_path_factory.mktemp("shared")
     mini.save(path / "whole")
-    whole = native.open_folder(path / "whole")
-    alone = dataclasses.replace(
-        whole,
-        dit=None,
-        text_encoder=None,
-        tokenizer=None,
-        instruction=None,
-        params={"vae": whole.params["vae"]},
-    )
+    alone = mini.alone(path / "whole")
     native.save(alone, path / "checkpoint")
     (path / "run").mkdir()
     native.save(alone, path / "run" / "model")

@@ -1,11 +1,15 @@
 """Which prompt a picture is scored against as a control."""
 
+import jax.numpy as jnp
 import pytest
 
 from sana_jax.data.shapes_captions import prompts
 from sana_jax.data.shapes_draw import draw
+from sana_jax.errors import UserError
 from sana_jax.metrics.shapes_parser import parse
-from sana_jax.metrics.shapes_task import another, figures
+from sana_jax.metrics.shapes_task import Options, another, figures, measure
+from sana_jax.pipeline import SanaPipeline
+from tests import mini
 
 
 @pytest.mark.parametrize("count", [6, 8, 10])
@@ -31,3 +35,15 @@ def test_the_control_of_swapped_pictures_is_right():
     assert found["overall"] < 0.5
     assert figures(asked, truth, truth, truth)["control_shuffled"] < 0.5
     assert figures(asked[:4], truth[:4], truth[:4], truth[:4])["control_shuffled"] is None
+
+
+def test_drawn_pictures_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    """8 bits would hide it."""
+    mini.save(tmp_path)
+
+    def diverged(pipe, prompts, **settings):
+        return jnp.full((len(prompts), 64, 64, 3), jnp.nan)
+
+    monkeypatch.setattr(SanaPipeline, "__call__", diverged)
+    with pytest.raises(UserError, match="draws some pictures with NaN or infinite"):
+        measure(str(tmp_path), Options(count=4, batch_size=8))

@@ -1,6 +1,5 @@
 """A tiny text-to-image training: its checkpoint, its pictures, its config."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,7 @@ def get_config():
 def prepare(folder: Path) -> Path:
     """Writes the checkpoint, its autoencoder alone, 32 captioned pictures and the config's file."""
     mini.save(folder / "base")
-    whole = native.open_folder(folder / "base")
-    alone = dict(dit=None, text_encoder=None, tokenizer=None, params={"vae": whole.params["vae"]})
-    native.save(dataclasses.replace(whole, **alone), folder / "autoencoder")
+    native.save(mini.alone(folder / "base"), folder / "autoencoder")
     rng = np.random.default_rng(0)
     for split in "train", "test":
         (folder / "photos" / split).mkdir(parents=True)
