@@ -10,7 +10,7 @@ runs the whole chain: autoencoder, tokenizer, stored latents, this, and the eval
 
 The text encoder has Gemma 2's architecture, starts from nothing and trains with the transformer.
 A 32x autoencoder leaves 4 x 4 tokens of these pictures, so noise levels are not shifted. Made for
-two CPU cores: 90 minutes at 95 pictures/s. A network of twice the size had a third of that rate.
+two CPU cores: 90 minutes at 95 pictures/s.
 The bundled weights are those after 14,045 steps; README has what they reach.
 """
 
