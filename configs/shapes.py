@@ -46,6 +46,7 @@ def get_config():
     config = recipes.text_to_image(NETWORK, steps=16_000, batch_size=32)
     config.dtype = "float32"
     config.auto_lr = "none"
+    config.unroll = NETWORK.depth
     config.text_encoder.update(rows=64, train=True, instruction=False)
     config.text_encoder.network.update(**vars(Gemma2Config(**READER)))
     config.recipe.update(ema_decay=0.999)

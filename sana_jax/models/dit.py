@@ -381,6 +381,7 @@ class SanaTransformer(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"  # a key of REMAT
+    unroll: int = 1  # blocks in one turn of the training's loop
 
     def setup(self):
         config = self.config
@@ -401,7 +402,7 @@ class SanaTransformer(nn.Module):
         self.blocks = nn.scan(
             block,
             methods={
-                "__call__": {"in_axes": (once, once, once), **scan},
+                "__call__": {"in_axes": (once, once, once), "unroll": self.unroll, **scan},
                 "keys_values": {"in_axes": (once,), **scan},
                 "with_keys_values": {"in_axes": (every, once, once), **scan},
             },

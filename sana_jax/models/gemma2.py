@@ -251,6 +251,7 @@ class Gemma2(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     trains: bool = False  # whether gradients are asked for, whose memory scan_for_sampling wastes
+    unroll: int = 1  # layers in one turn of the loop, where it trains
 
     def setup(self):
         config = self.config
@@ -267,6 +268,7 @@ class Gemma2(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
+            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, **types)
         self.final_norm = RMSNorm(config.rms_norm_eps, zero_centered=True, **types)

@@ -154,12 +154,15 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
     """The task of a config. Raises UserError naming the key."""
     if config.remat not in REMAT:
         raise UserError(f"config.remat={config.remat!r}: give {', '.join(REMAT)}")
+    if config.unroll < 1:
+        raise UserError(f"config.unroll={config.unroll}: give 1 or more")
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.dtype={config.dtype!r}: give float32 or bfloat16")
     dtype, train, recipe = config.dtype, config.text_encoder.train, read_recipe(config)
-    dit = dataclasses.replace(module_for(base.dit, dtype, "float32"), remat=config.remat)
+    dit = module_for(base.dit, dtype, "float32")
+    dit = dataclasses.replace(dit, remat=config.remat, unroll=config.unroll)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
-    encoder = dataclasses.replace(encoder, trains=train)
+    encoder = dataclasses.replace(encoder, trains=train, unroll=config.unroll)
     vae = module_for(base.vae, dtype)
     try:
         return TextToImageTask(recipe, dit, vae, encoder, captions, train)

@@ -46,7 +46,7 @@ from sana_jax.training.text_to_image_model import (
 # fingerprints that count; but for that of `start`, which is not needed again.
 FREE = (
     *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
-    *("peak_flops", "data.data_dir", "autoencoder", "text_encoder.checkpoint"),
+    *("unroll", "peak_flops", "data.data_dir", "autoencoder", "text_encoder.checkpoint"),
     "text_encoder.tokenizer",
 )
 SHEET_COLUMNS = 8

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.training import recipes
+from tests import xla
 
 BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
 
@@ -74,7 +75,7 @@ def command(config, workdir, *arguments):
 
 
 # One device, where the tests' own process has eight.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": xla.flags(devices=1)}
 
 
 def run(config, workdir, *arguments, **environment):
@@ -330,7 +331,7 @@ def test_two_hosts_train_as_one_does(config, tmp_path):
     assert first == second and len(first) == 2 * len(PHASES)
     assert not outputs[1][1].strip(), "the second host is silent"
 
-    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two_devices = {"XLA_FLAGS": xla.flags(devices=2)}
     single = run(config, alone, *phases, **two_devices)
     assert single.returncode == 0, single.stderr
     for phase in PHASES:

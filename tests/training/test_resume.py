@@ -15,6 +15,7 @@ from etils import epath
 
 from sana_jax.errors import UserError
 from sana_jax.lock import locked
+from tests import xla
 from tests.training import toy_run
 
 SETTINGS = ["steps=40", "checkpoint_every=4", "log_every=2"]  # no row spans two runs
@@ -105,7 +106,7 @@ def test_two_hosts_one_of_which_is_terminated(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] = xla.flags(devices=2)
     folders = [tmp_path / name for name in ("locked", "whole", "broken")]
     folders[0].mkdir()
     with locked(epath.Path(folders[0])):

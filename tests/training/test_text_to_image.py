@@ -47,9 +47,9 @@ def captions(instruction=None):
     return told, SimpleNamespace(prefix=told.prefix, window=told.window, empty=empty)
 
 
-def make_task(recipe, train=True, instruction=None, remat="none"):
-    dit = dataclasses.replace(module_for(DIT, "float32"), remat=remat)
-    encoder = module_for(GEMMA, "float32")
+def make_task(recipe, train=True, instruction=None, remat="none", unroll=1):
+    dit = dataclasses.replace(module_for(DIT, "float32"), remat=remat, unroll=unroll)
+    encoder = dataclasses.replace(module_for(GEMMA, "float32"), trains=train, unroll=unroll)
     return TextToImageTask(recipe, dit, None, encoder, captions(instruction)[1], train)
 
 
@@ -125,6 +125,16 @@ def test_microbatches_equal_the_batch(alone):
 def test_remat_changes_no_loss(alone, remat):
     _, losses = run(make_task(Recipe(10, 8, ADAMW), remat=remat), 3, make_batch(), Frozen(None))
     np.testing.assert_allclose(losses, alone[:3], rtol=1e-5)
+
+
+def test_unrolled_blocks_change_no_loss(monkeypatch):
+    """Of the transformer two in a turn and one left; of the text encoder fewer than a turn has."""
+    monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, depth=3))
+    losses = [
+        run(make_task(Recipe(10, 8, ADAMW), unroll=unroll), 3, make_batch(), Frozen(None))[1]
+        for unroll in (1, 2)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():

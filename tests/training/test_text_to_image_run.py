@@ -28,6 +28,7 @@ from sana_jax.training import text_to_image_model
 from sana_jax.training.state import TrainState
 from sana_jax.training.text_to_image_model import open_workdir
 from sana_jax.training.text_to_image_run import TextToImageTraining
+from tests import xla
 from tests.training.text_to_image_toy import load, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +204,7 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(recipe__caption_dropout=1.5), "config.recipe.caption_dropout=1.5"),
         (dict(auto_lr="linear"), "config.auto_lr='linear': give none or sqrt"),
         (dict(remat="some"), "config.remat='some': give none, full, dots, offload"),
+        (dict(unroll=0), "config.unroll=0: give 1 or more"),
         (dict(dtype="float99"), "config.dtype='float99'"),
         (dict(autoencoder=None), "config.autoencoder is missing"),
         (dict(autoencoder="nowhere"), "no checkpoint 'nowhere'"),
@@ -442,7 +444,7 @@ def test_two_hosts_train_as_one(config, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] = xla.flags(devices=2)
     runs = []
     for host in "01":
         arguments = [sys.executable, "-c", HOST, host, str(port), config, tmp_path / "two"]
