@@ -1,0 +1,86 @@
+"""README's table of the transformer's blocks on one TPU chip, by its compiler's estimate.
+
+    python -m tests.kernels.trunk_estimate --model=1.6B --what=backward --chip=v5e
+
+All blocks, with mask and biases, in bfloat16 at 1024 px; without embeddings, output projection and
+optimizer. `backward` is forward and backward, everything rematerialised. FLOPs count the matrix
+products, linear attention and convolution, keys and values of the text included, three times for
+`backward`. Needs libtpu and half an hour, which goes into the kernels' schedules. The last line is
+JSON. Not a test: its figures are in README.
+"""
+
+import json
+from dataclasses import asdict, replace
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sana_jax import cli, tpu_estimate
+from sana_jax.models.dit import PRESETS, REMAT, Block
+
+MODELS = {"0.6B": ("sana_600m_1024", 16), "1.6B": ("sana_1600m_1024", 8)}
+TOPOLOGIES = {"v5e": "2x2", "v6e": "2x2", "v5p": "2x2x1"}
+ROWS = 300  # of text
+
+MODEL = flags.DEFINE_enum("model", "0.6B", list(MODELS), "transformer")
+WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward"], "program")
+CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip")
+IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "kernels or none")
+BATCH = flags.DEFINE_integer("batch", None, "pictures (default: 16 for 0.6B, 8 for 1.6B)")
+TOP = flags.DEFINE_integer("top", 40, "operations to list")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    preset, batch = MODELS[MODEL.value]
+    batch = BATCH.value or batch
+    config = replace(PRESETS[preset], implementation=IMPLEMENTATION.value)
+    c, hidden, side = config.width, int(config.mlp_ratio * config.width), config.sample_size
+    tokens = side * side
+
+    mesh = tpu_estimate.tpu_mesh(TOPOLOGIES[CHIP.value], {"fsdp": 1}, CHIP.value)
+    here = NamedSharding(mesh, PartitionSpec())
+
+    def like(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    block = Block(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    inputs = (
+        like((batch, side, side, c)),
+        like((batch, 6, c), jnp.float32),
+        like((batch, ROWS, c)),
+        like((batch, ROWS), jnp.bool_),
+    )
+    params = nn.unbox(jax.eval_shape(block.init, jax.random.key(0), *inputs))
+    params = jax.tree.map(lambda x: like((config.depth, *x.shape), x.dtype), params)
+
+    def blocks(params, x, *rest):
+        def step(x, params):
+            return block.apply(params, x, *rest)[0], None
+
+        if WHAT.value == "backward":
+            step = jax.checkpoint(step, policy=REMAT["full"], prevent_cse=False)
+        return jax.lax.scan(step, x, params)[0]
+
+    def loss(*args):
+        return jnp.sum(blocks(*args).astype(jnp.float32) ** 2)
+
+    fn, passes = (blocks, 1) if WHAT.value == "forward" else (jax.grad(loss), 3)
+    products = 2 * tokens * c * (6 * c + 3 * hidden) + 4 * ROWS * c * (c + tokens)
+    flops = passes * config.depth * batch * (products + 132 * tokens * c + 36 * tokens * hidden)
+    found = tpu_estimate.estimate(fn, params, *inputs, chip=CHIP.value)
+
+    for cycles, name in found.operations[: TOP.value]:
+        print(f"{cycles / config.depth / 1e6:8.3f} M cycles a layer  {name[-100:]}")
+    for name, (calls, kernel) in found.kernels.items():
+        print(f"{name}: {calls // config.depth} a layer, {asdict(kernel)}")
+    result = {flag.name: flag.value for flag in (MODEL, WHAT, CHIP, IMPLEMENTATION)}
+    result |= dict(batch=batch, cycles=found.cycles, kernel_cycles=found.kernel_cycles)
+    print(json.dumps(result | dict(share_of_peak=round(found.utilisation(flops), 4))))
+
+
+if __name__ == "__main__":
+    cli.run(main)
