@@ -22,12 +22,12 @@ from sana_jax.checkpoints import native
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.errors import UserError
 from sana_jax.training.dc_ae_phases import AutoencoderTraining, _copy_model, _training_seconds
+from tests import xla
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.training import recipes
-from tests import xla
 
 BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
 
