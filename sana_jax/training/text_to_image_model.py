@@ -66,12 +66,14 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
     if not config.autoencoder:
         raise UserError("config.autoencoder is missing: name a checkpoint, such as shapes")
     base = open_named("autoencoder", config.autoencoder, "vae")
-    made = {"autoencoder": base.provenance}
+    # Of a whole model, such as the bundled one, it is the autoencoder's own history that counts.
+    made = {"autoencoder": base.provenance.get("autoencoder", base.provenance)}
     base = Checkpoint(vae=base.vae, params={"vae": base.params["vae"]}, provenance=made)
     if encoder.checkpoint:
         parts = "text_encoder", "tokenizer"
         found = open_named("text_encoder.checkpoint", encoder.checkpoint, *parts)
         base.text_encoder, base.tokenizer = found.text_encoder, found.tokenizer
+        made["text_encoder"] = found.provenance
         base.instruction = found.instruction if encoder.instruction else None
         if encoder.train and base.instruction:
             raise UserError(

@@ -26,7 +26,7 @@ from sana_jax.errors import Retry, UserError
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.training import text_to_image_model
 from sana_jax.training.state import TrainState
-from sana_jax.training.text_to_image_model import open_workdir
+from sana_jax.training.text_to_image_model import open_base, open_workdir
 from sana_jax.training.text_to_image_run import TextToImageTraining
 from tests import xla
 from tests.training.text_to_image_toy import load, prepare
@@ -92,8 +92,11 @@ def test_the_model_at_the_end_is_the_average(unbroken, config):
     np.testing.assert_array_equal(stored["proj_out/kernel"], ema["dit"]["proj_out"]["kernel"])
     model = native.open_folder(unbroken / "model")
     assert model.provenance["trained"] is True and model.provenance["steps"] == 20
-    autoencoder = native.open_folder(config.parent / "base")
-    assert model.provenance["autoencoder"] == autoencoder.provenance
+    parts = native.open_folder(config.parent / "base")
+    for part in ("autoencoder", "text_encoder"):
+        assert model.provenance[part] == parts.provenance
+    further, _ = open_base(load(config, autoencoder=str(unbroken / "model")))
+    assert further.provenance["autoencoder"] == parts.provenance
     assert (model.text_rows, model.flow_shift) == (8, 3.0)
     pipe = SanaPipeline.from_pretrained(str(unbroken / "model"), dtype="float32")
     (drawn,) = pipe("a red cat", num_steps=1, output="np")
