@@ -5,8 +5,8 @@
 All blocks, with mask and biases, in bfloat16 at 1024 px; without embeddings, output projection and
 optimizer. `backward` is forward and backward, everything rematerialised. FLOPs count the matrix
 products, linear attention and convolution, keys and values of the text included, three times for
-`backward`. Needs libtpu and half an hour, which goes into the kernels' schedules. The last line is
-JSON. Not a test: its figures are in README.
+`backward`. Needs libtpu and a few minutes, for the kernels' schedules. The last line is JSON. Not a
+test: its figures are in README.
 """
 
 import json
@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sana_jax import cli, tpu_estimate
+from sana_jax.errors import UserError
 from sana_jax.models.dit import PRESETS, REMAT, Block
 
 MODELS = {"0.6B": ("sana_600m_1024", 16), "1.6B": ("sana_1600m_1024", 8)}
@@ -29,12 +30,14 @@ MODEL = flags.DEFINE_enum("model", "0.6B", list(MODELS), "transformer")
 WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward"], "program")
 CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip")
 IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "kernels or none")
-BATCH = flags.DEFINE_integer("batch", None, "pictures (default: 16 for 0.6B, 8 for 1.6B)")
+BATCH = flags.DEFINE_integer("batch", None, "default: 16 for 0.6B, 8 for 1.6B", lower_bound=1)
 TOP = flags.DEFINE_integer("top", 40, "operations to list")
 
 
 def main(argv: list[str]) -> None:
     del argv
+    if not tpu_estimate.has_libtpu():
+        raise UserError("the TPU compiler libtpu is not installed: pip install 'jax[tpu]'")
     preset, batch = MODELS[MODEL.value]
     batch = BATCH.value or batch
     config = replace(PRESETS[preset], implementation=IMPLEMENTATION.value)
