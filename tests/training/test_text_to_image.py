@@ -83,20 +83,14 @@ def test_overfits_eight_images(monkeypatch):
     assert losses[-1] <= 0.05 * losses[0], losses[[0, -1]]
 
 
-slow = pytest.mark.slow  # half a minute each, to compile; the others use every axis
 MESHES = [
+    dict(replica=2),
+    dict(replica=2, fsdp=2),
+    dict(fsdp=1, tensor=4),
+    dict(replica=1, fsdp=8),
+    dict(sequence=4),
     dict(replica=2, fsdp=2, tensor=2),
     dict(fsdp=2, sequence=2, tensor=2),
-    *(
-        pytest.param(axes, marks=slow)
-        for axes in (
-            dict(replica=2),
-            dict(replica=2, fsdp=2),
-            dict(fsdp=1, tensor=4),
-            dict(replica=1, fsdp=8),
-            dict(sequence=4),
-        )
-    ),
 ]
 
 

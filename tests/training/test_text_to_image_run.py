@@ -157,7 +157,7 @@ def test_killed_and_terminated_it_ends_as_the_unbroken_run(unbroken, config, tmp
     assert_same_end(workdir, unbroken)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(4, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("devices", [4, 1])
 def test_it_goes_on_with_fewer_devices(unbroken, config, tmp_path, devices, monkeypatch):
     """8 -> 4 and 8 -> 1: sums in another order, so equal to float32's rounding over five steps."""
     workdir = tmp_path / "run"
