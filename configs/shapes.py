@@ -9,8 +9,8 @@ runs the whole chain: autoencoder, tokenizer, stored latents, this, and the eval
         --config.data.source=precomputed:LATENTS
 
 The text encoder has Gemma 2's architecture, starts from nothing and trains with the transformer.
-A 32x autoencoder leaves 4 x 4 tokens of these pictures, so noise levels are not shifted. Made for
-two CPU cores: two hours at 122 pictures/s, beside other work.
+Noise levels are not shifted, which turned out to be wrong: README says what it costs. Made for two
+CPU cores: two hours at 122 pictures/s, beside other work.
 
 The bundled weights took this config twice: first 14,045 steps of 32 pictures at 1.5e-3, of 16,000
 on a cosine, then the 14,000 below from those, which is
