@@ -46,12 +46,22 @@ def denoise(config: SanaConfig, height: int, width: int, rows: int) -> int:
     """The rest of `trunk`."""
     tokens = (height // config.patch_size) * (width // config.patch_size)
     c, patch = config.width, config.patch_size**2 * config.latent_channels
-    hidden = int(config.mlp_ratio * c)
+    time = _linear(1, 256, c) + _linear(1, c, 7 * c)
+    return config.depth * _block(config, tokens, rows) + time + _linear(tokens, patch, 2 * c)
+
+
+def blocks(config: SanaConfig, tokens: int, rows: int) -> int:
+    """The blocks of `trunk` alone, with the keys and values of the text that they make."""
+    keys_values = _linear(rows, config.width, 2 * config.width)
+    return config.depth * (_block(config, tokens, rows) + keys_values)
+
+
+def _block(config: SanaConfig, tokens: int, rows: int) -> int:
+    """One block; the keys and values of the text are there."""
+    c, hidden = config.width, int(config.mlp_ratio * config.width)
     attention = _linear(tokens, c, 4 * c) + _linear_attention(tokens, c, config.head_dim)
     cross = _linear(tokens, c, 2 * c) + 4 * tokens * rows * c
-    block = attention + cross + _glumbconv(tokens, c, hidden)
-    time = _linear(1, 256, c) + _linear(1, c, 7 * c)
-    return config.depth * block + time + _linear(tokens, patch, 2 * c)
+    return attention + cross + _glumbconv(tokens, c, hidden)
 
 
 def text(config: Gemma2Config, tokens: int, before: int = 0) -> int:

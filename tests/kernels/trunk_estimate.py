@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import SingleDeviceSharding
 
-from sana_jax import cli, tpu_estimate
-from sana_jax.errors import UserError
+from sana_jax import cli, flops, tpu_estimate
 from sana_jax.models.dit import PRESETS, REMAT, Block
 
 MODELS = {"0.6B": ("sana_600m_1024", 16), "1.6B": ("sana_1600m_1024", 8)}
@@ -36,16 +35,12 @@ TOP = flags.DEFINE_integer("top", 40, "operations to list")
 
 def main(argv: list[str]) -> None:
     del argv
-    if not tpu_estimate.has_libtpu():
-        raise UserError("the TPU compiler libtpu is not installed: pip install 'jax[tpu]'")
     preset, batch = MODELS[MODEL.value]
     batch = BATCH.value or batch
     config = replace(PRESETS[preset], implementation=IMPLEMENTATION.value)
-    c, hidden, side = config.width, int(config.mlp_ratio * config.width), config.sample_size
-    tokens = side * side
-
-    mesh = tpu_estimate.tpu_mesh(TOPOLOGIES[CHIP.value], {"fsdp": 1}, CHIP.value)
-    here = NamedSharding(mesh, PartitionSpec())
+    c, side = config.width, config.sample_size
+    _, devices = tpu_estimate.tpu_devices(f"{CHIP.value}:{TOPOLOGIES[CHIP.value]}")
+    here = SingleDeviceSharding(devices[0])
 
     def like(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
@@ -72,8 +67,7 @@ def main(argv: list[str]) -> None:
         return jnp.sum(blocks(*args).astype(jnp.float32) ** 2)
 
     fn, passes = (blocks, 1) if WHAT.value == "forward" else (jax.grad(loss), 3)
-    products = 2 * tokens * c * (6 * c + 3 * hidden) + 4 * ROWS * c * (c + tokens)
-    flops = passes * config.depth * batch * (products + 132 * tokens * c + 36 * tokens * hidden)
+    count = passes * batch * flops.blocks(config, side * side, ROWS)
     found = tpu_estimate.estimate(fn, params, *inputs, chip=CHIP.value)
 
     for cycles, name in found.operations[: TOP.value]:
@@ -82,7 +76,7 @@ def main(argv: list[str]) -> None:
         print(f"{name}: {calls // config.depth} a layer, {asdict(kernel)}")
     result = {flag.name: flag.value for flag in (MODEL, WHAT, CHIP, IMPLEMENTATION)}
     result |= dict(batch=batch, cycles=found.cycles, kernel_cycles=found.kernel_cycles)
-    print(json.dumps(result | dict(share_of_peak=round(found.utilisation(flops), 4))))
+    print(json.dumps(result | dict(share_of_peak=round(found.utilisation(count), 4))))
 
 
 if __name__ == "__main__":
