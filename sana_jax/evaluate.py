@@ -32,6 +32,7 @@ stated, or where the checkpoint is an autoencoder alone.
     reconstruction, reconstruction_by_objects, reconstruction_by_shape
                           all shares of that, and by objects and shapes as above
     prompts, pixels       how many there were, and the pictures' side
+    flow_shift            of the noise levels that sampling went through
 
 The last line is a JSON object with these figures and what was measured: task and checkpoint; of
 reconstruction data, split, size and dtype; of shapes the options.
@@ -55,7 +56,7 @@ SHAPES_TEST = 1000  # images of the built-in data set that are made where there 
 SHOWN = 8  # images in the picture
 OWN = {  # flags that one task alone reads
     "reconstruction": ("data", "data_dir", "split", "lpips_weights"),
-    "shapes": ("seed", "num_steps", "guidance_scale"),
+    "shapes": ("seed", "num_steps", "guidance_scale", "flow_shift"),
 }
 
 FLAGS = flags.FLAGS
@@ -106,6 +107,9 @@ _SEED = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer("num_steps", 20, "of sampling, 1 .. 1000", 1, 1000)
 _GUIDANCE = flags.DEFINE_float(
     "guidance_scale", 4.5, "classifier-free guidance; off where <= 1", 0, 1000
+)
+_SHIFT = flags.DEFINE_float(
+    "flow_shift", None, "of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
 )
 _VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
 _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
@@ -278,6 +282,7 @@ def shapes() -> None:
         seed=_SEED.value,
         num_steps=_STEPS.value,
         guidance_scale=_GUIDANCE.value,
+        flow_shift=_SHIFT.value,
         batch_size=_BATCH.value,
         size=_SIZE.value,
         dtype=_DTYPE.value,

@@ -141,7 +141,7 @@ class SanaPipeline:
           height, width: pixels, multiples of the autoencoder's factor; None: the native size.
           num_steps: evaluations of the network (pairs of them, under guidance).
           guidance_scale: one for all, or one a prompt; no guidance where it is <= 1.
-          guidance_interval: (low, high) in sigma; guide only inside.
+          guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
           seed: 0 .. 2**32 - 1; one an image, or the first image's, which the others count up from.
           latents: the noise to start from, float32; overrides `seed`.
           prompt_embeddings, prompt_mask: as `encode_prompt` gives them, instead of prompts.

@@ -62,6 +62,7 @@ def main(argv):
     import jax
 
     from sana_jax import arguments, checkpoints, sharding
+    from sana_jax.checkpoints import native
     from sana_jax.data import buckets, precomputed
     from sana_jax.data.encode import Encoder, WithTokens, precompute
     from sana_jax.data.sources import open_source
@@ -69,6 +70,7 @@ def main(argv):
     from sana_jax.data.transforms import BucketTransform, ImageTransform
     from sana_jax.lock import locked
 
+    folder = native.local(Path(_OUT.value))
     options = dict(crop=_CROP.value, upscale=_UPSCALE.value, dtype="uint8")
     if _SIZE.value is not None:
         image = ImageTransform(_SIZE.value, _SIZE.value, **options)
@@ -112,7 +114,6 @@ def main(argv):
         "batch": _BATCH.value,
         "shard": _SHARD.value,
     }
-    folder = Path(_OUT.value)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder), jax.set_mesh(mesh), jax.default_matmul_precision("float32"):

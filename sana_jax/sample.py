@@ -43,7 +43,7 @@ _STEPS = flags.DEFINE_integer(
 )
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 4.5, "classifier-free guidance; off where <= 1")
 _INTERVAL = flags.DEFINE_list(
-    "guidance_interval", None, "LOW,HIGH in sigma (0 .. 1): guide only inside"
+    "guidance_interval", None, "LOW,HIGH in sigma (0 .. 1): guide only where LOW < sigma <= HIGH"
 )
 flags.DEFINE_bool(
     "sequential_guidance", False, "the halves of guidance one after the other, in less memory"

@@ -265,8 +265,13 @@ folder = pathlib.Path(workdir)
 first = not folder.exists()
 folder.mkdir(parents=True, exist_ok=True)
 for step in 1, 2:
+    row = {"step": step, "loss": step * float(rate)}
+    if step == 2 and rate == "0.3":
+        del row["loss"]  # it diverged
     with open(folder / "metrics.jsonl", "a") as file:
-        print(json.dumps({"step": step, "loss": step * float(rate)}), file=file)
+        print(json.dumps(row), file=file)
+with open(folder / "results.json", "w") as file:
+    json.dump({"after": {"128": {"psnr": 30 + float(rate), "count": 5}}}, file)
 sys.exit({"0.1": 75 if first else 0, "0.3": 76}.get(rate, 0))
 """
 
@@ -274,7 +279,7 @@ sys.exit({"0.1": 75 if first else 0, "0.3": 76}.get(rate, 0))
 def test_sweep(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
     out = tmp_path / "runs"
-    flags = "--field=rate", "--values=0.1,0.2,0.3", f"--out={out}", "--metrics=loss"
+    flags = "--field=rate", "--values=0.1,0.2,0.3", f"--out={out}", "--metrics=loss,psnr_128"
     command = sys.executable, tmp_path / "train.py"
     shown = launch("sweep", "--dry_run", *flags, *command)
     assert shown.returncode == 0 and not out.exists()
@@ -282,8 +287,12 @@ def test_sweep(tmp_path):
     result = launch("sweep", *flags, *command)
     assert result.returncode == 76 and "rate=0.3 stopped itself" in result.stderr
     table = [line.split() for line in result.stdout.splitlines()]
-    assert table[0] == ["rate", "step", "loss"]
-    assert table[1:] == [["0.1", "2", "0.2"], ["0.2", "2", "0.4"], ["0.3", "2", "0.6"]]
+    assert table == [
+        ["rate", "end", "step", "loss", "psnr_128"],
+        ["0.1", "done", "2", "0.2", "30.1"],
+        ["0.2", "done", "2", "0.4", "30.2"],
+        ["0.3", "stopped", "2", "-", "30.3"],
+    ]
     lines = (out / "0.1/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 1, 2]  # 75: a second time
 
@@ -314,6 +323,9 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
         *["train_dc_ae"] * 2, "data.tokenizer", "data.shapes", *["precompute"] * 2,
         *["train"] * 2, "evaluate",
     ]  # fmt: skip
+    # Of other numbers of pictures, which one folder would refuse.
+    folders = re.findall(r"(\S+) .*data_dir=(\S+)", log.read_text())
+    assert len({folder for _, folder in folders}) == 2
     (tokenizer / "tokenizer.json").write_text("{}")
     log.unlink()
     assert launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python")).returncode == 0

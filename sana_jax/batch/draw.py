@@ -76,6 +76,8 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     missing, start = out.missing, time.monotonic()
     count = sum(len(batch.tasks) for batch in batches)
     due = [batch for batch in batches if any(task.file in missing for task in batch.tasks)]
+    # The largest first: where memory does not suffice, that is known before anything is drawn.
+    due.sort(key=lambda batch: -batch.tasks[0].height * batch.tasks[0].width)
     progress = dict(total=count, initial=count - len(missing), unit=" image")
     by_step = shows_steps(batches)
     if by_step:

@@ -39,11 +39,14 @@ def open_checkpoint(
         checkpoint.instruction = given or checkpoint.instruction
     else:
         checkpoint = diffusers.open_folder(folder, variant)
+        if checkpoint.text_encoder is None:
+            return checkpoint
         checkpoint.instruction = given or text.find_instruction()
         if checkpoint.instruction is None:
             logging.warning(
                 "No complex human instruction was found, which this checkpoint was trained with: "
-                "pass --instruction_file, or install diffusers, for the pictures it is known for."
+                "pass --instruction_file, or install diffusers, for the pictures it is known for; "
+                "where a command has no such flag, convert the checkpoint with it first."
             )
     if checkpoint.instruction:
         found = checkpoint.instruction
@@ -96,7 +99,7 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
     if is_folder:
         if revision:
             raise UserError(f"{name} is a folder, which has no revision {revision!r}")
-        for marker in ("model.json", "model_index.json"):
+        for marker in ("model.json", "model_index.json", "config.json"):
             if (path / marker).is_file():
                 return path
         lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"

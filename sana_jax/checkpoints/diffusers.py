@@ -3,6 +3,7 @@
 Reading needs neither diffusers nor torch. Tensor names are in diffusers_names.py.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -39,21 +40,26 @@ TEXT_ROWS = 300  # the default of max_sequence_length in diffusers' pipeline; no
 def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
     """The checkpoint in a folder with a model_index.json, its weights unread.
 
-    `variant` picks files such as diffusion_pytorch_model.bf16.safetensors. These folders hold no
+    A folder without one is that of an autoencoder alone, as DC-AE is published. `variant` picks files such as diffusion_pytorch_model.bf16.safetensors. These folders hold no
     complex human instruction. Raises UserError.
     """
     folder = Path(folder)
-    _check_kind(folder)
-    if variant and not any(_find_weights(folder, name, variant)[1] for name in COMPONENTS):
+    names = _components(folder)
+    if variant and not any(_find_weights(folder, name, variant)[1] for name in names):
         raise UserError(f"{folder} has no files of variant {variant!r}")
-    networks = {name: open_component(folder, name, variant) for name in COMPONENTS}
-    return Checkpoint(
+    networks = {name: open_component(folder, name, variant) for name in names}
+    checkpoint = Checkpoint(
         **{name: config for name, (config, _) in networks.items()},
         params={name: params for name, (_, params) in networks.items()},
+        provenance={"source": folder.name, "layout": "diffusers"},
+    )
+    if "text_encoder" not in names:
+        return checkpoint
+    return dataclasses.replace(
+        checkpoint,
         tokenizer=text.load_tokenizer(folder / "tokenizer"),
         text_rows=TEXT_ROWS,
         flow_shift=_read_flow_shift(folder / "scheduler"),
-        provenance={"source": folder.name, "layout": "diffusers"},
     )
 
 
@@ -71,11 +77,13 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 def files(folder: Path, variant: str | None = None) -> list[Path]:
     """All files that `open_folder` reads, sorted by name."""
-    found = [folder / "scheduler" / "scheduler_config.json"]
-    found += [path for path in (folder / "tokenizer").iterdir() if path.is_file()]
-    for name, (subfolder, *_) in COMPONENTS.items():
+    found, names = [], _components(folder)
+    if "text_encoder" in names:
+        found = [folder / "scheduler" / "scheduler_config.json"]
+        found += [path for path in (folder / "tokenizer").iterdir() if path.is_file()]
+    for name in names:
         weights, _ = _find_weights(folder, name, variant)
-        found += [folder / subfolder / "config.json", weights]
+        found += [_subfolder(folder, name) / "config.json", weights]
         if weights.suffix == ".json":
             found += set(read_index(weights).values())
     return sorted(found)
@@ -129,21 +137,34 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=2) + "\n")
 
 
-def _check_kind(folder: Path) -> None:
-    index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name", "nothing")
+def _components(folder: Path) -> list[str]:
+    """The networks that are in a folder, as its kind has them. Raises UserError."""
+    whole = _is_whole(folder)
+    kind = read_json(folder / ("model_index.json" if whole else "config.json")).get("_class_name")
     for mark, name in UNSUPPORTED.items():
         if mark in str(kind):
             raise UserError(f"{folder} is a {name} checkpoint ({kind}), which is not supported")
-    if kind != "SanaPipeline":
-        raise UserError(f"{folder} is a {kind} checkpoint; only SanaPipeline is supported")
+    if kind != ("SanaPipeline" if whole else "AutoencoderDC"):
+        raise UserError(
+            f"{folder} is a {kind or 'nothing'} checkpoint;"
+            " only SanaPipeline, and AutoencoderDC alone, are supported"
+        )
+    return list(COMPONENTS) if whole else ["vae"]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is a pipeline's, not an autoencoder's alone."""
+    return (folder / "model_index.json").is_file() or not (folder / "config.json").is_file()
+
+
+def _subfolder(folder: Path, name: str) -> Path:
+    return folder / COMPONENTS[name][0] if _is_whole(folder) else folder
 
 
 def _read_config(folder: Path, name: str) -> Config:
-    subfolder, _, from_dict = COMPONENTS[name]
-    path = folder / subfolder / "config.json"
+    path = _subfolder(folder, name) / "config.json"
     try:
-        return from_dict(read_json(path))
+        return COMPONENTS[name][-1](read_json(path))
     except UserError:
         raise
     except (ValueError, TypeError, KeyError) as error:
@@ -191,8 +212,7 @@ def _read_flow_shift(folder: Path) -> float:
 
 def _find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, bool]:
     """The weight file, or the index of several, and whether it is of the asked variant."""
-    subfolder, stem, _ = COMPONENTS[name]
-    folder = folder / subfolder
+    folder, stem = _subfolder(folder, name), COMPONENTS[name][1]
 
     def candidates(v: str | None):
         if v is None:

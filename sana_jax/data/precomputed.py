@@ -60,7 +60,9 @@ class Precomputed:
             raise UserError(f"{self.folder / INDEX} is not of this version; precompute it anew")
         if self.index["split"] != split:
             raise UserError(
-                f"precomputed:{folder} holds the split {self.index['split']!r}, not {split!r}"
+                f"precomputed:{folder} holds the split {self.index['split']!r}, not {split!r}:"
+                f" precompute --split={split} to {root / split}, or for held-out data give"
+                " config.loop.evaluate_every=0"
             )
         shards = [shard for shard in self.index["shards"] if shard["records"]]
         for shard in shards:

@@ -18,7 +18,7 @@ def guide(
     """The velocity u + scale (c - u).
 
     `both` gives (u, c), the velocities without and with the prompt; `conditional` c alone. Inside
-    the open `interval` (low, high) of sigma guidance is on; outside c is all that is computed.
+    `interval`, low < sigma <= high, guidance is on; outside c is all that is computed.
     """
 
     def guided(x, timestep):
@@ -30,7 +30,7 @@ def guide(
     low, high = interval
 
     def velocity(x, timestep, sigma):
-        inside = jnp.logical_and(low < sigma, sigma < high)
+        inside = jnp.logical_and(low < sigma, sigma <= high)
         return lax.cond(inside, guided, conditional, x, timestep)
 
     return velocity

@@ -44,6 +44,7 @@ class Options:
     seed: int = 0  # of prompts, and of the first picture; the others count up from it
     num_steps: int = 20
     guidance_scale: float = 4.5
+    flow_shift: float | None = None  # None: the checkpoint's
     batch_size: int = 16
     size: int = 128  # of what an autoencoder alone is tried on; else pictures have the native size
     dtype: str = "float32"
@@ -71,6 +72,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
 
     asked = prompts(options.count, options.seed)
     common = {"num_steps": options.num_steps, "guidance_scale": options.guidance_scale}
+    shift = checkpoint.flow_shift if options.flow_shift is None else options.flow_shift
     rows = [("--", {"prompt": each.text}) for each in asked]
     tasks = make_tasks(rows, common, options.seed, 1)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(mesh))
@@ -91,13 +93,14 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
             )
 
     def sample(batch: Batch) -> jax.Array:
-        images = pipe(
+        latents = pipe(
             [task.prompt for task in batch.padded()],
             seed=[task.seed for task in batch.padded()],
-            output="float",
+            flow_shift=shift,
+            output="latent",
             **common,
         )
-        return rounded(2 * images - 1)
+        return rounded(pipe.decode(latents))
 
     def reconstruct(batch: Batch) -> jax.Array:
         scenes = [asked[task.number].scene for task in batch.padded()]
@@ -118,6 +121,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
             check("draws")
     truth = [parse(draw(each.scene, size, size)) for each in asked]
     found = figures(asked, drawn, truth, restored) | {"pixels": size}
+    found["flow_shift"] = shift if draws else None
     shown = drawn or restored
     good = [score(asked[k].facts, shown[k]).overall for k in range(len(pictures))]
     return found, _sheet(pictures, good)

@@ -101,7 +101,8 @@ def fit(
         and hooks; `data_wait`, the share of time that the device waited for data;
         `checkpoint_seconds` and `hook_seconds` of pauses; `compile_seconds` where a batch had a
         new shape.
-      on_images, on_evaluate: called with the state, which they must not keep, and the step.
+      on_images, on_evaluate: called with the state, which they must not keep, and the step;
+        the latter after the last step too, where it is called at all.
       peak_rate: images/s of devices that do nothing but the networks' FLOPs at their peak; `mfu` in
         the rows is the share of it that was reached.
 
@@ -166,7 +167,8 @@ def fit(
             done, position = done + 1, taken.position
             pending = done, metrics, taken.rows
             hooks = _due(done, config.images_every) * [on_images]
-            hooks += _due(done, config.evaluate_every) * [on_evaluate]
+            last = bool(config.evaluate_every) and done == config.steps
+            hooks += (_due(done, config.evaluate_every) or last) * [on_evaluate]
             if checkpoints and _due(done, config.checkpoint_every) and done < config.steps:
                 read_pending()
                 if not meter.streak:  # or the last good one could be pushed out

@@ -160,7 +160,9 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
             "loader": {"threads": 8, "prefetch": 4},
             "evaluation": {
                 "batches": 4,  # of held-out data
-                "batch_size": config_dict.placeholder(int),  # default: the recipe's
+                # Fixed, like the seed of its noise and order: runs are compared by it.
+                "batch_size": min(batch_size, 512),
+                "seed": 0,
                 "sigmas": (0.1, 0.3, 0.5, 0.7, 0.9),
             },
             "images": {"prompts": (), "num_steps": 20, "guidance_scale": 4.5, "seed": 0},

@@ -35,10 +35,10 @@ def make_loaders(
     else has been looked at. Raises UserError.
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
-    wanted = [(data.train_split, config.recipe.batch_size, data.crop, data.flip)]
+    wanted = [(data.train_split, config.recipe.batch_size, data.crop, data.flip, config.seed)]
     if config.loop.evaluate_every:
-        held_out = config.evaluation.batch_size or config.recipe.batch_size
-        wanted.append((data.test_split, held_out, "centre", False))
+        held_out = config.evaluation
+        wanted.append((data.test_split, held_out.batch_size, "centre", False, held_out.seed))
     try:
         choice = CaptionChoice(**data.captions.to_dict())
     except TypeError as error:
@@ -58,7 +58,7 @@ def make_loaders(
             BucketTransform(table, crop, flip, data.upscale)
             if table
             else ImageTransform(size, size, crop, flip, data.upscale)
-            for _, _, crop, flip in wanted
+            for _, _, crop, flip, _ in wanted
         ]
     if data.source == "shapes":
         _draw_shapes(folder, size, data.shapes, [(split, rows) for split, rows, *_ in wanted])
@@ -69,10 +69,10 @@ def make_loaders(
     # On an object store there is nowhere to keep the sizes.
     cache = None if "://" in str(workdir) else workdir / "data" / "sizes"
     loaders = []
-    for source, image, (_, batch_size, *_) in zip(sources, images, wanted, strict=True):
+    for source, image, (_, batch_size, _, _, seed) in zip(sources, images, wanted, strict=True):
         order, text = None, captions
         if data.buckets or stored:
-            upscale, seed = data.upscale, config.seed
+            upscale = data.upscale
             order = bucket_order(source, table, batch_size, seed, upscale=upscale, cache=cache)
         if stored and source.rows:
             text = CaptionEmbeddings(source.rows)
@@ -81,7 +81,7 @@ def make_loaders(
                 source,
                 TextImageTransform(image, text, choice),
                 batch_size=batch_size,
-                seed=config.seed,
+                seed=seed,
                 order=order,
                 rows=sharding.batch_rows(mesh, batch_size),
                 **config.loader,

@@ -68,6 +68,8 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
     base = open_named("autoencoder", config.autoencoder, "vae")
     # Of a whole model, such as the bundled one, it is the autoencoder's own history that counts.
     made = {"autoencoder": base.provenance.get("autoencoder", base.provenance)}
+    if config.start:  # a name: step 0 alone needs the folder
+        made["start"] = Path(config.start).name
     base = Checkpoint(vae=base.vae, params={"vae": base.params["vae"]}, provenance=made)
     if encoder.checkpoint:
         parts = "text_encoder", "tokenizer"
@@ -75,6 +77,8 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         base.text_encoder, base.tokenizer = found.text_encoder, found.tokenizer
         made["text_encoder"] = found.provenance
         base.instruction = found.instruction if encoder.instruction else None
+        # Beside a diffusers folder it depends on the machine.
+        prints["text_encoder.instruction"] = base.instruction.sha256 if base.instruction else ""
         if encoder.train and base.instruction:
             raise UserError(
                 "config.text_encoder.instruction: a text encoder that trains reads none; give"

@@ -120,8 +120,8 @@ class TextToImageTraining:
         batches = {"recipe": recipe.batch_size}
         if self.loop.evaluate_every:
             arguments.whole("config.evaluation.batches", config.evaluation.batches, 1, 2**31)
-            if (size := config.evaluation.batch_size) is not None:
-                batches["evaluation"] = size
+            arguments.whole("config.evaluation.seed", config.evaluation.seed, 0, arguments.MAX_SEED)
+            batches["evaluation"] = config.evaluation.batch_size
             sigmas = config.evaluation.sigmas
             if not sigmas or not all(0 < sigma <= 1 for sigma in sigmas):
                 raise UserError(f"config.evaluation.sigmas={sigmas}: give some in (0, 1]")
@@ -188,7 +188,7 @@ class TextToImageTraining:
         errors = {sigma: [] for sigma in self.config.evaluation.sigmas}
         for number in range(self.config.evaluation.batches):
             batch = sharding.put_batch(self.held_out[0].batch(number), self.mesh)
-            key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+            key = jax.random.fold_in(jax.random.key(self.config.evaluation.seed), number)
             for sigma in errors:
                 error = self._error_at(state.ema, batch, self._frozen, sigma, key)
                 errors[sigma].append(float(error))

@@ -1,5 +1,6 @@
 """Folders of diffusers: every way they are written is read, and what is wrong is named."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sana_jax import checkpoints, text
 from sana_jax.checkpoints import diffusers, native
+from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.errors import UserError
 from sana_jax.sharding import make_mesh
 from tests import toy
@@ -320,6 +322,19 @@ def test_missing_and_broken_configs(folder):
     (folder / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match="vae/config.json is missing"):
         load(folder)
+
+
+def test_an_autoencoder_alone(written, tmp_path):
+    """As DC-AE is published: config and weights, no pipeline around them."""
+    alone, whole = load(written / "vae"), load(written)
+    assert alone.configs() == {"vae": whole.vae}
+    assert_same(alone, dataclasses.replace(whole, params={"vae": whole.params["vae"]}))
+    copy = shutil.copytree(written / "vae", tmp_path / "vae")
+    assert fingerprint(copy) == fingerprint(written / "vae")
+    edit_json(copy / "config.json", scaling_factor=2.0)
+    assert fingerprint(copy) != fingerprint(written / "vae")
+    with pytest.raises(UserError, match="SanaTransformer2DModel checkpoint; only SanaPipeline"):
+        load(written / "transformer")
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):

@@ -95,8 +95,10 @@ def test_the_model_at_the_end_is_the_average(unbroken, config):
     parts = native.open_folder(config.parent / "base")
     for part in ("autoencoder", "text_encoder"):
         assert model.provenance[part] == parts.provenance
-    further, _ = open_base(load(config, autoencoder=str(unbroken / "model")))
+    start = str(unbroken / "model")
+    further, _ = open_base(load(config, autoencoder=start, start=start))
     assert further.provenance["autoencoder"] == parts.provenance
+    assert further.provenance["start"] == "model"
     assert (model.text_rows, model.flow_shift) == (8, 3.0)
     pipe = SanaPipeline.from_pretrained(str(unbroken / "model"), dtype="float32")
     (drawn,) = pipe("a red cat", num_steps=1, output="np")
