@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -184,7 +186,17 @@ def test_tpu_shows_what_it_would_run():
 GCLOUD = """
 count() {{ n=$(cat {folder}/$1 2> /dev/null || echo 0); echo $((n + 1)) > {folder}/$1; }}
 case "$*" in
-    *queued-resources\\ describe*) count states; states=({states}); echo "${{states[$n]}}" ;;
+    *queued-resources\\ describe*)
+        count states
+        states=({states})
+        case "${{states[$n]}}" in
+            NONE) echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1 ;;
+            AWAY) echo "ERROR: the network is unreachable" >&2; exit 1 ;;
+        esac
+        echo "${{states[$n]:-FAILED}}" ;;
+    *queued-resources\\ create*) rm -f {folder}/ready ;;
+    *test\\ -e*) [ -e {folder}/ready ] ;;
+    *pip\\ install*) count setups; setups=({setups}); [ "${{setups[$n]}}" != bad ] && touch {folder}/ready ;;
     *tpu-vm\\ ssh*.venv/bin:*)
         count runs
         rounds=({rounds})
@@ -196,10 +208,20 @@ esac
 """
 
 
+def gcloud(tmp_path, states, rounds, setups=""):
+    return fake(
+        tmp_path,
+        "gcloud",
+        GCLOUD.format(folder=tmp_path, states=states, rounds=rounds, setups=setups),
+    )
+
+
 @pytest.mark.parametrize(
     "rounds, wanted",
     [
         ("0,0", 0),
+        ("1,137 0,0", 0),
+        ("1,1", 1),
         ("75,75 0,0", 0),
         ("0,lost 0,0", 0),  # a worker that was not heard of
         ("134,76", 76),
@@ -208,23 +230,58 @@ esac
     ],
 )
 def test_tpu_runs_again_after_75(tmp_path, rounds, wanted):
-    body = GCLOUD.format(folder=tmp_path, states="ACTIVE " * 9, rounds=rounds)
-    path, log = fake(tmp_path, "gcloud", body)
+    path, log = gcloud(tmp_path, "ACTIVE " * 9, rounds)
+    (tmp_path / "ready").touch()
     result = launch("tpu", "run", "python", "x.py", path=path, **SLICE)
     assert result.returncode == wanted, result.stderr
     assert (tmp_path / "runs").read_text() == f"{len(rounds.split())}\n"
     assert "create" not in log.read_text()
 
 
-def test_tpu_makes_a_lost_slice_anew(tmp_path):
-    states = "ACTIVE SUSPENDED SUSPENDED WAITING_FOR_RESOURCES ACTIVE"
-    body = GCLOUD.format(folder=tmp_path, states=states, rounds="lost 0")
-    path, log = fake(tmp_path, "gcloud", body)
+@pytest.mark.parametrize(
+    "states, setups, rounds, wanted",
+    [
+        # Preempted; then nothing is deleted because one look at the queue fails.
+        (
+            "ACTIVE SUSPENDED WAITING_FOR_RESOURCES AWAY ACTIVE",
+            "good",
+            "lost 0",
+            ["start", "delete", "create", "scp", "setup", "start"],
+        ),
+        ("ACTIVE AWAY ACTIVE", "", "lost 0", ["start", "start"]),
+        ("PROVISIONING ACTIVE", "", "0", ["start"]),
+        # One worker could not install: the next try does not run on half a slice.
+        ("NONE ACTIVE ACTIVE", "bad good", "0", ["create", *["scp", "setup"] * 2, "start"]),
+    ],
+)
+def test_tpu_makes_a_lost_slice_anew(tmp_path, states, setups, rounds, wanted):
+    path, log = gcloud(tmp_path, states, rounds, setups)
+    if "NONE" not in states:
+        (tmp_path / "ready").touch()
     result = launch("tpu", "run", "python", "x.py", path=path, POLL_SECONDS="0", **SLICE)
     assert result.returncode == 0, result.stderr
-    actions = re.findall(r"queued-resources (create|delete)|tpu-vm (scp|ssh)", log.read_text())
-    names = ["".join(pair) for pair in actions]
-    assert names == ["ssh", "delete", "create", "scp", "ssh", "ssh"]
+    found = re.findall(
+        r"resources (create|delete)|tpu-vm (scp)|(pip install)|(worker ended)", log.read_text()
+    )
+    names = {"pip install": "setup", "worker ended": "start"}
+    assert [names.get(name := "".join(groups), name) for groups in found] == wanted
+
+
+def test_tpu_ends_what_still_runs(tmp_path):
+    """The command line of a worker: an earlier start is told to end, and waited for."""
+    line = launch("tpu", "--dry_run", "run", "bash", "-c", "exit 7", **SLICE).stdout
+    (command,) = (word for word in shlex.split(line) if word.startswith("--command="))
+    (tmp_path / "sana_jax").mkdir()
+    old = subprocess.Popen(
+        ["bash", "-c", f"trap 'sleep 1; echo saved > {tmp_path}/saved; exit' TERM; sleep 60 & wait"]
+    )
+    (tmp_path / "sana_jax/.pid").write_text(str(old.pid))
+    threading.Thread(target=old.wait).start()  # or it would stay as a zombie
+    time.sleep(0.5)  # its trap is set
+    command = ["bash", "-c", command.removeprefix("--command=")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "worker ended with 7", result
+    assert (tmp_path / "saved").exists() and not (tmp_path / "sana_jax/.pid").exists()
 
 
 def test_gke_manifest():

@@ -233,8 +233,10 @@ HOST = """
 import sys, jax, numpy as np
 index, port = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from sana_jax import sharding
+from sana_jax import random_weights, sharding
+from sana_jax.checkpoints.components import place
 devices, batch = np.array(jax.devices()), np.arange(24).reshape(8, 3)
 for order, sizes in (
     ((0, 1, 2, 3), (2, 2, 1, 1)),  # as hosts have them
@@ -249,11 +251,21 @@ for order, sizes in (
     assert placed.shape == batch.shape, (order, sizes)
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(shard.data, batch[shard.index])
+
+made = random_weights.make("tiny")
+weights = jax.tree.map(np.asarray, made.params["dit"])
+multihost_utils.process_allgather = None  # each host has them, none travel
+mesh = sharding.make_mesh(fsdp=4, devices=devices)
+placed = place(weights, made.dit, "float32", mesh)
+for found, wanted in zip(jax.tree.leaves(placed), jax.tree.leaves(weights), strict=True):
+    for shard in found.addressable_shards:
+        np.testing.assert_array_equal(shard.data, wanted[shard.index])
+assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
 """
 
 
-def test_hosts_put_together_the_batch_on_every_mesh():
-    """Two hosts of two devices: each row is where it would be on one host."""
+def test_hosts_put_together_batches_and_weights():
+    """Two hosts of two devices: each row is where it would be on one host, on every mesh."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from sana_jax.errors import Retry, UserError
+from sana_jax.training import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,10 +26,43 @@ ROOT = Path(__file__).parents[1]
     ids=str,
 )
 def test_bad_flag_is_one_line_and_status_2(tmp_path, arguments, message):
-    command = [sys.executable, "-m", "sana_jax.train", f"--workdir={tmp_path / 'run'}"]
-    command += [f"--config={ROOT}/configs/sana_600m_512.py", *arguments]
-    command += ["--config.mesh.replica=1", "--config.mesh.fsdp=-1", "--compilation_cache="]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    line = [sys.executable, "-m", "sana_jax.train", f"--workdir={tmp_path / 'run'}"]
+    line += [f"--config={ROOT}/configs/sana_600m_512.py", *arguments]
+    line += ["--config.mesh.replica=1", "--config.mesh.fsdp=-1", "--compilation_cache="]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "hosts, message, kind",
+    [
+        (2, "INTERNAL: Gloo: Connection closed by peer", Retry),
+        (2, "RESOURCE_EXHAUSTED: out of memory", jax.errors.JaxRuntimeError),
+        (1, "INTERNAL: a bug", jax.errors.JaxRuntimeError),
+    ],
+)
+def test_a_lost_host_is_worth_another_try(monkeypatch, hosts, message, kind):
+    class Training:
+        def __init__(self, config, workdir):
+            pass
+
+        def run(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    with pytest.raises(kind, match=message.partition(":")[0]):
+        command.run(Training, None, "run")
+
+
+@pytest.mark.parametrize(
+    "error, kind", [(RuntimeError("DEADLINE_EXCEEDED: x"), Retry), (ValueError("none."), UserError)]
+)
+def test_hosts_that_do_not_come(monkeypatch, error, kind):
+    def initialize(**settings):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(kind, match="did not come: DEAD|--multihost: none; leave"):
+        command.join_hosts()

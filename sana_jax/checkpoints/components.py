@@ -108,6 +108,9 @@ def place(params, config: Config, dtype: Dtype, mesh: Mesh):
     shardings = shardings_for(abstract_params(config), mesh)
 
     def put(array, sharding):
-        return jax.device_put(np.asarray(array, jnp.dtype(dtype)), sharding)
+        full = np.asarray(array, jnp.dtype(dtype))
+        # Each host has it whole. device_put would gather the hosts' copies, all of them on every
+        # device, to see that they are equal.
+        return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])
 
     return jax.tree.map(put, params, shardings)

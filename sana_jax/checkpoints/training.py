@@ -14,6 +14,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -48,7 +49,9 @@ FREE = (
 )
 SAVE_ATTEMPTS = 3  # failures in a row before the run gives up
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
+_TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax'
+# TensorStore's codes for a storage that does not answer.
+_AWAY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
 
 
 class Checkpoints:
@@ -78,6 +81,7 @@ class Checkpoints:
           free: globs of keys of the config that may change, dots between levels.
         """
         self.workdir, self.folder = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
+        self._remote = "://" in str(workdir)
         self._about = json.loads(json.dumps({"config": config, "data": data}))
         self._free = [f"config.{glob}" for glob in free]
         self._keep, self._keep_every = keep, keep_every
@@ -87,6 +91,12 @@ class Checkpoints:
         self.last_good: int | None = None  # newest step saved outside a streak of NaN
 
     def __enter__(self) -> "Checkpoints":
+        first, *others = gathered(_sha256(self._about))
+        if wrong := [host for host, found in enumerate(others, 1) if found != first]:
+            raise UserError(
+                f"hosts {_some([str(host) for host in wrong])} have another config, or other data,"
+                " than host 0: give all of them the same"
+            )
         with contextlib.ExitStack() as stack:
             from_first(self._enter, stack)
             self._stack = stack.pop_all()
@@ -95,10 +105,10 @@ class Checkpoints:
     def _enter(self, stack: contextlib.ExitStack) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, ImportError) as error:  # the latter: what reads such addresses
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"--workdir={self.workdir}: {reason}") from None
-        if "://" not in str(self.workdir):
+        if not self._remote:
             stack.enter_context(locked(self.workdir, "--workdir"))
         self._sweep()
 
@@ -112,8 +122,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that are there, in order, whether they verify or not."""
-        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-        return sorted(int(name) for name in names if name.isdecimal())
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        return sorted(int(p.name) for p in paths if p.name.isdecimal() and self._is_finished(p))
+
+    def _is_finished(self, path: epath.Path) -> bool:
+        """Whether a save came to its end: it renames its folder, or marks it on an object store."""
+        return not self._remote or (path / _FINISHED).exists()
 
     def restore(self, abstract: State, batches: Any = None) -> State | None:
         """The newest state that verifies, or None where there is no checkpoint at all.
@@ -121,7 +135,8 @@ class Checkpoints:
         Args:
           abstract: a tree of ShapeDtypeStructs with the shardings that are wanted now; the mesh
             may differ from the one that saved.
-          batches: the data iterator of this host; its `set_state` is given what was saved.
+          batches: the data iterator of this host; its `set_state` is given what was saved, or
+            what its `share` makes of all hosts' states where there were more hosts, or fewer.
 
         Raises:
           UserError: where the config, the data or the shapes are not those of the checkpoint.
@@ -140,7 +155,7 @@ class Checkpoints:
                 continue
             from_first(self._set_aside, bad, step)
             if batches is not None:
-                batches.set_state(_decode(_own(document["iterators"])))
+                batches.set_state(self._position(step, document, batches))
             self.last_good = from_first(self._last_good, step, document)
             return jax.tree.unflatten(treedef, _wrapped(arrays, wanted))
         if bad:
@@ -215,7 +230,8 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Removes what saves that were cut short left behind."""
         for path in self.folder.iterdir() if jax.process_index() == 0 else ():
-            if _TEMPORARY in path.name:
+            unfinished = path.name.isdecimal() and not self._is_finished(path)
+            if unfinished or _TEMPORARY in path.name:
                 path.rmtree()
 
     def _close(self) -> None:
@@ -277,11 +293,18 @@ class Checkpoints:
                 f"{self.folder / str(step)} is of another model: {_some(lines)};"
                 " use another --workdir"
             )
-        if len(document["iterators"]) != jax.process_count():
+
+    def _position(self, step: int, document: Document, batches: Any) -> Any:
+        """The state of this host's data iterator."""
+        states, hosts = [_decode(state) for state in document["iterators"]], jax.process_count()
+        if len(states) == hosts:
+            return states[jax.process_index()]
+        if not hasattr(batches, "share"):
             raise UserError(
-                f"{self.folder / str(step)} was saved by {len(document['iterators'])} hosts, whose"
-                f" data does not split over {jax.process_count()}; use as many as then"
+                f"{self.folder / str(step)} was saved by {len(states)} hosts, whose data does not"
+                f" split over {hosts}; use as many as then"
             )
+        return batches.share(states)
 
     def _arrays(self, step: int, document: Document, wanted: dict[str, Any]) -> dict[str, Any]:
         """The arrays of a step, verified."""
@@ -365,11 +388,15 @@ def _damage(what: str):
     """Makes a _Damaged of what is raised for bytes that are not as they were written."""
     try:
         yield
-    except (PermissionError, ConnectionError, TimeoutError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise _Damaged(f"{what}: {_brief(error)}") from error
+    except OSError as error:
         raise Retry(f"the checkpoints cannot be read: {error}") from error
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:  # readers raise anything for bytes that make no sense
+        if _AWAY.search(str(error)):
+            raise Retry(f"the checkpoints cannot be read: {_brief(error)}") from error
         raise _Damaged(f"{what}: {_brief(error)}") from error
 
 
@@ -433,10 +460,6 @@ def _decode(encoded: Document) -> Any:
     if "base64" in encoded:
         return base64.b64decode(encoded["base64"])
     return encoded["json"]
-
-
-def _own(iterators: list[Any]) -> Any:
-    return iterators[jax.process_index()]
 
 
 _ABSENT = object()

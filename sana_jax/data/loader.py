@@ -159,6 +159,12 @@ class TrainingIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, Any]:
         return {"step": self.step, **self.counts.state()}
 
+    def share(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A state for this host, of those that another number of hosts had: the first counts on."""
+        first = self._loader.rows[0] == 0
+        counts = sum(map(Counts.from_state, states), Counts()) if first else Counts()
+        return {"step": states[0]["step"], **counts.state()}
+
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state({"next_index": state["step"]})
         self.counts = Counts.from_state(state)

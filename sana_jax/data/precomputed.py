@@ -25,7 +25,7 @@ from flax import serialization
 
 from sana_jax.data.images import BadImage
 from sana_jax.data.sources import Record
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 from sana_jax.files import write_whole
 
 FORMAT = 1
@@ -74,15 +74,16 @@ class Precomputed:
         self.shapes = np.repeat([run[:2] for run in runs], [run[2] for run in runs], axis=0)
         text_settings = self.index["text"]
         self.rows = text_settings and text_settings["rows"]
-        files = [str(self.folder / shard["file"]) for shard in shards]
-        self._data = array_record_data_source.ArrayRecordDataSource(files)
+        self._files = [str(self.folder / shard["file"]) for shard in shards]
+        self._ends = np.cumsum([shard["records"] for shard in shards])
+        self._data = array_record_data_source.ArrayRecordDataSource(self._files)
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     def __getitem__(self, index: int) -> Record:
         try:
-            record = serialization.msgpack_restore(self._data[index])
+            record = serialization.msgpack_restore(self._bytes(index))
         except (RuntimeError, ValueError) as error:
             raise BadImage("unreadable", f"{type(error).__name__}: {error}") from None
         latents = record["latents"].astype(np.float32)
@@ -93,6 +94,24 @@ class Precomputed:
             error.key = record["key"]
             raise error
         return record | {"latents": latents}
+
+    def _bytes(self, index: int) -> bytes:
+        """A packed record; read once more from its file, opened anew, before it counts as bad.
+
+        ArrayRecord raises the same for damage as for a storage that was away, which is no reason
+        to train on other records. Raises Retry where the file cannot be read at all.
+        """
+        try:
+            return self._data[index]
+        except (RuntimeError, ValueError):
+            shard = int(np.searchsorted(self._ends, index, side="right"))
+            file, first = self._files[shard], int(self._ends[shard - 1]) if shard else 0
+            try:
+                with open(file, "rb") as opened:
+                    opened.read(1)
+            except OSError as error:
+                raise Retry(f"{file} cannot be read: {error.strerror or error}") from error
+            return array_record_data_source.ArrayRecordDataSource([file])[index - first]
 
 
 class ShardWriter:

@@ -7,7 +7,9 @@ import difflib
 import re
 from typing import Any
 
-from sana_jax.errors import UserError
+from etils import epath
+
+from sana_jax.errors import Retry, UserError
 
 # What features are called, most telling first.
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
@@ -47,6 +49,7 @@ class TFDSSource:
             self._data = builder.as_data_source(split, decoders=skip)
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"tfds:{spec}: {' '.join(str(error).split())}") from None
+        self._folder = builder.data_dir
         # What a fingerprint starts from.
         self.name = f"{builder.info.full_name} {split} {splits[split].num_bytes}"
 
@@ -54,7 +57,14 @@ class TFDSSource:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict:
-        row = self._data[index]
+        try:
+            row = self._data[index]
+        except RuntimeError:  # ArrayRecord's, for damage and for a storage that is away
+            try:
+                next(iter(epath.Path(self._folder).iterdir()))
+            except OSError as error:
+                raise Retry(f"{self._folder} cannot be read: {error.strerror or error}") from error
+            raise
         captions = row[self._captions] if self._captions else []
         return {
             "key": str(_text(row[self._key])) if self._key else f"{index:08d}",

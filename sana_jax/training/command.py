@@ -5,9 +5,15 @@ from typing import Any
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from sana_jax import compilation_cache
+from sana_jax.errors import Retry, UserError
+
+JOIN_SECONDS = 1800
+# What JAX says of a program that is wrong or too large, which no other try makes better.
+OURS = "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"
 
 flags.disclaim_key_flags()  # they are those of the module that calls
 
@@ -27,8 +33,28 @@ def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]],
     def main(argv: list[str]) -> None:
         del argv
         if multihost.value:
-            jax.distributed.initialize()
+            join_hosts()
         compilation_cache.enable(cache.value)
-        make_training(config.value, workdir.value).run()
+        run(make_training, config.value, workdir.value)
 
     return main
+
+
+def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> None:
+    """make_training(config, workdir).run(); what a lost host makes of the others is Retry."""
+    try:
+        make_training(config, workdir).run()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or any(mark in str(error) for mark in OURS):
+            raise
+        raise Retry(f"another host may be lost: {str(error).strip().splitlines()[0]}") from error
+
+
+def join_hosts() -> None:
+    """Meets the other hosts, which after a preemption may come minutes later."""
+    try:
+        jax.distributed.initialize(initialization_timeout=JOIN_SECONDS)
+    except ValueError as error:
+        raise UserError(f"--multihost: {str(error).rstrip('.')}; leave it out where there is one host") from error
+    except RuntimeError as error:
+        raise Retry(f"the other hosts did not come: {str(error).splitlines()[0]}") from error

@@ -49,6 +49,7 @@ from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.optimizers import OptimizerConfig, make_schedule
 from sana_jax.training.perceptual import make_perceptual
 from sana_jax.training.state import TrainState, on_mesh
+from sana_jax.training.watchdog import Watchdog
 
 SHOWN = 8  # images in a sheet of reconstructions
 # What may change from one run in a folder to the next. Not the steps: schedules depend on them.
@@ -166,7 +167,8 @@ class AutoencoderTraining:
         step = jit_step(task.step, abstract, self.perceptual_params)
         batches, sheet = iter(loader), next(iter(held_out[min(held_out)]))["image"][:SHOWN]
         with Checkpoints(folder, about, loader.fingerprint, config.keep, free=FREE) as checkpoints:
-            state = checkpoints.restore(abstract, batches) or self._start(create, before)
+            with Watchdog(loop.watchdog_seconds):
+                state = checkpoints.restore(abstract, batches) or self._start(create, before)
             first = int(state.step)
             if first > phase.steps:
                 raise UserError(

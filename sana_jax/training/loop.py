@@ -135,7 +135,7 @@ def fit(
             if _due(step_read, config.log_every) or step_read == config.steps:
                 with storage():
                     writer.write(step_read, meter.row())
-        if meter.streak >= config.max_streak:
+        if config.max_streak and meter.streak >= config.max_streak:
             raise DoNotRetry(_streak_message(step_read, meter.streak, checkpoints))
 
     def is_busy() -> bool:
@@ -178,8 +178,9 @@ def fit(
                 pause("hook", hook, state, done)
         read_pending()
         if checkpoints:
-            checkpoints.save(done, state, position, good=not meter.streak)
-            checkpoints.wait()
+            with storage():
+                checkpoints.save(done, state, position, good=not meter.streak)
+                checkpoints.wait()
         # A signal while the last state was saved counts too.
         if done < config.steps or stop.agreed(now=True):
             saved = "saved, the same command goes on from there" if checkpoints else "not saved"

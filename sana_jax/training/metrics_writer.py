@@ -16,7 +16,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from sana_jax.errors import Retry
 from sana_jax.files import write_whole
+from sana_jax.hosts import from_first
 
 # tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
 _torch = sys.modules.get("torch")
@@ -54,8 +56,13 @@ class MetricsWriter:
         self._on = jax.process_index() == 0
 
     def __enter__(self) -> "MetricsWriter":
-        if not self._on:
-            return self
+        try:
+            from_first(self._enter)
+        except OSError as error:
+            raise Retry(f"{self.workdir}: {error.strerror or error}") from error
+        return self
+
+    def _enter(self) -> None:
         with contextlib.ExitStack() as stack:
             if "://" in str(self.workdir):
                 self._remote = self.workdir
@@ -79,7 +86,6 @@ class MetricsWriter:
                 tqdm(total=self._steps, initial=self._step, unit=" step", disable=None)
             )
             self._stack = stack.pop_all()
-        return self
 
     def __exit__(self, *error) -> None:
         self._stack.close()

@@ -15,6 +15,7 @@ from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
+from sana_jax.data.sizes import image_sizes
 from sana_jax.data.sources import open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
@@ -73,6 +74,8 @@ def make_loaders(
         order, text = None, captions
         if data.buckets or stored:
             upscale = data.upscale
+            if table and cache is not None:  # the other hosts find what the first has read
+                hosts.from_first(lambda source=source: len(image_sizes(source, cache)))
             order = bucket_order(source, table, batch_size, seed, upscale=upscale, cache=cache)
         if stored and source.rows:
             text = CaptionEmbeddings(source.rows)

@@ -41,6 +41,7 @@ from sana_jax.training.text_to_image_model import (
     open_encoder,
     open_start,
 )
+from sana_jax.training.watchdog import Watchdog
 
 # What may change from one run in a folder to the next. Names of checkpoints may, for it is their
 # fingerprints that count; but for that of `start`, which is not needed again.
@@ -96,7 +97,8 @@ class TextToImageTraining:
         with Checkpoints(
             self.workdir, about, data, config.keep, config.keep_every, free
         ) as checkpoints:
-            state = checkpoints.restore(abstract, batches) or self._start(create)
+            with Watchdog(self.loop.watchdog_seconds):
+                state = checkpoints.restore(abstract, batches) or self._start(create)
             if (first := int(state.step)) > steps:
                 raise UserError(
                     f"{self.workdir} has {first} steps already, more than"

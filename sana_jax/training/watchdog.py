@@ -7,12 +7,14 @@ import threading
 
 from sana_jax.cli import EXIT_RETRY
 
+FIRST_SECONDS = 7200.0
+
 
 class Watchdog:
-    """A context; once `beat` was called it must be again within `seconds`, or the process ends.
+    """A context in which `beat` is called every `seconds` at least, or the process ends.
 
-    Then the stacks of all threads are printed and the status is 75. Before the first beat, while
-    the step compiles, there is no limit. 0 seconds: never.
+    Then the stacks of all threads are printed and the status is 75. The first beat, before which
+    weights are read or a step compiles, has FIRST_SECONDS at least. 0 seconds: no limit.
     """
 
     def __init__(self, seconds: float):
@@ -32,14 +34,15 @@ class Watchdog:
         self._beats.set()
 
     def _watch(self) -> None:
-        self._beats.wait()
+        seconds = max(self._seconds, FIRST_SECONDS)
         while not self._end:
-            self._beats.clear()
-            if not self._beats.wait(self._seconds) and not self._end:
+            if not self._beats.wait(seconds) and not self._end:
                 faulthandler.dump_traceback(sys.__stderr__)
                 print(
-                    f"error: no step for {self._seconds:g} s; the stacks of all threads are above",
+                    f"error: no step for {seconds:g} s; the stacks of all threads are above",
                     file=sys.__stderr__,
                     flush=True,
                 )
                 os._exit(EXIT_RETRY)
+            self._beats.clear()
+            seconds = self._seconds

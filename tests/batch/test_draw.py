@@ -186,6 +186,21 @@ def test_one_batch_on_a_cpu_shows_its_steps(checkpoint, unbroken, tmp_path, monk
         assert grid.size == (64, 32)
 
 
+def test_the_largest_pictures_come_first(checkpoint, tmp_path, monkeypatch):
+    """Where memory does not suffice for them, that is known before hours of work."""
+    rows = [("", {"prompt": "a", "height": side, "width": side}) for side in (32, 64, 32, 96)]
+    drawn = []
+
+    def record(due, dispatch, save):
+        drawn.extend(batch.tasks[0].height for batch in due)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "overlap", record)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tasks(rows), options(checkpoint, tmp_path / "out"))
+    assert drawn == [96, 64, 32]
+
+
 def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError(

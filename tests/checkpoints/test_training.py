@@ -1,5 +1,6 @@
 """Only whole checkpoints of the same run are resumed."""
 
+import errno
 import json
 import shutil
 
@@ -169,13 +170,46 @@ def test_none_whole_is_no_new_start(folder):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
-def test_unreadable_storage_is_to_be_tried_again(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("no answer"),
+        OSError(errno.ESTALE, "no answer"),
+        ValueError("UNAVAILABLE: no answer"),  # TensorStore's
+    ],
+)
+def test_unreadable_storage_is_to_be_tried_again(folder, monkeypatch, error):
     def fail(*_):
-        raise TimeoutError("no answer")
+        raise error
 
     monkeypatch.setattr(training, "_restore", fail)
     with pytest.raises(Retry, match="no answer"):
         restore(folder)
+    assert Checkpoints(folder, CONFIG, DATA).steps() == [1, 2, 3]
+
+
+def test_another_number_of_hosts(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, Checkpoints(tmp_path, CONFIG, DATA) as checkpoints:
+        patch.setattr(training, "gathered", lambda state: [state, state])  # of two hosts
+        checkpoints.save(1, make(1), {"row": 1})
+    with pytest.raises(UserError, match="1 was saved by 2 hosts, whose data does not split over 1"):
+        restore(tmp_path)
+
+    class Shared(Position):
+        def share(self, states):
+            return {"rows": [state["row"] for state in states]}
+
+    with Checkpoints(tmp_path, CONFIG, DATA) as checkpoints:
+        checkpoints.restore(abstract(make()), position := Shared())
+    assert position.value == {"rows": [1, 1]}
+
+
+def test_hosts_that_differ_do_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "gathered", lambda found: [found, found, "another"])
+    with pytest.raises(UserError, match="hosts 2 have another config, or other data, than host 0"):
+        with Checkpoints(tmp_path, CONFIG, DATA):
+            pass
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_other_config_is_refused_with_the_difference(folder):
@@ -239,6 +273,18 @@ def test_what_a_killed_run_left_is_removed(folder):
     shutil.copytree(folder / "checkpoints" / "3", left)
     _, _, checkpoints = restore(folder)
     assert not left.exists() and checkpoints.steps() == [1, 2, 3]
+
+
+def test_an_object_store_has_no_renaming(folder):
+    """There Orbax writes into the step's own folder, and marks it last."""
+    (folder / "checkpoints/3/commit_success.txt").unlink()
+    checkpoints = Checkpoints(folder, CONFIG, DATA)
+    assert checkpoints.steps() == [1, 2, 3]
+    checkpoints._remote = True
+    assert checkpoints.steps() == [1, 2]
+    with checkpoints:
+        assert same(checkpoints.restore(abstract(make())), make(2))
+    assert not (folder / "checkpoints/3").exists()
 
 
 def test_saved_while_the_next_steps_run(tmp_path):

@@ -11,9 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sana_jax.data.counts import Budget
+from sana_jax.data.counts import Budget, Counts
 from sana_jax.data.images import REASONS, BadImage, cover_crop, decode
-from sana_jax.data.loader import EvaluationLoader, TrainingLoader, check_images
+from sana_jax.data.loader import EvaluationLoader, TrainingLoader, check_images, rows_of_shard
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.errors import DoNotRetry, Retry, UserError
@@ -179,6 +179,31 @@ def test_the_state_is_json_and_holds_the_counts():
     assert numbers(take(restored, 9)) == numbers(take(unbroken, 9))
     assert restored.get_state() == unbroken.get_state()
     assert restored.counts.rejected["unreadable"] > 0
+
+
+def test_two_hosts_go_on_as_one_and_as_four():
+    """The batch is that of the step, whoever loads it; what was counted stays counted once."""
+    source, counted = Numbers(32, bad=range(0, 32, 7)), Counts()
+
+    def hosts(count):
+        return [
+            iter(loader(source, rows=rows_of_shard(4, i, count)))
+            for i in range(count)
+        ]
+
+    two = hosts(2)
+    for iterator in two:
+        take(iterator, 5)
+        counted += iterator.counts
+    states = [iterator.get_state() for iterator in two]
+    whole = sum((numbers(take(iterator, 1)) for iterator in two), [])
+    for count in 1, 4:
+        others, total = hosts(count), Counts()
+        for iterator in others:
+            iterator.set_state(iterator.share(states))
+            total += iterator.counts
+        assert total.state() == counted.state()
+        assert sum((numbers(take(iterator, 1)) for iterator in others), []) == whole
 
 
 def test_orbax_saves_the_iterator(tmp_path, photos):

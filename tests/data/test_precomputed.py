@@ -1,6 +1,7 @@
 """The format of stored latents: what is written is read, and what is damaged is told."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,7 @@ from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import INDEX, Precomputed, ShardWriter, finished_shard, write_json
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import StoredLatents
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 
 SHAPES = [(4, 4, 3)] * 5 + [(2, 8, 3)] * 4 + [(4, 4, 3)] * 3
 FACTOR = 0.5
@@ -92,6 +93,24 @@ def test_a_flipped_bit_is_one_bad_record(folder):
     counts = check_images(Precomputed(folder), StoredLatents())
     assert (counts.used, counts.rejected["unreadable"]) == (11, 1)
     assert finished_shard(folder, 0) is None and finished_shard(folder, 2)["records"] == 5
+
+
+def test_a_storage_that_was_away_is_no_bad_record(folder, monkeypatch):
+    """What ArrayRecord raises then is what it raises for damage: records are not replaced for it."""
+    source = Precomputed(folder)
+    monkeypatch.setattr(source, "_data", Away())
+    for index in 1, 6, 7, 11:  # of both shards, the first and last
+        assert source[index]["key"] == f"r{index}"
+    shutil.rmtree(folder)
+    with pytest.raises(Retry, match="shard-00002.array_record cannot be read: No such file"):
+        source[8]
+
+
+class Away:
+    """A reader whose files have gone stale."""
+
+    def __getitem__(self, index):
+        raise RuntimeError("read failed: Stale file handle")
 
 
 def test_folders_that_cannot_be_read(tmp_path, folder):

@@ -37,13 +37,38 @@ def test_the_control_of_swapped_pictures_is_right():
     assert figures(asked[:4], truth[:4], truth[:4], truth[:4])["control_shuffled"] is None
 
 
-def test_drawn_pictures_that_are_not_finite_are_refused(tmp_path, monkeypatch):
-    """8 bits would hide it."""
+def diverged(pipe, latents):
+    return jnp.full((len(latents), 64, 64, 3), jnp.inf)
+
+
+def grey(pipe, latents):
+    return jnp.zeros((len(latents), 64, 64, 3))
+
+
+@pytest.fixture
+def asked_for(tmp_path, monkeypatch):
+    """A checkpoint whose pipeline samples nothing; the settings that it was asked to sample by."""
     mini.save(tmp_path)
+    found = []
 
-    def diverged(pipe, prompts, **settings):
-        return jnp.full((len(prompts), 64, 64, 3), jnp.nan)
+    def sample(pipe, prompts, **settings):
+        found.append(settings)
+        return jnp.zeros((len(prompts), 2, 2, pipe.latent_channels))
 
-    monkeypatch.setattr(SanaPipeline, "__call__", diverged)
+    monkeypatch.setattr(SanaPipeline, "__call__", sample)
+    return tmp_path, found
+
+
+def test_drawn_pictures_that_are_not_finite_are_refused(asked_for, monkeypatch):
+    """8 bits would hide it."""
+    monkeypatch.setattr(SanaPipeline, "decode", diverged)
     with pytest.raises(UserError, match="draws some pictures with NaN or infinite"):
-        measure(str(tmp_path), Options(count=4, batch_size=8))
+        measure(str(asked_for[0]), Options(count=4, batch_size=8))
+
+
+@pytest.mark.parametrize("given, used", [(None, 3.0), (1.5, 1.5)])
+def test_the_shift_is_the_checkpoints_or_what_is_given(asked_for, monkeypatch, given, used):
+    monkeypatch.setattr(SanaPipeline, "decode", grey)
+    folder, settings = asked_for
+    found, _ = measure(str(folder), Options(count=4, batch_size=8, flow_shift=given))
+    assert found["flow_shift"] == used == settings[0]["flow_shift"]
