@@ -196,7 +196,10 @@ case "$*" in
         echo "${{states[$n]:-FAILED}}" ;;
     *queued-resources\\ create*) rm -f {folder}/ready ;;
     *test\\ -e*) [ -e {folder}/ready ] ;;
-    *pip\\ install*) count setups; setups=({setups}); [ "${{setups[$n]}}" != bad ] && touch {folder}/ready ;;
+    *pip\\ install*)
+        count setups
+        setups=({setups})
+        [ "${{setups[$n]}}" != bad ] && touch {folder}/ready ;;
     *tpu-vm\\ ssh*.venv/bin:*)
         count runs
         rounds=({rounds})

@@ -40,8 +40,9 @@ TEXT_ROWS = 300  # the default of max_sequence_length in diffusers' pipeline; no
 def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
     """The checkpoint in a folder with a model_index.json, its weights unread.
 
-    A folder without one is that of an autoencoder alone, as DC-AE is published. `variant` picks files such as diffusion_pytorch_model.bf16.safetensors. These folders hold no
-    complex human instruction. Raises UserError.
+    A folder without one is that of an autoencoder alone, as DC-AE is published. `variant` picks
+    files such as diffusion_pytorch_model.bf16.safetensors. These folders hold no complex human
+    instruction. Raises UserError.
     """
     folder = Path(folder)
     names = _components(folder)

@@ -55,6 +55,7 @@ def join_hosts() -> None:
     try:
         jax.distributed.initialize(initialization_timeout=JOIN_SECONDS)
     except ValueError as error:
-        raise UserError(f"--multihost: {str(error).rstrip('.')}; leave it out where there is one host") from error
+        reason = str(error).rstrip(".")
+        raise UserError(f"--multihost: {reason}; leave it out where there is one host") from error
     except RuntimeError as error:
         raise Retry(f"the other hosts did not come: {str(error).splitlines()[0]}") from error

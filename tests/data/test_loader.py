@@ -186,10 +186,7 @@ def test_two_hosts_go_on_as_one_and_as_four():
     source, counted = Numbers(32, bad=range(0, 32, 7)), Counts()
 
     def hosts(count):
-        return [
-            iter(loader(source, rows=rows_of_shard(4, i, count)))
-            for i in range(count)
-        ]
+        return [iter(loader(source, rows=rows_of_shard(4, i, count))) for i in range(count)]
 
     two = hosts(2)
     for iterator in two:

@@ -96,7 +96,7 @@ def test_a_flipped_bit_is_one_bad_record(folder):
 
 
 def test_a_storage_that_was_away_is_no_bad_record(folder, monkeypatch):
-    """What ArrayRecord raises then is what it raises for damage: records are not replaced for it."""
+    """ArrayRecord raises then what it raises for damage; no record is replaced for it."""
     source = Precomputed(folder)
     monkeypatch.setattr(source, "_data", Away())
     for index in 1, 6, 7, 11:  # of both shards, the first and last
