@@ -91,7 +91,8 @@ class Checkpoints:
         self.last_good: int | None = None  # newest step saved outside a streak of NaN
 
     def __enter__(self) -> "Checkpoints":
-        first, *others = gathered(_sha256(self._about))
+        about = {key: x for key, x in _keys(self._about).items() if not self._may_change(key)}
+        first, *others = gathered(_sha256(about))
         if wrong := [host for host, found in enumerate(others, 1) if found != first]:
             raise UserError(
                 f"hosts {_some([str(host) for host in wrong])} have another config, or other data,"
@@ -275,7 +276,7 @@ class Checkpoints:
         then = _keys({name: document[name] for name in ("config", "data")})
         now = _keys(self._about)
         changed = [key for key in now | then if now.get(key, _ABSENT) != then.get(key, _ABSENT)]
-        changed = [k for k in changed if not any(fnmatch.fnmatch(k, glob) for glob in self._free)]
+        changed = [key for key in changed if not self._may_change(key)]
         if changed:
             lines = [f"{k}: {_show(then, k)} -> {_show(now, k)}" for k in changed]
             raise UserError(
@@ -293,6 +294,9 @@ class Checkpoints:
                 f"{self.folder / str(step)} is of another model: {_some(lines)};"
                 " use another --workdir"
             )
+
+    def _may_change(self, key: str) -> bool:
+        return any(fnmatch.fnmatch(key, glob) for glob in self._free)
 
     def _position(self, step: int, document: Document, batches: Any) -> Any:
         """The state of this host's data iterator."""
