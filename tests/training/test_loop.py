@@ -236,6 +236,16 @@ def test_watchdog():
     assert "error: no step for 0.3 s" in found.stderr
 
 
+def test_watchdog_of_a_start_that_hangs():
+    import subprocess
+
+    start = WATCHED.partition("with")[0]
+    start = f"from sana_jax.training import watchdog{start}watchdog.FIRST_SECONDS = 0.2\n"
+    start += "with Watchdog(0.1): a_function_that_hangs()"
+    found = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
+    assert found.returncode == 75 and "error: no step for 0.2 s" in found.stderr
+
+
 def test_watchdog_of_a_run_that_ended():
     from sana_jax.training.watchdog import Watchdog
 

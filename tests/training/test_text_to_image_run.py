@@ -1,5 +1,6 @@
 """A whole tiny training: what it writes, how it resumes, what it refuses."""
 
+import dataclasses
 import json
 import os
 import re
@@ -104,6 +105,34 @@ def test_the_model_at_the_end_is_the_average(unbroken, config):
     (drawn,) = pipe("a red cat", num_steps=1, output="np")
     sheet = np.asarray(Image.open(unbroken / "images/samples_00000020.png"))
     assert np.abs(sheet[:, :16].astype(int) - drawn.astype(int)).max() <= 1
+
+
+def test_held_out_batches_do_not_follow_the_run(config, tmp_path):
+    """Of another seed and batch size, runs are measured by the same pictures and captions."""
+    changes = dict(loop__evaluate_every=1)
+    first = TextToImageTraining(load(config, **changes), str(tmp_path / "a"))
+    changes |= dict(seed=5, recipe__batch_size=16)
+    second = TextToImageTraining(load(config, **changes), str(tmp_path / "b"))
+    batches = [run.held_out[0].batch(0) for run in (first, second)]
+    jax.tree.map(np.testing.assert_array_equal, *batches)
+    assert len(jax.tree.leaves(batches[0])[0]) == 8
+    one, other = (np.asarray(run.loader.batch(0)["image"])[:8] for run in (first, second))
+    assert not np.array_equal(one, other)
+
+
+def test_the_instruction_is_part_of_a_run(config, monkeypatch):
+    """Beside a diffusers folder it depends on the machine: another one is not gone on with."""
+    key = "text_encoder.instruction"
+    (_, without), read = open_base(load(config)), text_to_image_model.open_checkpoint
+
+    def told(name):
+        found = read(name)
+        return dataclasses.replace(found, instruction=text.Instruction("Draw: ", "a file"))
+
+    monkeypatch.setattr(text_to_image_model, "open_checkpoint", told)
+    base, prints = open_base(load(config))
+    assert without[key] == "" and prints[key] == base.instruction.sha256
+    assert open_base(load(config, text_encoder__instruction=False))[1][key] == ""
 
 
 def damage(workdir, step):
