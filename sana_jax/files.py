@@ -4,10 +4,21 @@ import os
 
 from etils import epath
 
+from sana_jax.errors import Retry
+
 
 def is_local(path: os.PathLike) -> bool:
     """Whether `path` is on a disk, which can rename, append and lock."""
     return "://" not in os.fspath(path)
+
+
+def check_readable(path: os.PathLike) -> None:
+    """Raises Retry where a file that was there cannot be read: its storage is away."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise Retry(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def write_whole(path: epath.Path, content: bytes, part: str = ".part") -> None:

@@ -29,6 +29,7 @@ from flax import traverse_util
 
 from sana_jax.checkpoints.integrity import fingerprints
 from sana_jax.errors import DoNotRetry, Retry, UserError
+from sana_jax.files import is_local
 from sana_jax.hosts import from_first, gathered, jointly
 from sana_jax.lock import locked
 
@@ -81,7 +82,7 @@ class Checkpoints:
           free: globs of keys of the config that may change, dots between levels.
         """
         self.workdir, self.folder = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
-        self._remote = "://" in str(workdir)
+        self._remote = not is_local(workdir)
         self._about = json.loads(json.dumps({"config": config, "data": data}))
         self._free = [f"config.{glob}" for glob in free]
         self._keep, self._keep_every = keep, keep_every

@@ -25,8 +25,8 @@ from flax import serialization
 
 from sana_jax.data.images import BadImage
 from sana_jax.data.sources import Record
-from sana_jax.errors import Retry, UserError
-from sana_jax.files import write_whole
+from sana_jax.errors import UserError
+from sana_jax.files import check_readable, write_whole
 
 FORMAT = 1
 INDEX = "index.json"
@@ -106,11 +106,7 @@ class Precomputed:
         except (RuntimeError, ValueError):
             shard = int(np.searchsorted(self._ends, index, side="right"))
             file, first = self._files[shard], int(self._ends[shard - 1]) if shard else 0
-            try:
-                with open(file, "rb") as opened:
-                    opened.read(1)
-            except OSError as error:
-                raise Retry(f"{file} cannot be read: {error.strerror or error}") from error
+            check_readable(file)
             return array_record_data_source.ArrayRecordDataSource([file])[index - first]
 
 

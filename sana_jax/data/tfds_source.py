@@ -9,7 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from sana_jax.errors import Retry, UserError
+from sana_jax.errors import UserError
+from sana_jax.files import check_readable
 
 # What features are called, most telling first.
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
@@ -49,7 +50,7 @@ class TFDSSource:
             self._data = builder.as_data_source(split, decoders=skip)
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"tfds:{spec}: {' '.join(str(error).split())}") from None
-        self._folder = builder.data_dir
+        self._about = epath.Path(builder.data_dir) / "dataset_info.json"
         # What a fingerprint starts from.
         self.name = f"{builder.info.full_name} {split} {splits[split].num_bytes}"
 
@@ -60,10 +61,7 @@ class TFDSSource:
         try:
             row = self._data[index]
         except RuntimeError:  # ArrayRecord's, for damage and for a storage that is away
-            try:
-                next(iter(epath.Path(self._folder).iterdir()))
-            except OSError as error:
-                raise Retry(f"{self._folder} cannot be read: {error.strerror or error}") from error
+            check_readable(self._about)
             raise
         captions = row[self._captions] if self._captions else []
         return {

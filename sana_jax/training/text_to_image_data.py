@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -15,11 +17,21 @@ from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
-from sana_jax.data.sizes import image_sizes
 from sana_jax.data.sources import open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
 from sana_jax.errors import UserError
+from sana_jax.files import is_local
+
+
+class Split(NamedTuple):
+    """What is asked of a split of the data."""
+
+    name: str
+    batch_size: int
+    crop: str
+    flip: bool
+    seed: int
 
 
 def make_loaders(
@@ -36,10 +48,11 @@ def make_loaders(
     else has been looked at. Raises UserError.
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
-    wanted = [(data.train_split, config.recipe.batch_size, data.crop, data.flip, config.seed)]
+    batch_size = config.recipe.batch_size
+    wanted = [Split(data.train_split, batch_size, data.crop, data.flip, config.seed)]
     if config.loop.evaluate_every:
         held_out = config.evaluation
-        wanted.append((data.test_split, held_out.batch_size, "centre", False, held_out.seed))
+        wanted.append(Split(data.test_split, held_out.batch_size, "centre", False, held_out.seed))
     try:
         choice = CaptionChoice(**data.captions.to_dict())
     except TypeError as error:
@@ -56,37 +69,37 @@ def make_loaders(
         table = buckets.training_buckets(size) if data.buckets else ()
         _check_sequence(mesh, base, {height for height, _ in table} or {size})
         images = [
-            BucketTransform(table, crop, flip, data.upscale)
+            BucketTransform(table, split.crop, split.flip, data.upscale)
             if table
-            else ImageTransform(size, size, crop, flip, data.upscale)
-            for _, _, crop, flip, _ in wanted
+            else ImageTransform(size, size, split.crop, split.flip, data.upscale)
+            for split in wanted
         ]
     if data.source == "shapes":
-        _draw_shapes(folder, size, data.shapes, [(split, rows) for split, rows, *_ in wanted])
-    sources = [open_source(data.source, split, str(folder), size) for split, *_ in wanted]
+        _draw_shapes(folder, size, data.shapes, wanted)
+    sources = [open_source(data.source, split.name, str(folder), size) for split in wanted]
     if stored:
         _check_stored(sources, config, base, captions, mesh, size)
 
     # On an object store there is nowhere to keep the sizes.
-    cache = None if "://" in str(workdir) else workdir / "data" / "sizes"
+    cache = workdir / "data" / "sizes" if is_local(workdir) else None
     loaders = []
-    for source, image, (_, batch_size, _, _, seed) in zip(sources, images, wanted, strict=True):
+    for source, image, split in zip(sources, images, wanted, strict=True):
         order, text = None, captions
         if data.buckets or stored:
-            upscale = data.upscale
-            if table and cache is not None:  # the other hosts find what the first has read
-                hosts.from_first(lambda source=source: len(image_sizes(source, cache)))
-            order = bucket_order(source, table, batch_size, seed, upscale=upscale, cache=cache)
+            how = dict(upscale=data.upscale, cache=cache)
+            make = partial(bucket_order, source, table, split.batch_size, split.seed, **how)
+            # Sizes that the first host keeps are not for the others to read again.
+            order = hosts.first_then_others(make) if cache else make()
         if stored and source.rows:
             text = CaptionEmbeddings(source.rows)
         loaders.append(
             TrainingLoader(
                 source,
                 TextImageTransform(image, text, choice),
-                batch_size=batch_size,
-                seed=seed,
+                batch_size=split.batch_size,
+                seed=split.seed,
                 order=order,
-                rows=sharding.batch_rows(mesh, batch_size),
+                rows=sharding.batch_rows(mesh, split.batch_size),
                 **config.loader,
             )
         )
@@ -94,17 +107,17 @@ def make_loaders(
 
 
 def _draw_shapes(
-    folder: epath.Path, size: int, wanted: ConfigDict, splits: Iterable[tuple[str, int]]
+    folder: epath.Path, size: int, records: ConfigDict, splits: Iterable[Split]
 ) -> None:
     """Prepares the built-in data set, once it is sure to have batches of so many rows."""
-    for split, rows in splits:
-        if split not in ("train", "test"):
-            raise UserError(f"shapes has no split {split!r}; it has train and test")
-        if wanted[split] < rows:
-            raise UserError(f"config.data.shapes.{split}={wanted[split]}: a batch has {rows} rows")
+    for name, rows, *_ in splits:
+        if name not in ("train", "test"):
+            raise UserError(f"shapes has no split {name!r}; it has train and test")
+        if records[name] < rows:
+            raise UserError(f"config.data.shapes.{name}={records[name]}: a batch has {rows} rows")
     from sana_jax.data import shapes  # what draws is not needed for other sources
 
-    hosts.from_first(shapes.prepare, folder, size, wanted.train, wanted.test, wanted.seed)
+    hosts.from_first(shapes.prepare, folder, size, records.train, records.test, records.seed)
 
 
 def _check_sequence(mesh: Mesh, base: Checkpoint, heights: Iterable[int]) -> None:

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from sana_jax.data.images import BadImage, decode
 from sana_jax.data.sources import open_source
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 from tests.data.bad_files import encode, picture
 
 COUNT = 5
@@ -138,3 +138,7 @@ def test_a_damaged_record_has_a_reason_and_its_neighbours_are_read(tmp_path):
         except BadImage as error:
             assert error.reason == "unreadable"
     assert good == COUNT - 1
+    (file.parent / "dataset_info.json").unlink()  # as of a mount that went away
+    with pytest.raises(Retry, match="dataset_info.json cannot be read: No such file"):
+        for i in range(COUNT):
+            decode(source[i]["image"])

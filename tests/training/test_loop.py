@@ -87,8 +87,10 @@ def test_rows_hooks_and_checkpoints(tmp_path):
     )
     assert done.params["w"].tolist() == [45.0] * 4
     assert seen == [
-        *[("images", 5, 10.0), ("evaluate", 6, 15.0)],
-        *[("images", 10, 45.0), ("evaluate", 10, 45.0)],  # evaluated at the end too
+        ("images", 5, 10.0),
+        ("evaluate", 6, 15.0),
+        ("images", 10, 45.0),
+        ("evaluate", 10, 45.0),  # at the end too
     ]
     assert checkpoints.steps() == [3, 6, 9, 10] and checkpoints.last_good == 10
     found = rows(tmp_path)
@@ -227,6 +229,15 @@ with Watchdog(0.3) as dog:
 """
 
 
+HANGING = """
+import time
+from sana_jax.training import watchdog
+watchdog.FIRST_SECONDS = 0.2
+with watchdog.Watchdog(0.1):
+    time.sleep(60)
+"""
+
+
 def test_watchdog():
     import subprocess
 
@@ -239,10 +250,7 @@ def test_watchdog():
 def test_watchdog_of_a_start_that_hangs():
     import subprocess
 
-    start = WATCHED.partition("with")[0]
-    start = f"from sana_jax.training import watchdog{start}watchdog.FIRST_SECONDS = 0.2\n"
-    start += "with Watchdog(0.1): a_function_that_hangs()"
-    found = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True)
     assert found.returncode == 75 and "error: no step for 0.2 s" in found.stderr
 
 
