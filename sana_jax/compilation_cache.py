@@ -8,6 +8,7 @@ import jax
 from absl import logging
 
 from sana_jax.errors import UserError
+from sana_jax.files import is_local
 
 
 def cache_folder() -> Path:
@@ -28,7 +29,7 @@ def enable(folder: str | None = None) -> None:
         return
     try:
         path = cache_folder() if folder is None else Path(folder)
-        if "://" not in str(folder):
+        if is_local(path):
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass

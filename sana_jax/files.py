@@ -1,15 +1,36 @@
-"""Files that are there as a whole or not at all."""
+"""Where files are, and files that are there as a whole or not at all."""
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 
-from sana_jax.errors import Retry
+from sana_jax.errors import Retry, UserError
 
 
 def is_local(path: os.PathLike) -> bool:
     """Whether `path` is on a disk, which can rename, append and lock."""
-    return "://" not in os.fspath(path)
+    return not re.match(r"\w+:/", os.fspath(path))  # pathlib leaves one slash of gs://bucket
+
+
+def local(folder: os.PathLike) -> Path:
+    """`folder`, unless it is an address: a path such as gs://bucket would be made beside us."""
+    if not is_local(folder):
+        raise UserError(f"{folder}: this is written to local folders only; copy it from there")
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def storage(path: os.PathLike | None) -> Iterator[None]:
+    """Turns an OSError of what is written to `path` into Retry, whatever its reason: a training
+    must not be given up because of a disk."""
+    try:
+        yield
+    except OSError as error:
+        raise Retry(f"{path}: {error.strerror or error}") from error
 
 
 def check_readable(path: os.PathLike) -> None:

@@ -62,15 +62,15 @@ def main(argv):
     import jax
 
     from sana_jax import arguments, checkpoints, sharding
-    from sana_jax.checkpoints import native
     from sana_jax.data import buckets, precomputed
     from sana_jax.data.encode import Encoder, WithTokens, precompute
     from sana_jax.data.sources import open_source
     from sana_jax.data.text_image import CaptionTokens
     from sana_jax.data.transforms import BucketTransform, ImageTransform
+    from sana_jax.files import local
     from sana_jax.lock import locked
 
-    folder = native.local(Path(_OUT.value))
+    folder = local(Path(_OUT.value))
     options = dict(crop=_CROP.value, upscale=_UPSCALE.value, dtype="uint8")
     if _SIZE.value is not None:
         image = ImageTransform(_SIZE.value, _SIZE.value, **options)

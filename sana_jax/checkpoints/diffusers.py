@@ -16,9 +16,10 @@ from sana_jax import text
 from sana_jax.checkpoints.components import Checkpoint, Config, param_shapes
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
-from sana_jax.checkpoints.native import local, read_json
+from sana_jax.checkpoints.native import read_json
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
 from sana_jax.errors import UserError
+from sana_jax.files import local
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config

@@ -14,6 +14,7 @@ from sana_jax.checkpoints.components import CONFIGS, Checkpoint, param_shapes
 from sana_jax.checkpoints.mapping import Entry, check, lazy_params
 from sana_jax.checkpoints.tensors import TensorReader, write_tensors
 from sana_jax.errors import UserError
+from sana_jax.files import local
 
 FORMAT, VERSION = "sana_jax", 1
 
@@ -114,13 +115,6 @@ def _verify(folder: Path, files: dict[str, str]) -> None:
         raise UserError(
             f"{folder / loose[0]} is not in model.json: it was put there by another hand"
         )
-
-
-def local(folder: Path) -> Path:
-    """`folder`, unless it is an address: a path such as gs://bucket would be made beside us."""
-    if "://" in str(folder) or str(folder).startswith("gs:/"):
-        raise UserError(f"{folder}: checkpoints are written to local folders; copy it from there")
-    return Path(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from sana_jax.data.memory import InMemory
 from sana_jax.data.sources import Source, open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.errors import UserError
-from sana_jax.files import write_whole
+from sana_jax.files import local, write_whole
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.metrics.reconstruction_figures import figures
 from sana_jax.models.dc_ae import DCAE
@@ -70,7 +70,7 @@ class AutoencoderTraining:
 
     def __init__(self, config: ConfigDict, workdir: str):
         """Raises UserError, naming the key, for what cannot be trained."""
-        self.config, self.workdir = config, native.local(workdir)
+        self.config, self.workdir = config, local(workdir)
         try:
             self.network = DCAEConfig(**config.network.to_dict())
             phases = {name: read_phase(fields) for name, fields in config.phases.to_dict().items()}

@@ -17,7 +17,8 @@ import jax
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.errors import DoNotRetry, Retry, Stopped
+from sana_jax.errors import DoNotRetry, Stopped
+from sana_jax.files import storage
 from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.prefetch import Prefetch
@@ -114,13 +115,6 @@ def fit(
     """
     done, pending, meter = int(state.step), None, Meter(peak_rate)
 
-    @contextlib.contextmanager
-    def storage():
-        try:
-            yield
-        except OSError as error:
-            raise Retry(f"{writer and writer.workdir}: {error.strerror or error}") from error
-
     def read_pending():
         """Waits for the step in flight and takes in what it returned."""
         nonlocal pending
@@ -133,7 +127,7 @@ def fit(
         if writer:
             writer.tick()
             if _due(step_read, config.log_every) or step_read == config.steps:
-                with storage():
+                with storage(writer and writer.workdir):
                     writer.write(step_read, meter.row())
         if config.max_streak and meter.streak >= config.max_streak:
             raise DoNotRetry(_streak_message(step_read, meter.streak, checkpoints))
@@ -143,7 +137,7 @@ def fit(
 
     def pause(name: str, action: Callable, *args):
         began = time.monotonic()
-        with storage():
+        with storage(writer and writer.workdir):
             action(*args)
         meter.paused(name, time.monotonic() - began)
         dog.beat()
@@ -178,7 +172,7 @@ def fit(
                 pause("hook", hook, state, done)
         read_pending()
         if checkpoints:
-            with storage():
+            with storage(writer and writer.workdir):
                 checkpoints.save(done, state, position, good=not meter.streak)
                 checkpoints.wait()
         # A signal while the last state was saved counts too.

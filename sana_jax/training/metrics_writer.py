@@ -16,8 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sana_jax.errors import Retry
-from sana_jax.files import write_whole
+from sana_jax.files import is_local, storage, write_whole
 from sana_jax.hosts import from_first
 
 # tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
@@ -56,15 +55,13 @@ class MetricsWriter:
         self._on = jax.process_index() == 0
 
     def __enter__(self) -> "MetricsWriter":
-        try:
+        with storage(self.workdir):
             from_first(self._enter)
-        except OSError as error:
-            raise Retry(f"{self.workdir}: {error.strerror or error}") from error
         return self
 
     def _enter(self) -> None:
         with contextlib.ExitStack() as stack:
-            if "://" in str(self.workdir):
+            if not is_local(self.workdir):
                 self._remote = self.workdir
                 self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 if (self._remote / "metrics.jsonl").exists():

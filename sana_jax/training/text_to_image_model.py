@@ -66,7 +66,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
     if not config.autoencoder:
         raise UserError("config.autoencoder is missing: name a checkpoint, such as shapes")
     base = open_named("autoencoder", config.autoencoder, "vae")
-    # Of a whole model, such as the bundled one, it is the autoencoder's own history that counts.
+    # Of a whole model, such as the bundled one, each part's own history counts.
     made = {"autoencoder": base.provenance.get("autoencoder", base.provenance)}
     if config.start:  # a name: step 0 alone needs the folder
         made["start"] = Path(config.start).name
@@ -75,7 +75,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         parts = "text_encoder", "tokenizer"
         found = open_named("text_encoder.checkpoint", encoder.checkpoint, *parts)
         base.text_encoder, base.tokenizer = found.text_encoder, found.tokenizer
-        made["text_encoder"] = found.provenance
+        made["text_encoder"] = {k: v for k, v in found.provenance.items() if k != "autoencoder"}
         base.instruction = found.instruction if encoder.instruction else None
         # Beside a diffusers folder it depends on the machine.
         prints["text_encoder.instruction"] = base.instruction.sha256 if base.instruction else ""

@@ -26,7 +26,8 @@ from sana_jax.checkpoints.components import component_dtype, place
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
-from sana_jax.errors import Retry, UserError
+from sana_jax.errors import UserError
+from sana_jax.files import is_local, storage
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
@@ -217,20 +218,18 @@ class TextToImageTraining:
         model = complete(self.base, params, step, ema=True)
 
         def write() -> None:
-            if "://" in str(self.workdir):
+            if not is_local(self.workdir):
                 print(f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema")
                 return
-            folder = native.local(self.workdir / "model")
+            folder = Path(self.workdir / "model")
             partial = folder.with_name("model.tmp")
-            try:
+            with storage(folder):
                 if first < step or _steps_of(folder) != step:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir()
                     native.save(model, partial)
                     shutil.rmtree(folder, ignore_errors=True)
                     partial.rename(folder)
-            except OSError as error:
-                raise Retry(f"{folder}: {error.strerror or error}") from error
             print(folder, flush=True)
 
         hosts.from_first(write)

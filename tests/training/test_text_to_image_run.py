@@ -97,9 +97,13 @@ def test_the_model_at_the_end_is_the_average(unbroken, config):
     for part in ("autoencoder", "text_encoder"):
         assert model.provenance[part] == parts.provenance
     start = str(unbroken / "model")
-    further, _ = open_base(load(config, autoencoder=start, start=start))
+    changes = dict(autoencoder=start, start=start, text_encoder__checkpoint=start)
+    further, _ = open_base(load(config, **changes))
     assert further.provenance["autoencoder"] == parts.provenance
     assert further.provenance["start"] == "model"
+    encoder = further.provenance["text_encoder"]  # without the autoencoder's history once more
+    assert encoder["steps"] == 20 and encoder["text_encoder"] == parts.provenance
+    assert "autoencoder" not in encoder
     assert (model.text_rows, model.flow_shift) == (8, 3.0)
     pipe = SanaPipeline.from_pretrained(str(unbroken / "model"), dtype="float32")
     (drawn,) = pipe("a red cat", num_steps=1, output="np")
