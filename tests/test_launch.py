@@ -75,7 +75,8 @@ def test_a_missing_variable_is_named(script):
 
 @pytest.mark.parametrize(
     "statuses, wanted",
-    [((0,), 0), ((75, 75, 0), 0), ((75, 76), 76), ((76,), 76), ((2,), 2), ((1,), 1), ((137, 0), 0)],
+    [((0,), 0), ((75, 75, 0), 0), ((75, 76), 76), ((76,), 76), ((2,), 2), ((1,), 1), ((137, 0), 0)]
+    + [((127,), 2)],
 )
 def test_only_75_and_lost_processes_are_tried_again(tmp_path, statuses, wanted):
     result = launch("local", "--processes=1", *counting(tmp_path, *statuses))
@@ -147,23 +148,30 @@ def test_slurm_shows_what_it_would_run():
 
 
 @pytest.mark.parametrize(
-    "status, restarts, wanted, requeued",
+    "statuses, restarts, wanted, requeued",
     [
-        (0, 0, 0, False),
-        (75, 0, 75, True),
-        (75, 100, 75, False),
-        (76, 0, 76, False),
-        (2, 0, 2, False),
-    ]
-    + [("$(kill -9 $$)", 0, 75, True)],
+        ("0 0", 0, 0, False),
+        ("0 75", 0, 75, True),
+        ("0 75", 100, 75, False),
+        ("0 137", 0, 75, True),
+        ("1 75", 0, 75, True),
+        ("1 0", 0, 1, False),
+        # one that gives up decides
+        ("76 75", 0, 76, False),
+        ("137 2", 0, 2, False),
+        ("76 2", 0, 2, False),
+        ("127 127", 0, 2, False),
+    ],
 )
-def test_slurm_puts_a_job_back_after_75(tmp_path, status, restarts, wanted, requeued):
-    # The tasks, one after the other: rank 0 ends well, and the highest status is srun's.
-    body = 'shift\n"$@" || exit\nexit 0'
-    fake(tmp_path, "srun", body)
+def test_slurm_puts_a_job_back_after_75(tmp_path, statuses, restarts, wanted, requeued):
+    # Two tasks, one after the other, and the highest status, as srun has it.
+    tasks = 'for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@"; ended=$?'
+    worst = "[ $ended -le $worst ] || worst=$ended; done; exit $worst"
+    fake(tmp_path, "srun", f"shift; worst=0; {tasks}; {worst}")
     path, log = fake(tmp_path, "scontrol", "")
     job = dict(SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts), SLURM_SUBMIT_DIR=str(ROOT))
-    result = launch("slurm", "bash", "-c", f"exit {status}", path=path, **job)
+    task = f"set -- {statuses}; shift $SLURM_PROCID; exit $1"
+    result = launch("slurm", "bash", "-c", task, path=path, **job)
     assert result.returncode == wanted, result.stderr
     assert log.exists() == requeued and (not requeued or log.read_text() == "requeue 7\n")
 
