@@ -64,5 +64,5 @@ def get_config():
     config.data.captions.update(kind="score", temperature=0.25, threshold=20.0)
     config.loader.update(threads=1, prefetch=4)
     config.loop.update(log_every=50, checkpoint_every=500, images_every=4000, evaluate_every=2000)
-    config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), num_steps=20)
+    config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), guidance_scale=3.0)
     return config
