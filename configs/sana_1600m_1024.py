@@ -23,6 +23,7 @@ def get_config():
     # 4 images at a time in the autoencoder. The step then takes 8.7 of a v5e's 15.75 GiB, by the
     # TPU compiler (sana_jax.compile --memory).
     config.recipe.encoder_microbatches = 4
+    config.evaluation.batch_size = 1024  # it splits as the training's does
     config.loop.update(images_every=500, evaluate_every=500)
     config.images.prompts = recipes.PROMPTS
     return config

@@ -162,8 +162,13 @@ def test_training_of_text_to_image():
             "third",
             "--phase=third is not one of latent_adaptation, local",
         ),
-        (text_to_image_config(), 6, None, "a batch of 6 is no multiple of 4"),
-        (text_to_image_config(microbatches=4), None, None, "a batch of 8 is no multiple of 16"),
+        (text_to_image_config(), 6, None, "config.recipe.batch_size=6: it is a multiple of 4"),
+        (
+            text_to_image_config(microbatches=4),
+            None,
+            None,
+            "recipe.batch_size=8: it is a multiple of 16",
+        ),
         (text_to_image_config(), None, "first", "this config has no phases"),
     ],
 )

@@ -201,6 +201,12 @@ class Checkpoints:
         )
         self._forgive(lambda: self._open().save(step, args=args, force=True))
 
+    def save_surely(self, step: int, state: Any, iterator: Any = None, good: bool = True) -> None:
+        """Saves what no later save makes up for, and waits. Raises Retry as `save` does."""
+        while step not in from_first(self.steps):
+            self.save(step, state, iterator, good)
+            self.wait()
+
     def wait(self) -> None:
         """Returns when the save that was started is on disk. Raises Retry as `save` does."""
         if self._saving is None:

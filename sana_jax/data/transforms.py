@@ -44,6 +44,8 @@ class ImageTransform:
     def __post_init__(self):
         if self.crop not in ("centre", "random", "patch"):
             raise UserError(f"crop={self.crop!r}: it takes centre, random or patch")
+        if self.flip and self.crop == "centre":
+            raise UserError("flip=True: crop='centre' leaves nothing to chance; give 'random'")
         if self.dtype not in ("float32", "uint8"):
             raise UserError(f"dtype={self.dtype!r}: images are float32 or uint8")
 

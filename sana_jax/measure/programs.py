@@ -23,7 +23,7 @@ from sana_jax.metrics import lpips
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
-from sana_jax.sharding import batch_divisor, batch_sharding, shardings_for
+from sana_jax.sharding import batch_sharding, shardings_for
 
 DTYPE = "bfloat16"  # of weights and activations where pictures are drawn
 TEXT_ROWS, FLOW_SHIFT = 300, 3.0
@@ -125,15 +125,9 @@ def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None):
     if batch is not None:
         config = ConfigDict(config.to_dict())
         config.recipe.batch_size = batch
-    recipe = config.recipe
-    divisor = batch_divisor(mesh) * recipe.microbatches * recipe.encoder_microbatches
-    if recipe.batch_size % divisor:
-        raise UserError(
-            f"a batch of {recipe.batch_size} is no multiple of {divisor}, the chips that split it"
-            " times the microbatches and the encoder's"
-        )
+    text_to_image_model.check_batches(config, mesh)
     *found, each = text_to_image_model.abstract_training(config, mesh)
-    return *found, recipe.batch_size * each
+    return *found, config.recipe.batch_size * each
 
 
 def _autoencoder_training(config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None):

@@ -11,7 +11,6 @@ A phase whose results are there is over; the others resume from their newest che
 import dataclasses
 import fnmatch
 import json
-import operator
 import shutil
 import sys
 from functools import partial
@@ -48,6 +47,7 @@ from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.optimizers import OptimizerConfig, make_schedule
 from sana_jax.training.perceptual import make_perceptual
+from sana_jax.training.recipes import check_least
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.watchdog import Watchdog
 
@@ -55,9 +55,7 @@ SHOWN = 8  # images in a sheet of reconstructions
 # What may change from one run in a folder to the next. Not the steps: schedules depend on them.
 # Nor what `start` says, but by its fingerprint.
 FREE = ("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir", "start")
-# The least that numbers may be which what uses them refuses late.
-LEAST = {
-    "seed": 0,
+LEAST = {  # more of what recipes.check_least looks at
     "data.shapes.seed": 0,
     "data.shapes.test": 1,
     "evaluation.images": 1,
@@ -80,9 +78,7 @@ class AutoencoderTraining:
         if not config.run or set(config.run) - set(phases):
             known = ", ".join(phases)
             raise UserError(f"config.run={config.run}: name some of its phases, {known}")
-        for key, least in LEAST.items():
-            if (value := operator.attrgetter(key)(config)) < least:
-                raise UserError(f"config.{key}={value}: it is at least {least}")
+        check_least(config, LEAST)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         distance, self.perceptual_params = make_perceptual(**config.perceptual, dtype=dtype)
         self.model = DCAE(self.network, dtype, jnp.float32, remat=config.remat)

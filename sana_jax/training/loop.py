@@ -110,7 +110,7 @@ def fit(
     Raises:
       Stopped: after a signal, when all is saved.
       Retry: the metrics, the checkpoints or what a hook makes cannot be written.
-      DoNotRetry: `max_streak` updates in a row were skipped.
+      DoNotRetry: `max_streak` updates in a row were skipped, or the data has too many bad records.
       UserError: the data ends, or a batch does not split over the devices.
     """
     done, pending, meter = int(state.step), None, Meter(peak_rate)
@@ -130,7 +130,10 @@ def fit(
                 with storage(writer and writer.workdir):
                     writer.write(step_read, meter.row())
         if config.max_streak and meter.streak >= config.max_streak:
-            raise DoNotRetry(_streak_message(step_read, meter.streak, checkpoints))
+            raise DoNotRetry(
+                f"{meter.streak} updates in a row, up to step {step_read}, were not finite and left"
+                f" out; {_last_good(checkpoints)}"
+            )
 
     def is_busy() -> bool:
         return pending is not None and not all(x.is_ready() for x in jax.tree.leaves(pending[1]))
@@ -149,7 +152,11 @@ def fit(
         profile = stack.enter_context(_Profile(writer and config.profile and writer.workdir, done))
         position = source.position
         while done < config.steps and not stop.agreed():
-            taken = source.take(is_busy, stop)
+            try:
+                taken = source.take(is_busy, stop)
+            except DoNotRetry as error:  # too many bad records, maybe on this host alone
+                good = _last_good(checkpoints, wait=jax.process_count() == 1)
+                raise DoNotRetry(f"{error}; {good}") from error
             if taken is None:
                 break
             profile.at(done, pending)
@@ -173,8 +180,7 @@ def fit(
         read_pending()
         if checkpoints:
             with storage(writer and writer.workdir):
-                checkpoints.save(done, state, position, good=not meter.streak)
-                checkpoints.wait()
+                checkpoints.save_surely(done, state, position, good=not meter.streak)
         # A signal while the last state was saved counts too.
         if done < config.steps or stop.agreed(now=True):
             saved = "saved, the same command goes on from there" if checkpoints else "not saved"
@@ -209,16 +215,13 @@ class _Profile:
             self._on = False
 
 
-def _streak_message(step: int, streak: int, checkpoints: Checkpoints | None) -> str:
-    good = None
-    if checkpoints:
+def _last_good(checkpoints: Checkpoints | None, wait: bool = True) -> str:
+    """`wait` for the one that is being saved, which all hosts have to do."""
+    if checkpoints and wait:
         checkpoints.wait()
-        good = checkpoints.last_good
-    where = f"step {good} in {checkpoints.folder}" if good is not None else "none"
-    return (
-        f"{streak} updates in a row, up to step {step}, were not finite and left out;"
-        f" the last good checkpoint is {where}"
-    )
+    good = checkpoints.last_good if checkpoints else None
+    where = "none" if good is None else f"step {good} in {checkpoints.folder}"
+    return f"the last good checkpoint is {where}"
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,10 +1,14 @@
 """What the files in configs/ start from: recipes with their defaults, as ml_collections configs."""
 
 import dataclasses
+import operator
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict, config_dict
 
+from sana_jax.arguments import MAX_SEED
 from sana_jax.data.captions import CaptionChoice
+from sana_jax.errors import UserError
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
@@ -23,6 +27,29 @@ PROMPTS = (
     "an astronaut rides a white horse through a desert",
     "macro photograph of a dew drop on a leaf",
 )
+
+# The least that numbers of both kinds of recipe may be, which what uses them would refuse late.
+LEAST = {
+    "seed": 0,
+    "keep": 1,  # or the step that was just saved would go too
+    "loader.threads": 0,
+    "loader.prefetch": 0,
+    "loop.log_every": 0,
+    "loop.checkpoint_every": 0,
+    "loop.images_every": 0,
+    "loop.max_streak": 0,
+    "loop.watchdog_seconds": 0,
+}
+
+
+def check_least(config: ConfigDict, more: Mapping[str, int]) -> None:
+    """Raises UserError for numbers of a recipe below LEAST, or below those of `more`."""
+    for key, least in (LEAST | more).items():
+        value = operator.attrgetter(key)(config)
+        if value is not None and not value >= least:
+            raise UserError(f"config.{key}={value}: it is at least {least}")
+    if config.seed > MAX_SEED:
+        raise UserError(f"config.seed={config.seed}: it is at most {MAX_SEED}")
 
 
 def autoencoder(network: DCAEConfig) -> ConfigDict:

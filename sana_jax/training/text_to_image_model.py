@@ -156,6 +156,19 @@ def read_recipe(config: ConfigDict) -> Recipe:
     return dataclasses.replace(recipe, optimizer=optimizer)
 
 
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError where a batch does not split over the devices and into its parts."""
+    recipe = config.recipe
+    divisor = sharding.batch_divisor(mesh) * recipe.microbatches * recipe.encoder_microbatches
+    for key in ("recipe", "evaluation")[: 2 if config.loop.evaluate_every else 1]:
+        size = config[key].batch_size
+        if size < 1 or size % divisor:
+            raise UserError(
+                f"config.{key}.batch_size={size}: it is a multiple of {divisor}, the devices that"
+                " split it times the microbatches and the encoder's"
+            )
+
+
 def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> TextToImageTask:
     """The task of a config. Raises UserError naming the key."""
     if config.remat not in REMAT:

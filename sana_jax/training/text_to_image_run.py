@@ -31,10 +31,12 @@ from sana_jax.files import is_local, storage
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
+from sana_jax.training.recipes import check_least
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.text_to_image import Frozen
 from sana_jax.training.text_to_image_data import make_loaders
 from sana_jax.training.text_to_image_model import (
+    check_batches,
     complete,
     flops_of_row,
     make_task,
@@ -117,23 +119,15 @@ class TextToImageTraining:
 
     def _check(self) -> None:
         """Raises UserError for figures that do not fit together, or that only hooks would use."""
-        config, recipe = self.config, self.task.recipe
-        parts = recipe.microbatches * recipe.encoder_microbatches
-        divisor = sharding.batch_divisor(self.mesh) * parts
-        batches = {"recipe": recipe.batch_size}
+        config = self.config
+        check_least(config, {"keep_every": 1, "loop.evaluate_every": 0})
+        check_batches(config, self.mesh)
         if self.loop.evaluate_every:
             arguments.whole("config.evaluation.batches", config.evaluation.batches, 1, 2**31)
             arguments.whole("config.evaluation.seed", config.evaluation.seed, 0, arguments.MAX_SEED)
-            batches["evaluation"] = config.evaluation.batch_size
             sigmas = config.evaluation.sigmas
             if not sigmas or not all(0 < sigma <= 1 for sigma in sigmas):
                 raise UserError(f"config.evaluation.sigmas={sigmas}: give some in (0, 1]")
-        for name, size in batches.items():
-            if size < 1 or size % divisor:
-                raise UserError(
-                    f"config.{name}.batch_size={size}: it is a multiple of {divisor}, the devices"
-                    " that split it times the microbatches and the encoder's"
-                )
         side = self.base.vae.factor * self.base.dit.patch_size
         if self.size < 1 or self.size % side:
             raise UserError(f"config.data.size={self.size}: it is a multiple of {side}")

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from sana_jax import sharding
@@ -192,6 +193,81 @@ def test_data_that_does_not_do(tmp_path, batches, message):
         run(tmp_path, batches, LoopConfig(5))
 
 
+def test_too_many_bad_records_name_the_last_good_step(tmp_path):
+    def fail(batch):
+        if batch == 5:
+            raise DoNotRetry("too many bad records")
+
+    with pytest.raises(DoNotRetry, match="^too many bad records; .* is step 4 in "):
+        run(tmp_path, Batches(before=fail), LoopConfig(9, checkpoint_every=2))
+
+
+@pytest.mark.parametrize("failures, ends", [(2, True), (3, False)])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_last_save_is_tried_again(tmp_path, monkeypatch, failures, ends, stopped):
+    save, left = ocp.CheckpointManager.save, [failures]
+
+    def flaky(*args, **options):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return save(*args, **options)
+
+    def stop(batch):
+        if stopped and batch == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", flaky)
+    config = LoopConfig(6, checkpoint_every=0)
+    if not ends:
+        with pytest.raises(Retry, match="could not be saved .*newest checkpoint is none"):
+            run(tmp_path, Batches(before=stop), config)
+    elif stopped:
+        with pytest.raises(Retry, match="saved, the same command") as error:
+            run(tmp_path, Batches(before=stop), config)
+        (step,) = (int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
+        assert f"after step {step} of 6" in str(error.value)
+    else:
+        _, checkpoints = run(tmp_path, Batches(), config)
+        assert checkpoints.steps() == [6] and checkpoints.last_good == 6
+
+
+def test_metrics_are_read_one_step_behind(tmp_path):
+    """Step k is dispatched before what step k - 1 returned is waited for."""
+    mesh, events = sharding.make_mesh(), []
+
+    class Metric:
+        """A scalar that says when it is read."""
+
+        def __init__(self, step):
+            self.step = step
+
+        def is_ready(self):
+            return True
+
+        def __array__(self, *args, **options):
+            events.append(("read", self.step))
+            return np.zeros(())
+
+    def dispatch(s, batch):
+        events.append(("dispatched", int(s.step)))
+        zero = np.zeros((), int)
+        metrics = {"loss": Metric(int(s.step)), "skipped": zero, "streak": zero}
+        return s.replace(step=s.step + 1), metrics
+
+    _, create = state.on_mesh(init, mesh)
+    fit(dispatch, create(), Batches(), mesh, LoopConfig(3))
+    first = [event for k, event in enumerate(events) if event not in events[:k]]
+    assert first == [
+        ("dispatched", 0),
+        ("dispatched", 1),
+        ("read", 0),
+        ("dispatched", 2),
+        ("read", 1),
+        ("read", 2),
+    ]
+
+
 def test_error_of_the_data_comes_through(tmp_path):
     def fail(batch):
         if batch == 3:
@@ -201,8 +277,23 @@ def test_error_of_the_data_comes_through(tmp_path):
         run(tmp_path, Batches(before=fail), LoopConfig(5))
 
 
-def test_profile(tmp_path):
+def test_profile(tmp_path, monkeypatch):
+    dispatched, marks = [], []
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+
+    def mark(action):
+        return lambda *args: marks.append(len(dispatched)) or action(*args)
+
+    monkeypatch.setattr(jax.profiler, "start_trace", mark(start))
+    monkeypatch.setattr(jax.profiler, "stop_trace", mark(stop))
+    annotate = jax.profiler.StepTraceAnnotation
+    monkeypatch.setattr(
+        jax.profiler,
+        "StepTraceAnnotation",
+        lambda name, step_num: dispatched.append(step_num) or annotate(name, step_num=step_num),
+    )
     run(tmp_path, Batches(), LoopConfig(17, profile=True))
+    assert dispatched[slice(*marks)] == [10, 11, 12, 13, 14]
     (trace,) = tmp_path.glob("profile/**/*.trace.json.gz")
     assert trace.stat().st_size
 

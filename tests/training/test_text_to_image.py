@@ -121,6 +121,29 @@ def test_remat_changes_no_loss(alone, remat):
     np.testing.assert_allclose(losses, alone[:3], rtol=1e-5)
 
 
+def test_remat_keeps_what_its_name_says():
+    """In the program of a step: how many products it has, and what waits on the host."""
+    products, host = {}, {}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    for remat in REMAT:
+        task = make_task(Recipe(10, 8, ADAMW), remat=remat)
+        with jax.set_mesh(mesh):
+            state, _ = on_mesh(lambda task=task: task.init(jax.random.key(0)), mesh)
+            program = str(jax.make_jaxpr(task.step)(state, make_batch(), Frozen(None)))
+        products[remat] = program.count("dot_general[")
+        host[remat] = f"f32<host>[{DIT.depth},8,16,{DIT.width}]" in program
+    assert products["none"] < products["dots"] < products["full"] == products["offload"]
+    assert [remat for remat in REMAT if host[remat]] == ["offload"]
+
+
+def test_the_average_follows_the_new_parameters():
+    task = make_task(Recipe(10, 8, dataclasses.replace(ADAMW, learning_rate=0.1), ema_decay=0.75))
+    first, second = (run(task, steps, make_batch(), Frozen(None))[0] for steps in (3, 4))
+    weight = 1 - min(0.75, (1 + 3) / (10 + 3))
+    expected = jax.tree.map(lambda a, p: a + weight * (p - a), first.ema, second.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), second.ema, expected)
+
+
 def test_unrolled_blocks_change_no_loss(monkeypatch):
     """Of the transformer two in a turn and one left; of the text encoder fewer than a turn has."""
     monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, depth=3))

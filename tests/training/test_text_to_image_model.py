@@ -5,13 +5,15 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from sana_jax import flops, sharding
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import PRESETS
 from sana_jax.models.gemma2 import Gemma2Config
-from sana_jax.training.text_to_image_model import abstract_training
+from sana_jax.training.recipes import check_least
+from sana_jax.training.text_to_image_model import abstract_training, check_batches, read_recipe
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"sana_600m_512": (592, 512), "sana_1600m_1024": (1604, 1024)}  # millions, pixels
@@ -31,6 +33,11 @@ def test_recipe_is_what_it_says(name):
     axes = tuple(recipe.mesh[name] for name in sharding.MESH_AXES)
     assert axes == (4, 64, 1, 1)
     mesh = jax.sharding.AbstractMesh(axes, sharding.MESH_AXES)
+    check_batches(recipe, mesh)
+    check_least(recipe, {})
+    # Their auto_lr: the rate of a batch of 256, times the root.
+    scaled = 1e-4 * math.sqrt(recipe.recipe.batch_size / 256)
+    np.testing.assert_allclose(read_recipe(recipe).optimizer.learning_rate, scaled)
     step, state, batch, inputs, size, count = abstract_training(recipe, mesh)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert round(numbers / 1e6) == millions
