@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from sana_jax import text
-from sana_jax.checkpoints import native
+from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.training import read_newest
 from sana_jax.data import buckets, sizes
 from sana_jax.data.precomputed import ShardWriter, weights_sha256, write_json
@@ -164,6 +164,11 @@ def test_convert_reads_the_folder_and_falls_back(unbroken, tmp_path):
     average = load_file(out / "dit.safetensors")["proj_out/kernel"]
     plain = np.asarray(trained.params["dit"]["proj_out"]["kernel"])
     assert len({array.tobytes() for array in (last, average, plain)}) == 3
+    command[-2:] = f"--out={tmp_path / 'theirs'}", "--format=diffusers"
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    theirs = diffusers.open_folder(tmp_path / "theirs")
+    np.testing.assert_array_equal(theirs.params["dit"]["proj_out"]["kernel"], plain)
 
 
 def test_killed_and_terminated_it_ends_as_the_unbroken_run(unbroken, config, tmp_path, monkeypatch):
