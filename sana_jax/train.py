@@ -5,9 +5,9 @@
         --config.data.source=precomputed:DATA
 
 The same command continues a run that was stopped, killed or preempted. DIR holds what the run shows
-and saves; DIR/model is the result, a native folder, and `convert --source=DIR` makes one of the
-newest checkpoint at any time. On several hosts run it on every one, with --multihost; all of them
-must mount DIR.
+and saves; DIR/model is the result, the moving average as a native folder, and `convert --source=DIR
+--ema` makes one of the newest checkpoint at any time. On several hosts run it on every one, with
+--multihost; DIR is a folder that all of them mount.
 """
 
 from sana_jax import cli

@@ -22,7 +22,7 @@ def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]],
     """Defines the flags, and returns a main: make_training(config, workdir).run()."""
     config = config_flags.DEFINE_config_file("config", None, "the recipe, a file of configs/")
     workdir = flags.DEFINE_string(
-        "workdir", None, "folder of the run, made if missing; it may be big"
+        "workdir", None, "folder of the run, made if missing, that all hosts see; it may be big"
     )
     multihost = flags.DEFINE_bool("multihost", False, "find and join the other hosts of the job")
     cache = flags.DEFINE_string(
