@@ -4,16 +4,22 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
+from sana_jax.kernels.mosaic import vmem_bytes
 from sana_jax.sharding import batch_divisor
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
+MIN_VMEM_BYTES = 32 * 2**20  # more than a v4 has; no kernel was made for less
 
 
-def use_pallas(implementation: str, operation: str, unsupported: str | None) -> bool:
+def use_pallas(
+    implementation: str, operation: str, dtype: DTypeLike, unsupported: str | None
+) -> bool:
     """Whether to call the kernel, which falls back by itself on platforms without one.
 
     "auto" means the kernel on a TPU. On a GPU it has to be asked for by "pallas": the Triton forms
@@ -24,9 +30,18 @@ def use_pallas(implementation: str, operation: str, unsupported: str | None) -> 
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
     if implementation == "xla" or (implementation == "auto" and _platform() != "tpu"):
         return False
+    unsupported = unsupported or _unsupported(jnp.dtype(dtype))
     if unsupported:
         _say_once(f"{operation}: no kernel for {unsupported}, running plain XLA")
     return not unsupported
+
+
+def _unsupported(dtype: jnp.dtype) -> str | None:
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{dtype}"  # Mosaic loads none, and no test runs the Triton forms on one
+    if _platform() == "tpu" and vmem_bytes() < MIN_VMEM_BYTES:
+        return "a chip with so little VMEM"
+    return None
 
 
 def _platform() -> str:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sana_jax.kernels import bias
+from sana_jax.kernels import bias, dispatch
 from sana_jax.kernels.cross_attention import api as cross
 from sana_jax.kernels.cross_attention import tpu as cross_tpu
 from sana_jax.kernels.glumbconv import api as glu
@@ -32,6 +32,7 @@ from sana_jax.sharding import MESH_AXES, make_mesh
 from tests import toy
 
 EPSILON = 1e-15
+CHIPS = "v5e", "v5p", "v6e"
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3}  # bfloat16 keeps eight bits: 4e-3 a rounding
 rng = np.random.default_rng(0)
 
@@ -289,6 +290,30 @@ def test_images_without_a_kernel_for_residual_blocks():
     assert not residual.uses_kernel((1, 8, 16, 128), "float32", "pallas")
 
 
+def test_kernels_ask_for_what_the_chip_has():
+    """A v5p has half of a v5e's VMEM: fewer rows at once there, or none."""
+    shapes = (1024, 1024, 128), (256, 256, 512), (64, 64, 1024)
+    rows, fits = {}, {}
+    for chip in CHIPS:
+        with jax.set_mesh(tpu_mesh(chip)):
+            rows[chip] = [residual_tpu.rows_at_once(*shape) for shape in shapes]
+            fits[chip] = glu_tpu.supported(128, 128, 2)
+    assert rows == {"v5e": [8, 8, 4], "v5p": [4, 2, 0], "v6e": [8, 8, 4]}
+    assert fits == {"v5e": True, "v5p": False, "v6e": True}
+
+
+def test_float16_has_no_kernel():
+    """Published Sana 1.0 weights run in it; Mosaic has no loads of it."""
+    for dtype, has in ("bfloat16", True), (jnp.float32, True), (jnp.float16, False):
+        assert dispatch.use_pallas("pallas", "it", dtype, None) == has
+        assert glu.uses_kernel(8, 8, dtype, "pallas") == has
+    for name in "linear_attention", "cross_attention", "modulated_norm":
+        for dtype, has in ("bfloat16", True), ("float16", False):
+            fn, operands = operations()[name]
+            cast = [x.update(dtype=dtype) if x.dtype != bool else x for x in operands]
+            assert ("pallas_call" in str(jax.make_jaxpr(fn)(*cast))) == has
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_the_module_s_residual_block_is_the_kernel_s(batch):
     """With and without it, from the same weights, on one device and on a mesh."""
@@ -348,19 +373,24 @@ def test_lowering_for_cuda(name):
     assert "xla.gpu.triton" in text
 
 
-def compile_for_tpu(name, chip, **sizes):
+def tpu_mesh(chip):
     pytest.importorskip("libtpu")
     from sana_jax import tpu_estimate
 
-    mesh = tpu_estimate.tpu_mesh("2x2x1" if chip == "v5p" else "2x2", {"fsdp": 1}, chip)
+    axes = dict.fromkeys(MESH_AXES, 1)
+    return tpu_estimate.tpu_mesh("2x2x1" if chip == "v5p" else "2x2", axes, chip)
+
+
+def compile_for_tpu(name, chip, **sizes):
+    mesh = tpu_mesh(chip)
+    from sana_jax import tpu_estimate
+
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     fn, args = operations(sharding, **sizes)[name]
-    estimate = tpu_estimate.estimate(fn, *args, chip=chip)
+    with jax.set_mesh(mesh):
+        estimate = tpu_estimate.estimate(fn, *args, chip=chip)
     assert any(name in kernel for kernel in estimate.kernels)
     assert estimate.kernel_cycles > 0
-
-
-CHIPS = "v5e", "v5p", "v6e"
 
 
 @pytest.mark.parametrize("chip", CHIPS)

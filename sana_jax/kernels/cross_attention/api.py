@@ -24,7 +24,7 @@ def cross_attention(
         unsupported = f"{kv.shape[1]} text rows"
     elif q.dtype == jnp.float32:  # it is off by 1e-4 there, which is no float32
         unsupported = "float32"
-    if use_pallas(implementation, "cross attention", unsupported):
+    if use_pallas(implementation, "cross attention", q.dtype, unsupported):
         return over_mesh(lambda *args: _kernel(*args, heads), (q,), (kv, mask))
     return reference.cross_attention(q, kv, mask, heads)
 

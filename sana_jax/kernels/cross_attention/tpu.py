@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sana_jax.kernels.block_sizes import TPU
+from sana_jax.kernels.mosaic import vmem_bytes
 
 LOG2_E = 1.4426950408889634
 TOKENS, BACKWARD_TOKENS = TPU["cross_attention"], TPU["cross_attention_backward"]  # a grid step
@@ -36,7 +37,7 @@ def forward(q, kv, bias, heads):
         ],
         out_specs=array,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=100 * 2**20
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes()
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * tokens * rows * channels,
@@ -99,7 +100,7 @@ def backward(q, kv, bias, cotangent, heads):
         in_specs=[array, text, pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0)), array],
         out_specs=[array, text],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * batch * tokens * rows * channels,

@@ -118,7 +118,7 @@ def uses_kernel(height: int, width: int, dtype: DTypeLike, implementation: str) 
     """Whether images of this size get the kernel; implementation: see kernels/dispatch.py."""
     fits = tpu.supported(height, width, jnp.dtype(dtype).itemsize)
     unsupported = None if fits else f"images of {height} x {width}"
-    return use_pallas(implementation, "glumbconv", unsupported)
+    return use_pallas(implementation, "glumbconv", dtype, unsupported)
 
 
 def _plain(value, gate, *weights):

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import LANES, VMEM_BYTES, half_silu
+from sana_jax.kernels.mosaic import LANES, half_silu, vmem_bytes
 
 BORDER = 8  # columns, a sublane tile
 FILL, CONVOLVE = TPU["glumbconv_fill"], TPU["glumbconv_convolve"]
@@ -29,7 +29,7 @@ def supported(height: int, width: int, itemsize: int) -> bool:
     """
     images = 12 * height * width * LANES * itemsize
     scratch = 4 * (height + 2) * (width + 2 * BORDER + 8) * LANES * 4
-    return images + scratch < VMEM_BYTES
+    return images + scratch < vmem_bytes()
 
 
 def forward(value, gate, bias, kernel, depthwise_bias):
@@ -77,7 +77,7 @@ def _call(body, images, weights, image_results, weight_results):
         out_specs=[image] * image_results + weight_specs[:weight_results],
         scratch_shapes=[scratch] * (2 if weight_results else 1),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         cost_estimate=pl.CostEstimate(
             flops=0, bytes_accessed=moved, transcendentals=3 * images[0].size

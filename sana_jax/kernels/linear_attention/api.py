@@ -27,7 +27,7 @@ def linear_attention(
     unsupported = None
     if not tpu.supported(channels, head_dim):
         unsupported = f"heads of {head_dim} in {channels} channels"
-    kernel = use_pallas(implementation, "linear attention", unsupported)
+    kernel = use_pallas(implementation, "linear attention", qkv.dtype, unsupported)
     form, axis = _kernel if kernel else _plain, sequence_axis(qkv.shape[1])
     return over_mesh(lambda qkv: form(qkv, head_dim, epsilon, axis), (qkv,), kernel=kernel)
 

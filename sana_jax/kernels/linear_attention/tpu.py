@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import LANES
+from sana_jax.kernels.mosaic import LANES, vmem_bytes
 
 TOKENS = TPU["linear_attention"]  # a grid step
 
@@ -121,7 +121,7 @@ def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
         in_specs=[specs[kind] for kind in ins],
         out_specs=specs[out],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * tokens * groups * LANES * LANES * products,

@@ -19,7 +19,7 @@ def modulated_norm(
     The x that it gives back is to be used for the residual: the kernel then adds the cotangents
     of both uses while it has them at hand.
     """
-    if use_pallas(implementation, "modulated norm", None):
+    if use_pallas(implementation, "modulated norm", x.dtype, None):
         shape = (x.shape[0], 1, x.shape[-1])
         vectors = (jnp.broadcast_to(v.astype(jnp.float32), shape) for v in (shift, scale))
         return over_mesh(_kernel, (x,), tuple(vectors))

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.modulated_norm.reference import EPSILON
+from sana_jax.kernels.mosaic import vmem_bytes
 
 TOKENS = TPU["modulated_norm"]  # a grid step
 
@@ -45,7 +46,7 @@ def _call(kernel, arrays, vectors, array_results, vector_results):
         in_specs=[array] * len(arrays) + [vector] * len(vectors),
         out_specs=[array] * array_results + [vector] * vector_results,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
         name=f"modulated_norm{kernel.__name__.removesuffix('_kernel')}",

@@ -14,7 +14,7 @@ def uses_kernel(shape: tuple[int, ...], dtype: DTypeLike, implementation: str) -
     dtype = jnp.dtype(dtype)
     fits = dtype == jnp.bfloat16 and tpu.rows_at_once(*shape[1:])
     unsupported = None if fits else f"{dtype} images of {shape[1]} x {shape[2]} x {shape[3]}"
-    return use_pallas(implementation, "residual block", unsupported)
+    return use_pallas(implementation, "residual block", dtype, unsupported)
 
 
 @jax.custom_vjp

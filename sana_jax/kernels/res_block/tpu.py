@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import LANES, VMEM_BYTES, half_silu
+from sana_jax.kernels.mosaic import LANES, half_silu, vmem_bytes
 from sana_jax.kernels.res_block.reference import EPSILON
 
 HALO = 2  # rows
@@ -28,7 +28,7 @@ def rows_at_once(height: int, width: int, channels: int) -> int:
     for rows in ROWS:
         sums = 3 * channels * width * (rows + 2) * (4 + 2)  # float32, and what is multiplied
         images = 4 * channels * width * (rows + 2 * HALO) * (2 + 4)
-        if height % rows == 0 and weights + sums + images < VMEM_BYTES:
+        if height % rows == 0 and weights + sums + images < vmem_bytes():
             return rows
     return 0
 
@@ -64,7 +64,7 @@ def forward(
         in_specs=[above, here, below, matrix, vector, matrix, vector, vector],
         out_specs=here,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes()
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * 2 * 9 * channels * x.size,
