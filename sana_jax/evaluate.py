@@ -153,6 +153,8 @@ def open_data(data: str, data_dir: str | None, split: str | None, size: int):
             raise UserError("there is no home folder for a cache: give --data_dir") from None
         # A record depends on its number and split alone: the others need not be drawn.
         shapes.prepare(data_dir, size, train=1, test=SHAPES_TEST)
+    if data.startswith("precomputed:"):
+        raise UserError(f"--data={data}: these are latents; give images")
     if split is None:
         named, root = data == "shapes" or data.startswith("tfds:"), epath.Path(data).expanduser()
         split = "test" if named or (root / "test").is_dir() else "train"

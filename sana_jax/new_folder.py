@@ -41,5 +41,5 @@ def new_folder(path: Path) -> Iterator[None]:
             for new in made:
                 new.rmdir()
         if isinstance(error, OSError):
-            raise UserError(f"--out={path}: {error.strerror or error}") from error
+            raise UserError(f"{path}: {error.strerror or error}") from error
         raise

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
@@ -27,9 +28,15 @@ from sana_jax.checkpoints.components import (
 from sana_jax.data import buckets
 from sana_jax.diffusion import dpm_solver
 from sana_jax.errors import UserError
+from sana_jax.files import local
 from sana_jax.models import tiling
 from sana_jax.models.gemma2 import Prefix
+from sana_jax.new_folder import new_folder
 
+NOT_FINITE = (
+    "have NaN or infinite values: try another dtype, or clip_attention for weights that were"
+    " trained in float16"
+)
 OUTPUTS = ("pil", "np", "float", "latent", "device")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SIDE = 2**16  # pixels
@@ -85,7 +92,8 @@ class SanaPipeline:
           clip_attention: True for weights that were trained in float16 (Sana 1.0 without BF16 in
             its name) and are run in another dtype; None: as the checkpoint says, else by dtype.
 
-        Raises UserError, a ValueError, that says what is wrong with the checkpoint.
+        Raises UserError, a ValueError, that says what is wrong with the checkpoint, and Retry where
+        the hub does not answer.
         """
         arguments.choice("dtype", dtype, DTYPES)
         mesh = sharding.make_mesh() if mesh is None else mesh
@@ -108,7 +116,9 @@ class SanaPipeline:
             raise UserError(f"format {format!r} is not one of {', '.join(formats)}")
         if (path := Path(path)).exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{path} exists and is not an empty folder")
-        formats[format](self.checkpoint, path)
+        local(path)
+        with new_folder(path):
+            formats[format](self.checkpoint, path)
 
     def __call__(
         self,
@@ -151,7 +161,7 @@ class SanaPipeline:
           use_resolution_binning: sample at the nearest published size, then resize and crop.
           on_step: called as on_step(step, latents) after every step; slower than without.
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]), "latent", or "device":
-            as "np", but a jax array that is not waited for.
+            as "np", but a jax array that is not waited for, and which images are finite.
           sequential_guidance: the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": above 2048 x 2048 pixels in tiles of 1024, else at once.
 
@@ -226,10 +236,14 @@ class SanaPipeline:
         images = self._decode_padded(latents, tile)
         if crop is not None:
             images = _resize_and_crop(images, crop)
-        images = (_to_float if output == "float" else _to_uint8)(images)[:count]
-        if output in ("float", "device"):
-            return images
+        if output == "float":
+            return _to_float(images)[:count]
+        images, finite = (array[:count] for array in _to_uint8(images))
+        if output == "device":
+            return images, finite
         images = np.asarray(images)
+        if not finite.all():
+            logging.warning("%d of %d images %s", count - int(finite.sum()), count, NOT_FINITE)
         return [Image.fromarray(image) for image in images] if output == "pil" else images
 
     def encode_prompt(
@@ -352,7 +366,9 @@ class SanaPipeline:
             return None
         if not isinstance(tile, Sequence) or isinstance(tile, str) or len(tile) != 2:
             raise UserError(f"tile {tile!r} is not a pair (size, stride) in pixels")
-        tiling.check(*tile, self.factor)
+        for side in (side for pair in tiling.check(*tile, self.factor) for side in pair):
+            # Else the strips of the tiles would not end where the picture does.
+            arguments.multiple(f"tile {tuple(tile)}: {side}", side, self.factor)
         return tuple(tile)
 
     def _sizes(self, height, width, binning: bool):
@@ -447,7 +463,9 @@ def _to_float(images):
 
 @jax.jit
 def _to_uint8(images):
-    return jnp.round(_to_float(images) * 255).astype(jnp.uint8)
+    """In 0 .. 255, and which images were finite, which these do not tell."""
+    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
+    return jnp.round(_to_float(images) * 255).astype(jnp.uint8), finite
 
 
 @partial(jax.jit, static_argnums=1)

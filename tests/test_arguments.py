@@ -49,6 +49,7 @@ from tests.test_pipeline import PROMPTS, draw, folder, ours, theirs  # noqa: F40
         (dict(tile=64), "tile 64"),
         (dict(tile=(64, 96)), "stride (96, 96)"),
         (dict(tile=(64, "a")), "'a'"),
+        (dict(tile=(72, 64)), "tile (72, 64): 72 is not a multiple of 32"),
         (dict(prompt_embeddings=np.zeros((3, 300, 48))), "not both"),
         (dict(prompts=None), "give a prompt"),
         (dict(prompts=None, prompt_embeddings=np.zeros((3, 10, 48))), "(3, 10, 48)"),

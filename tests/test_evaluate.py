@@ -151,6 +151,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "no checkpoint 'nowhere'": ["--checkpoint=nowhere", pictures],
         "--task": ["--task=generation", checkpoint, pictures],
         "nowhere: there is no such folder": [checkpoint, "--data=nowhere"],
+        "precomputed:x: these are latents": [checkpoint, "--data=precomputed:x"],
         "no split 'val'": [checkpoint, pictures, "--split=val"],
         "--size=50 is not a multiple of 4: try 48 or 52": [checkpoint, pictures, "--size=50"],
         "size": [checkpoint, pictures, "--size=0"],

@@ -297,6 +297,17 @@ def test_outputs(ours):
     np.testing.assert_allclose(decoded, pixels, atol=1e-6)
 
 
+def test_values_that_are_not_finite_are_told(ours, monkeypatch, caplog):
+    decode = SanaPipeline._decode_padded
+    monkeypatch.setattr(
+        SanaPipeline, "_decode_padded", lambda *a: decode(*a).at[1, 0, 0].set(np.nan)
+    )
+    _, finite = draw(ours, ["a", "b"], output="device")
+    assert finite.tolist() == [True, False] and not caplog.messages
+    draw(ours, ["a", "b"], output="np")
+    assert "1 of 2 images have NaN or infinite values: try another dtype" in caplog.text
+
+
 def test_encode_and_decode_scale_the_latents(theirs, ours):
     images = np.random.default_rng(0).uniform(-1, 1, (1, 192, 128, 3)).astype(np.float32)
     with torch.no_grad():
@@ -427,6 +438,17 @@ def test_saving_leaves_no_copy_of_the_weights_on_the_host(folder, tmp_path):
     assert sharded and all(x._npy_value is None for x in sharded)
     with pytest.raises(UserError, match="not an empty folder"):
         pipe.save_pretrained(tmp_path / "native")
+
+
+def test_a_save_that_fails_leaves_nothing(ours, tmp_path, monkeypatch):
+    def full(checkpoint, folder):
+        (folder / "dit.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline.native, "save", full)
+    with pytest.raises(UserError, match="model: No space left"):
+        ours.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_clip_attention_is_a_choice_of_the_user(folder):

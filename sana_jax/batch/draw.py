@@ -17,7 +17,9 @@ from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.data import buckets
 from sana_jax.errors import UserError
-from sana_jax.pipeline import SanaPipeline
+from sana_jax.pipeline import NOT_FINITE, SanaPipeline
+
+HOPELESS = 16  # images that are not finite, where none is: the others will not be either
 
 
 def draw(tasks: list[Task], options: Options) -> None:
@@ -74,10 +76,12 @@ def _with_sizes(tasks: list[Task], pipe, binning: bool, max_pixels: int) -> list
 
 def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, options: Options):
     missing, start = out.missing, time.monotonic()
+    count_missing = len(missing)
     count = sum(len(batch.tasks) for batch in batches)
     due = [batch for batch in batches if any(task.file in missing for task in batch.tasks)]
     # The largest first: where memory does not suffice, that is known before anything is drawn.
-    due.sort(key=lambda batch: -batch.tasks[0].height * batch.tasks[0].width)
+    due.sort(key=lambda batch: -_pixels(batch, options.sequential_guidance))
+    bad: list[str] = []
     progress = dict(total=count, initial=count - len(missing), unit=" image")
     by_step = shows_steps(batches)
     if by_step:
@@ -103,8 +107,13 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
             output="device",
         )
 
-    def save(task: Task, pixels) -> None:
-        if task.file in missing:
+    def save(task: Task, made) -> None:
+        pixels, finite = made
+        if task.file in missing and not finite:
+            bad.append(task.file)
+            if len(out.missing) == count_missing and len(bad) == min(HOPELESS, count_missing):
+                raise UserError(_not_finite(bad))
+        elif task.file in missing:
             out.save(task.file, pixels)
             if not by_step:
                 with bar.get_lock():
@@ -114,14 +123,27 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
         wait(latents)
         bar.update()
 
-    with _memory_errors(due[0].size), tqdm(**progress, disable=None) as bar:
+    with _memory_errors(max(batch.size for batch in due)), tqdm(**progress, disable=None) as bar:
         checkpoints.place_all(pipe.checkpoint, options.checkpoint, pipe.dtype, pipe.mesh)
         throughput = overlap(due, dispatch, save)
+    if bad:
+        raise UserError(_not_finite(bad))
     seconds = time.monotonic() - start
     images = f"{len(missing)} image{'s' * (len(missing) > 1)}"
     found = pipe.checkpoint.instruction
     told = f"; instruction {found.sha256[:12]} from {found.source}" if found else ""
     print(f"{images} in {seconds:.1f} s; {throughput}{told}", file=sys.stderr)
+
+
+def _pixels(batch: Batch, sequential_guidance: bool) -> int:
+    """What the network works on at once."""
+    shape = batch.tasks[0]
+    halves = 2 if shape.guidance_scale > 1 and not sequential_guidance else 1
+    return batch.size * halves * shape.height * shape.width
+
+
+def _not_finite(files: list[str]) -> str:
+    return f"{len(files)} images, such as {files[0]}, are not saved: they {NOT_FINITE}"
 
 
 @contextlib.contextmanager
@@ -138,6 +160,8 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
             "the device has too little memory"
             + (f", {limit} bytes" if limit else "")
             + (f", for the {needed[0]} asked for" if needed else "")
-            + f"; try a --batch_size below {batch_size}, --dtype=bfloat16, --sequential_guidance,"
+            + "; try "
+            + (f"a --batch_size below {batch_size}, " if batch_size > 1 else "")
+            + "--dtype=bfloat16, --sequential_guidance,"
             " --tile=SIZE,STRIDE or smaller images"
         ) from error

@@ -65,7 +65,7 @@ class OutputFolder:
             stack.callback(self._manifest.close)
             self._survey()
             self._check_grid()
-            for path in self.path.iterdir():
+            for path in [*self.path.iterdir()] if self.path.exists() else ():  # no key, no folder
                 if LEFTOVER.fullmatch(path.name):
                     path.unlink()
             self._manifest.tidy()
@@ -122,8 +122,8 @@ class OutputFolder:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            reason = f"--out={self.path}: {error.strerror or error}"
+        except (OSError, ImportError) as error:  # the latter: what reads such addresses
+            reason = f"--out={self.path}: {getattr(error, 'strerror', None) or error}"
             if self._manifest and (done := len(self._wanted) - len(self.missing)):
                 reason += (
                     f"; {done} of {len(self._wanted)} images are done,"

@@ -6,9 +6,11 @@ device computes batch k and threads save the images of batch k - 1.
 
 import collections
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,20 +59,25 @@ class Throughput:
         return f"{rate:.3g} images/s without compilation, device busy {share:.1%} of that time"
 
 
-def wait(array: jax.Array) -> None:
-    """Until the device has computed it, or until Ctrl-C, which JAX's own wait would not hear."""
-    while not array.is_ready():
+def wait(arrays: Any) -> None:
+    """Until the device has computed them, or until Ctrl-C, which JAX's own wait would not hear."""
+    while not _are_ready(arrays):
         time.sleep(POLL_SECONDS)
 
 
+def _are_ready(arrays: Any) -> bool:
+    return all(array.is_ready() for array in jax.tree.leaves(arrays))
+
+
 def overlap(
-    batches: Sequence[Batch], dispatch: Callable[..., jax.Array], save: Callable[..., None]
+    batches: Sequence[Batch], dispatch: Callable[..., Any], save: Callable[..., None]
 ) -> Throughput:
     """Draws and saves all batches.
 
     Args:
-      dispatch: batch -> its images, not waited for, the padding last.
-      save: called as save(task, pixels), on threads.
+      dispatch: batch -> its images, or a tree of arrays of which a row is an image's, not waited
+        for, the padding last.
+      save: called as save(task, pixels), or with a tree of its rows, on threads.
 
     Where anything is raised, images that are not yet being saved are dropped.
     """
@@ -83,8 +90,9 @@ def overlap(
         wait(images)
         span.ready = span.ready or time.monotonic()
         spans.append(span)
-        for task, pixels in zip(batch.tasks, np.asarray(images), strict=False):
-            saving.append(pool.submit(save, task, pixels))
+        images = jax.tree.map(np.asarray, images)
+        for k, task in enumerate(batch.tasks):
+            saving.append(pool.submit(save, task, jax.tree.map(operator.itemgetter(k), images)))
         while saving and (saving[0].done() or len(saving) > 2 * len(batch.tasks)):
             saving.popleft().result()
 
@@ -94,9 +102,10 @@ def overlap(
                 fetch()
             before = time.monotonic()
             images = dispatch(batch)
-            images.copy_to_host_async()
+            for array in jax.tree.leaves(images):
+                array.copy_to_host_async()
             for _, earlier, span in in_flight:
-                if earlier.is_ready():  # since when is unknown: the device gets no credit
+                if _are_ready(earlier):  # since when is unknown: the device gets no credit
                     span.ready = span.ready or before
             shape = batch.tasks[0].shape, batch.size
             span = Span(len(batch.tasks), shape not in shapes, time.monotonic())

@@ -77,6 +77,7 @@ def _shared(pipe: SanaPipeline, options: Options) -> dict[str, Any]:
         "variant": options.variant,
         "devices": pipe.mesh.size,
         "platform": jax.default_backend(),
+        "device_kind": pipe.mesh.devices.flat[0].device_kind,
     }
 
 

@@ -96,8 +96,9 @@ def read_rows(path: str) -> list[Row]:
         )
     try:
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise UserError(f"--prompts={path}: {error.strerror or error}") from None
+    except (OSError, ImportError) as error:  # the latter: what reads such addresses
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts={path}: {reason}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}: "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sana_jax.errors import Retry, UserError
 from sana_jax.models.layers import Dtype
 
 ASSETS = Path(__file__).parent.parent / "assets"
+FLOAT16_WEIGHTS = re.compile(r"Sana_(600|1600)M_(?!.*BF16)")  # published names, see README
 # What a hub repository holds that we read beside weights, which are fetched by their variant.
 HUB_FILES = ["*.json", "tokenizer/*"]
 
@@ -51,6 +53,13 @@ def open_checkpoint(
     if checkpoint.instruction:
         found = checkpoint.instruction
         logging.info("instruction %s from %s", found.sha256[:12], found.source)
+    if checkpoint.dit and checkpoint.dit.clip_attention is clip_attention is None:
+        if variant == "fp16" or FLOAT16_WEIGHTS.search(str(name)):
+            logging.warning(
+                "%s was trained in float16, which clips its attention: take that as dtype, or set"
+                " clip_attention, for the pictures it is known for",
+                name,
+            )
     if clip_attention is not None and checkpoint.dit is not None:
         checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
     return checkpoint
@@ -123,7 +132,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity_error()  # we say ourselves what is missing
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     fetch = partial(huggingface_hub.snapshot_download, name, revision=revision)
     # A variant's files have its name between two dots, where plain files have one dot.
@@ -141,9 +150,22 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
             plain["ignore_patterns"] += [f"{part}/*" for part in there]
         fetch(**plain)
         return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # what carries the bytes raises errors of its own
+        away = _is_away(error) and not huggingface_hub.constants.HF_HUB_OFFLINE
+        if not (away or isinstance(error, HfHubHTTPError | HFValidationError | OSError)):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         message = f"{name} is no folder here, and fetching it from the hub failed: {reason}"
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        away = isinstance(error, LocalEntryNotFoundError) and not offline
         raise (Retry if away else UserError)(message) from error
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the same download may succeed later."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return status is None or status in (408, 429) or status >= 500
+    # httpx' errors of the transport are no OSErrors; hf_xet raises RuntimeError.
+    lost = isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError)
+    return lost or type(error) is RuntimeError or type(error).__module__.startswith("httpx")

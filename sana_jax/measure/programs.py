@@ -136,11 +136,14 @@ def _autoencoder_training(config: ConfigDict, mesh: Mesh, batch: int | None, nam
     from sana_jax.training.discriminator import Discriminator
     from sana_jax.training.state import on_mesh
 
-    name = name or config.run[0]
+    name = name or next(iter(config.run), None)
     if name not in config.phases:
         raise UserError(f"--phase={name} is not one of {', '.join(config.phases)}")
-    network, dtype = DCAEConfig(**config.network.to_dict()), jnp.dtype(config.dtype)
-    phase = dc_ae_phases.read_phase(config.phases[name].to_dict())
+    try:
+        network, dtype = DCAEConfig(**config.network.to_dict()), jnp.dtype(config.dtype)
+        phase = dc_ae_phases.read_phase(config.phases[name].to_dict())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--config: {error}") from None
     phase = dataclasses.replace(phase, batch_size=batch or phase.batch_size)
     dc_ae_phases.check_phase(name, phase, network, mesh)
     distance, weights = _perceptual(config.perceptual.name, dtype, mesh)

@@ -80,12 +80,12 @@ def _serve(kind: str, settings: Settings, connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on
     os.dup2(2, 1)  # the parent's output is a table, and no library's notes
     try:
+        import jax  # which the main module may have imported already: its variables are read then
+
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two processes share a device
         if kind == "diffusers":
-            os.environ["JAX_PLATFORMS"] = "cpu"  # jax only lends its tables of names there
-        else:
-            # Beside another process on the same device; a cache would hide compilation.
-            os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-            os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+            jax.config.update("jax_platforms", "cpu")  # it only lends its tables of names there
+        jax.config.update("jax_enable_compilation_cache", False)  # it would hide compilation
         answers = _Memory(settings) if kind == "memory" else _Side(kind, settings)
         while True:
             question, *arguments = connection.recv()
@@ -94,8 +94,12 @@ def _serve(kind: str, settings: Settings, connection) -> None:
         pass  # the parent is done, or gone
     except UserError as error:
         connection.send(("user", str(error)))
-    except Exception:
-        connection.send(("bug", traceback.format_exc()))
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error):
+            reason = str(error).strip().splitlines()[0]
+            connection.send(("user", f"{kind}: the device has too little memory: {reason:.200}"))
+        else:
+            connection.send(("bug", traceback.format_exc()))
         sys.exit(1)
 
 

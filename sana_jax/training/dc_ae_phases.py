@@ -36,7 +36,7 @@ from sana_jax.data.memory import InMemory
 from sana_jax.data.sources import Source, open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.errors import UserError
-from sana_jax.files import local, write_whole
+from sana_jax.files import local, storage, write_whole
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.metrics.reconstruction_figures import figures
 from sana_jax.models.dc_ae import DCAE
@@ -80,7 +80,8 @@ class AutoencoderTraining:
             raise UserError(f"config.run={config.run}: name some of its phases, {known}")
         check_least(config, LEAST)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
-        distance, self.perceptual_params = make_perceptual(**config.perceptual, dtype=dtype)
+        distance, weights = make_perceptual(**config.perceptual, dtype=dtype)
+        self.perceptual_params = jax.tree.map(self._everywhere, weights)
         self.model = DCAE(self.network, dtype, jnp.float32, remat=config.remat)
         discriminator = Discriminator(**config.discriminator, dtype=dtype)
         self.tasks = {}
@@ -107,8 +108,7 @@ class AutoencoderTraining:
 
         self._encode = jax.jit(partial(apply, method="encode"))
         # Whole on every host: each computes the same figures of it.
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        self._reconstruct = jax.jit(apply, out_shardings=whole)
+        self._reconstruct = jax.jit(apply, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def run(self) -> None:
         """Does what is left to do. Raises what `loop.fit` does."""
@@ -130,7 +130,13 @@ class AutoencoderTraining:
                     self._run_phase(name, number, task, before, about)
             before, parent = self._open(folder / "model")
         if _is_first():
-            _copy_model(folder / "model", self.workdir / "model")
+            with storage(self.workdir):
+                _copy_model(folder / "model", self.workdir / "model")
+
+    def _everywhere(self, array: np.ndarray) -> Array:
+        """On every device, once: as an argument from the host it would go there with every step."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
 
     def _about(self, number: int, phase: Phase, parent: str | None) -> dict[str, Any]:
         """The config with one phase, and the model that it starts from, as JSON gives it back."""
@@ -173,7 +179,8 @@ class AutoencoderTraining:
                 )
             if first:
                 _say(f"{name}: resumed at step {first} of {phase.steps}")
-            if not hosts.from_first((folder / "before.json").exists):
+            # One of a run that was cut short before its first checkpoint may be of another model.
+            if not first or not hosts.from_first((folder / "before.json").exists):
                 _say(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
             if first < phase.steps:
@@ -257,6 +264,8 @@ class AutoencoderTraining:
     def _check_data(self) -> None:
         """Raises UserError where the data lacks what any phase needs; nothing is written."""
         data, evaluation = self.config.data, self.config.evaluation
+        if data.source.startswith("precomputed:"):
+            raise UserError(f"config.data.source={data.source}: these are latents; give images")
         phases = {name: task.phase for name, task in self.tasks.items()}
         if data.source == "shapes":
             sizes = {size: 1 for size in evaluation.sizes}
@@ -322,7 +331,8 @@ class AutoencoderTraining:
             (folder / "model").mkdir()
             native.save(model, folder / "model")
 
-        hosts.from_first(write)
+        with storage(folder):
+            hosts.from_first(write)
 
 
 def _transform(phase: Phase) -> ImageTransform:
@@ -404,7 +414,8 @@ def _say(line: str) -> None:
 def _write(path: Path, contents: dict[str, Any]) -> None:
     """JSON that is there as a whole or not at all."""
     content = (json.dumps(contents, indent=2) + "\n").encode()
-    hosts.from_first(write_whole, epath.Path(path), content)
+    with storage(path):
+        hosts.from_first(write_whole, epath.Path(path), content)
 
 
 def _is_first() -> bool:

@@ -169,7 +169,7 @@ class TextToImageTraining:
         prompts, seed = list(settings.pop("prompts")), settings.pop("seed")
         model = complete(self.base, {**self._frozen_params(), **state.ema}, step, ema=True)
         pipe = SanaPipeline(model, self.mesh, self.config.dtype)
-        images = pipe(
+        images, _ = pipe(
             prompts, height=self.size, width=self.size, seed=seed, output="device", **settings
         )
         images = list(np.asarray(hosts.whole(images)))

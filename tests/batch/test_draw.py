@@ -75,7 +75,9 @@ def test_manifest_says_what_was_drawn(checkpoint, unbroken):
     expected = dict(ROWS[3][1], seed=8, height=32, width=32, num_steps=2, guidance_scale=4.5)
     expected |= dict(sampler="flow_dpm_solver", flow_shift=3.0, dtype="float32")
     expected |= dict(instruction_sha256=None, guidance_interval=None, checkpoint=checkpoint)
-    expected |= dict(tile=None, batch_size=8, devices=8, platform="cpu", step_by_step=False)
+    expected |= dict(
+        tile=None, batch_size=8, devices=8, platform="cpu", device_kind="cpu", step_by_step=False
+    )
     assert expected.items() <= line.items()
     assert all(len(line[n]) == 64 for n in ("checkpoint_sha256", "key", "sha256"))
 
@@ -219,6 +221,28 @@ def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
     ):
         assert words in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bad, drawn", [({2, 5}, True), (set(range(9)), False)])
+def test_images_that_are_not_finite_are_not_saved(
+    checkpoint, unbroken, tmp_path, monkeypatch, bad, drawn
+):
+    call = SanaPipeline.__call__
+    rows = [("--", {"prompt": "a", "seed": k}) for k in range(9)]
+
+    def spoil(self, prompts, *, seed, **options):
+        images, finite = call(self, prompts, seed=seed, **options)
+        return images, finite & np.array([number not in bad for number in seed])
+
+    monkeypatch.setattr(SanaPipeline, "__call__", spoil)
+    with pytest.raises(UserError, match=f"^{len(bad)} images, such as .* NaN .* another dtype"):
+        draw(tasks(rows), options(checkpoint, tmp_path / "out"))
+    saved = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert len(saved) == 9 - len(bad)
+    monkeypatch.undo()
+    if drawn:
+        draw(tasks(rows), options(checkpoint, tmp_path / "out"))  # those that are missing
+        assert len([*(tmp_path / "out").glob("*.png")]) == 9
 
 
 def test_other_errors_of_jax_are_bugs(checkpoint, unbroken, tmp_path, monkeypatch):

@@ -417,3 +417,19 @@ def test_instruction_of_a_diffusers_folder(written, tmp_path, monkeypatch, caplo
         assert load(written).instruction is None
     (line,) = [r.getMessage() for r in caplog.records if "instruction" in r.getMessage()]
     assert "--instruction_file" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "name, options, told",
+    [
+        ("Sana_600M_1024px_diffusers", {}, True),
+        ("models--Efficient-Large-Model--Sana_1600M_512px_MultiLing_diffusers", {}, True),
+        ("Sana_600M_1024px_diffusers", {"clip_attention": True}, False),
+        ("Sana_1600M_1024px_BF16_diffusers", {}, False),
+        ("SANA1.5_1.6B_1024px_diffusers", {}, False),
+    ],
+)
+def test_weights_trained_in_float16_are_told_of(written, tmp_path, caplog, name, options, told):
+    (tmp_path / name).symlink_to(written)
+    load(tmp_path / name, **options)
+    assert ("was trained in float16" in caplog.text) == told

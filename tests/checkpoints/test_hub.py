@@ -79,7 +79,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """(address, list of the paths asked for) of a server with a toy checkpoint."""
+    """(address, list of the paths asked for, folder) of a server with a toy checkpoint."""
     root, asked = tmp_path_factory.mktemp("hub"), []
     pipe = toy.pipeline()
     pipe.save_pretrained(root)
@@ -88,7 +88,7 @@ def hub(tmp_path_factory):
     handler = functools.partial(Hub, root=root, asked=asked)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    yield f"http://127.0.0.1:{server.server_address[1]}", asked, root
     server.shutdown()
 
 
@@ -100,7 +100,7 @@ def load(cache: Path, name: str = NAME, revision=None, variant=None, **environme
 
 
 def test_download_then_cache(hub, tmp_path):
-    address, asked = hub
+    address, asked, _ = hub
     result = load(tmp_path, HF_ENDPOINT=address)
     assert result.returncode == 0 and result.stdout == "3\n", result.stderr
     assert not any(path.endswith("picture.bin") for path in asked)
@@ -113,8 +113,39 @@ def test_download_then_cache(hub, tmp_path):
     assert result.returncode == 0 and result.stdout == "3\n", result.stderr
 
 
+class Failing(Hub):
+    """Its weights come half, or not at all."""
+
+    status = 200
+
+    def send(self, content, body: bool, status: int = 200):
+        if not body or not self.path.endswith(".safetensors"):
+            return super().send(content, body, status)
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(content) * (self.status == 200)))
+        self.end_headers()
+        if self.status == 200:
+            self.wfile.write(content[: len(content) // 2])
+        self.close_connection = True
+
+
+@pytest.mark.parametrize("status", [200, 503, 403])
+def test_weights_that_do_not_come(hub, tmp_path, monkeypatch, status):
+    """A lost connection and a hub in trouble are worth a retry; a refusal is not."""
+    _, _, root = hub
+    monkeypatch.setattr(Failing, "status", status)
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Failing, root=root, asked=[])
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    result = load(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}")
+    server.shutdown()
+    assert result.returncode == (2 if status == 403 else 75), result.stderr
+    assert f"{NAME} is no folder here" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_revision(hub, tmp_path):
-    address, asked = hub
+    address, asked, _ = hub
     asked.clear()
     assert load(tmp_path, revision="v1", HF_ENDPOINT=address).returncode == 0
     assert any("v1" in path for path in asked)
@@ -123,7 +154,7 @@ def test_revision(hub, tmp_path):
 @pytest.mark.parametrize("variant", [None, "bf16"])
 def test_only_the_asked_variant_is_fetched(hub, tmp_path, variant):
     """And the plain files of the networks that have no such variant."""
-    address, asked = hub
+    address, asked, _ = hub
     asked.clear()
     result = load(tmp_path, variant=variant, HF_ENDPOINT=address)
     assert result.returncode == 0 and result.stdout == "3\n", result.stderr

@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -28,6 +30,28 @@ def test_errors_cross_over():
             ours.ask("describe")
     with Worker("ours", TINY) as ours, pytest.raises(RuntimeError, match="'nothing'"):
         ours.ask("nothing")
+
+
+@pytest.mark.parametrize("kind", ["ours", "diffusers"])
+def test_a_side_lends_itself_no_more_than_it_needs(kind, monkeypatch):
+    """Its own process imports JAX with the main module, before anything can be said."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/nonexistent")
+    found, told = [], []
+    monkeypatch.setattr(worker.os, "dup2", lambda *args: None)
+    monkeypatch.setattr(worker.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(worker.sys, "exit", lambda status: None)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: found.append((name, value)))
+
+    class Side:
+        def __init__(self, *args):
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes")
+
+    monkeypatch.setattr(worker, "_Side", Side)
+    worker._serve(kind, TINY, SimpleNamespace(send=told.append))
+    assert ("jax_enable_compilation_cache", False) in found
+    assert (("jax_platforms", "cpu") in found) == (kind == "diffusers")
+    ((answer, reason),) = told
+    assert answer == "user" and "too little memory: RESOURCE_EXHAUSTED" in reason
 
 
 def test_fast_calls_are_averaged(monkeypatch):

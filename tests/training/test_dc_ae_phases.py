@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.fingerprint import fingerprint
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
+from sana_jax.training import dc_ae_phases
 from sana_jax.training.dc_ae_phases import AutoencoderTraining, _copy_model, _training_seconds
 from tests import xla
 
@@ -382,6 +383,7 @@ SHAPES = {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 20))}
         ),
         ({"phases.local_refinement.crop": "middle"}, "config.phases.local_refinement.crop="),
         ({"seed": -1, **SHAPES}, "config.seed=-1: it is at least 0"),
+        ({"data.source": "precomputed:here"}, "precomputed:here: these are latents; give images"),
         ({"keep": 0}, "config.keep=0: it is at least 1"),
         ({"loop.watchdog_seconds": -1.0}, "config.loop.watchdog_seconds=-1.0: it is at least 0"),
         ({"phases.local_refinement.crop": "centre"}, "local_refinement.flip=True: crop='centre'"),
@@ -432,6 +434,20 @@ def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, chan
     with pytest.raises(UserError, match=re.escape(message)):
         AutoencoderTraining(changed, str(tmp_path / "run")).run()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_worth_a_retry(config, tmp_path, monkeypatch):
+    training = AutoencoderTraining(load(config), str(tmp_path / "run"))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "save", full)
+    with pytest.raises(Retry, match="No space left"):
+        training._export(tmp_path, {}, {"scaling_factor": 1.0}, None)
+    monkeypatch.setattr(dc_ae_phases, "write_whole", full)
+    with pytest.raises(Retry, match="results.json: No space left"):
+        dc_ae_phases._write(tmp_path / "results.json", {})
 
 
 @pytest.mark.parametrize(
