@@ -13,9 +13,10 @@ Noise levels are shifted by 3, as SANA's are, although there are only 4 x 4 toke
 of them are above 0.85, where it is decided what is where, and places are hardly learnt (README).
 Made for two CPU cores: two hours at 155 pictures/s.
 
-The bundled weights took this config four times, each from the last one's moving average: 14,045
+The bundled weights took this config five times, each from the last one's moving average: 14,045
 steps of 32 pictures at 1.5e-3, of 16,000 on a cosine, and 14,000 of 64, both without a shift; the
-16,500 below; and 3,000 at 1e-3 with seed 7. To go on from weights that are there is
+16,500 below; 3,000 at 1e-3 with seed 7; and 15,000 with seed 11, otherwise as below.
+To go on from weights that are there is
 
     --config.start=NAME --config.text_encoder.checkpoint=NAME    and no .tokenizer
 """
