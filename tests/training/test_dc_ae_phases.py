@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -463,15 +464,11 @@ def test_bad_flag_is_one_line_and_status_2(config, tmp_path, argument, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_config_in_the_same_folder_is_refused_with_the_difference(config, tmp_path):
-    first = run(
-        config,
-        tmp_path,
-        "--config.run=('low_resolution',)",
-        "--config.phases.low_resolution.steps=3",
-    )
-    assert first.returncode == 0, first.stderr
-    (tmp_path / "low_resolution" / "results.json").unlink()
-    second = run(config, tmp_path, "--config.phases.low_resolution.perceptual=0.5")
-    assert second.returncode == 2, second.stderr
-    assert "phase.perceptual: 0.25 -> 0.5" in second.stderr
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(
+    unbroken, config, tmp_path
+):
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    (workdir / "low_resolution" / "results.json").unlink()
+    result = run(config, workdir, "--config.phases.low_resolution.perceptual=0.5")
+    assert result.returncode == 2, result.stderr
+    assert "phase.perceptual: 0.25 -> 0.5" in result.stderr
