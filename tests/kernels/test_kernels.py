@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from sana_jax.kernels import bias, dispatch
 from sana_jax.kernels.cross_attention import api as cross
@@ -369,7 +370,11 @@ def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20):
 @pytest.mark.parametrize("name", ["linear_attention", "glumbconv"])
 def test_lowering_for_cuda(name):
     fn, args = operations()[name]
-    text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "xla.gpu.triton" in text
 
 
