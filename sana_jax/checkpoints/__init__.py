@@ -53,15 +53,15 @@ def open_checkpoint(
     if checkpoint.instruction:
         found = checkpoint.instruction
         logging.info("instruction %s from %s", found.sha256[:12], found.source)
-    if checkpoint.dit and checkpoint.dit.clip_attention is clip_attention is None:
+    if clip_attention is not None and checkpoint.dit is not None:
+        checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
+    if checkpoint.dit and checkpoint.dit.clip_attention is None:
         if variant == "fp16" or FLOAT16_WEIGHTS.search(str(name)):
             logging.warning(
                 "%s was trained in float16, which clips its attention: take that as dtype, or set"
                 " clip_attention, for the pictures it is known for",
                 name,
             )
-    if clip_attention is not None and checkpoint.dit is not None:
-        checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
     return checkpoint
 
 

@@ -114,6 +114,7 @@ def fit(
       UserError: the data ends, or a batch does not split over the devices.
     """
     done, pending, meter = int(state.step), None, Meter(peak_rate)
+    workdir = writer and writer.workdir
 
     def read_pending():
         """Waits for the step in flight and takes in what it returned."""
@@ -127,7 +128,7 @@ def fit(
         if writer:
             writer.tick()
             if _due(step_read, config.log_every) or step_read == config.steps:
-                with storage(writer and writer.workdir):
+                with storage(workdir):
                     writer.write(step_read, meter.row())
         if config.max_streak and meter.streak >= config.max_streak:
             raise DoNotRetry(
@@ -140,7 +141,7 @@ def fit(
 
     def pause(name: str, action: Callable, *args):
         began = time.monotonic()
-        with storage(writer and writer.workdir):
+        with storage(workdir):
             action(*args)
         meter.paused(name, time.monotonic() - began)
         dog.beat()
@@ -149,7 +150,7 @@ def fit(
         stop = stack.enter_context(StopSignal(mesh))
         dog = stack.enter_context(Watchdog(config.watchdog_seconds))
         source = stack.enter_context(Prefetch(batches, mesh))
-        profile = stack.enter_context(_Profile(writer and config.profile and writer.workdir, done))
+        profile = stack.enter_context(_Profile(config.profile and workdir, done))
         position = source.position
         while done < config.steps and not stop.agreed():
             try:
@@ -179,7 +180,7 @@ def fit(
                 pause("hook", hook, state, done)
         read_pending()
         if checkpoints:
-            with storage(writer and writer.workdir):
+            with storage(workdir):
                 checkpoints.save_surely(done, state, position, good=not meter.streak)
         # A signal while the last state was saved counts too.
         if done < config.steps or stop.agreed(now=True):

@@ -35,7 +35,7 @@ def test_errors_cross_over():
 @pytest.mark.parametrize("kind", ["ours", "diffusers"])
 def test_a_side_lends_itself_no_more_than_it_needs(kind, monkeypatch):
     """Its own process imports JAX with the main module, before anything can be said."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/nonexistent")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # and is put back after it
     found, told = [], []
     monkeypatch.setattr(worker.os, "dup2", lambda *args: None)
     monkeypatch.setattr(worker.signal, "signal", lambda *args: None)
@@ -50,6 +50,7 @@ def test_a_side_lends_itself_no_more_than_it_needs(kind, monkeypatch):
     worker._serve(kind, TINY, SimpleNamespace(send=told.append))
     assert ("jax_enable_compilation_cache", False) in found
     assert (("jax_platforms", "cpu") in found) == (kind == "diffusers")
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     ((answer, reason),) = told
     assert answer == "user" and "too little memory: RESOURCE_EXHAUSTED" in reason
 
