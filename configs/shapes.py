@@ -13,9 +13,10 @@ Noise levels are shifted by 3, as SANA's are, although there are only 4 x 4 toke
 of them are above 0.85, where it is decided what is where, and places are hardly learnt (README).
 Made for two CPU cores: two hours at 155 pictures/s.
 
-The bundled weights took this config five times, each from the last one's moving average: 14,045
+The bundled weights took this config six times, each from the last one's moving average: 14,045
 steps of 32 pictures at 1.5e-3, of 16,000 on a cosine, and 14,000 of 64, both without a shift; the
-16,500 below; 3,000 at 1e-3 with seed 7; and 15,000 with seed 11, otherwise as below.
+16,500 below; 3,000 at 1e-3 with seed 7; 15,000 with seed 11; and 11,500 at 1.5e-3 with seed 13,
+otherwise as below.
 To go on from weights that are there is
 
     --config.start=NAME --config.text_encoder.checkpoint=NAME    and no .tokenizer
@@ -62,7 +63,8 @@ def get_config():
     )
     config.recipe.optimizer.update(beta2=0.99, weight_decay=0.01)
     # By their scores, which tell the captions with mistakes from the others.
-    config.data.captions.update(kind="score", temperature=0.25, threshold=20.0)
+    for captions in config.data.captions, config.evaluation.captions:
+        captions.update(kind="score", temperature=0.25, threshold=20.0)
     config.loader.update(threads=1, prefetch=4)
     config.loop.update(log_every=50, checkpoint_every=500, images_every=4000, evaluate_every=2000)
     config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), guidance_scale=3.0)

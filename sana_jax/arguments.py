@@ -98,7 +98,11 @@ def array(name: str, value, shape: tuple[int | str, ...], kind=np.floating):
     if not fits:
         raise UserError(f"{name} is {_describe(value)} instead of an array ({axes})")
     bfloat16 = kind is np.floating and str(value.dtype) == "bfloat16"
-    if not np.issubdtype(value.dtype, kind) and not bfloat16:
+    try:
+        known = bfloat16 or np.issubdtype(value.dtype, kind)
+    except TypeError:  # torch's
+        known = False
+    if not known:
         raise UserError(f"{name} holds {value.dtype} instead of {kind.__name__}")
     return value
 

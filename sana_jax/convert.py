@@ -5,7 +5,8 @@
     python -m sana_jax.convert --source=Sana_600M_1024px.pth --rest=DIR --out=DIR
     python -m sana_jax.convert --source=WORKDIR --out=DIR --ema
 
-Tensors pass through one by one: memory holds the largest, not the checkpoint. A .pth holds the
+Tensors pass through one by one: memory holds the largest, not the checkpoint (of a training, what
+it trained). A .pth holds the
 transformer alone; --rest names the checkpoint that lends the autoencoder, the text encoder and the
 tokenizer. WORKDIR is that of `train`, whose newest checkpoint is read that is whole and good. The
 complex human instruction is stored with its sha256 and where it was found.
@@ -60,7 +61,10 @@ def open_source():
 
     options = dict(revision=_REVISION.value, instruction_file=_INSTRUCTION.value)
     source = Path(_SOURCE.value)
-    if (epath.Path(_SOURCE.value) / "checkpoints").is_dir():
+    weights = epath.Path(_SOURCE.value) / "checkpoints"
+    if found := sorted(weights.glob("*.pth")):
+        raise UserError(f"--source={source} is a folder of NVlabs': give its {found[0]}")
+    if weights.is_dir():
         from sana_jax.training.text_to_image_model import open_workdir
 
         for flag in (_REST, _IMAGE_SIZE, _CROSS_HEADS, _VARIANT, _REVISION, _INSTRUCTION):
@@ -135,8 +139,12 @@ def main(argv):
     out = check_new(_OUT.value)
     if out.resolve().is_relative_to(Path(_SOURCE.value).resolve()):
         raise UserError(f"--out={out} lies inside --source={_SOURCE.value}: write it elsewhere")
+    import jax
+
+    from sana_jax.checkpoints import warn_of_float16
     from sana_jax.checkpoints.components import check_fit
 
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or be too small
     checkpoint = open_source()
     check_fit(checkpoint)
     if checkpoint.provenance.get("trained"):  # of random weights there is nothing to expect
@@ -146,6 +154,7 @@ def main(argv):
             raise UserError("--clip_attention is stored in the native layout, with a transformer")
         dit = dataclasses.replace(checkpoint.dit, clip_attention=_CLIP.value)
         checkpoint = dataclasses.replace(checkpoint, dit=dit)
+    warn_of_float16(checkpoint, _SOURCE.value)
 
     from tqdm import tqdm
 

@@ -23,6 +23,15 @@ def local(folder: os.PathLike) -> Path:
     return Path(folder)
 
 
+# What opening a path raises; ImportError where what reads such addresses is not installed.
+UNREACHABLE = OSError, ImportError
+
+
+def reason_of(error: Exception) -> str:
+    """Why a path could not be read or written, without the path."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 @contextlib.contextmanager
 def storage(path: os.PathLike | None) -> Iterator[None]:
     """Turns an OSError of what is written to `path` into Retry, whatever its reason: a training

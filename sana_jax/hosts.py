@@ -50,14 +50,6 @@ def jointly(action: Callable[..., Any], *args: Any) -> Any:
     return value
 
 
-def first_then_others(action: Callable[..., Any], *args: Any) -> Any:
-    """action(*args) of the first host, then of the others, which find what it left behind."""
-    is_first = jax.process_index() == 0
-    value = jointly(action, *args) if is_first else jointly(lambda: None)
-    later = jointly(lambda: None) if is_first else jointly(action, *args)
-    return value if is_first else later
-
-
 def from_first(action: Callable[..., Any], *args: Any) -> Any:
     """action(*args) of the first host alone, its value or what it raises, on all hosts."""
     is_first = jax.process_index() == 0

@@ -47,12 +47,14 @@ def locked(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
                 break
         _owner(path, file)  # what was written before we held the lock
         try:
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"sana_jax: pid {os.getpid()}, {socket.gethostname()}".encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk: it is locked, though without a name
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"sana_jax: pid {os.getpid()}, {socket.gethostname()}".encode(), 0)
             yield
         finally:
-            if _is_at(path, file):
-                os.unlink(path)
+            with contextlib.suppress(OSError):  # a mount that went away: what ended us says more
+                if _is_at(path, file):
+                    os.unlink(path)
 
 
 def _open(path: epath.Path) -> int:

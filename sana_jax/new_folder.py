@@ -10,7 +10,7 @@ from sana_jax.errors import UserError
 
 def check_new(out: str) -> Path:
     """The path of --out, which must be missing or an empty folder. Raises UserError."""
-    path = Path(out)
+    path = Path(out).expanduser()
     try:
         occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except OSError as error:

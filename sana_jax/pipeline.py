@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 from PIL import Image
 
@@ -202,6 +202,10 @@ class SanaPipeline:
 
         if prompt is not None:
             prompt_embeddings, prompt_mask = self.encode_prompt(prompt, instruction)
+        else:  # another pipeline's may be on other devices
+            given = prompt_embeddings, prompt_mask
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            prompt_embeddings, prompt_mask = jax.device_put(given, everywhere)
         captions, masks = prompt_embeddings[:, None], prompt_mask[:, None]  # (B, 1, L, T)
         if (scale > 1).any():
             rows, mask = self._encode_negative(negative)
@@ -352,7 +356,8 @@ class SanaPipeline:
         return self.checkpoint.dit.sample_size * self.factor
 
     def _decode_padded(self, latents: Array, tile: Tile | None = None) -> Array:
-        run = partial(decode_latents, self.vae, self.params["vae"])
+        devices = sharding.batch_divisor(self.mesh)
+        run = partial(decode_latents, self.vae, self.params["vae"], devices=devices)
         with self._context():
             if tile is None:
                 return run(latents)
@@ -429,11 +434,17 @@ def predict_velocity(module: nn.Module, params: Any, latents, timestep, captions
     return module.apply({"params": params}, latents, timestep, keys_values, mask, method="denoise")
 
 
-@partial(jax.jit, static_argnums=0)
-def decode_latents(module: nn.Module, params: Any, latents):
-    """(B, H, W, 3) in about [-1, 1] from scaled latents (B, h, w, c)."""
+@partial(jax.jit, static_argnums=0, static_argnames="devices")
+def decode_latents(module: nn.Module, params: Any, latents, devices: int = 1):
+    """(B, H, W, 3) in about [-1, 1] from scaled latents (B, h, w, c), split over `devices`.
+
+    Each device decodes as many pictures at once as have LARGE pixels, or one: the autoencoder needs
+    ten times the memory of the transformer for a pixel.
+    """
+    decode = partial(module.apply, {"params": params}, method="decode")
     latents = latents / module.config.scaling_factor
-    return module.apply({"params": params}, latents, method="decode")
+    most = max(1, LARGE // (latents.shape[1] * latents.shape[2] * module.config.factor**2))
+    return tiling.decode_in_groups(decode, latents, devices, most)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -67,7 +67,7 @@ def main(argv):
     from sana_jax.data.sources import open_source
     from sana_jax.data.text_image import CaptionTokens
     from sana_jax.data.transforms import BucketTransform, ImageTransform
-    from sana_jax.files import local
+    from sana_jax.files import local, storage
     from sana_jax.lock import locked
 
     folder = local(Path(_OUT.value))
@@ -81,6 +81,7 @@ def main(argv):
         variant=_VARIANT.value,
         revision=_REVISION.value,
         instruction_file=_INSTRUCTION.value,
+        instruct=_TEXT.value and not _NO_INSTRUCTION.value,
     )
     factor = checkpoint.vae.factor
     if _SIZE.value is not None:
@@ -90,7 +91,7 @@ def main(argv):
     source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
     tokens = None
     if _TEXT.value:
-        found = None if _NO_INSTRUCTION.value else checkpoint.instruction
+        found = checkpoint.instruction
         tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, found and found.text)
     text_encoder = checkpoint.text_encoder if _TEXT.value else None
     checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=text_encoder)
@@ -116,7 +117,12 @@ def main(argv):
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder), jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+        with (
+            locked(folder),
+            storage(folder),  # from here on the same command goes on
+            jax.set_mesh(mesh),
+            jax.default_matmul_precision("float32"),
+        ):
             checkpoints.place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
             encoder = Encoder(checkpoint, mesh, _DTYPE.value, settings["batch"], tokens)
             index = precompute(source, WithTokens(image, tokens), encoder, folder, settings)

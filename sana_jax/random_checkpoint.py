@@ -7,6 +7,7 @@ Every preset but tiny has the full-size autoencoder and Gemma-2 2B (5 GB of weig
 Weights are made and written one shard after the other. Pictures from them show nothing.
 """
 
+import jax
 from absl import flags
 
 from sana_jax import cli
@@ -25,6 +26,7 @@ _SHARD = flags.DEFINE_integer("max_shard_mb", 2000, "size of a weight file, MB",
 def main(argv):
     del argv
     out = check_new(_OUT.value)
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or be too small
     checkpoint = make(_PRESET.value, _DTYPE.value, _SEED.value)
 
     from sana_jax.checkpoints import diffusers, native

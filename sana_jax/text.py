@@ -24,6 +24,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Int32
 
 from sana_jax.errors import UserError
+from sana_jax.files import UNREACHABLE, reason_of
 
 SHORTEST = 16  # lengths are rounded up to this times a power of two, so that few are compiled
 
@@ -168,9 +169,8 @@ def find_instruction(instruction_file: str | Path | None = None) -> Instruction 
     path = epath.Path(instruction_file)
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"instruction file {path} cannot be read: {reason}") from error
+    except UNREACHABLE as error:
+        raise UserError(f"instruction file {path} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"instruction file {path} is not UTF-8 text") from error
     if path.suffix not in (".yaml", ".yml"):

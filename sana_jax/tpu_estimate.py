@@ -364,7 +364,8 @@ def scheduled_bundles(text: str) -> int:
     """Instruction bundles that a kernel's final schedule executes, loops unrolled.
 
     A loop ends in a branch back to the start of its region, on a predicate that compares the
-    loop's counter with its end. Raises ValueError for a loop of unknown length.
+    loop's counter with its end, or is constant for a loop of one trip. Raises ValueError for a loop
+    of unknown length.
     """
     bundles = _BUNDLE.split(text)[1:]
     starts = {}
@@ -374,7 +375,7 @@ def scheduled_bundles(text: str) -> int:
     executions = np.ones(len(bundles), np.int64)
     for i, bundle in enumerate(bundles):
         for predicate, region in _BRANCH.findall(bundle):
-            if starts.get(region, i + 1) <= i:
+            if starts.get(region, i + 1) <= i and f"{predicate} = pmov 1 " not in text:
                 if predicate not in exits:
                     raise ValueError("a kernel's schedule holds a loop of unknown length")
                 trips = _loop_trips(text, exits[predicate][2], int(exits[predicate][3]))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from sana_jax import SanaPipeline
 from sana_jax.errors import UserError
@@ -95,6 +96,7 @@ EMBEDDINGS, MASK = np.zeros((1, 300, 48), np.float32), np.ones((1, 300), bool)
         (lambda p: p.decode(np.zeros((1, 4, 4, 8), np.float32), tile=64), "tile 64"),
         (lambda p: p.decode(np.zeros((1, 4, 4, 8), np.float32), tile=(64,)), "tile (64,)"),
         (lambda p: p.encode(np.zeros((1, 64, 64, 3), np.uint8)), "images holds uint8"),
+        (lambda p: p.encode(torch.zeros(1, 64, 64, 3)), "images holds torch.float32"),
         (lambda p: p.encode(np.zeros((1, 64, 64, 1), np.float32)), "images is (1, 64, 64, 1)"),
         (lambda p: p.encode(np.zeros((1, 60, 64, 3), np.float32)), "height 60"),
         (lambda p: p.encode(np.zeros((1, 64, 60, 3), np.float32), tile=(64, 32)), "width 60"),

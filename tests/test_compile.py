@@ -58,7 +58,7 @@ def test_forward_uses_the_kernels_of_a_tpu():
     here = mesh(fsdp=2)
     program = programs.drawing("forward", DIT, SMALL, here, 8, size=16)
     found = estimate(program, here)
-    names = {name.rpartition(".")[0] for name in found.kernels}
+    names = {name.partition(".")[0] for name in found.kernels}
     assert {"linear_attention_state", "glumbconv_forward", "cross_attention_forward"} <= names
     # Every block's, gathered from the two chips that share them.
     assert found.collectives["all-gather"][0] >= DIT.depth
@@ -71,7 +71,7 @@ def test_sample_is_so_many_forward_passes():
     here = mesh()
     program = programs.drawing("sample", DIT, SMALL, here, 4, size=16, steps=9)
     found = estimate(program, here)
-    calls = {name.rpartition(".")[0]: calls for name, (calls, _) in found.kernels.items()}
+    calls = {name.partition(".")[0]: calls for name, (calls, _) in found.kernels.items()}
     assert calls["linear_attention_state"] == 9 * DIT.depth
     assert program.flops == 2 * 9 * 4 * flops.trunk(DIT, 8, 8, 300)
 

@@ -272,8 +272,9 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
         (["--source=nowhere"], ["no checkpoint 'nowhere'"]),
         (["--source=" + "a" * 300], ["name too long"]),
         (["--source={folder}/model_index.json"], ["is a file"]),
+        (["--source={theirs}"], ["NVlabs/checkpoints/Sana.pth"]),
         (["--source={folder}", "--out={folder}/inside"], ["inside --source"]),
-        (["--source=launch/quickstar"], ["no checkpoint 'launch/quickstar'"]),
+        (["--source=launch/quickstar"], ["'launch/quickstar'", "launch is a folder here"]),
         (["--source={folder}", "--variant=bf16"], ["bf16"]),
         (["--source={folder}", "--ema"], ["--ema is for a .pth"]),
         (["--source={folder}", "--clip_attention", "--format=diffusers"], ["--clip_attention"]),
@@ -285,9 +286,12 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
     ],
 )
 def test_bad_flags(folder, tmp_path, flags, words):
-    flags = [f"--out={tmp_path / 'out'}", *(flag.format(folder=folder) for flag in flags)]
-    refused(convert(*flags), *words)
-    assert not (tmp_path / "out").exists()
+    out, weights = tmp_path / "out", tmp_path / "NVlabs" / "checkpoints"
+    weights.mkdir(parents=True)
+    (weights / "Sana.pth").touch()
+    flags = [flag.format(folder=folder, theirs=weights.parent) for flag in flags]
+    refused(convert(f"--out={out}", *flags), *words)
+    assert not out.exists()
 
 
 def test_an_occupied_folder_is_kept(folder, tmp_path):

@@ -163,7 +163,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "make it first": [checkpoint, pictures, "--out=new/pairs.png"],
         "is a folder": [checkpoint, pictures, "--out=folder.png"],
         "none of the first records can be used": [checkpoint, "--data=empty"],
-        "can be used": [checkpoint, "--data=small", "--out=pairs.png"],
+        "a.png, too_small: 20 x 20": [checkpoint, "--data=small", "--out=pairs.png"],
         "NaN or infinite": [f"--checkpoint={shared / 'overflowing'}", pictures, "--size=16"],
         "--data_dir": [checkpoint, "--data=shapes", "--split=train"],
         "--seed is not of --task=reconstruction": [checkpoint, pictures, "--seed=0"],

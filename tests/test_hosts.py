@@ -21,16 +21,6 @@ def test_one_host_is_alone():
         assert caught.value is error and error.__cause__ is None
 
 
-@pytest.mark.parametrize("host", [0, 1])
-def test_the_first_goes_first(monkeypatch, host):
-    """Turns are joint, whoever acts in them: no host goes on before the first is done."""
-    turns = []
-    monkeypatch.setattr(jax, "process_index", lambda: host)
-    monkeypatch.setattr(hosts, "gathered", lambda mine: turns.append("joint") or [mine, None])
-    assert hosts.first_then_others(lambda: turns.append("acts") or host + 5) == host + 5
-    assert turns == (["acts", "joint", "joint"], ["joint", "acts", "joint"])[host]
-
-
 def test_what_others_raise(monkeypatch):
     """On the second of three hosts; the first that failed decides."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ["local", "slurm", "tpu", "gke", "sweep"]
@@ -108,18 +109,25 @@ def test_ctrl_c_is_not_tried_again(tmp_path):
     assert run.wait(30) == 130 and (tmp_path / "started").read_text() == "x"
 
 
-def test_local_processes_meet():
+def test_local_processes_meet(tmp_path):
     script = (
         "import jax\n"
         "from jax.experimental import multihost_utils\n"
         "jax.distributed.initialize()\n"
         "rows = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 1))\n"
         "print(jax.process_count(), jax.device_count(), int(rows.sum()), flush=True)\n"
+        "from sana_jax.data.sizes import image_sizes\n"  # each reads its share of three
+        "from sana_jax.data.sources import open_source\n"
+        f"found = image_sizes(open_source({str(tmp_path)!r}), {str(tmp_path / 'sizes')!r})\n"
+        "print(found[0].tolist(), found[1].used, flush=True)\n"
     )
+    for i in range(3):
+        Image.new("RGB", (20 + i, 30)).save(tmp_path / f"{i}.png")
     result = launch("local", "--processes=2", "--devices=2", sys.executable, "-c", script)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if not line.startswith("[Gloo]")]
-    assert lines == ["2 4 3"] * 2
+    assert sorted(lines) == ["2 4 3"] * 2 + ["[[30, 20], [30, 21], [30, 22]] 3"] * 2
+    assert len(list((tmp_path / "sizes").iterdir())) == 1
 
 
 def test_one_process_that_gives_up_ends_the_others():

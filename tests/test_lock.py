@@ -7,7 +7,7 @@ import sys
 import pytest
 from etils import epath
 
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 from sana_jax.lock import NAME, locked
 
 
@@ -89,3 +89,23 @@ def test_older_name_is_left_alone(folder):
     with locked(folder):
         pass
     assert (folder / ".lock").read_text() == "another's"
+
+
+def test_a_mount_that_goes_away_hides_no_error(folder, monkeypatch):
+    def away(*args, **options):
+        raise OSError(116, "Stale file handle")
+
+    with pytest.raises(Retry), locked(folder):
+        monkeypatch.setattr(os, "lstat", away)
+        raise Retry("the disk is full")
+
+
+def test_a_full_disk_is_locked_too(folder, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with locked(folder):
+        with pytest.raises(UserError, match="another run .just started"), locked(folder):
+            pass
+    assert [*folder.iterdir()] == []

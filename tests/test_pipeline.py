@@ -212,6 +212,8 @@ def test_prompt_embeddings_in_place_of_prompts(ours):
     embeddings, mask = ours.encode_prompt(PROMPTS)
     assert embeddings.shape == (3, 300, 48) and embeddings.dtype == np.float32
     assert not np.asarray(embeddings)[~np.asarray(mask)].any()
+    # Also where another pipeline made them, on another device.
+    embeddings, mask = jax.device_put((embeddings, mask), jax.devices()[-1])
     found = draw(ours, None, prompt_embeddings=embeddings, prompt_mask=mask)
     np.testing.assert_array_equal(found, draw(ours))
 
@@ -336,6 +338,23 @@ def test_tiles_over_a_mesh(ours, folder):
     pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
     found, expected = (p.decode(latents, tile=(128, 96)) for p in (pipe, ours))
     toy.assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_large_batch_is_decoded_in_groups(folder, monkeypatch, devices):
+    """Here two pictures at once on a device."""
+    mesh = make_mesh(devices=toy.devices(devices))
+    pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
+    latents = np.random.default_rng(0).standard_normal((12, 2, 3, 8)).astype(np.float32)
+    expected = pipe.decode(latents)
+    pipeline.decode_latents.clear_cache()
+    monkeypatch.setattr(pipeline, "LARGE", 2 * 64 * 96)
+    text = pipeline.decode_latents.lower(
+        pipe.vae, pipe.params["vae"], latents, devices=devices
+    ).as_text()
+    assert f"tensor<{6 // devices}x{2 * devices}x2x3x8xf32>" in text
+    np.testing.assert_allclose(pipe.decode(latents), expected, atol=1e-5)
+    pipeline.decode_latents.clear_cache()
 
 
 def test_large_pictures_are_decoded_in_tiles(ours, monkeypatch):

@@ -284,3 +284,23 @@ def test_the_hash_of_an_autoencoder(pipe):
     assert weights_sha256(config, changed) != first
     other = dataclasses.replace(config, scaling_factor=0.3)
     assert weights_sha256(other, params) != first
+
+
+FULL = """
+from sana_jax import cli, precompute
+from sana_jax.data import encode
+
+def full(*args):
+    raise OSError(28, "No space left on device")
+
+encode.precompute = full
+cli.run(precompute.main)
+"""
+
+
+def test_a_full_disk_is_worth_a_retry(checkpoint, good, tmp_path):
+    data = make(tmp_path / "data", {"01.png": good["01.png"]})
+    flags = [f"--checkpoint={checkpoint}", f"--data={data}", f"--size={SIDE}"]
+    command = [sys.executable, "-c", FULL, *flags, f"--out={tmp_path / 'out'}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 75 and "out: No space left on device" in result.stderr

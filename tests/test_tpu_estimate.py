@@ -145,6 +145,8 @@ def test_loops_of_a_schedule_are_unrolled():
     assert tpu_estimate.scheduled_bundles(LOOP.replace("END", "9 ")) == 37
     with pytest.raises(ValueError, match="a loop of unknown length"):
         tpu_estimate.scheduled_bundles(LOOP.replace("END", "%s9"))
+    once = LOOP.replace("scmp.ge.s32.totalorder %s3, END", "pmov 1 /* constant */")
+    assert tpu_estimate.scheduled_bundles(once) == 9
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.data import buckets
 from sana_jax.errors import UserError
-from sana_jax.pipeline import NOT_FINITE, SanaPipeline
+from sana_jax.models import tiling
+from sana_jax.pipeline import LARGE, NOT_FINITE, SanaPipeline
 
 HOPELESS = 16  # images that are not finite, where none is: the others will not be either
 
@@ -60,9 +61,8 @@ def _open(name: str, options: Options) -> SanaPipeline:
         variant=options.variant,
         instruction_file=options.instruction_file,
         clip_attention=options.clip_attention,
+        instruct=not options.no_instruction,
     )
-    if options.no_instruction:
-        checkpoint.instruction = None
     return SanaPipeline(checkpoint, mesh, dtype)
 
 
@@ -80,8 +80,9 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     count = sum(len(batch.tasks) for batch in batches)
     due = [batch for batch in batches if any(task.file in missing for task in batch.tasks)]
     # The largest first: where memory does not suffice, that is known before anything is drawn.
-    due.sort(key=lambda batch: -_pixels(batch, options.sequential_guidance))
-    bad: list[str] = []
+    due.sort(key=lambda batch: -_memory(batch, pipe, options))
+    shapes = len({batch.tasks[0].shape for batch in due})
+    bad: list[Task] = []
     progress = dict(total=count, initial=count - len(missing), unit=" image")
     by_step = shows_steps(batches)
     if by_step:
@@ -110,8 +111,10 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     def save(task: Task, made) -> None:
         pixels, finite = made
         if task.file in missing and not finite:
-            bad.append(task.file)
-            if len(out.missing) == count_missing and len(bad) == min(HOPELESS, count_missing):
+            bad.append(task)
+            # A size that is hopeless is not to keep the others from being drawn.
+            tried = len({task.shape for task in bad}) >= min(2, shapes)
+            if len(out.missing) == count_missing and len(bad) >= HOPELESS and tried:
                 raise UserError(_not_finite(bad))
         elif task.file in missing:
             out.save(task.file, pixels)
@@ -135,15 +138,25 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     print(f"{images} in {seconds:.1f} s; {throughput}{told}", file=sys.stderr)
 
 
-def _pixels(batch: Batch, sequential_guidance: bool) -> int:
-    """What the network works on at once."""
-    shape = batch.tasks[0]
-    halves = 2 if shape.guidance_scale > 1 and not sequential_guidance else 1
-    return batch.size * halves * shape.height * shape.width
+def _memory(batch: Batch, pipe: SanaPipeline, options: Options) -> int:
+    """What a batch needs on a device, up to a factor that is the same for all."""
+    shape, count = batch.tasks[0], batch.size // sharding.batch_divisor(pipe.mesh)
+    height, width, _ = pipe._sizes(shape.height, shape.width, options.use_resolution_binning)
+    halves = 2 if shape.guidance_scale > 1 and not options.sequential_guidance else 1
+    tile = pipe._tile(options.tile, height * width > LARGE)
+    (rows, columns), _ = tiling.check(*tile, pipe.factor) if tile else ((height, width), None)
+    one = min(height, rows) * min(width, columns)
+    decoded = max(one, min(count * one, LARGE))  # at once
+    # By XLA's account of 1.6B a pixel takes eleven times as much when it is decoded.
+    return max(11 * decoded, count * halves * height * width)
 
 
-def _not_finite(files: list[str]) -> str:
-    return f"{len(files)} images, such as {files[0]}, are not saved: they {NOT_FINITE}"
+def _not_finite(tasks: list[Task]) -> str:
+    one = tasks[0]
+    return (
+        f"{len(tasks)} images, such as {one.file} of {one.width} x {one.height} pixels, are not"
+        f" saved: they {NOT_FINITE}"
+    )
 
 
 @contextlib.contextmanager

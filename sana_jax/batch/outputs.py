@@ -23,8 +23,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sana_jax.batch.manifest import Line, Manifest, key_of
-from sana_jax.errors import UserError
-from sana_jax.files import is_local, write_whole
+from sana_jax.errors import Retry, UserError
+from sana_jax.files import is_local, reason_of, write_whole
 from sana_jax.lock import locked
 
 LEFTOVER = re.compile(r"(\d{6,}_\d+\.png|manifest\.jsonl|grid\.png|probe)\.part")
@@ -33,7 +33,10 @@ OF_GRID = "grid"  # the contact sheet's mark, where pictures have their key
 
 
 class OutputFolder:
-    """A context in which no other run writes to the folder. Raises UserError, naming the folder."""
+    """A context in which no other run writes to the folder.
+
+    Raises UserError, naming the folder, and Retry where it fails once pictures are being made.
+    """
 
     def __init__(
         self,
@@ -72,9 +75,10 @@ class OutputFolder:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error) -> None:
-        with self._errors(), self._stack:
-            if error[0] is None:
+    def __exit__(self, kind: type | None, *error) -> None:
+        # What ends a run goes before what storage says of closing.
+        with self._errors(Retry) if kind is None else contextlib.suppress(Exception), self._stack:
+            if kind is None:
                 self._manifest.sort()
 
     @property
@@ -95,7 +99,7 @@ class OutputFolder:
     def save(self, file: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         """Writes a wanted picture, then its line of the manifest. Threads may call it."""
         content = _encode_png(pixels, self._wanted[file])
-        with self._errors():
+        with self._errors(Retry):
             write_whole(self.path / file, content)
             self._manifest.append(self._line(file, content))
             self._done.add(file)
@@ -103,7 +107,7 @@ class OutputFolder:
     def write_grid(self) -> None:
         """grid.png: the wanted pictures, small, side by side; the first 64 of them."""
         images = []
-        with self._errors():
+        with self._errors(Retry):
             for file in [*self._wanted][:THUMBNAILS]:
                 image = Image.open(io.BytesIO((self.path / file).read_bytes()))
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -119,17 +123,23 @@ class OutputFolder:
             write_whole(self.path / "grid.png", content.getvalue())
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, kind: type[Exception] = UserError) -> Iterator[None]:
+        """Makes one line of what storage raises: Retry, once pictures are being made."""
         try:
             yield
-        except (OSError, ImportError) as error:  # the latter: what reads such addresses
-            reason = f"--out={self.path}: {getattr(error, 'strerror', None) or error}"
+        except (UserError, Retry):
+            raise
+        except Exception as error:
+            # What reads remote addresses has errors of its own, or is not installed.
+            if is_local(self.path) and not isinstance(error, OSError):
+                raise
+            reason = f"--out={self.path}: {reason_of(error)}"
             if self._manifest and (done := len(self._wanted) - len(self.missing)):
                 reason += (
                     f"; {done} of {len(self._wanted)} images are done,"
                     " and the same command draws the others"
                 )
-            raise UserError(reason) from error
+            raise kind(reason) from error
 
     def _line(self, file: str, content: bytes) -> Line:
         settings = self._wanted[file]

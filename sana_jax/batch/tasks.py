@@ -12,6 +12,7 @@ from etils import epath
 
 from sana_jax.arguments import MAX_SEED, MAX_STEPS
 from sana_jax.errors import UserError
+from sana_jax.files import UNREACHABLE, reason_of
 
 MAX_IMAGES = 10**6  # of one run: names have six digits
 
@@ -96,9 +97,8 @@ def read_rows(path: str) -> list[Row]:
         )
     try:
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except (OSError, ImportError) as error:  # the latter: what reads such addresses
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompts={path}: {reason}") from None
+    except UNREACHABLE as error:
+        raise UserError(f"--prompts={path}: {reason_of(error)}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}: "

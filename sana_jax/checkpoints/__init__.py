@@ -6,6 +6,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
@@ -17,6 +18,8 @@ from sana_jax.models.layers import Dtype
 
 ASSETS = Path(__file__).parent.parent / "assets"
 FLOAT16_WEIGHTS = re.compile(r"Sana_(600|1600)M_(?!.*BF16)")  # published names, see README
+# One of them is in every checkpoint: native, diffusers, an autoencoder alone.
+MARKERS = "model.json", "model_index.json", "config.json"
 # What a hub repository holds that we read beside weights, which are fetched by their variant.
 HUB_FILES = ["*.json", "tokenizer/*"]
 
@@ -27,10 +30,12 @@ def open_checkpoint(
     revision: str | None = None,
     instruction_file: str | None = None,
     clip_attention: bool | None = None,
+    instruct: bool = True,
 ) -> Checkpoint:
     """The checkpoint that `name` stands for, checked, its weights unread. Raises UserError.
 
-    `clip_attention` replaces the transformer's own choice, where it is not None.
+    `clip_attention` replaces the transformer's own choice, where it is not None. `instruct`: with
+    the complex human instruction, and a warning where none is found.
     """
     folder = find(name, revision, variant)
     given = text.find_instruction(instruction_file) if instruction_file else None
@@ -44,25 +49,32 @@ def open_checkpoint(
         if checkpoint.text_encoder is None:
             return checkpoint
         checkpoint.instruction = given or text.find_instruction()
-        if checkpoint.instruction is None:
+        if instruct and checkpoint.instruction is None:
             logging.warning(
                 "No complex human instruction was found, which this checkpoint was trained with: "
                 "pass --instruction_file, or install diffusers, for the pictures it is known for; "
                 "where a command has no such flag, convert the checkpoint with it first."
             )
+    if not instruct:
+        checkpoint.instruction = None
     if checkpoint.instruction:
         found = checkpoint.instruction
         logging.info("instruction %s from %s", found.sha256[:12], found.source)
     if clip_attention is not None and checkpoint.dit is not None:
         checkpoint.dit = dataclasses.replace(checkpoint.dit, clip_attention=clip_attention)
-    if checkpoint.dit and checkpoint.dit.clip_attention is None:
-        if variant == "fp16" or FLOAT16_WEIGHTS.search(str(name)):
-            logging.warning(
-                "%s was trained in float16, which clips its attention: take that as dtype, or set"
-                " clip_attention, for the pictures it is known for",
-                name,
-            )
     return checkpoint
+
+
+def warn_of_float16(checkpoint: Checkpoint, name: str) -> None:
+    """One line where weights were trained in float16 and nothing clips their attention."""
+    made = checkpoint.provenance
+    told = made.get("variant") == "fp16" or FLOAT16_WEIGHTS.search(str(made.get("source")))
+    if told and checkpoint.dit is not None and checkpoint.dit.clip_attention is None:
+        logging.warning(
+            "%s was trained in float16, which clips its attention: take that as dtype, or set"
+            " clip_attention, for the pictures it is known for",
+            name,
+        )
 
 
 def load(name: str, dtype: Dtype, mesh: Mesh, **kwargs) -> Checkpoint:
@@ -74,6 +86,8 @@ def load(name: str, dtype: Dtype, mesh: Mesh, **kwargs) -> Checkpoint:
 
 def place_all(checkpoint: Checkpoint, name: str, dtype: Dtype, mesh: Mesh) -> None:
     """Reads the weights of an open checkpoint, called `name`, onto the devices of `mesh`."""
+    if jnp.dtype(dtype) != jnp.float16:
+        warn_of_float16(checkpoint, name)
     for component, config in checkpoint.configs().items():
         logging.info("reading %s", component)
         params, narrow = checkpoint.params[component], component_dtype(component, dtype)
@@ -103,14 +117,18 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
         raise UserError(f"no checkpoint {name!r:.60}: {error.strerror}") from None
+    if is_file and path.suffix == ".pth":
+        command = f"python -m sana_jax.convert --source={name} --rest=DIR --out=NATIVE_DIR"
+        raise UserError(f"{name} has to be converted before it is used: {command}")
     if is_file:
         raise UserError(f"{name} is a file; name the folder of the checkpoint that it belongs to")
     if is_folder:
         if revision:
             raise UserError(f"{name} is a folder, which has no revision {revision!r}")
-        for marker in ("model.json", "model_index.json", "config.json"):
-            if (path / marker).is_file():
-                return path
+        if any((path / marker).is_file() for marker in MARKERS):
+            return path
+        if name in bundled():  # a folder of that name holds something else, such as the data set
+            return bundled()[name]
         lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"
         if (path / "model" / "model.json").is_file():  # where a training puts it
             lacks += f": give {os.path.join(name, 'model')}"
@@ -121,9 +139,10 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
     if name.count("/") == 1 and not (path.is_absolute() or name.startswith(".") or mistyped):
         return _download(name, revision, variant)
     names = " or ".join(bundled()) or "none yet"
+    no_hub = f"; {path.parent} is a folder here, so that it is no hub id" if mistyped else ""
     raise UserError(
         f"no checkpoint {name!r}: give a native folder, a diffusers folder, "
-        f"a bundled name ({names}) or a hub id (org/name)"
+        f"a bundled name ({names}) or a hub id (org/name){no_hub}"
     )
 
 
@@ -139,11 +158,20 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     plain = dict(allow_patterns=["*.safetensors"], ignore_patterns=["*.*.safetensors"])
     try:
         folder = Path(fetch(allow_patterns=HUB_FILES))
+        if not any((folder / marker).is_file() for marker in MARKERS):
+            raise UserError(
+                f"{name} has no {' or '.join(MARKERS)}; of NVlabs' repositories give the one whose"
+                " name ends in _diffusers, or convert a .pth file of it"
+            )
+        if not (folder / "model.json").is_file():
+            diffusers.component_names(folder)  # raises for other kinds, before gigabytes are here
         # The commit that it is of: a branch may move on before the next call.
         fetch = partial(huggingface_hub.snapshot_download, name, revision=folder.name)
         if variant:
             fetch(allow_patterns=[f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"])
             there = {path.parent.name for path in folder.glob(f"*/*.{variant}*.safetensors")}
+            if not there:
+                raise UserError(f"{name} has no files of variant {variant!r}")
             plain["allow_patterns"] = [
                 f"{part}/*.safetensors" for part, *_ in diffusers.COMPONENTS.values()
             ]

@@ -46,14 +46,14 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
     instruction. Raises UserError.
     """
     folder = Path(folder)
-    names = _components(folder)
+    names = component_names(folder)
     if variant and not any(_find_weights(folder, name, variant)[1] for name in names):
         raise UserError(f"{folder} has no files of variant {variant!r}")
     networks = {name: open_component(folder, name, variant) for name in names}
     checkpoint = Checkpoint(
         **{name: config for name, (config, _) in networks.items()},
         params={name: params for name, (_, params) in networks.items()},
-        provenance={"source": folder.name, "layout": "diffusers"},
+        provenance=_provenance(folder, variant),
     )
     if "text_encoder" not in names:
         return checkpoint
@@ -79,7 +79,7 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 def files(folder: Path, variant: str | None = None) -> list[Path]:
     """All files that `open_folder` reads, sorted by name."""
-    found, names = [], _components(folder)
+    found, names = [], component_names(folder)
     if "text_encoder" in names:
         found = [folder / "scheduler" / "scheduler_config.json"]
         found += [path for path in (folder / "tokenizer").iterdir() if path.is_file()]
@@ -139,7 +139,7 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=2) + "\n")
 
 
-def _components(folder: Path) -> list[str]:
+def component_names(folder: Path) -> list[str]:
     """The networks that are in a folder, as its kind has them. Raises UserError."""
     whole = _is_whole(folder)
     kind = read_json(folder / ("model_index.json" if whole else "config.json")).get("_class_name")
@@ -152,6 +152,14 @@ def _components(folder: Path) -> list[str]:
             " only SanaPipeline, and AutoencoderDC alone, are supported"
         )
     return list(COMPONENTS) if whole else ["vae"]
+
+
+def _provenance(folder: Path, variant: str | None) -> dict[str, str]:
+    made = {"source": folder.name, "layout": "diffusers"}
+    if folder.parent.name == "snapshots":  # the hub's cache: models--ORG--NAME/snapshots/COMMIT
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        made |= {"source": name, "commit": folder.name}
+    return made | ({"variant": variant} if variant else {})
 
 
 def _is_whole(folder: Path) -> bool:
@@ -175,6 +183,7 @@ def _read_config(folder: Path, name: str) -> Config:
 
 # The settings of a scheduler that mean what diffusion/dpm_solver.py computes; those that a file
 # leaves out have diffusers' default, the second value.
+OTHER_GRIDS = {f"use_{kind}_sigmas": (False, False) for kind in ("karras", "exponential", "beta")}
 SCHEDULERS = {
     "DPMSolverMultistepScheduler": {
         "use_flow_sigmas": (True, False),
@@ -187,10 +196,15 @@ SCHEDULERS = {
         "final_sigmas_type": ("zero", "zero"),
         "use_dynamic_shifting": (False, False),
         "thresholding": (False, False),
+        **OTHER_GRIDS,
+        "use_lu_lambdas": (False, False),
     },
     "FlowMatchEulerDiscreteScheduler": {
         "use_dynamic_shifting": (False, False),
         "stochastic_sampling": (False, False),
+        **OTHER_GRIDS,
+        "invert_sigmas": (False, False),
+        "shift_terminal": (None, None),
     },
 }
 
@@ -205,6 +219,10 @@ def _read_flow_shift(folder: Path) -> float:
         if config.get(key, default) != ours:
             found = config.get(key, default)
             raise UserError(f"{path}: {kind} with {key} {found!r} is not supported, only {ours!r}")
+    if kind == "FlowMatchEulerDiscreteScheduler":
+        logging.warning(
+            "%s: diffusers draws with Euler steps here: so does sampler=flow_euler", path
+        )
     key = "flow_shift" if kind == "DPMSolverMultistepScheduler" else "shift"
     shift = config.get(key, 1.0)
     if type(shift) not in (int, float) or not 0 < shift < math.inf:

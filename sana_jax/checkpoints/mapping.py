@@ -53,7 +53,7 @@ class Entry:
         """
         stacked = None
         for i, names in enumerate(self.layer_names()):
-            parts = [_cast(name, theirs[name], dtype) for name in names]
+            parts = [cast(name, theirs[name], dtype) for name in names]
             joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
             layer = rearrange(joined, self.pattern, **dict(self.sizes))
             if self.layers is None:
@@ -171,13 +171,14 @@ def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, LazyAr
             yield name, LazyArray(shape, ours.dtype, lambda _, e=entry, n=name: tensors(e)[n])
 
 
-def _cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
+def cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
+    """`array` in another dtype. Raises UserError where a number is not finite."""
     with np.errstate(over="ignore"):  # named below
-        cast = array.astype(dtype or array.dtype, copy=False)
-    if not _is_finite(cast):
+        made = array.astype(dtype or array.dtype, copy=False)
+    if not _is_finite(made):
         what = f"overflows {dtype}" if _is_finite(array) else "holds NaN or Inf"
         raise UserError(f"{name} {what}")
-    return cast
+    return made
 
 
 def _is_finite(array: np.ndarray) -> bool:

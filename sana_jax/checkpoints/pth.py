@@ -36,8 +36,7 @@ INERT = (
 SETS = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET
 HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
 OTHERS = NO_WEIGHTS | {  # what stands at the head of other files
-    b"\x80": "in PyTorch's format of before 1.6: load and save it once in a newer PyTorch",
-    b"": "not a PyTorch file",
+    b"": "not a PyTorch file, or of before 1.6: load and save that once in a newer PyTorch",
 }
 
 

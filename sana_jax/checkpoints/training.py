@@ -29,7 +29,7 @@ from flax import traverse_util
 
 from sana_jax.checkpoints.integrity import fingerprints
 from sana_jax.errors import DoNotRetry, Retry, UserError
-from sana_jax.files import is_local
+from sana_jax.files import UNREACHABLE, is_local, reason_of
 from sana_jax.hosts import from_first, gathered, jointly
 from sana_jax.lock import locked
 
@@ -107,11 +107,10 @@ class Checkpoints:
     def _enter(self, stack: contextlib.ExitStack) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ImportError) as error:  # the latter: what reads such addresses
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--workdir={self.workdir}: {reason}") from None
-        if not self._remote:
-            stack.enter_context(locked(self.workdir, "--workdir"))
+            if not self._remote:
+                stack.enter_context(locked(self.workdir, "--workdir"))
+        except UNREACHABLE as error:
+            raise UserError(f"--workdir={self.workdir}: {reason_of(error)}") from None
         self._sweep()
 
     def __exit__(self, kind, *error) -> None:

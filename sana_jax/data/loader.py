@@ -11,7 +11,7 @@ read ahead change nothing, counts included.
     transform = ImageTransform(height=128, width=128, crop="random", flip=True)
     batches = iter(TrainingLoader(source, transform, batch_size=64, seed=0))
     images = next(batches)["image"]  # float32 (64, 128, 128, 3) in [-1, 1]
-    state = batches.get_state()  # plain JSON; Orbax takes the iterator as it is
+    state = batches.get_state()  # plain JSON
 
 What becomes of a record is the transform's affair (transforms.py).
 """
@@ -135,8 +135,7 @@ class TrainingLoader:
 class TrainingIterator(grain.DatasetIterator):
     """A position in the batches of a loader, and what became of the records until there.
 
-    Its state is plain JSON; Orbax saves and restores the iterator itself. `next` raises
-    DoNotRetry where the budget of bad records is used up.
+    Its state is plain JSON. `next` raises DoNotRetry where the budget of bad records is used up.
     """
 
     def __init__(self, loader: TrainingLoader):
@@ -162,7 +161,7 @@ class TrainingIterator(grain.DatasetIterator):
     def share(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A state for this host, of those that another number of hosts had: the first counts on."""
         first = self._loader.rows[0] == 0
-        counts = sum(map(Counts.from_state, states), Counts()) if first else Counts()
+        counts = sum(map(Counts.from_state, states), Counts(hosts=0)) if first else Counts()
         return {"step": states[0]["step"], **counts.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -175,7 +174,7 @@ class EvaluationLoader:
 
     Every batch also has "valid", bool (rows,), and "index", int64 (rows,): valid is False, and the
     row zeros, where the data has ended and where a record cannot be used. `counts` are those of the
-    last pass. Every shard gets the same number of batches, which is `len()`.
+    last pass.
     """
 
     def __init__(
@@ -185,22 +184,23 @@ class EvaluationLoader:
         *,
         batch_size: int,
         limit: int | None = None,
-        shard_index: int = 0,
-        shard_count: int = 1,
         threads: int | None = None,
         prefetch: int = 2,
     ):
         self.source, self.transform, self.batch_size = source, transform, batch_size
         self.records = min(len(source), limit or len(source))
-        self.rows = rows_of_shard(batch_size, shard_index, shard_count)
         self.counts = Counts()
         self._prefetch = prefetch
         self._pool = thread_pool(threads)
         tries = (self._example(index) for index in range(min(self.records, MAX_ATTEMPTS)))
-        usable = next((found for found in tries if not isinstance(found, Rejection)), None)
-        if usable is None:
-            raise UserError("none of the first records can be used; check the data")
-        self._zeros = {name: np.zeros_like(value) for name, value in usable.items()}
+        reason = "there is none"
+        for found in tries:
+            if not isinstance(found, Rejection):
+                break
+            reason = f"the last is {found.key}, {found.detail}"
+        else:
+            raise UserError(f"none of the first records can be used; check the data: {reason}")
+        self._zeros = {name: np.zeros_like(value) for name, value in found.items()}
 
     def __len__(self) -> int:
         return -(-self.records // self.batch_size)
@@ -216,7 +216,7 @@ class EvaluationLoader:
 
     def load(self, step: int) -> tuple[Example, list[Rejection]]:
         """Batch `step`, and the records that are masked out in it."""
-        indices = [step * self.batch_size + row for row in self.rows]
+        indices = [step * self.batch_size + row for row in range(self.batch_size)]
         found = list(self._pool.map(self._example, indices))
         good = [isinstance(example, dict) for example in found]
         rows = [example if ok else self._zeros for example, ok in zip(found, good, strict=True)]
@@ -227,30 +227,6 @@ class EvaluationLoader:
         if index >= self.records:
             return None
         return attempt_record(self.source, index, self.transform, np.random.default_rng((0, index)))
-
-
-def check_images(source: Source, transform: Transform, threads: int | None = None) -> Counts:
-    """Reads every record once, as a loader would; `examples` of the result names all bad ones."""
-    counts = Counts()
-
-    def look(index: int) -> Rejection | None:
-        found = attempt_record(source, index, transform, np.random.default_rng((0, index)))
-        return found if isinstance(found, Rejection) else None
-
-    with thread_pool(threads) as pool:
-        for rejection in pool.map(look, range(len(source))):
-            counts.add(*((0, [rejection]) if rejection else (1, [])))
-    return counts
-
-
-def rows_of_shard(batch_size: int, index: int, count: int) -> range:
-    """The rows of a global batch that host `index` of `count` loads: a contiguous part."""
-    if batch_size < 1 or batch_size % count:
-        raise UserError(f"batch_size={batch_size}: give a multiple of {count}, the hosts' shards")
-    if not 0 <= index < count:
-        raise ValueError(f"shard {index} of {count}")
-    size = batch_size // count
-    return range(index * size, (index + 1) * size)
 
 
 def attempt_record(

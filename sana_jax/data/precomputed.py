@@ -12,6 +12,7 @@ already; and perhaps `embeddings`, for each caption the rows that its mask shows
 last: without it a folder is not finished.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from flax import serialization
 
 from sana_jax.data.images import BadImage
 from sana_jax.data.sources import Record
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 from sana_jax.files import check_readable, write_whole
 
 FORMAT = 1
@@ -131,8 +132,14 @@ class ShardWriter:
         self._writer.write(serialization.msgpack_serialize(record))
 
     def finish(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Puts the shard in its place and returns its entry of the index, with `about` in it."""
-        self._writer.close()
+        """Puts the shard in its place and returns its entry of the index, with `about` in it.
+
+        Raises Retry where a record could not be written, OSError where another file cannot.
+        """
+        try:
+            self._writer.close()
+        except RuntimeError as error:  # of any write before, by ArrayRecord's own threads
+            raise Retry(f"{self._partial}: {error}") from error
         entry = {"file": self.path.name, "records": sum(run[2] for run in self._runs)} | about
         entry |= {"runs": self._runs, "bytes": 0, "sha256": None}
         if entry["records"]:  # ArrayRecord does not open a file without
@@ -149,7 +156,8 @@ class ShardWriter:
 
     def __exit__(self, *error) -> None:
         if self._writer.is_open():  # it was not finished
-            self._writer.close()
+            with contextlib.suppress(RuntimeError):  # of a full disk; what ended us says more
+                self._writer.close()
         self._partial.unlink(missing_ok=True)
 
 

@@ -6,12 +6,14 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
 from jaxtyping import Int32
 from tqdm import tqdm
 
+from sana_jax import hosts
 from sana_jax.data.counts import Counts, Rejection
 from sana_jax.data.images import REASONS, BadImage, size_of
 from sana_jax.data.sources import Source, thread_pool
@@ -26,19 +28,25 @@ def image_sizes(
 ) -> tuple[Int32[np.ndarray, "N 2"], Counts]:
     """(height, width) of every image, from its header; (0, 0) where it cannot be used.
 
+    Of several hosts each reads its share, and all must call this.
+
     Args:
       cache: a folder, made if missing, that keeps the result for the next time, in a file named
-        after the source's fingerprint; None: nothing is kept.
+        after the source's fingerprint, the same one for all hosts; None: nothing is kept.
       threads: that read; None: as many as there are cores, up to 16.
 
     The counts say why images cannot be used; pixels are not decoded, so more may turn out bad.
     """
     path = Path(cache) / f"sizes-{source.fingerprint}.npz" if cache is not None else None
-    kept = _load(path, len(source)) if path is not None else None
-    if kept is None:
-        kept = _read(source, threads)
+    kept = hosts.jointly(_load, path, len(source)) if path is not None else None
+    if not all(hosts.gathered(kept is not None)):
+        share = -(-len(source) // jax.process_count())
+        first = share * jax.process_index()
+        mine = hosts.jointly(_read, source, range(first, first + share), threads)
+        # Every share has the same length: the last ones may hold zeros beyond the source.
+        kept = tuple(array[: len(source)] for array in hosts.whole(mine))
         if path is not None:
-            _save(path, *kept)
+            hosts.from_first(_save, path, *kept)
     sizes, codes = kept
     counts = Counts(read=len(sizes), used=int((codes == 0).sum()))
     for code, count in zip(*np.unique(codes[codes > 0], return_counts=True), strict=True):
@@ -48,9 +56,11 @@ def image_sizes(
     return sizes, counts
 
 
-def _read(source: Source, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
-    sizes = np.zeros((len(source), 2), np.int32)
-    codes = np.zeros(len(source), np.uint8)
+def _read(source: Source, share: range, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes and codes of the records of a share, of those that there are."""
+    sizes = np.zeros((len(share), 2), np.int32)
+    codes = np.zeros(len(share), np.uint8)
+    indices = range(share.start, min(share.stop, len(source)))
     seen = Counts()
 
     def look(index: int) -> Rejection | None:
@@ -58,16 +68,16 @@ def _read(source: Source, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
         try:
             record = source[index]
             key = record["key"]
-            sizes[index] = size_of(record["image"])
+            sizes[index - share.start] = size_of(record["image"])
             return None
         except BadImage as error:
-            codes[index] = CODES.index(error.reason)
+            codes[index - share.start] = CODES.index(error.reason)
             return Rejection(key, error.reason, str(error))
 
     with thread_pool(threads) as pool:
         # In parts: a pool would take all of a large source at once.
-        parts = (range(i, min(i + 4096, len(source))) for i in range(0, len(source), 4096))
-        with tqdm(total=len(source), desc="sizes", unit="image", disable=None) as progress:
+        parts = (indices[i : i + 4096] for i in range(0, len(indices), 4096))
+        with tqdm(total=len(indices), desc="sizes", unit="image", disable=None) as progress:
             for part in parts:
                 seen.add(0, filter(None, pool.map(look, part)))
                 progress.update(len(part))

@@ -1,7 +1,8 @@
 """The compiler's account of the memory that drawing needs. Nothing runs, no weight exists.
 
-The compiler is that of the mesh's platform. At its peak the device holds the weights of all
-networks and, of the part that needs most, inputs, outputs and what the compiler calls temporary.
+The compiler is that of the mesh's platform. Of pictures that are decoded in tiles one tile counts,
+without the picture that it is a part of. At its peak the device holds the weights of all networks
+and, of the part that needs most, inputs, outputs and what the compiler calls temporary.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from sana_jax.checkpoints.components import component_dtype, param_shapes
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
+from sana_jax.pipeline import LARGE, LARGE_TILE
 
 
 def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
@@ -82,6 +84,10 @@ def _compile(pipe, part: str, params, settings: Settings):
         pipe.params = {"dit": params}
         pipe.encode_prompt = lambda prompts, instruction="auto": (captions, mask)
         return pipe(["x"] * batch, negative_prompt=[""] * batch, latents=latents, **size)
+
+    if part == "decode" and settings.size**2 > LARGE:
+        side = LARGE_TILE[0] // pipe.factor
+        latents = jax.ShapeDtypeStruct((batch, side, side, pipe.latent_channels), jnp.float32)
 
     def decode(params, latents):
         pipe.params = {"vae": params}

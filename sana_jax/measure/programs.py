@@ -23,7 +23,7 @@ from sana_jax.metrics import lpips
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
-from sana_jax.sharding import batch_sharding, shardings_for
+from sana_jax.sharding import batch_divisor, batch_sharding, shardings_for
 
 DTYPE = "bfloat16"  # of weights and activations where pictures are drawn
 TEXT_ROWS, FLOW_SHIFT = 300, 3.0
@@ -114,7 +114,8 @@ def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program
         calls = len(range(0, whole, stride)) ** 2  # a sliver at the edge counts as a tile
     side = size // vae.factor
     latents = rows((batch, side, side, vae.latent_channels))
-    function = partial(pipeline.decode_latents, module_for(vae, DTYPE))
+    devices = batch_divisor(mesh)
+    function = partial(pipeline.decode_latents, module_for(vae, DTYPE), devices=devices)
     count = batch * flops.decode(vae, size, size)
     return Program(function, (_params(vae, mesh), latents), batch, size, count, calls)
 

@@ -12,6 +12,9 @@ Weights are torchvision's ImageNet classifier and the linear heads of the lpips 
             net.sliceK.N.weight, .bias         a state dict of lpips.LPIPS or of taming's copy
     heads   linK.model.1.weight                lpips' vgg.pth and alex.pth, taming's, torchmetrics'
             lins.K.model.1.weight              a state dict of lpips.LPIPS
+
+A .pth written before PyTorch 1.6, as the oldest of these are, is refused: there it has to be loaded
+and saved once in a newer PyTorch.
 """
 
 from collections.abc import Mapping

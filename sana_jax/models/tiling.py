@@ -1,4 +1,4 @@
-"""Large images through the autoencoder, one tile at a time.
+"""Large images through the autoencoder one tile at a time, and large batches in groups.
 
 Tiles start every `stride` pixels and are up to `tile` pixels large. Where two overlap, the later
 one fades in linearly over `tile - stride` pixels: first from the tile above, then from the tile to
@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -69,6 +70,22 @@ def tiled_decode(
         return decode(latents)
     rows = ((decode(t) for t in row) for row in _cut(latents, small, _divide(stride, factor)))
     return _join(rows, tile, stride)
+
+
+def decode_in_groups(
+    decode: Callable[[Array], Array], latents: Float[Array, "B h w c"], devices: int, most: int
+) -> Float[Array, "B H W 3"]:
+    """`decode(latents)`, of a batch split over `devices`; on each of them `most` rows at a time.
+
+    Under jit. The batch is a multiple of the devices.
+    """
+    each = latents.shape[0] // devices
+    groups = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= most)
+    if groups == 1:
+        return decode(latents)
+    # A group has rows of every device.
+    parts = rearrange(latents, "(d g n) h w c -> g (d n) h w c", d=devices, g=groups)
+    return rearrange(lax.map(decode, parts), "g (d n) H W c -> (d g n) H W c", d=devices)
 
 
 def check(tile: Size, stride: Size, factor: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,5 +1,6 @@
 """What the commands that train share: their flags, and what they do with them."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -59,3 +60,5 @@ def join_hosts() -> None:
         raise UserError(f"--multihost: {reason}; leave it out where there is one host") from error
     except RuntimeError as error:
         raise Retry(f"the other hosts did not come: {str(error).splitlines()[0]}") from error
+    # JAX has put a handler of its own, for a service that nothing here asks, below Python's.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

@@ -31,6 +31,7 @@ from sana_jax.checkpoints import find, native, open_checkpoint
 from sana_jax.checkpoints.components import Checkpoint, place
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.checkpoints.training import Checkpoints
+from sana_jax.data.counts import Budget
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
 from sana_jax.data.memory import InMemory
 from sana_jax.data.sources import Source, open_source
@@ -53,8 +54,11 @@ from sana_jax.training.watchdog import Watchdog
 
 SHOWN = 8  # images in a sheet of reconstructions
 # What may change from one run in a folder to the next. Not the steps: schedules depend on them.
-# Nor what `start` says, but by its fingerprint.
-FREE = ("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir", "start")
+# What `start` and `perceptual.weights` name may move: it is told by its content.
+FREE = (
+    *("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir"),
+    *("start", "perceptual.weights"),
+)
 LEAST = {  # more of what recipes.check_least looks at
     "data.shapes.seed": 0,
     "data.shapes.test": 1,
@@ -82,6 +86,8 @@ class AutoencoderTraining:
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         distance, weights = make_perceptual(**config.perceptual, dtype=dtype)
         self.perceptual_params = jax.tree.map(self._everywhere, weights)
+        files = config.perceptual.weights  # as lpips.load reads them
+        self._loss_sha256 = files and [native.sha256_of(Path(file)) for file in files.split(",")]
         self.model = DCAE(self.network, dtype, jnp.float32, remat=config.remat)
         discriminator = Discriminator(**config.discriminator, dtype=dtype)
         self.tasks = {}
@@ -117,7 +123,8 @@ class AutoencoderTraining:
             folder = self.workdir / name
             about = self._about(number, task.phase, parent)
             if hosts.from_first((folder / "results.json").exists):
-                then = native.read_json(folder / "results.json").get("about", {})
+                # What is free now may not have been then.
+                then = _fixed(native.read_json(folder / "results.json").get("about", {}))
                 now = _fixed(about)
                 if changed := [key for key in now | then if then.get(key) != now.get(key)]:
                     raise UserError(
@@ -142,6 +149,8 @@ class AutoencoderTraining:
         """The config with one phase, and the model that it starts from, as JSON gives it back."""
         about = {key: value for key, value in self.config.to_dict().items() if key != "phases"}
         about |= {"run": self.config.run[: number + 1], "from": parent}
+        if self._loss_sha256:
+            about["perceptual_weights"] = self._loss_sha256
         return json.loads(json.dumps(about | {"phase": dataclasses.asdict(phase)}))
 
     def _open(self, folder: Path) -> tuple[Checkpoint, str]:
@@ -195,7 +204,9 @@ class AutoencoderTraining:
                 state = fit(
                     *(step, state, batches, self.mesh, loop, checkpoints, writer), on_images=draw
                 )
-                draw(state, phase.steps)
+                if not loop.images_every or phase.steps % loop.images_every:  # else `fit` drew it
+                    with storage(folder):
+                        draw(state, phase.steps)
             _say(f"{name}: measuring the latents and the held-out images")
             factor = before.vae.scaling_factor if before else self.network.scaling_factor
             if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
@@ -212,7 +223,8 @@ class AutoencoderTraining:
                 "before": native.read_json(folder / "before.json"),
                 "after": self._figures(state.ema, held_out),
             }
-            self._export(folder, state.ema, results, before)
+            with Watchdog(loop.watchdog_seconds):
+                self._export(folder, state.ema, results, before)
             _write(folder / "results.json", results)
             if _is_first():
                 for size, row in results["after"].items():
@@ -236,6 +248,7 @@ class AutoencoderTraining:
             batch_size=phase.batch_size,
             seed=self.config.seed + number,
             rows=sharding.batch_rows(self.mesh, phase.batch_size),
+            budget=Budget(options.pop("bad_fraction")),
             **options,
         )
 
@@ -309,20 +322,29 @@ class AutoencoderTraining:
         """Held-out figures by image size."""
         reconstruct = partial(self._reconstruct, params)
         values = self.network.latent_channels / self.network.factor**2
-        return {str(s): figures(reconstruct, loader, values) for s, loader in held_out.items()}
+
+        def row(loader: EvaluationLoader) -> dict[str, Any]:
+            # One for each size: what compiles is before the first beat.
+            with Watchdog(self.config.loop.watchdog_seconds) as dog:
+                return figures(reconstruct, loader, values, on_batch=lambda count: dog.beat())
+
+        return {str(size): row(loader) for size, loader in held_out.items()}
 
     def _scaling_factor(self, params: Any, loader: TrainingLoader) -> float:
         """1 / root mean square of the latents of training images, as the phase sees them."""
         squares = []
-        for step in range(max(1, self.config.scale_images // loader.batch_size)):
-            rows = sharding.put_batch(loader.batch(step)["image"], self.mesh)
-            squares.append(float(jnp.mean(jnp.square(self._encode(params, rows)))))
+        with Watchdog(self.config.loop.watchdog_seconds) as dog:
+            for step in range(max(1, self.config.scale_images // loader.batch_size)):
+                rows = sharding.put_batch(loader.batch(step)["image"], self.mesh)
+                squares.append(float(jnp.mean(jnp.square(self._encode(params, rows)))))
+                dog.beat()
         return float(1 / np.sqrt(np.mean(squares)))
 
     def _export(self, folder: Path, params: Any, results: dict, before: Checkpoint | None) -> None:
         """The parameters as a native folder; one that a killed run left half is replaced."""
         network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
-        history = before.provenance.get("phases", []) if before else []
+        made = before.provenance if before else {}
+        history = made.get("autoencoder", made).get("phases", [])  # of a whole model, or of this
         provenance = {"trained": True, "phases": [*history, results]}
         model = Checkpoint(network, params={"vae": hosts.whole(params)}, provenance=provenance)
 
@@ -353,6 +375,8 @@ def check_phase(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding
     for field in ("steps", "image_size", "microbatches"):
         if (value := getattr(phase, field)) < 1:
             raise UserError(f"{key}.{field}={value}: it is at least 1")
+    if not 0 <= phase.ema_decay <= 1:
+        raise UserError(f"{key}.ema_decay={phase.ema_decay}: give 0 to 1")
     if phase.image_size % network.factor:
         raise UserError(
             f"{key}.image_size={phase.image_size}: it is a multiple of {network.factor}"

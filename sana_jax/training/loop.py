@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints.training import Checkpoints
@@ -202,7 +203,7 @@ class _Profile:
 
     def __exit__(self, *error) -> None:
         if self._on:
-            jax.profiler.stop_trace()
+            self._stop()
 
     def at(self, step: int, pending: Any) -> None:
         """Before step `step` is dispatched; `pending` is what the one before returns."""
@@ -212,8 +213,15 @@ class _Profile:
             self._on = True
         elif self._on and step == self._last:
             jax.block_until_ready(pending)
+            self._stop()
+
+    def _stop(self) -> None:
+        """A trace that cannot be written ends no training, nor hides why one ends."""
+        self._on = False
+        try:
             jax.profiler.stop_trace()
-            self._on = False
+        except (OSError, RuntimeError) as error:  # XLA writes it, and raises the latter
+            logging.error("there is no profile in %s: %s", self._folder, error)
 
 
 def _last_good(checkpoints: Checkpoints | None, wait: bool = True) -> str:

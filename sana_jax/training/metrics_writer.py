@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -29,7 +30,9 @@ finally:
     if _torch is not None:
         sys.modules["torch"] = _torch
 
-UPLOAD_SECONDS = 60  # between two copies to a remote folder, where files cannot be appended to
+# Between two copies to a remote folder, where files cannot be appended to; and between two syncs of
+# the rows, which a mounted object store does not have before.
+UPLOAD_SECONDS = 60
 
 
 class MetricsWriter:
@@ -51,6 +54,7 @@ class MetricsWriter:
         """
         self._remote, self._folder = None, Path("/nonexistent")
         self._step, self._steps, self._uploaded = step, steps, time.monotonic()
+        self._copied: dict[Path, tuple[int, int]] = {}  # file -> its time and size then
         self.workdir, self._stack = epath.Path(workdir), contextlib.ExitStack()
         self._on = jax.process_index() == 0
 
@@ -84,8 +88,10 @@ class MetricsWriter:
             )
             self._stack = stack.pop_all()
 
-    def __exit__(self, *error) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type | None = None, *error) -> None:
+        # What ends the run goes before what a full disk says of closing its files.
+        with storage(self.workdir) if kind is None else contextlib.suppress(Exception):
+            self._stack.close()
 
     def tick(self) -> None:
         """One step is done."""
@@ -119,16 +125,22 @@ class MetricsWriter:
 
     def _upload_if_due(self) -> None:
         self._board.flush()
-        if self._remote is not None and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            self._upload()
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            os.fsync(self._rows.fileno())
+            if self._remote is not None:
+                self._upload()
+            self._uploaded = time.monotonic()
 
     def _upload(self) -> None:
-        for path in self._folder.rglob("*"):
-            if path.is_file():
+        """Copies the files that are not as they were when they were copied last."""
+        for path in filter(Path.is_file, self._folder.rglob("*")):
+            status = path.stat()  # before it is read: what is appended later is for the next time
+            now = status.st_mtime_ns, status.st_size
+            if self._copied.get(path) != now:
                 target = self._remote / path.relative_to(self._folder).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
-        self._uploaded = time.monotonic()
+                self._copied[path] = now
 
 
 def make_grid(

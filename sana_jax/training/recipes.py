@@ -34,6 +34,7 @@ LEAST = {
     "keep": 1,  # or the step that was just saved would go too
     "loader.threads": 0,
     "loader.prefetch": 0,
+    "loader.bad_fraction": 0,
     "loop.log_every": 0,
     "loop.checkpoint_every": 0,
     "loop.images_every": 0,
@@ -115,8 +116,9 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
                 # Of the built-in data set: (pixels, training records) for each size in use.
                 "shapes": {"train": ((128, 20_000), (256, 4_000)), "test": 1000, "seed": 0},
             },
-            # Decoded images are kept in memory, up to so many GiB of each host's.
-            "loader": {"threads": 8, "prefetch": 4, "cache_gib": 4.0},
+            # Decoded images are kept in memory, up to so many GiB of each host's. A run stands so
+            # many bad records of those that it reads, or ten an epoch and host.
+            "loader": {"threads": 8, "prefetch": 4, "cache_gib": 4.0, "bad_fraction": 0.001},
             # Those to run, in order; each starts from the last one's moving average.
             "run": tuple(phases),
             "phases": {name: dataclasses.asdict(phase) for name, phase in phases.items()},
@@ -184,12 +186,15 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "captions": dataclasses.asdict(CaptionChoice()),
                 "shapes": {"train": 20_000, "test": 1000, "seed": 0},  # records
             },
-            "loader": {"threads": 8, "prefetch": 4},
+            # A run stands so many bad records of those that it reads, or ten an epoch and host.
+            "loader": {"threads": 8, "prefetch": 4, "bad_fraction": 0.001},
             "evaluation": {
                 "batches": 4,  # of held-out data
-                # Fixed, like the seed of its noise and order: runs are compared by it.
+                # Fixed, like the seed of its noise and order, and its captions: runs are compared
+                # by it.
                 "batch_size": min(batch_size, 512),
                 "seed": 0,
+                "captions": dataclasses.asdict(CaptionChoice()),
                 "sigmas": (0.1, 0.3, 0.5, 0.7, 0.9),
             },
             "images": {"prompts": (), "num_steps": 20, "guidance_scale": 4.5, "seed": 0},

@@ -1,8 +1,8 @@
 """The batches of a text-to-image training, as config.data asks for them."""
 
 import json
+import operator
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from sana_jax import hosts, sharding
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.data import buckets
 from sana_jax.data.captions import CaptionChoice
+from sana_jax.data.counts import Budget
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
@@ -32,6 +33,7 @@ class Split(NamedTuple):
     crop: str
     flip: bool
     seed: int
+    captions: CaptionChoice
 
 
 def make_loaders(
@@ -49,20 +51,19 @@ def make_loaders(
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
     batch_size = config.recipe.batch_size
-    wanted = [Split(data.train_split, batch_size, data.crop, data.flip, config.seed)]
+    choice = _caption_choice(config, "data.captions")
+    wanted = [Split(data.train_split, batch_size, data.crop, data.flip, config.seed, choice)]
     if config.loop.evaluate_every:
-        held_out = config.evaluation
-        wanted.append(Split(data.test_split, held_out.batch_size, "centre", False, held_out.seed))
-    try:
-        choice = CaptionChoice(**data.captions.to_dict())
-    except TypeError as error:
-        raise UserError(f"config.data.captions: {error}") from None
+        name, rows, seed = data.test_split, config.evaluation.batch_size, config.evaluation.seed
+        choice = _caption_choice(config, "evaluation.captions")
+        wanted.append(Split(name, rows, "centre", False, seed, choice))
 
     stored, table = data.source.startswith("precomputed:"), ()
     if stored:
-        if data.flip or data.crop != "centre":
+        if data.flip or data.upscale or data.crop != "centre":
             raise UserError(
-                "config.data.crop and .flip: stored latents stay as they are; give centre and False"
+                "config.data.crop, .flip and .upscale: stored latents stay as they are; give"
+                " centre, False and False"
             )
         images = [StoredLatents() for _ in wanted]
     else:
@@ -82,28 +83,35 @@ def make_loaders(
 
     # On an object store there is nowhere to keep the sizes.
     cache = workdir / "data" / "sizes" if is_local(workdir) else None
-    loaders = []
+    options = config.loader.to_dict()
+    budget, loaders = Budget(options.pop("bad_fraction")), []
     for source, image, split in zip(sources, images, wanted, strict=True):
         order, text = None, captions
         if data.buckets or stored:
             how = dict(upscale=data.upscale, cache=cache)
-            make = partial(bucket_order, source, table, split.batch_size, split.seed, **how)
-            # Sizes that the first host keeps are not for the others to read again.
-            order = hosts.first_then_others(make) if cache else make()
+            order = bucket_order(source, table, split.batch_size, split.seed, **how)
         if stored and source.rows:
             text = CaptionEmbeddings(source.rows)
         loaders.append(
             TrainingLoader(
                 source,
-                TextImageTransform(image, text, choice),
+                TextImageTransform(image, text, split.captions),
                 batch_size=split.batch_size,
                 seed=split.seed,
                 order=order,
                 rows=sharding.batch_rows(mesh, split.batch_size),
-                **config.loader,
+                budget=budget,
+                **options,
             )
         )
     return loaders
+
+
+def _caption_choice(config: ConfigDict, key: str) -> CaptionChoice:
+    try:
+        return CaptionChoice(**operator.attrgetter(key)(config).to_dict())
+    except TypeError as error:
+        raise UserError(f"config.{key}: {error}") from None
 
 
 def _draw_shapes(
@@ -156,6 +164,13 @@ def _check_stored(
             )
         if (shapes % patch).any():
             raise UserError(f"{folder} has latents that patches of {patch} do not divide")
+        areas = (shapes * factor / size).prod(1)
+        if ((areas < 0.5) | (areas > 2)).any():  # buckets are within a tenth
+            height, width = factor * shapes[np.abs(np.log(areas)).argmax()]
+            raise UserError(
+                f"{folder} has latents of {height} x {width} pixels, which is no bucket of"
+                f" config.data.size={size}: give the size that they were made for"
+            )
         _check_sequence(mesh, base, set((factor * shapes[:, 0]).tolist()))
         if not source.rows:
             continue

@@ -5,6 +5,7 @@ training's checkpoints know these by fingerprint.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
@@ -29,6 +31,7 @@ from sana_jax.checkpoints.components import (
     module_for,
 )
 from sana_jax.checkpoints.fingerprint import fingerprint
+from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.tensors import LazyArray
 from sana_jax.checkpoints.training import read_newest
 from sana_jax.diffusion.flow_matching import NoiseConfig
@@ -123,6 +126,10 @@ def open_start(config: ConfigDict) -> Any:
     theirs, ours = (nn.unbox(abstract_params(c)) for c in (found.dit, network))
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
+    for key in ("head_dim", "cross_heads", "timestep_scale", "clip_attention"):  # of no shape
+        then, now = getattr(found.dit, key), getattr(network, key)
+        if then != now:
+            logging.warning("config.network.%s=%s, but %s of %s", key, now, then, config.start)
     return found.params["dit"]
 
 
@@ -271,7 +278,7 @@ def open_workdir(workdir: str | epath.Path, ema: bool = True) -> Checkpoint:
     for name in prints:
         if now.get(name) != prints[name]:
             raise UserError(f"config.{name} of {workdir} is not what it was in the training")
-    return complete(base, jax.tree.map(_lazy, trained), document["step"], ema)
+    return complete(base, jax.tree_util.tree_map_with_path(_lazy, trained), document["step"], ema)
 
 
 def complete(base: Checkpoint, trained: Any, step: int, ema: bool) -> Checkpoint:
@@ -300,5 +307,6 @@ def _abstract_frozen(name: str, config: Config, settings: ConfigDict, mesh: Mesh
     )
 
 
-def _lazy(array: np.ndarray) -> LazyArray:
-    return LazyArray(array.shape, array.dtype, lambda dtype: array.astype(dtype, copy=False))
+def _lazy(path: tuple, array: np.ndarray) -> LazyArray:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return LazyArray(array.shape, array.dtype, partial(cast, name, array))

@@ -14,7 +14,7 @@ from sana_jax.batch import outputs
 from sana_jax.batch.draw import draw
 from sana_jax.batch.settings import Options
 from sana_jax.batch.tasks import make_tasks
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 from tests import mini
 
 COMMON = {"negative_prompt": "", "num_steps": 2, "guidance_scale": 4.5, "height": 32, "width": 32}
@@ -201,6 +201,15 @@ def test_the_largest_pictures_come_first(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         draw(tasks(rows), options(checkpoint, tmp_path / "out"))
     assert drawn == [96, 64, 32]
+    # In tiles 96 needs less than 64 at once: of the former the loop takes most.
+    monkeypatch.setattr(batch, "LARGE", 64 * 64)
+    monkeypatch.setattr(
+        SanaPipeline, "_tile", lambda self, tile, large: (32, 32) if large else None
+    )
+    drawn.clear()
+    with pytest.raises(KeyboardInterrupt):
+        draw(tasks(rows), options(checkpoint, tmp_path / "out"))
+    assert drawn == [64, 96, 32]
 
 
 def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
@@ -245,6 +254,21 @@ def test_images_that_are_not_finite_are_not_saved(
         assert len([*(tmp_path / "out").glob("*.png")]) == 9
 
 
+def test_a_size_that_is_hopeless_is_not_in_the_way_of_others(checkpoint, tmp_path, monkeypatch):
+    call = SanaPipeline.__call__
+    rows = [("", {"prompt": "a", "height": s, "width": s, "seed": s}) for s in (64,) * 3 + (32, 32)]
+
+    def spoil(self, prompts, *, height, **options):
+        images, finite = call(self, prompts, height=height, **options)
+        return images, finite & (height == 32)
+
+    monkeypatch.setattr(batch, "HOPELESS", 2)
+    monkeypatch.setattr(SanaPipeline, "__call__", spoil)
+    with pytest.raises(UserError, match="^3 images, such as .* of 64 x 64 pixels"):
+        draw(tasks(rows), options(checkpoint, tmp_path / "out"))
+    assert len([*(tmp_path / "out").glob("*.png")]) == 2
+
+
 def test_other_errors_of_jax_are_bugs(checkpoint, unbroken, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("INTERNAL: something")
@@ -263,7 +287,7 @@ def test_disk_that_fills_up(checkpoint, unbroken, tmp_path, monkeypatch):
 
     write_whole = outputs.write_whole
     monkeypatch.setattr(outputs, "write_whole", write)
-    with pytest.raises(UserError, match=r"No space left on device; \d+ of 20 images are done"):
+    with pytest.raises(Retry, match=r"No space left on device; \d+ of 20 images are done"):
         draw(tasks(), options(checkpoint, tmp_path))
     monkeypatch.undo()
     assert not any(p.name.endswith(".part") for p in tmp_path.iterdir())

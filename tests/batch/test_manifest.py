@@ -126,3 +126,6 @@ def test_remote_manifest_is_uploaded_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "UPLOAD_SECONDS", -1)
     found.append(line(2))
     assert lines_of(path) == [line(0), line(1), line(2)]
+    found._took = 60.0
+    found.append(line(3))
+    assert len(lines_of(path)) == 3

@@ -12,7 +12,7 @@ from sana_jax import files as whole_files
 from sana_jax.batch import manifest, outputs
 from sana_jax.batch.manifest import key_of
 from sana_jax.batch.outputs import OutputFolder
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 
 NOTES = {"checkpoint": "a name"}
 STRANGE = "../../etc/x\0\n🎨 שלום \ud83c end"
@@ -229,7 +229,7 @@ def test_full_disk_later(tmp_path):
     run(tmp_path, count=1)
     before = contents(tmp_path)
     message = "File too large; 1 of 3 images are done, and the same"
-    with pytest.raises(UserError, match=message), small_disk(1000):
+    with pytest.raises(Retry, match=message), small_disk(1000):
         run(tmp_path)
     assert contents(tmp_path) == before
 
@@ -257,6 +257,34 @@ def test_grid(tmp_path, count, side):
     shown = values.ravel()[: min(count, 64)]
     np.testing.assert_array_equal(shown, np.arange(len(shown)))
     assert "grid.png" not in {line["file"] for line in lines(tmp_path)}
+
+
+def test_remote_storage_has_errors_of_its_own(tmp_path, monkeypatch):
+    class HttpError(Exception):
+        """As gcsfs raises them."""
+
+    def away(path, content):
+        raise HttpError("503")
+
+    monkeypatch.setattr(outputs, "write_whole", away)
+    with pytest.raises(HttpError):
+        run(tmp_path)
+    for module in manifest, outputs:
+        monkeypatch.setattr(module, "is_local", lambda path: False)
+    with pytest.raises(Retry, match="--out=.*: 503"):
+        run(tmp_path)
+
+
+def test_what_ends_a_run_goes_before_an_error_of_closing(tmp_path, monkeypatch):
+    def away(self):
+        raise OSError(107, "Transport endpoint is not connected")
+
+    for module in manifest, outputs:
+        monkeypatch.setattr(module, "is_local", lambda path: False)
+    with pytest.raises(KeyboardInterrupt):
+        with OutputFolder(str(tmp_path), wanted(), NOTES):
+            monkeypatch.setattr(manifest.Manifest, "tidy", away)
+            raise KeyboardInterrupt
 
 
 def test_remote_folder(tmp_path, monkeypatch):

@@ -144,9 +144,10 @@ def test_older_transformer_config(written, folder):
         (dict(flow_shift=4.0, lambda_min_clipped=float("-inf")), 4.0),
     ],
 )
-def test_schedulers(folder, scheduler, shift):
+def test_schedulers(folder, caplog, scheduler, shift):
     edit_json(folder / "scheduler" / "scheduler_config.json", **scheduler)
     assert load(folder).flow_shift == shift
+    assert ("sampler=flow_euler" in caplog.text) == ("_class_name" in scheduler)
 
 
 def test_batch_norm_counters_are_not_read(theirs, folder):
@@ -277,6 +278,8 @@ def test_damaged_indices_are_named(theirs, folder, change, words):
         ("scheduler/scheduler_config.json", dict(solver_order=3), "solver_order 3"),
         ("scheduler/scheduler_config.json", dict(use_dynamic_shifting=True), "dynamic_shifting"),
         ("scheduler/scheduler_config.json", dict(use_flow_sigmas=...), "use_flow_sigmas False"),
+        ("scheduler/scheduler_config.json", dict(use_karras_sigmas=True), "use_karras_sigmas True"),
+        ("scheduler/scheduler_config.json", dict(use_lu_lambdas=True), "use_lu_lambdas True"),
         ("scheduler/scheduler_config.json", dict(flow_shift=None), "flow_shift None"),
         ("scheduler/scheduler_config.json", dict(flow_shift="3"), "flow_shift '3'"),
         ("scheduler/scheduler_config.json", dict(flow_shift=-1), "flow_shift -1"),
@@ -423,13 +426,33 @@ def test_instruction_of_a_diffusers_folder(written, tmp_path, monkeypatch, caplo
     "name, options, told",
     [
         ("Sana_600M_1024px_diffusers", {}, True),
-        ("models--Efficient-Large-Model--Sana_1600M_512px_MultiLing_diffusers", {}, True),
+        ("Sana_600M_1024px_diffusers", {"dtype": "float16"}, False),
+        ("models--org--Sana_1600M_512px_MultiLing_diffusers/snapshots/0123abc", {}, True),
         ("Sana_600M_1024px_diffusers", {"clip_attention": True}, False),
         ("Sana_1600M_1024px_BF16_diffusers", {}, False),
         ("SANA1.5_1.6B_1024px_diffusers", {}, False),
     ],
 )
 def test_weights_trained_in_float16_are_told_of(written, tmp_path, caplog, name, options, told):
+    """Of a folder that was converted too, which has another name."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).symlink_to(written)
-    load(tmp_path / name, **options)
+    found = load(tmp_path / name, **options)
     assert ("was trained in float16" in caplog.text) == told
+    caplog.clear()
+    native.save(found, tmp_path / "native")
+    load(tmp_path / "native", options.get("dtype", "float32"))
+    assert ("was trained in float16" in caplog.text) == told
+
+
+def test_where_a_checkpoint_is_from(written, tmp_path):
+    folder = tmp_path / "models--org--name-diffusers" / "snapshots" / "0123abc"
+    shutil.copytree(written, folder)
+    for weights in folder.glob("transformer/*.safetensors"):
+        weights.rename(weights.with_suffix(".bf16.safetensors"))
+    assert checkpoints.open_checkpoint(str(folder), "bf16").provenance == {
+        "source": "org/name-diffusers",
+        "commit": "0123abc",
+        "layout": "diffusers",
+        "variant": "bf16",
+    }

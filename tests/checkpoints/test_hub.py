@@ -175,7 +175,32 @@ def test_only_the_asked_variant_is_fetched(hub, tmp_path, variant):
     ],
 )
 def test_what_is_not_there(hub, tmp_path, changes, word, status):
-    result = load(tmp_path, **{"HF_ENDPOINT": hub[0], **changes})
+    address, asked, _ = hub
+    asked.clear()
+    result = load(tmp_path, **{"HF_ENDPOINT": address, **changes})
     lines = result.stderr.splitlines()
     assert result.returncode == status and len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ") and word in lines[0]
+    assert not any(path.endswith(".safetensors") for path in asked)
+
+
+@pytest.mark.parametrize(
+    "files, word",
+    [
+        ({"model_index.json": '{"_class_name": "SanaSprintPipeline"}'}, "Sana Sprint"),
+        ({"README.md": "checkpoints/Sana.pth"}, "_diffusers"),  # as NVlabs' are
+    ],
+)
+def test_other_kinds_are_refused_before_their_weights_are_fetched(tmp_path, files, word):
+    root, asked = tmp_path / "root", []
+    root.mkdir()
+    for name, text in (files | {"a.safetensors": "large"}).items():
+        (root / name).write_text(text)
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Hub, root=root, asked=asked)
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    result = load(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}")
+    server.shutdown()
+    assert result.returncode == 2 and word in result.stderr, result.stderr
+    assert not any(path.endswith(".safetensors") for path in asked)

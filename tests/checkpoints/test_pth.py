@@ -433,6 +433,7 @@ def test_directory_that_leads_astray(saved):
         (b"\n  <html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS pointer"),
         (pickle.dumps({"a": 1}), "before 1.6"),
+        (b"././@PaxHeader", "before 1.6"),  # the oldest, a tar
     ],
 )
 def test_other_files_are_named(tmp_path, contents, words):

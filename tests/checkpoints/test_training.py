@@ -212,6 +212,16 @@ def test_hosts_that_differ_do_not_start(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("sana_jax.lock._open", fail)
+    with pytest.raises(UserError, match="--workdir=.*: Read-only file system"):
+        with Checkpoints(tmp_path, CONFIG, DATA):
+            pass
+
+
 def test_other_config_is_refused_with_the_difference(folder):
     config = CONFIG | {"model": {"width": 65}, "rate": 0.25, "new": [1], "steps": 20}
     message = "config.model.width: 64 -> 65, config.rate: 0.5 -> 0.25, config.new: absent -> "

@@ -7,6 +7,9 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from sana_jax.data.counts import Counts, Rejection
+from sana_jax.data.loader import attempt_record
+
 WIDTH, HEIGHT = 48, 40
 TURNED_RIGHT = 6  # EXIF: to be turned by 90 degrees clockwise
 
@@ -117,3 +120,12 @@ def unusable() -> dict[str, tuple[bytes, str]]:
         "ints.tiff": (encode(Image.new("I", (64, 64)), "TIFF"), "unsupported_mode"),
         "lab.tiff": (encode(Image.new("LAB", (64, 64)), "TIFF"), "unsupported_mode"),
     }
+
+
+def counts_of(source, transform) -> Counts:
+    """What becomes of every record, read once."""
+    counts = Counts()
+    for index in range(len(source)):
+        found = attempt_record(source, index, transform, np.random.default_rng((0, index)))
+        counts.add(*((0, [found]) if isinstance(found, Rejection) else (1, [])))
+    return counts

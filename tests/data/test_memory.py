@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sana_jax.data.counts import Budget
-from sana_jax.data.loader import TrainingLoader, check_images
+from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.memory import InMemory
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import ImageTransform
@@ -52,7 +52,7 @@ def test_what_is_kept_is_read_once_and_no_more_is_kept(source):
     usable, unusable = len(bad_files.usable()), len(bad_files.unusable())
     for kept in (0, 5, usable):
         memory = InMemory(source, kept * size)
-        counts = [check_images(memory, ImageTransform(16, 16)) for _ in range(2)]
+        counts = [bad_files.counts_of(memory, ImageTransform(16, 16)) for _ in range(2)]
         assert counts[0] == counts[1] and counts[0].used == usable
         assert source.reads == usable + unusable + (usable - kept)
         source.reads = 0

@@ -1,6 +1,7 @@
 """The format of stored latents: what is written is read, and what is damaged is told."""
 
 import json
+import resource
 import shutil
 
 import ml_dtypes
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from sana_jax.data.images import BadImage
-from sana_jax.data.loader import TrainingLoader, check_images
+from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import INDEX, Precomputed, ShardWriter, finished_shard, write_json
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import StoredLatents
 from sana_jax.errors import Retry, UserError
+from tests.data import bad_files
 
 SHAPES = [(4, 4, 3)] * 5 + [(2, 8, 3)] * 4 + [(4, 4, 3)] * 3
 FACTOR = 0.5
@@ -80,7 +82,7 @@ def test_item_28_bad_latents_have_a_reason(tmp_path):
     for i in (0, 3):
         with pytest.raises(BadImage, match="bad_latents"):
             source[i]
-    counts = check_images(source, StoredLatents())
+    counts = bad_files.counts_of(source, StoredLatents())
     assert (counts.read, counts.used, counts.rejected["bad_latents"]) == (4, 2, 2)
     assert set(counts.examples) == {"r0", "r3"}
 
@@ -90,7 +92,7 @@ def test_a_flipped_bit_is_one_bad_record(folder):
     data = bytearray(path.read_bytes())
     data[data.index(latents(2).tobytes()[:16]) + 4] ^= 1
     path.write_bytes(data)
-    counts = check_images(Precomputed(folder), StoredLatents())
+    counts = bad_files.counts_of(Precomputed(folder), StoredLatents())
     assert (counts.used, counts.rejected["unreadable"]) == (11, 1)
     assert finished_shard(folder, 0) is None and finished_shard(folder, 2)["records"] == 5
 
@@ -147,3 +149,20 @@ def test_a_shard_that_is_not_finished_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == [] and finished_shard(tmp_path, 0) is None
     (tmp_path / "shard-00000.json").write_text(json.dumps({"records": 1, "sha256": "0"}))
     assert finished_shard(tmp_path, 0) is None
+
+
+def test_a_full_disk_is_worth_a_retry(tmp_path):
+    """ArrayRecord tells of it when the file is closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for error, words in (None, "shard-00000.tmp: .*File too large"), (KeyboardInterrupt, None):
+        with pytest.raises(error or Retry, match=words), ShardWriter(tmp_path, 0) as writer:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            try:
+                for i in range(12):
+                    writer.add({"latents": latents(i), "scaled": True})
+                if error:
+                    raise error
+                writer.finish({})
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == []

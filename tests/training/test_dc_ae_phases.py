@@ -23,7 +23,12 @@ from sana_jax.checkpoints import native
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.errors import Retry, UserError
 from sana_jax.training import dc_ae_phases
-from sana_jax.training.dc_ae_phases import AutoencoderTraining, _copy_model, _training_seconds
+from sana_jax.training.dc_ae_phases import (
+    AutoencoderTraining,
+    _copy_model,
+    _fixed,
+    _training_seconds,
+)
 from tests import xla
 
 ROOT = Path(__file__).parents[2]
@@ -273,6 +278,15 @@ def test_a_training_starts_from_a_checkpoint(unbroken, config, tmp_path):
     assert other.returncode == 2 and "from another model" in other.stderr
 
 
+def test_the_history_of_a_whole_model_goes_on(unbroken, config, tmp_path):
+    training = AutoencoderTraining(load(config), str(tmp_path))
+    params = native.open_folder(unbroken / "model").params["vae"]
+    whole = SimpleNamespace(provenance={"autoencoder": {"phases": [{"phase": "earlier"}]}})
+    training._export(tmp_path, params, {"phase": "now", "scaling_factor": 1.0}, whole)
+    lineage = native.open_folder(tmp_path / "model").provenance["phases"]
+    assert [phase["phase"] for phase in lineage] == ["earlier", "now"]
+
+
 def test_progress_is_told_before_each_silence(unbroken, config, tmp_path):
     result = run(config, tmp_path / "run", *STARTED)
     said = [line for line in result.stderr.splitlines() if line.startswith(PHASES[0])]
@@ -378,6 +392,7 @@ SHAPES = {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 20))}
         ({"phases.low_resolution.steps": 0}, "steps=0"),
         ({"phases.low_resolution.image_size": 0}, "image_size=0: it is at least 1"),
         ({"phases.low_resolution.microbatches": 0}, "microbatches=0: it is at least 1"),
+        ({"phases.low_resolution.ema_decay": 1.5}, "low_resolution.ema_decay=1.5: give 0 to 1"),
         (
             {"phases.local_refinement.crop": "middle", **SHAPES},
             "config.phases.local_refinement.crop='middle'",
@@ -449,6 +464,66 @@ def test_a_full_disk_is_worth_a_retry(config, tmp_path, monkeypatch):
     monkeypatch.setattr(dc_ae_phases, "write_whole", full)
     with pytest.raises(Retry, match="results.json: No space left"):
         dc_ae_phases._write(tmp_path / "results.json", {})
+
+
+def test_weights_of_the_loss_are_told_by_their_content(config, tmp_path, monkeypatch):
+    """The file may move; where there is none, nothing is told of it."""
+    make = dc_ae_phases.make_perceptual
+    monkeypatch.setattr(
+        dc_ae_phases, "make_perceptual", lambda name, weights, dtype: make(name, None, dtype)
+    )
+    monkeypatch.setattr(
+        dc_ae_phases, "AutoencoderTask", lambda *args: SimpleNamespace(phase=args[2])
+    )
+
+    def about(name, content=None):
+        changed = load(config)
+        if name:
+            (tmp_path / name).write_bytes(content)
+            changed.perceptual.weights = str(tmp_path / name)
+        training = AutoencoderTraining(changed, str(tmp_path / "run"))
+        return training, training._about(0, training.tasks[PHASES[0]].phase, None)
+
+    (_, first), (_, moved), (_, other) = about("a", b"1"), about("b", b"1"), about("a", b"2")
+    assert first != moved and _fixed(first) == _fixed(moved) != _fixed(other)
+    training, without = about(None)
+    assert "perceptual_weights" not in without
+    # Of a phase that was over when the name of the file was not free yet.
+    (tmp_path / "run" / PHASES[0]).mkdir(parents=True)
+    (tmp_path / "run" / PHASES[0] / "results.json").write_text(json.dumps({"about": without}))
+    with pytest.raises(UserError, match=f"{PHASES[0]}/model"):  # it is taken to be over
+        training.run()
+
+
+def test_each_batch_that_is_measured_is_a_beat(monkeypatch):
+    marks = []
+
+    class Dog:
+        def __init__(self, seconds):
+            marks.append(seconds)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            marks.append("end")
+
+        def beat(self):
+            marks.append("beat")
+
+    def figures(reconstruct, loader, values, on_batch):
+        for count in loader:
+            on_batch(count)
+
+    monkeypatch.setattr(dc_ae_phases, "Watchdog", Dog)
+    monkeypatch.setattr(dc_ae_phases, "figures", figures)
+    training = SimpleNamespace(
+        network=SimpleNamespace(latent_channels=4, factor=4),
+        config=SimpleNamespace(loop=SimpleNamespace(watchdog_seconds=7)),
+        _reconstruct=lambda params, images: images,
+    )
+    AutoencoderTraining._figures(training, {}, {32: [4, 2], 48: [4]})
+    assert marks == [7, "beat", "beat", "end", 7, "beat", "end"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The loop in this process: skipped updates, hooks, rows, signals. test_resume.py has the rest."""
 
+import ctypes
 import json
 import os
 import re
@@ -15,8 +16,8 @@ import pytest
 from sana_jax import sharding
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.errors import DoNotRetry, Retry, UserError
-from sana_jax.training import state
-from sana_jax.training.loop import LoopConfig, fit, jit_step
+from sana_jax.training import command, state
+from sana_jax.training.loop import LoopConfig, _Profile, fit, jit_step
 from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter
 
@@ -251,7 +252,7 @@ def test_metrics_are_read_one_step_behind(tmp_path):
 
     def dispatch(s, batch):
         events.append(("dispatched", int(s.step)))
-        zero = np.zeros((), int)
+        zero = jax.numpy.zeros((), int)  # its readiness may be asked, as of a real step
         metrics = {"loss": Metric(int(s.step)), "skipped": zero, "streak": zero}
         return s.replace(step=s.step + 1), metrics
 
@@ -296,6 +297,38 @@ def test_profile(tmp_path, monkeypatch):
     assert dispatched[slice(*marks)] == [10, 11, 12, 13, 14]
     (trace,) = tmp_path.glob("profile/**/*.trace.json.gz")
     assert trace.stat().st_size
+
+
+def test_a_profile_without_a_disk_ends_no_run(tmp_path, monkeypatch):
+    def full():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", full)
+    with _Profile(tmp_path, 0) as profile:
+        profile.at(10, None)
+        profile.at(15, None)
+    with pytest.raises(Retry), _Profile(tmp_path, 0) as profile:
+        profile.at(10, None)
+        raise Retry("the disk is full")
+
+
+def test_joining_the_hosts_keeps_the_handler_of_sigterm(monkeypatch):
+    """JAX puts a handler in place below Python, which then does not see its own replaced."""
+    ignored = ctypes.c_void_p(int(signal.SIG_IGN))
+
+    def initialize(**settings):
+        ctypes.CDLL(None).signal(signal.SIGTERM, ignored)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    try:
+        command.join_hosts()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_finished_run_does_nothing(tmp_path):

@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 from etils import epath
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from sana_jax.errors import Retry, Stopped
 from sana_jax.training import metrics_writer
 from sana_jax.training.metrics_writer import MetricsWriter, make_grid
 
@@ -77,17 +79,55 @@ def test_other_hosts_write_nothing(tmp_path, monkeypatch):
 
 
 def test_remote_folder_gets_copies(tmp_path, monkeypatch):
-    class Remote(type(epath.Path("/"))):
-        def __str__(self):
-            return "gs://" + super().__str__().lstrip("/")
-
+    monkeypatch.setattr(metrics_writer, "is_local", lambda path: False)
     for step in 0, 1:
-        with MetricsWriter(tmp_path, step) as writer:
-            writer.workdir = Remote(tmp_path / "remote")
-            writer.__exit__()
-            with writer:
-                writer.write(step + 1, {"loss": 1.0})
-                writer.images(step + 1, "pairs", [[picture(1)]])
+        with MetricsWriter(tmp_path / "remote", step) as writer:
+            writer.write(step + 1, {"loss": 1.0})
+            writer.images(step + 1, "pairs", [[picture(1)]])
+        assert not writer._folder.exists()
     lines = (tmp_path / "remote" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert len([*(tmp_path / "remote" / "images").iterdir()]) == 2
+
+
+def test_remote_folder_gets_what_changed(tmp_path, monkeypatch):
+    copied = []
+
+    class Counting(type(epath.Path("/"))):
+        def write_bytes(self, content):
+            copied.append(self.name)
+            return super().write_bytes(content)
+
+    monkeypatch.setattr(metrics_writer, "is_local", lambda path: False)
+    monkeypatch.setattr(metrics_writer, "UPLOAD_SECONDS", -1)
+    with MetricsWriter(Counting(tmp_path / "remote")) as writer:
+        writer.images(1, "pairs", [[picture(1)]])
+        writer.write(1, {"loss": 1.0})
+        writer.write(2, {"loss": 1.0})
+    assert copied.count("pairs_00000001.png") == 1
+    rows = (tmp_path / "remote" / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in rows.splitlines()] == [1, 2]
+
+
+def test_rows_are_synced_now_and_then(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(metrics_writer.os, "fsync", synced.append)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        assert writer._rows.fileno() not in synced
+        monkeypatch.setattr(metrics_writer, "UPLOAD_SECONDS", -1)
+        writer.write(2, {"loss": 1.0})
+        assert writer._rows.fileno() in synced
+
+
+def test_a_full_disk_at_the_end_hides_nothing(tmp_path):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Retry, match=f"{tmp_path}: No space left on device"):
+        with MetricsWriter(tmp_path) as writer:
+            writer._stack.callback(full)
+    with pytest.raises(Stopped), MetricsWriter(tmp_path) as writer:
+        writer._stack.callback(full)
+        raise Stopped("by SIGTERM")
+    assert writer._rows.closed

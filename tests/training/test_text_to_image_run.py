@@ -112,10 +112,10 @@ def test_the_model_at_the_end_is_the_average(unbroken, config):
 
 
 def test_held_out_batches_do_not_follow_the_run(config, tmp_path):
-    """Of another seed and batch size, runs are measured by the same pictures and captions."""
+    """Of other seeds, batches and captions, runs are measured by the same pictures and captions."""
     changes = dict(loop__evaluate_every=1)
     first = TextToImageTraining(load(config, **changes), str(tmp_path / "a"))
-    changes |= dict(seed=5, recipe__batch_size=16)
+    changes |= dict(seed=5, recipe__batch_size=16, data__captions__kind="uniform")
     second = TextToImageTraining(load(config, **changes), str(tmp_path / "b"))
     batches = [run.held_out[0].batch(0) for run in (first, second)]
     jax.tree.map(np.testing.assert_array_equal, *batches)
@@ -448,6 +448,14 @@ def test_buckets_from_another_model(config, tmp_path, monkeypatch):
     assert document(tmp_path / "run")["step"] == 5
     with pytest.raises(UserError, match=r"config\.start: "):
         stored(tmp_path, config, **changes | dict(start=None, recipe__steps=5)).run()
+
+
+def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
+    start = str(config.parent / "base")
+    text_to_image_model.open_start(load(config, start=start))
+    assert "clip_attention" not in caplog.text
+    text_to_image_model.open_start(load(config, start=start, network__clip_attention=True))
+    assert "config.network.clip_attention=True, but None of" in caplog.text
 
 
 def test_a_good_model_stays_until_the_next_is_whole(config, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.mosaic import vmem_bytes
 
 LOG2_E = 1.4426950408889634
+_RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # jax 0.10
 TOKENS, BACKWARD_TOKENS = TPU["cross_attention"], TPU["cross_attention_backward"]  # a grid step
 
 
@@ -80,7 +81,7 @@ def _exponentials(q, k, bias):
 
 def _reciprocal(x, dtype):
     """1 / x, good to bfloat16 where that is what the network runs in."""
-    return pl.reciprocal(x, approx=dtype == jnp.bfloat16)
+    return _RECIPROCAL(x, approx=dtype == jnp.bfloat16)
 
 
 def backward(q, kv, bias, cotangent, heads):
