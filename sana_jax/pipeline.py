@@ -175,7 +175,7 @@ class SanaPipeline:
         shift = self.checkpoint.flow_shift if flow_shift is None else flow_shift
         shift = arguments.number("flow_shift", shift, 1e-3, 1e3)
         interval = arguments.interval("guidance_interval", guidance_interval)
-        tile = self._tile(tile, height * width > LARGE)
+        tile = self._tile(tile, height, width)
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step {on_step!r} cannot be called")
         if prompt is None and prompt_embeddings is None:
@@ -313,25 +313,27 @@ class SanaPipeline:
             return predict_velocity(self.dit, self.params["dit"], *inputs)[: latents.shape[0]]
 
     def decode(
-        self, latents: Float[Array, "B h w c"], tile: Tile | None = None
+        self, latents: Float[Array, "B h w c"], tile: Tile | str | None = None
     ) -> Float[Array, "B H W 3"]:
         """Pixels in [-1, 1], not clamped, from the sampler's latents (which it unscales).
 
-        `tile`: (size, stride) in pixels, for pictures too large to decode at once.
+        `tile`: (size, stride) in pixels, for pictures too large to decode at once; "auto": as in a
+        call.
         """
         arguments.array("latents", latents, ("B", "h", "w", self.latent_channels))
-        tile = self._tile(tile, large=False)
+        height, width = (side * self.factor for side in latents.shape[1:3])
+        tile = self._tile(tile, height, width)
         return self._decode_padded(self._spread(latents), tile)[: latents.shape[0]]
 
     def encode(
-        self, images: Float[Array, "B H W 3"], tile: Tile | None = None
+        self, images: Float[Array, "B H W 3"], tile: Tile | str | None = None
     ) -> Float[Array, "B h w c"]:
         """Latents as the sampler sees them (scaled), from pixels in [-1, 1]."""
         channels = self.checkpoint.vae.in_channels
         arguments.array("images", images, ("B", "H", "W", channels))
         for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
             arguments.multiple(f"{name} {side}", side, self.factor)
-        tile = self._tile(tile, large=False)
+        tile = self._tile(tile, *images.shape[1:3])
         run = partial(_encode, self.vae, self.params["vae"])
         padded = self._spread(images)
         with self._context():
@@ -363,10 +365,10 @@ class SanaPipeline:
                 return run(latents)
             return tiling.tiled_decode(run, latents, *tile, self.factor)
 
-    def _tile(self, tile, large: bool) -> Tile | None:
+    def _tile(self, tile, height: int, width: int) -> Tile | None:
         """(size, stride) as tiling.py takes them, or None for the whole picture at once."""
         if isinstance(tile, str) and tile == "auto":
-            return LARGE_TILE if large else None
+            return LARGE_TILE if height * width > LARGE else None
         if tile is None:
             return None
         if not isinstance(tile, Sequence) or isinstance(tile, str) or len(tile) != 2:

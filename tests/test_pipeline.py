@@ -366,6 +366,7 @@ def test_large_pictures_are_decoded_in_tiles(ours, monkeypatch):
         found = draw(ours, "a", height=160, width=256, output="float", tile=tile)
         pixels = np.asarray(ours.decode(latents, tile=expected))
         np.testing.assert_allclose(found, np.clip(pixels * 0.5 + 0.5, 0, 1), atol=1e-6)
+        np.testing.assert_array_equal(ours.decode(latents, tile=tile), pixels)
     small = draw(ours, "a", output="float")
     np.testing.assert_array_equal(small, draw(ours, "a", output="float", tile=None))
 

@@ -143,7 +143,7 @@ def _memory(batch: Batch, pipe: SanaPipeline, options: Options) -> int:
     shape, count = batch.tasks[0], batch.size // sharding.batch_divisor(pipe.mesh)
     height, width, _ = pipe._sizes(shape.height, shape.width, options.use_resolution_binning)
     halves = 2 if shape.guidance_scale > 1 and not options.sequential_guidance else 1
-    tile = pipe._tile(options.tile, height * width > LARGE)
+    tile = pipe._tile(options.tile, height, width)
     (rows, columns), _ = tiling.check(*tile, pipe.factor) if tile else ((height, width), None)
     one = min(height, rows) * min(width, columns)
     decoded = max(one, min(count * one, LARGE))  # at once

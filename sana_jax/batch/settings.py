@@ -7,7 +7,7 @@ import jax
 
 from sana_jax import arguments
 from sana_jax.batch.tasks import Batch
-from sana_jax.pipeline import LARGE, SanaPipeline
+from sana_jax.pipeline import SanaPipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def tiles_of(sizes: set[tuple[int, int]], pipe: SanaPipeline, options: Options) 
     tiles = {}
     for size in sorted(sizes):
         height, width, _ = pipe._sizes(*size, options.use_resolution_binning)
-        tiles[size] = pipe._tile(options.tile, height * width > LARGE)
+        tiles[size] = pipe._tile(options.tile, height, width)
     return tiles
 
 

@@ -42,6 +42,7 @@ class Phase:
     autoencoder: OptimizerConfig
     discriminator: OptimizerConfig = OptimizerConfig()
     l1: float = 1.0
+    l2: float = 0.0  # squared: more for what is quite wrong, as edges are, less for what nearly fits
     perceptual: float = 0.25
     adversarial: float = 0.0  # times the adaptive weight; 0: there is no discriminator
     microbatches: int = 1
@@ -133,9 +134,9 @@ class AutoencoderTask:
         def reconstruction_loss(reconstructions, images):
             l1 = losses.l1(reconstructions, images)
             distance = self.distance(perceptual_params, reconstructions, images).mean()
-            loss = phase.l1 * l1 + phase.perceptual * distance
-            error = jnp.mean((reconstructions - images) ** 2)
-            return loss, {"loss": loss, "l1": l1, "perceptual": distance, "mse": error}
+            mse = jnp.mean((reconstructions - images) ** 2)
+            loss = phase.l1 * l1 + phase.l2 * mse + phase.perceptual * distance
+            return loss, {"loss": loss, "l1": l1, "perceptual": distance, "mse": mse}
 
         def gradients(images: Float[Array, "B H W 3"]) -> dict[str, Any]:
             def reconstruct(autoencoder):

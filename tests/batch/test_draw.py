@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import SanaPipeline, checkpoints, denoise
+from sana_jax import SanaPipeline, checkpoints, denoise, pipeline
 from sana_jax.batch import draw as batch
 from sana_jax.batch import outputs
 from sana_jax.batch.draw import draw
@@ -203,9 +203,8 @@ def test_the_largest_pictures_come_first(checkpoint, tmp_path, monkeypatch):
     assert drawn == [96, 64, 32]
     # In tiles 96 needs less than 64 at once: of the former the loop takes most.
     monkeypatch.setattr(batch, "LARGE", 64 * 64)
-    monkeypatch.setattr(
-        SanaPipeline, "_tile", lambda self, tile, large: (32, 32) if large else None
-    )
+    monkeypatch.setattr(pipeline, "LARGE", 64 * 64)
+    monkeypatch.setattr(pipeline, "LARGE_TILE", (32, 32))
     drawn.clear()
     with pytest.raises(KeyboardInterrupt):
         draw(tasks(rows), options(checkpoint, tmp_path / "out"))
