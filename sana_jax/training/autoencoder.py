@@ -42,7 +42,7 @@ class Phase:
     autoencoder: OptimizerConfig
     discriminator: OptimizerConfig = OptimizerConfig()
     l1: float = 1.0
-    l2: float = 0.0  # squared: more for what is quite wrong, as edges are, less for what nearly fits
+    l2: float = 0.0  # of squares: large errors, as at edges, count for more, small ones for less
     perceptual: float = 0.25
     adversarial: float = 0.0  # times the adaptive weight; 0: there is no discriminator
     microbatches: int = 1
