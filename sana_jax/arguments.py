@@ -97,6 +97,8 @@ def array(name: str, value, shape: tuple[int | str, ...], kind=np.floating):
     )
     if not fits:
         raise UserError(f"{name} is {_describe(value)} instead of an array ({axes})")
+    if 0 in found:
+        raise UserError(f"{name} is empty: its shape is {_describe(value)}")
     bfloat16 = kind is np.floating and str(value.dtype) == "bfloat16"
     try:
         known = bfloat16 or np.issubdtype(value.dtype, kind)

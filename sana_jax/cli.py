@@ -9,6 +9,7 @@ stderr gets one line. Ctrl-C and SIGTERM unwind `main`, so `finally` blocks run;
 kills at once.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -73,8 +74,9 @@ def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     signalled = status > 128
     if signalled and resumes:
         status, line = EXIT_RETRY, f"{line}; the same command goes on from what is saved"
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # who listened may have gone; the status still tells
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+        sys.stdout.flush()
     if signalled:  # do not wait, as the interpreter would, for what devices still do
         os._exit(status)
     # It waits for threads too, one of which may read from a disk that never answers.
@@ -106,6 +108,9 @@ def _on_sigterm(signum, frame):
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with every complaint turned into a UserError."""
+    # Shells leave the ~ of --out=~/pictures alone; a folder of that name would be made.
+    home = re.compile(r"(--?(?!(?:negative_)?prompt=)[\w.]+=)(~(?:/.*)?)", re.DOTALL)
+    argv = [f"{m[1]}{os.path.expanduser(m[2])}" if (m := home.fullmatch(a)) else a for a in argv]
     try:
         rest = FLAGS(argv)
         for flag in _config_flags():

@@ -30,7 +30,11 @@ _SOURCE = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
 _FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of --out")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: as they are"
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "of the weights; float16 is the transformer's alone, the others become bfloat16, since they"
+    " overflow it; default: as they are",
 )
 _VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
 _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
@@ -74,17 +78,20 @@ def open_source():
     if source.suffix != ".pth":
         for flag in (_REST, _EMA, _IMAGE_SIZE, _CROSS_HEADS):
             if flag.value:
-                raise UserError(f"--{flag.name} is for a .pth file; --source={source} is none")
+                kinds, no = "a .pth file", "none"
+                if flag is _EMA:
+                    kinds, no = f"{kinds} or a training", "neither: it has no checkpoints/"
+                raise UserError(f"--{flag.name} is for {kinds}; --source={source} is {no}")
         return checkpoints.open_checkpoint(_SOURCE.value, _VARIANT.value, **options)
     if _REST.value is None:
         raise UserError(f"{source} holds the transformer alone: name the others with --rest=DIR")
-    rest = checkpoints.open_checkpoint(_REST.value, _VARIANT.value, **options)
     config, params = nvlabs.open_dit(
         source,
         use_ema=_EMA.value,
         image_size=_IMAGE_SIZE.value,
         cross_heads=_CROSS_HEADS.value,
     )
+    rest = checkpoints.open_checkpoint(_REST.value, _VARIANT.value, **options)
     return dataclasses.replace(
         rest,
         dit=config,
@@ -154,7 +161,8 @@ def main(argv):
             raise UserError("--clip_attention is stored in the native layout, with a transformer")
         dit = dataclasses.replace(checkpoint.dit, clip_attention=_CLIP.value)
         checkpoint = dataclasses.replace(checkpoint, dit=dit)
-    warn_of_float16(checkpoint, _SOURCE.value)
+    if _DTYPE.value != "float16":
+        warn_of_float16(checkpoint, _SOURCE.value)
 
     from tqdm import tqdm
 

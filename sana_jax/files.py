@@ -1,6 +1,7 @@
 """Where files are, and files that are there as a whole or not at all."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ UNREACHABLE = OSError, ImportError
 def reason_of(error: Exception) -> str:
     """Why a path could not be read or written, without the path."""
     return str(getattr(error, "strerror", None) or error)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or what a user may have of it, was full: the same may succeed later."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sana_jax.errors import UserError
+from sana_jax import lock
+from sana_jax.errors import Retry, UserError
+from sana_jax.files import is_full
+from sana_jax.lock import locked
 
 
 def check_new(out: str) -> Path:
@@ -26,20 +29,36 @@ def check_new(out: str) -> Path:
 def new_folder(path: Path) -> Iterator[None]:
     """Makes the folder; where the block raises, removes what is in it, and it if it is new.
 
-    Errors of the disk become UserErrors.
+    Raises UserError where something is in it already, or another process writes to it. Errors of
+    the disk become UserErrors, and Retry where it is full.
     """
     made = []
     try:
         made = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        yield
+        with locked(path):
+            if any(child.name != lock.NAME for child in path.iterdir()):
+                raise UserError(f"{path} exists and is not an empty folder")
+            with _emptied_on_errors(path):
+                yield
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            for child in path.iterdir():
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
         with contextlib.suppress(OSError):
             for new in made:
                 new.rmdir()
         if isinstance(error, OSError):
-            raise UserError(f"{path}: {error.strerror or error}") from error
+            raise (Retry if is_full(error) else UserError)(
+                f"{path}: {error.strerror or error}"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _emptied_on_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for child in path.iterdir():
+                if child.name != lock.NAME:
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
         raise

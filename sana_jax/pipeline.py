@@ -114,10 +114,7 @@ class SanaPipeline:
         formats = {"native": native.save, "diffusers": diffusers.save}
         if format not in formats:
             raise UserError(f"format {format!r} is not one of {', '.join(formats)}")
-        if (path := Path(path)).exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{path} exists and is not an empty folder")
-        local(path)
-        with new_folder(path):
+        with new_folder(path := local(path)):
             formats[format](self.checkpoint, path)
 
     def __call__(

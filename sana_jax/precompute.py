@@ -88,6 +88,8 @@ def main(argv):
         arguments.multiple(f"--size={_SIZE.value}", _SIZE.value, factor)
     if _TEXT.value and checkpoint.text_encoder is None:
         raise UserError(f"{_CHECKPOINT.value} has no text encoder, which --text needs")
+    if _DATA.value.startswith("precomputed:"):
+        raise UserError(f"--data={_DATA.value}: these are latents already; give images")
     source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
     tokens = None
     if _TEXT.value:

@@ -39,7 +39,10 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over `devices` (default: this host's); one size may be -1, "all that is left"."""
+    """A mesh over `devices` (default: this host's); one size may be -1, "all that is left".
+
+    Raises UserError for sizes that do not fit, or a replica that would lie across TPU slices.
+    """
     devices = np.asarray(jax.local_devices() if devices is None else devices)
     sizes = replica, fsdp, sequence, tensor
     try:
@@ -47,13 +50,24 @@ def make_mesh(
     except ValueError:
         wanted = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"a mesh of {wanted} does not fit {devices.size} devices") from None
-    # Orders the devices of a TPU slice so that neighbours in the mesh are neighbours in it.
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    try:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices.ravel())
-    except NotImplementedError:  # an axis of the slice has to be split, as 4 x 64 splits 16 x 16
-        grid = mesh_utils.create_device_mesh(sizes, devices.ravel(), allow_split_physical_axes=True)
-        return Mesh(grid, MESH_AXES, axis_types=types)
+    return Mesh(_grid(sizes, devices.ravel()), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _grid(sizes: tuple[int, ...], devices: np.ndarray) -> np.ndarray:
+    """The devices in the shape of the mesh, so that neighbours there are neighbours in the slice.
+
+    XLA calls every machine with GPUs a slice, and numbers its devices in a row: their order will
+    do. The network between TPU slices is slow: whole replicas are on each.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # An axis of a slice may have to be split, as 4 x 64 splits 16 x 16.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1 or devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(sizes, devices, **split)
+    if sizes[0] % slices:
+        raise UserError(f"replica={sizes[0]} on {slices} slices: give a multiple of these")
+    inner = sizes[0] // slices, *sizes[1:]
+    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, **split)
 
 
 def check_mesh(mesh: Mesh) -> None:

@@ -23,6 +23,7 @@ PROMPT = flags.DEFINE_string("prompt", None, "what to draw", required=True)
 STEPS = flags.DEFINE_integer("num_steps", 20, "evaluations of the network", lower_bound=1)
 SAMPLER = flags.DEFINE_enum("sampler", "euler", ["euler", "heun"], "the sampler")
 EMA = flags.DEFINE_bool("ema", False, "the averaged weights")
+FOLDER = flags.DEFINE_string("folder", "", "where to write")
 
 def main(argv):
     logging.info("a note")
@@ -38,7 +39,7 @@ def main(argv):
         raise ValueError("a bug")
     if PROMPT.value == "status":
         return 5
-    print(len(argv), PROMPT.value, STEPS.value, SAMPLER.value, EMA.value)
+    print(len(argv), PROMPT.value, STEPS.value, SAMPLER.value, EMA.value, FOLDER.value)
 
 if __name__ == "__main__":
     cli.run(main)
@@ -122,7 +123,15 @@ def assert_one_line(result, status, *parts):
 def test_done(call):
     result = call(COMMAND, "--prompt=a red circle", "--num_steps=4", "--ema")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "1 a red circle 4 euler True\n"
+    assert result.stdout == "1 a red circle 4 euler True \n"
+
+
+def test_home_folders(call):
+    """As a shell writes them out in other places than --flag=~/folder."""
+    home = os.path.expanduser("~")
+    assert f" {home}/x" in call(COMMAND, "--prompt=a", "--folder=~/x").stdout
+    assert " ~user" in call(COMMAND, "--prompt=a", "--folder=~user").stdout
+    assert " ~/x " in call(COMMAND, "--prompt=~/x").stdout
 
 
 def test_status_of_main_is_the_status(call):

@@ -276,7 +276,10 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
         (["--source={folder}", "--out={folder}/inside"], ["inside --source"]),
         (["--source=launch/quickstar"], ["'launch/quickstar'", "launch is a folder here"]),
         (["--source={folder}", "--variant=bf16"], ["bf16"]),
-        (["--source={folder}", "--ema"], ["--ema is for a .pth"]),
+        (
+            ["--source={folder}", "--ema"],
+            ["--ema", "or a training", "checkpoints/"],
+        ),
         (["--source={folder}", "--clip_attention", "--format=diffusers"], ["--clip_attention"]),
         (["--source={folder}", "--format=onnx"], ["--format"]),
         (["--source={folder}", "--instruction_file=/no/such"], ["/no/such"]),

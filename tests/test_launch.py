@@ -406,3 +406,40 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     log.unlink()
     assert launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python")).returncode == 0
     assert "data.tokenizer" not in log.read_text()
+
+
+def test_tpu_workers_go_on_without_a_connection(tmp_path):
+    """Whoever reads what they print may go away at any time."""
+    script = f"echo started; sleep 1; echo more; echo more; touch {tmp_path}/saved"
+    line = launch("tpu", "--dry_run", "run", "bash", "-ec", script, **SLICE).stdout
+    (command,) = (word for word in shlex.split(line) if word.startswith("--command="))
+    (tmp_path / "sana_jax").mkdir()
+    command = ["bash", "-c", command.removeprefix("--command=")]
+    worker = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert worker.stdout.readline() == b"started\n"
+    worker.stdout.close()
+    worker.stderr.close()
+    worker.wait(30)
+    assert (tmp_path / "saved").exists() and not (tmp_path / "sana_jax/.pid").exists()
+
+
+def test_ctrl_c_lets_local_processes_save(tmp_path):
+    """They hear of it once: a second signal kills at once."""
+    training = tmp_path / "train.py"
+    training.write_text(
+        "import signal, sys, time\n"
+        "def stop(*_):\n"
+        "    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)\n"
+        "    time.sleep(1)\n"
+        f"    open({str(tmp_path / 'saved')!r}, 'w')\n"
+        "    sys.exit(75)\n"
+        "for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, stop)\n"
+        f"open({str(tmp_path / 'started')!r}, 'w')\n"
+        "time.sleep(60)\n"
+    )
+    command = ["bash", ROOT / "launch/local", "--processes=1", sys.executable, training]
+    run = subprocess.Popen(command, start_new_session=True)
+    while not (tmp_path / "started").exists() and run.poll() is None:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(30) == 130 and (tmp_path / "saved").exists()

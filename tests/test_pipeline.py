@@ -15,7 +15,7 @@ from PIL import Image
 
 from sana_jax import SanaPipeline, denoise, pipeline
 from sana_jax.diffusion.dpm_solver import flow_dpm_solver
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 from sana_jax.sharding import make_mesh
 from tests import toy
 
@@ -466,9 +466,35 @@ def test_a_save_that_fails_leaves_nothing(ours, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pipeline.native, "save", full)
-    with pytest.raises(UserError, match="model: No space left"):
+    with pytest.raises(Retry, match="model: No space left"):
         ours.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_save_removes_nothing_of_others(ours, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not an empty folder"):
+        ours.save_pretrained(folder)
+    (folder / "mine.txt").unlink()
+
+    def save_beside(checkpoint, path):
+        (path / "model.json").write_text("half")
+        ours.save_pretrained(path)  # as another process would
+
+    monkeypatch.setattr(pipeline.native, "save", save_beside)
+    with pytest.raises(UserError, match="another run"):
+        ours.save_pretrained(folder)
+    assert folder.exists() and not any(folder.iterdir())
+
+
+def test_no_pictures_at_all(ours):
+    embeddings, mask = ours.encode_prompt("a")
+    with pytest.raises(UserError, match="latents is empty"):
+        ours.decode(np.zeros((0, 2, 2, ours.latent_channels), np.float32))
+    with pytest.raises(UserError, match="prompt_embeddings is empty"):
+        ours(prompt_embeddings=embeddings[:0], prompt_mask=mask[:0])
 
 
 def test_clip_attention_is_a_choice_of_the_user(folder):

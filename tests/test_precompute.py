@@ -266,6 +266,7 @@ def test_what_cannot_be_precomputed(photos, encoder, pipe, tmp_path):
     [
         ([], "give --size or --buckets"),
         (["--size=30"], "--size=30 is not a multiple of 4"),
+        (["--size=32", "--data=precomputed:here"], "these are latents already"),
     ],
 )
 def test_bad_flags(checkpoint, tmp_path, flags, words):

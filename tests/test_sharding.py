@@ -7,10 +7,12 @@ import re
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
@@ -75,6 +77,33 @@ def test_mesh_sizes():
     for sizes in (dict(replica=3), dict(replica=-1, fsdp=3), dict(replica=-1, fsdp=-1)):
         with pytest.raises(UserError, match="does not fit 8 devices"):
             sharding.make_mesh(**sizes)
+
+
+def device(number, platform, kind, **fields):
+    return types.SimpleNamespace(id=number, platform=platform, device_kind=kind, **fields)
+
+
+def test_machines_with_gpus():
+    """XLA says that each is a slice; a mesh over them has the devices in a row."""
+    devices = np.array([device(k, "gpu", "H200", slice_index=k // 4) for k in range(8)])
+    grid = sharding._grid((1, 8, 1, 1), devices)
+    assert grid.shape == (1, 8, 1, 1) and (grid.ravel() == devices).all()
+
+
+def test_tpu_slices_hold_whole_replicas():
+    devices = np.array(
+        [
+            device(4 * s + k, "tpu", "TPU v4", slice_index=s, coords=(k, 0, 0), core_on_chip=0)
+            for s in range(2)
+            for k in range(4)
+        ]
+    )
+    for replica in 2, 4:
+        grid = sharding._grid((replica, 8 // replica, 1, 1), devices)
+        slices = [{d.slice_index for d in row.ravel()} for row in grid]
+        assert grid.size == 8 and [len(found) for found in slices] == [1] * replica
+    with pytest.raises(UserError, match="replica=1 on 2 slices"):
+        sharding._grid((1, 8, 1, 1), devices)
 
 
 def test_constrain_needs_no_mesh():

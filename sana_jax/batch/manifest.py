@@ -1,7 +1,8 @@
 """manifest.jsonl, the record of a folder of pictures: a JSON object a line, a line a picture.
 
 A line is written after its picture is complete, and says what the picture is of: its `key` is a
-hash of everything that decides the pixels.
+hash of everything that decides the pixels, up to rounding. (That differs with the prompts beside it
+in its batch, since the longest decides how many tokens are read, and with the version of JAX.)
 """
 
 import errno

@@ -107,7 +107,7 @@ class OutputFolder:
     def write_grid(self) -> None:
         """grid.png: the wanted pictures, small, side by side; the first 64 of them."""
         images = []
-        with self._errors(Retry):
+        with self._errors(Retry), _of_any_size():
             for file in [*self._wanted][:THUMBNAILS]:
                 image = Image.open(io.BytesIO((self.path / file).read_bytes()))
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -161,7 +161,7 @@ class OutputFolder:
 
         Lines of others stay until the picture that replaces theirs is written.
         """
-        with ThreadPoolExecutor() as pool:
+        with _of_any_size(), ThreadPoolExecutor() as pool:
             found = dict(zip(self._wanted, pool.map(self._find, self._wanted), strict=True))
         others = [file for file, line in found.items() if isinstance(line, str)]
         if others and not self._overwrite:
@@ -193,6 +193,16 @@ class OutputFolder:
         if line is None and "settings" not in texts:
             return "of another program"
         return _differences(line or _parse(texts["settings"]), settings)
+
+
+@contextlib.contextmanager
+def _of_any_size() -> Iterator[None]:
+    """Lets Pillow open pictures that are as large as the user has asked for."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _encode_png(pixels: np.ndarray, settings: dict[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from sana_jax import text
 from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.components import Checkpoint, component_dtype, place
 from sana_jax.errors import Retry, UserError
+from sana_jax.files import is_full
 from sana_jax.models.layers import Dtype
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -169,9 +170,12 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         fetch = partial(huggingface_hub.snapshot_download, name, revision=folder.name)
         if variant:
             fetch(allow_patterns=[f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"])
-            there = {path.parent.name for path in folder.glob(f"*/*.{variant}*.safetensors")}
+            files = folder.rglob(f"*.{variant}*.safetensors")
+            there = {path.relative_to(folder).parent.as_posix() for path in files}
             if not there:
                 raise UserError(f"{name} has no files of variant {variant!r}")
+            if "." in there:  # an autoencoder alone: they are all that it has
+                return folder
             plain["allow_patterns"] = [
                 f"{part}/*.safetensors" for part, *_ in diffusers.COMPONENTS.values()
             ]
@@ -196,4 +200,5 @@ def _is_away(error: Exception) -> bool:
         return status is None or status in (408, 429) or status >= 500
     # httpx' errors of the transport are no OSErrors; hf_xet raises RuntimeError.
     lost = isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError)
+    lost = lost or (isinstance(error, OSError) and is_full(error))
     return lost or type(error) is RuntimeError or type(error).__module__.startswith("httpx")

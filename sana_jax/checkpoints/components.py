@@ -63,6 +63,12 @@ def check_fit(checkpoint: Checkpoint) -> None:
             f"the transformer reads text of width {dit.caption_channels}, the text encoder writes"
             f" {text_encoder.hidden_size}: they do not belong together"
         )
+    tokens = len(checkpoint.tokenizer) if checkpoint.tokenizer is not None else 0
+    if text_encoder and tokens > text_encoder.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokens} tokens, the text encoder {text_encoder.vocab_size}: they"
+            " do not belong together"
+        )
 
 
 def component_dtype(component: str, dtype: Dtype) -> Dtype:

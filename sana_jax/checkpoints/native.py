@@ -103,7 +103,8 @@ def open_folder(folder: Path) -> Checkpoint:
 def _verify(folder: Path, files: dict[str, str]) -> None:
     """Raises UserError unless the files that are read are those in model.json, byte for byte."""
     there = {path.name for path in folder.glob("*.safetensors*") if path.is_file()}
-    there |= {f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("*")}
+    tokenizer = filter(Path.is_file, (folder / "tokenizer").rglob("*"))
+    there |= {path.relative_to(folder).as_posix() for path in tokenizer}
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{folder / 'model.json'} names a file outside its folder: {name}")

@@ -21,7 +21,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from sana_jax import cli
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 
 if __name__ == "__main__":  # commands that read this data set have such flags too
     _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder to write below", required=True)
@@ -46,6 +46,7 @@ def prepare(
       train, test: the number of records of each split.
 
     Raises UserError: other counts or another seed are there already; the folder cannot be made.
+    Raises Retry: the disk is full.
     """
     import tensorflow_datasets as tfds
 
@@ -74,8 +75,14 @@ def prepare(
             )
         return builder.data_path
     tfds.disable_progress_bar()  # the builder's own knows the total
-    with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(None):
-        builder.download_and_prepare(download_dir=nothing)  # TFDS would print of downloads
+    try:
+        with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(None):
+            builder.download_and_prepare(download_dir=nothing)  # TFDS would print of downloads
+    except (OSError, RuntimeError) as error:
+        # ArrayRecord's own threads write, and it raises RuntimeError.
+        if not isinstance(error, OSError) and "No space left" not in str(error):
+            raise
+        raise Retry(f"{builder.data_path} was not written: {error}") from error
     return builder.data_path
 
 

@@ -151,7 +151,10 @@ class AutoencoderTraining:
         about |= {"run": self.config.run[: number + 1], "from": parent}
         if self._loss_sha256:
             about["perceptual_weights"] = self._loss_sha256
-        return json.loads(json.dumps(about | {"phase": dataclasses.asdict(phase)}))
+        phase = dataclasses.asdict(phase)
+        if not phase["l2"]:  # runs that began before it was there have none
+            del phase["l2"]
+        return json.loads(json.dumps(about | {"phase": phase}))
 
     def _open(self, folder: Path) -> tuple[Checkpoint, str]:
         """A model that a phase starts from, and its fingerprint."""

@@ -24,7 +24,9 @@ from sana_jax.hosts import from_first
 _torch = sys.modules.get("torch")
 sys.modules["torch"] = None
 try:
-    from tensorboardX import SummaryWriter
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 finally:
     del sys.modules["torch"]
     if _torch is not None:
@@ -79,9 +81,7 @@ class MetricsWriter:
             if rows.exists():
                 _drop_after(rows, self._step)
             self._rows = stack.enter_context(open(rows, "a"))
-            self._board = SummaryWriter(
-                str(self._folder / "tensorboard"), purge_step=self._step + 1
-            )
+            self._board = _Board(self._folder / "tensorboard", self._step)
             stack.callback(self._board.close)
             self._bar = stack.enter_context(
                 tqdm(total=self._steps, initial=self._step, unit=" step", disable=None)
@@ -107,11 +107,12 @@ class MetricsWriter:
         self._rows.flush()
         for name, value in row.items():
             if value is not None:
-                self._board.add_scalar(name, value, step)
+                self._board.write(step, summary.scalar(name, value))
         shown = {k: f"{v:.4g}" for k, v in row.items() if v is not None and _is_shown(k)}
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
-            print(f"step {step}", *map("=".join, shown.items()), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # who listened may have gone: the run goes on
+                print(f"step {step}", *map("=".join, shown.items()), file=sys.stderr, flush=True)
         self._upload_if_due()
 
     def images(self, step: int, name: str, grid: list[list[UInt8[np.ndarray, "H W 3"]]]) -> None:
@@ -120,7 +121,7 @@ class MetricsWriter:
             return
         sheet = make_grid(grid)
         Image.fromarray(sheet).save(self._folder / "images" / f"{name}_{step:08d}.png")
-        self._board.add_image(name, sheet, step, dataformats="HWC")
+        self._board.write(step, summary.image(name, sheet, dataformats="HWC"))
         self._upload_if_due()
 
     def _upload_if_due(self) -> None:
@@ -141,6 +142,33 @@ class MetricsWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
                 self._copied[path] = now
+
+
+class _Board:
+    """An event file of TensorBoard, written at once.
+
+    tensorboardX's SummaryWriter has a thread for that, which a full disk ends without a word; what
+    is given to it after that waits for ever.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """What is there of steps after `step` is of a run that was killed: it will not be shown."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, entry: Any) -> None:
+        """Adds a summary of tensorboardX's."""
+        self._write(step=step, summary=entry)
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), **fields))
 
 
 def make_grid(

@@ -301,3 +301,13 @@ def test_remote_folder(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
     assert run(tmp_path) == {"000002_2.png"}
     assert len(lines(tmp_path)) == 3
+
+
+def test_pictures_of_any_size(out, monkeypatch):
+    """Pillow takes large ones for an attack; these are as large as the user has asked for."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (out / "manifest.jsonl").unlink()  # so that they are opened
+    with OutputFolder(str(out), wanted(), NOTES, grid=True) as folder:
+        assert not folder.missing
+        folder.write_grid()
+    assert Image.MAX_IMAGE_PIXELS == 100

@@ -20,7 +20,7 @@ from sana_jax.data.shapes_builder import Shapes
 from sana_jax.data.shapes_captions import captions
 from sana_jax.data.shapes_draw import draw
 from sana_jax.data.shapes_scene import scene, truth
-from sana_jax.errors import UserError
+from sana_jax.errors import Retry, UserError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 SMALL = dict(size=32, train=12, test=5, seed=3)
@@ -203,3 +203,22 @@ def test_bad_flags(tmp_path, flags, words):
     )
     assert result.returncode == 2 and words in result.stderr
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (OSError(28, "No space left on device"), Retry),
+        (RuntimeError("Failed to finalize writing: No space left on device"), Retry),
+        (RuntimeError("a bug"), RuntimeError),
+    ],
+)
+def test_full_disk(tmp_path, monkeypatch, error, kind):
+    """ArrayRecord's own threads write, and raise what they like."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("sana_jax.data.shapes_builder.Shapes.download_and_prepare", fail)
+    with pytest.raises(kind):
+        shapes.prepare(tmp_path, train=1, test=1)

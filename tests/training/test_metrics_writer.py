@@ -1,6 +1,8 @@
 """Rows, event files and pictures are there, also after a run that was killed."""
 
 import json
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from sana_jax.errors import Retry, Stopped
+from sana_jax.files import storage
 from sana_jax.training import metrics_writer
 from sana_jax.training.metrics_writer import MetricsWriter, make_grid
 
@@ -60,6 +63,30 @@ def test_rows_after_the_step_are_dropped(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(5, 1.0), (10, 1.0), (15, 2.0)]
     starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
     assert 13 in starts  # TensorBoard hides what the run before wrote from there on
+
+
+def test_nothing_is_written_behind_our_back(tmp_path, monkeypatch):
+    """A thread that a full disk ends says nothing, and what waits for it waits for ever."""
+    threads = threading.active_count()
+    with pytest.raises(Retry, match="No space"), MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        assert threading.active_count() == threads
+        fail = partial(fail_with, OSError(28, "No space left on device"))
+        monkeypatch.setattr(metrics_writer.EventsWriter, "write_event", fail)
+        with storage(tmp_path):
+            writer.write(2, {"loss": 1.0})
+
+
+def fail_with(error, *args, **options):
+    raise error
+
+
+def test_nobody_listens(tmp_path, monkeypatch):
+    """A terminal that has gone away is no reason to end a run."""
+    monkeypatch.setattr("builtins.print", partial(fail_with, BrokenPipeError(32, "Broken pipe")))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1.0}
 
 
 def test_grid():

@@ -292,6 +292,7 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         ),
         (dict(data__source="shapes", data__captions__kind="best"), "captions='best'"),
         (dict(data__source="shapes", data__crop="middle"), "crop='middle'"),
+        (dict(data__shapes__seed=-1), "config.data.shapes.seed=-1: it is at least 0"),
         (dict(data__source="shapes", data__shapes__train=4), "config.data.shapes.train=4: a batch"),
         (
             dict(data__source="shapes", loop__evaluate_every=1, data__test_split="validation"),
