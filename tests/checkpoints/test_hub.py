@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ import sys
 from sana_jax import checkpoints, cli
 from absl import app, flags
 def main(argv):
-    print(checkpoints.open_checkpoint("{name}", {variant!r}, {revision!r}).dit.depth)
+    found = checkpoints.open_checkpoint("{name}", {variant!r}, {revision!r})
+    print(found.dit.depth if found.dit else sorted(found.params))
 cli.run(main)
 """
 
@@ -162,6 +164,22 @@ def test_only_the_asked_variant_is_fetched(hub, tmp_path, variant):
     middle = ".bf16" if variant else ""
     assert weights == {f"diffusion_pytorch_model{middle}.safetensors"}
     assert any(path.endswith("vae/diffusion_pytorch_model.safetensors") for path in asked)
+
+
+def test_the_variant_of_an_autoencoder_alone(hub, tmp_path):
+    _, _, root = hub
+    (alone := tmp_path / "alone").mkdir()
+    shutil.copy(root / "vae" / "config.json", alone)
+    name = "diffusion_pytorch_model"
+    shutil.copy(root / "vae" / f"{name}.safetensors", alone / f"{name}.bf16.safetensors")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Hub, root=alone, asked=[])
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    result = load(tmp_path / "cache", variant="bf16", HF_ENDPOINT=address)
+    server.shutdown()
+    assert result.returncode == 0 and result.stdout == "['vae']\n", result.stderr
 
 
 @pytest.mark.parametrize(
