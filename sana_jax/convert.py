@@ -78,10 +78,8 @@ def open_source():
     if source.suffix != ".pth":
         for flag in (_REST, _EMA, _IMAGE_SIZE, _CROSS_HEADS):
             if flag.value:
-                kinds, no = "a .pth file", "none"
-                if flag is _EMA:
-                    kinds, no = f"{kinds} or a training", "neither: it has no checkpoints/"
-                raise UserError(f"--{flag.name} is for {kinds}; --source={source} is {no}")
+                also = " or a training, which has checkpoints/" if flag is _EMA else ""
+                raise UserError(f"--{flag.name} is for a .pth file{also}; {source} is none")
         return checkpoints.open_checkpoint(_SOURCE.value, _VARIANT.value, **options)
     if _REST.value is None:
         raise UserError(f"{source} holds the transformer alone: name the others with --rest=DIR")
