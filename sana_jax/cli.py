@@ -59,6 +59,9 @@ def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
         jax.config.config_with_absl()
     try:
         app.run(main, flags_parser=_parse)
+    except SystemExit:
+        _flush(BrokenPipeError)
+        raise
     except UserError as error:
         status, line = EXIT_USER_ERROR, f"error: {error}"
     except Stopped as error:
@@ -74,9 +77,9 @@ def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     signalled = status > 128
     if signalled and resumes:
         status, line = EXIT_RETRY, f"{line}; the same command goes on from what is saved"
-    with contextlib.suppress(OSError):  # who listened may have gone; the status still tells
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
-        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(" ".join(line.split()), file=sys.stderr)
+    _flush(OSError)
     if signalled:  # do not wait, as the interpreter would, for what devices still do
         os._exit(status)
     # It waits for threads too, one of which may read from a disk that never answers.
@@ -84,6 +87,15 @@ def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     timer.daemon = True
     timer.start()
     sys.exit(status)
+
+
+def _flush(lost: type[OSError]) -> None:
+    """Drops what cannot be printed for this reason; Python would end with 120 of its own."""
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except lost:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _raise_again(ignored) -> None:

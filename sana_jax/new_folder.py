@@ -15,7 +15,7 @@ def check_new(out: str) -> Path:
     """The path of --out, which must be missing or an empty folder. Raises UserError."""
     path = Path(out).expanduser()
     try:
-        occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        occupied = path.exists() and (not path.is_dir() or _is_used(path))
     except OSError as error:
         raise UserError(f"--out={out:.60}: {error.strerror}") from None
     if not out:
@@ -23,6 +23,10 @@ def check_new(out: str) -> Path:
     if occupied:
         raise UserError(f"--out={out} exists and is not an empty folder")
     return path
+
+
+def _is_used(folder: Path) -> bool:
+    return any(child.name != lock.NAME for child in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -37,7 +41,7 @@ def new_folder(path: Path) -> Iterator[None]:
         made = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            if any(child.name != lock.NAME for child in path.iterdir()):
+            if _is_used(path):
                 raise UserError(f"{path} exists and is not an empty folder")
             with _emptied_on_errors(path):
                 yield

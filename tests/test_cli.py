@@ -134,6 +134,19 @@ def test_home_folders(call):
     assert " ~/x " in call(COMMAND, "--prompt=~/x").stdout
 
 
+@pytest.mark.parametrize("prompt, status", [("done", 0), ("refused", 2), ("retry", 75)])
+def test_nobody_listens(tmp_path, prompt, status):
+    """The status is the same; Python's own would be 120."""
+    (tmp_path / "draw.py").write_text(COMMAND)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "draw.py", f"--prompt={prompt}"]
+    buffered = ENVIRONMENT | {"PYTHONUNBUFFERED": ""}
+    result = subprocess.run(command, cwd=tmp_path, env=buffered, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert result.returncode == status
+
+
 def test_status_of_main_is_the_status(call):
     assert call(COMMAND, "--prompt=status").returncode == 5
 

@@ -1,7 +1,9 @@
 """The launchers: what they would run, and what they make of exit statuses. No cluster is there."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -423,6 +425,26 @@ def test_tpu_workers_go_on_without_a_connection(tmp_path):
     assert (tmp_path / "saved").exists() and not (tmp_path / "sana_jax/.pid").exists()
 
 
+def test_tpu_keeps_the_pid_of_a_later_start(tmp_path):
+    """The shell of the start before may live on, where its connection is only half gone."""
+    (tmp_path / "sana_jax").mkdir()
+
+    def worker(script):
+        line = launch("tpu", "--dry_run", "run", "bash", "-ec", script, **SLICE).stdout
+        (command,) = (word for word in shlex.split(line) if word.startswith("--command="))
+        command = ["bash", "-c", command.removeprefix("--command=")]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+    first = worker(f"touch {tmp_path}/first; sleep 60")
+    while not (tmp_path / "first").exists():
+        time.sleep(0.05)
+    second = worker(f"touch {tmp_path}/second; sleep 4")
+    first.wait(30)
+    assert (tmp_path / "second").exists() and (tmp_path / "sana_jax/.pid").exists()
+    second.wait(30)
+    assert not (tmp_path / "sana_jax/.pid").exists()
+
+
 def test_ctrl_c_lets_local_processes_save(tmp_path):
     """They hear of it once: a second signal kills at once."""
     training = tmp_path / "train.py"
@@ -438,8 +460,15 @@ def test_ctrl_c_lets_local_processes_save(tmp_path):
         "time.sleep(60)\n"
     )
     command = ["bash", ROOT / "launch/local", "--processes=1", sys.executable, training]
-    run = subprocess.Popen(command, start_new_session=True)
-    while not (tmp_path / "started").exists() and run.poll() is None:
+    run, terminal = pty.fork()
+    if not run:
+        os.execvp("bash", command)
+    while not (tmp_path / "started").exists():
+        assert not os.waitpid(run, os.WNOHANG)[0]
         time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(30) == 130 and (tmp_path / "saved").exists()
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # at its end
+        while os.read(terminal, 1000):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]) == 130
+    assert (tmp_path / "saved").exists()

@@ -487,6 +487,9 @@ def test_a_save_removes_nothing_of_others(ours, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another run"):
         ours.save_pretrained(folder)
     assert folder.exists() and not any(folder.iterdir())
+    monkeypatch.undo()
+    ours.save_pretrained(folder)
+    assert SanaPipeline.from_pretrained(str(folder), "float32", mesh=one_device()).dit == ours.dit
 
 
 def test_no_pictures_at_all(ours):

@@ -48,11 +48,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         "instruction": instruction
         and {"text": instruction.text, "sha256": instruction.sha256, "source": instruction.source},
         "provenance": checkpoint.provenance,
-        "files": {
-            str(path.relative_to(folder)): sha256_of(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "model.json"
-        },
+        "files": {name: sha256_of(folder / name) for name in sorted(_files(folder))},
     }
     # Last: it is what makes the folder a checkpoint.
     (folder / "model.json").write_text(json.dumps(model, indent=2) + "\n")
@@ -100,11 +96,14 @@ def open_folder(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def _files(folder: Path) -> set[str]:
+    """The files beside model.json that are read."""
+    paths = *folder.glob("*.safetensors*"), *(folder / "tokenizer").rglob("*")
+    return {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+
+
 def _verify(folder: Path, files: dict[str, str]) -> None:
     """Raises UserError unless the files that are read are those in model.json, byte for byte."""
-    there = {path.name for path in folder.glob("*.safetensors*") if path.is_file()}
-    tokenizer = filter(Path.is_file, (folder / "tokenizer").rglob("*"))
-    there |= {path.relative_to(folder).as_posix() for path in tokenizer}
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{folder / 'model.json'} names a file outside its folder: {name}")
@@ -112,7 +111,7 @@ def _verify(folder: Path, files: dict[str, str]) -> None:
             raise UserError(f"{folder / name} is missing")
         if sha256_of(folder / name) != digest:
             raise UserError(f"{folder / name} is damaged: its sha256 is not the one in model.json")
-    if loose := sorted(there - files.keys()):
+    if loose := sorted(_files(folder) - files.keys()):
         raise UserError(
             f"{folder / loose[0]} is not in model.json: it was put there by another hand"
         )

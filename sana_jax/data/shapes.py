@@ -12,6 +12,7 @@ of the modules shapes_* give the same: record i is that of the seed (seed, i).
 
 import contextlib
 import io
+import re
 import tempfile
 import textwrap
 
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sana_jax import cli
 from sana_jax.errors import Retry, UserError
+from sana_jax.files import is_full
 
 if __name__ == "__main__":  # commands that read this data set have such flags too
     _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder to write below", required=True)
@@ -45,7 +47,7 @@ def prepare(
       size: pixels, a side or (height, width).
       train, test: the number of records of each split.
 
-    Raises UserError: other counts or another seed are there already; the folder cannot be made.
+    Raises UserError: other counts or another seed are there already; nothing can be written there.
     Raises Retry: the disk is full.
     """
     import tensorflow_datasets as tfds
@@ -80,9 +82,12 @@ def prepare(
             builder.download_and_prepare(download_dir=nothing)  # TFDS would print of downloads
     except (OSError, RuntimeError) as error:
         # ArrayRecord's own threads write, and it raises RuntimeError.
-        if not isinstance(error, OSError) and "No space left" not in str(error):
+        of_disk = isinstance(error, OSError)
+        full = is_full(error) if of_disk else re.search("No space left|quota", str(error))
+        if not (of_disk or full):
             raise
-        raise Retry(f"{builder.data_path} was not written: {error}") from error
+        kind = Retry if full else UserError
+        raise kind(f"{builder.data_path} was not written: {error}") from error
     return builder.data_path
 
 

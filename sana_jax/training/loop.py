@@ -172,14 +172,14 @@ def fit(
             hooks = _due(done, config.images_every) * [on_images]
             last = bool(config.evaluate_every) and done == config.steps
             hooks += (_due(done, config.evaluate_every) or last) * [on_evaluate]
-            # Before the checkpoint: a run that ends in one comes back to before it.
-            for hook in filter(None, hooks):
-                read_pending()
-                pause("hook", hook, state, done)
+            # Before the hooks, which may take minutes, or fail each time.
             if checkpoints and _due(done, config.checkpoint_every) and done < config.steps:
                 read_pending()
                 if not meter.streak:  # or the last good one could be pushed out
                     pause("checkpoint", checkpoints.save, done, state, position)
+            for hook in filter(None, hooks):
+                read_pending()
+                pause("hook", hook, state, done)
         read_pending()
         if checkpoints:
             with storage(workdir):

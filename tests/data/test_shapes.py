@@ -210,10 +210,12 @@ def test_bad_flags(tmp_path, flags, words):
     [
         (OSError(28, "No space left on device"), Retry),
         (RuntimeError("Failed to finalize writing: No space left on device"), Retry),
+        (RuntimeError("Failed to finalize writing: Disk quota exceeded"), Retry),
+        (OSError(13, "Permission denied"), UserError),
         (RuntimeError("a bug"), RuntimeError),
     ],
 )
-def test_full_disk(tmp_path, monkeypatch, error, kind):
+def test_a_disk_that_does_not_do(tmp_path, monkeypatch, error, kind):
     """ArrayRecord's own threads write, and raise what they like."""
 
     def fail(*args, **kwargs):

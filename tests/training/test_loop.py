@@ -165,22 +165,6 @@ def test_a_hook_without_a_disk_is_worth_a_retry(tmp_path):
         run(tmp_path, Batches(), LoopConfig(20, images_every=3), on_images=hook)
 
 
-def test_a_hook_that_failed_is_called_again(tmp_path):
-    """Also at a step with a checkpoint: what it measures would be missing for good."""
-    seen = []
-
-    def hook(s, k):
-        seen.append(k)
-        if seen == [2, 4]:
-            raise OSError(28, "No space left on device")
-
-    config = LoopConfig(6, checkpoint_every=2, evaluate_every=2)
-    with pytest.raises(Retry):
-        run(tmp_path, Batches(), config, on_evaluate=hook)
-    run(tmp_path, Batches(), config, on_evaluate=hook)
-    assert seen[-2:] == [4, 6]
-
-
 def test_signal_while_there_is_no_data(tmp_path):
     import threading
 
