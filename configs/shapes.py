@@ -13,10 +13,10 @@ Noise levels are shifted by 3, as SANA's are, although there are only 4 x 4 toke
 of them are above 0.85, where it is decided what is where, and places are hardly learnt (README).
 Made for two CPU cores: two hours at 155 pictures/s.
 
-The bundled weights took this config six times, each from the last one's moving average: 14,045
+The bundled weights took this config seven times, each from the last one's moving average: 14,045
 steps of 32 pictures at 1.5e-3, of 16,000 on a cosine, and 14,000 of 64, both without a shift; the
-16,500 below; 3,000 at 1e-3 with seed 7; 15,000 with seed 11; and 11,500 at 1.5e-3 with seed 13,
-otherwise as below.
+16,500 below; 3,000 at 1e-3 with seed 7; 15,000 with seed 11; 11,500 at 1.5e-3 with seed 13; and
+11,000 at 1.5e-3 with seed 17 on the latents of the autoencoder's last run, otherwise as below.
 To go on from weights that are there is
 
     --config.start=NAME --config.text_encoder.checkpoint=NAME    and no .tokenizer
@@ -67,5 +67,5 @@ def get_config():
         captions.update(kind="score", temperature=0.25, threshold=20.0)
     config.loader.update(threads=1, prefetch=4)
     config.loop.update(log_every=50, checkpoint_every=500, images_every=4000, evaluate_every=2000)
-    config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), guidance_scale=3.0)
+    config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), guidance_scale=2.5)
     return config
