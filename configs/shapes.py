@@ -17,9 +17,9 @@ The bundled weights took this config seven times, each from the last one's movin
 steps of 32 pictures at 1.5e-3, of 16,000 on a cosine, and 14,000 of 64, both without a shift; the
 16,500 below; 3,000 at 1e-3 with seed 7; 15,000 with seed 11; 11,500 at 1.5e-3 with seed 13; and
 11,000 at 1.5e-3 with seed 17 on the latents of the autoencoder's last run, otherwise as below.
-To go on from weights that are there is
+To go on from weights that are there, such as the bundled ones:
 
-    --config.start=NAME --config.text_encoder.checkpoint=NAME    and no .tokenizer
+    START=shapes AUTOENCODER=shapes bash launch/train_shapes DIR
 """
 
 from sana_jax.data.shapes_captions import prompts

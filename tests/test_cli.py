@@ -203,7 +203,7 @@ def test_help_is_the_docstring_and_own_flags(call, flag):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Draws a picture.\n\n    python -m sana_jax.draw")
     listed = [line.split(":")[0] for line in result.stdout.splitlines() if line.startswith("  --")]
-    assert listed == ["  --prompt", "  --num_steps", "  --sampler", "  --ema"]
+    assert listed == [f"  --{name}" for name in ("prompt", "num_steps", "sampler", "ema", "folder")]
     assert "what to draw (required)" in result.stdout
     assert "evaluations of the network (default '20')" in result.stdout
 

@@ -410,6 +410,15 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     assert "data.tokenizer" not in log.read_text()
 
 
+def test_train_shapes_goes_on_from_weights(tmp_path):
+    environment = dict(START="shapes", AUTOENCODER="shapes")
+    result = launch("train_shapes", "--dry_run", tmp_path, "--config.seed=3", **environment)
+    flags = "--config.start=shapes --config.text_encoder.checkpoint=shapes"
+    (train,) = (line for line in result.stdout.splitlines() if "sana_jax.train " in line)
+    assert flags in train and train.endswith(" --config.seed=3")
+    assert "tokenizer" not in result.stdout and "train_dc_ae" not in result.stdout
+
+
 def test_tpu_workers_go_on_without_a_connection(tmp_path):
     """Whoever reads what they print may go away at any time."""
     script = f"echo started; sleep 1; echo more; echo more; touch {tmp_path}/saved"
