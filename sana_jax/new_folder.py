@@ -36,6 +36,8 @@ def new_folder(path: Path) -> Iterator[None]:
     Raises UserError where something is in it already, or another process writes to it. Errors of
     the disk become UserErrors, and Retry where it is full.
     """
+    if path.is_file():
+        raise UserError(f"{path} exists and is not an empty folder")
     made = []
     try:
         made = [p for p in (path, *path.parents) if not p.exists()]
