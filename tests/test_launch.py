@@ -1,9 +1,7 @@
 """The launchers: what they would run, and what they make of exit statuses. No cluster is there."""
 
-import contextlib
 import json
 import os
-import pty
 import re
 import shlex
 import signal
@@ -469,15 +467,11 @@ def test_ctrl_c_lets_local_processes_save(tmp_path):
         "time.sleep(60)\n"
     )
     command = ["bash", ROOT / "launch/local", "--processes=1", sys.executable, training]
-    run, terminal = pty.fork()
-    if not run:
-        os.execvp("bash", command)
-    while not (tmp_path / "started").exists():
-        assert not os.waitpid(run, os.WNOHANG)[0]
+    terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    command = [sys.executable, "-c", terminal, *command]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "started").exists() and run.poll() is None:
         time.sleep(0.05)
-    os.write(terminal, b"\x03")
-    with contextlib.suppress(OSError):  # at its end
-        while os.read(terminal, 1000):
-            pass
-    assert os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]) == 130
-    assert (tmp_path / "saved").exists()
+    run.stdin.write(b"\x03")
+    run.stdin.flush()
+    assert run.wait(30) == 130 and (tmp_path / "saved").exists()
