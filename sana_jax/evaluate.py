@@ -50,7 +50,7 @@ from etils import epath
 
 from sana_jax import cli
 from sana_jax.errors import UserError
-from sana_jax.files import write_whole
+from sana_jax.files import reason_of, write_whole
 
 SHAPES_TEST = 1000  # images of the built-in data set that are made where there are none
 SHOWN = 8  # images in the picture
@@ -257,7 +257,7 @@ def save_png(path: Path, picture) -> None:
     try:
         write_whole(epath.Path(path), data.getvalue())
     except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror or error}") from None
+        raise UserError(f"--out={path}: {reason_of(error)}") from None
 
 
 def table(found: dict) -> str:

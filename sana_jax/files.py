@@ -38,6 +38,11 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def unwritten(what: str, error: OSError) -> Exception:
+    """What to raise of a file that cannot be written: Retry of a full disk, UserError otherwise."""
+    return (Retry if is_full(error) else UserError)(f"{what}: {reason_of(error)}")
+
+
 @contextlib.contextmanager
 def storage(path: os.PathLike | None) -> Iterator[None]:
     """Turns an OSError of what is written to `path` into Retry, whatever its reason: a training
@@ -45,7 +50,7 @@ def storage(path: os.PathLike | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Retry(f"{path}: {error.strerror or error}") from error
+        raise Retry(f"{path}: {reason_of(error)}") from error
 
 
 def check_readable(path: os.PathLike) -> None:
@@ -54,7 +59,7 @@ def check_readable(path: os.PathLike) -> None:
         with epath.Path(path).open("rb") as file:
             file.read(1)
     except OSError as error:
-        raise Retry(f"{path} cannot be read: {error.strerror or error}") from error
+        raise Retry(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def write_whole(path: epath.Path, content: bytes, part: str = ".part") -> None:

@@ -6,27 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sana_jax import lock
-from sana_jax.errors import Retry, UserError
-from sana_jax.files import is_full
-from sana_jax.lock import locked
+from sana_jax.errors import UserError
+from sana_jax.files import unwritten
 
 
 def check_new(out: str) -> Path:
     """The path of --out, which must be missing or an empty folder. Raises UserError."""
-    path = Path(out).expanduser()
-    try:
-        occupied = path.exists() and (not path.is_dir() or _is_used(path))
-    except OSError as error:
-        raise UserError(f"--out={out:.60}: {error.strerror}") from None
     if not out:
         raise UserError("--out is empty: name a folder")
-    if occupied:
-        raise UserError(f"--out={out} exists and is not an empty folder")
+    path = Path(out).expanduser()
+    try:
+        _refuse_used(path, f"--out={out}")
+    except OSError as error:
+        raise UserError(f"--out={out:.60}: {error.strerror}") from None
     return path
 
 
-def _is_used(folder: Path) -> bool:
-    return any(child.name != lock.NAME for child in folder.iterdir())
+def _refuse_used(path: Path, name: str) -> None:
+    if path.exists() and not (path.is_dir() and all(p.name == lock.NAME for p in path.iterdir())):
+        raise UserError(f"{name} exists and is not an empty folder")
 
 
 @contextlib.contextmanager
@@ -36,15 +34,14 @@ def new_folder(path: Path) -> Iterator[None]:
     Raises UserError where something is in it already, or another process writes to it. Errors of
     the disk become UserErrors, and Retry where it is full.
     """
-    if path.is_file():
-        raise UserError(f"{path} exists and is not an empty folder")
     made = []
     try:
+        if not path.is_dir():  # of a folder its lock says more
+            _refuse_used(path, str(path))
         made = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        with locked(path):
-            if _is_used(path):
-                raise UserError(f"{path} exists and is not an empty folder")
+        with lock.locked(path):
+            _refuse_used(path, str(path))  # another may have been faster
             with _emptied_on_errors(path):
                 yield
     except BaseException as error:
@@ -52,9 +49,7 @@ def new_folder(path: Path) -> Iterator[None]:
             for new in made:
                 new.rmdir()
         if isinstance(error, OSError):
-            raise (Retry if is_full(error) else UserError)(
-                f"{path}: {error.strerror or error}"
-            ) from error
+            raise unwritten(str(path), error) from error
         raise
 
 

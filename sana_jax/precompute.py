@@ -67,7 +67,7 @@ def main(argv):
     from sana_jax.data.sources import open_source
     from sana_jax.data.text_image import CaptionTokens
     from sana_jax.data.transforms import BucketTransform, ImageTransform
-    from sana_jax.files import local, storage
+    from sana_jax.files import local, reason_of, storage
     from sana_jax.lock import locked
 
     folder = local(Path(_OUT.value))
@@ -76,6 +76,8 @@ def main(argv):
         image = ImageTransform(_SIZE.value, _SIZE.value, **options)
     else:
         image = BucketTransform(buckets.training_buckets(_BUCKETS.value), **options)
+    if _DATA.value.startswith("precomputed:"):
+        raise UserError(f"--data={_DATA.value}: these are latents already; give images")
     checkpoint = checkpoints.open_checkpoint(
         _CHECKPOINT.value,
         variant=_VARIANT.value,
@@ -88,8 +90,6 @@ def main(argv):
         arguments.multiple(f"--size={_SIZE.value}", _SIZE.value, factor)
     if _TEXT.value and checkpoint.text_encoder is None:
         raise UserError(f"{_CHECKPOINT.value} has no text encoder, which --text needs")
-    if _DATA.value.startswith("precomputed:"):
-        raise UserError(f"--data={_DATA.value}: these are latents already; give images")
     source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
     tokens = None
     if _TEXT.value:
@@ -129,7 +129,7 @@ def main(argv):
             encoder = Encoder(checkpoint, mesh, _DTYPE.value, settings["batch"], tokens)
             index = precompute(source, WithTokens(image, tokens), encoder, folder, settings)
     except OSError as error:
-        raise UserError(f"--out={folder}: {error.strerror or error}") from None
+        raise UserError(f"--out={folder}: {reason_of(error)}") from None
     counts = index["counts"]
     rejected = {reason: count for reason, count in counts["rejected"].items() if count}
     print(f"{folder}: read it by the name precomputed:{folder}")

@@ -286,10 +286,16 @@ def test_tpu_makes_a_lost_slice_anew(tmp_path, states, setups, rounds, wanted):
     assert [names.get(name := "".join(groups), name) for groups in found] == wanted
 
 
+def on_a_worker(*command):
+    """What `launch/tpu run` has a worker's shell run, in its home folder."""
+    line = launch("tpu", "--dry_run", "run", *command, **SLICE).stdout
+    (flag,) = (word for word in shlex.split(line) if word.startswith("--command="))
+    return ["bash", "-c", flag.removeprefix("--command=")]
+
+
 def test_tpu_ends_what_still_runs(tmp_path):
     """The command line of a worker: an earlier start is told to end, and waited for."""
-    line = launch("tpu", "--dry_run", "run", "bash", "-c", "exit 7", **SLICE).stdout
-    (command,) = (word for word in shlex.split(line) if word.startswith("--command="))
+    command = on_a_worker("bash", "-c", "exit 7")
     (tmp_path / "sana_jax").mkdir()
     old = subprocess.Popen(
         ["bash", "-c", f"trap 'sleep 1; echo saved > {tmp_path}/saved; exit' TERM; sleep 60 & wait"]
@@ -297,7 +303,6 @@ def test_tpu_ends_what_still_runs(tmp_path):
     (tmp_path / "sana_jax/.pid").write_text(str(old.pid))
     threading.Thread(target=old.wait).start()  # or it would stay as a zombie
     time.sleep(0.5)  # its trap is set
-    command = ["bash", "-c", command.removeprefix("--command=")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "worker ended with 7", result
     assert (tmp_path / "saved").exists() and not (tmp_path / "sana_jax/.pid").exists()
@@ -420,10 +425,8 @@ def test_train_shapes_goes_on_from_weights(tmp_path):
 def test_tpu_workers_go_on_without_a_connection(tmp_path):
     """Whoever reads what they print may go away at any time."""
     script = f"echo started; sleep 1; echo more; echo more; touch {tmp_path}/saved"
-    line = launch("tpu", "--dry_run", "run", "bash", "-ec", script, **SLICE).stdout
-    (command,) = (word for word in shlex.split(line) if word.startswith("--command="))
+    command = on_a_worker("bash", "-ec", script)
     (tmp_path / "sana_jax").mkdir()
-    command = ["bash", "-c", command.removeprefix("--command=")]
     worker = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert worker.stdout.readline() == b"started\n"
     worker.stdout.close()
@@ -437,9 +440,7 @@ def test_tpu_keeps_the_pid_of_a_later_start(tmp_path):
     (tmp_path / "sana_jax").mkdir()
 
     def worker(script):
-        line = launch("tpu", "--dry_run", "run", "bash", "-ec", script, **SLICE).stdout
-        (command,) = (word for word in shlex.split(line) if word.startswith("--command="))
-        command = ["bash", "-c", command.removeprefix("--command=")]
+        command = on_a_worker("bash", "-ec", script)
         return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
     first = worker(f"touch {tmp_path}/first; sleep 60")

@@ -15,6 +15,7 @@ from etils import epath
 
 from sana_jax.data.images import BadImage
 from sana_jax.errors import Retry, UserError
+from sana_jax.files import reason_of
 
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
@@ -57,10 +58,10 @@ class Folder:
             return (self.root / name).read_bytes()
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             if self.root.exists():
-                raise BadImage("unreadable", f"{name}: {error.strerror or error}") from None
+                raise BadImage("unreadable", f"{name}: {reason_of(error)}") from None
             raise Retry(f"{self.root} is away; the same command may succeed later") from None
         except OSError as error:
-            raise Retry(f"{self.root / name}: {error.strerror or error}; try again") from None
+            raise Retry(f"{self.root / name}: {reason_of(error)}; try again") from None
 
     def _read_text(self, name: str) -> str:
         data = self._read(name)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sana_jax import cli
 from sana_jax.errors import Retry, UserError
-from sana_jax.files import is_full
+from sana_jax.files import reason_of, unwritten
 
 if __name__ == "__main__":  # commands that read this data set have such flags too
     _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder to write below", required=True)
@@ -66,7 +66,7 @@ def prepare(
     try:
         epath.Path(data_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data_dir {data_dir}: {error.strerror or error}; name another") from None
+        raise UserError(f"data_dir {data_dir}: {reason_of(error)}; name another") from None
     builder = Shapes(data_dir=data_dir, config=config, train=train, test=test, seed=seed)
     if builder.data_path.exists():
         there = dict(builder.info.metadata)
@@ -80,14 +80,12 @@ def prepare(
     try:
         with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(None):
             builder.download_and_prepare(download_dir=nothing)  # TFDS would print of downloads
-    except (OSError, RuntimeError) as error:
-        # ArrayRecord's own threads write, and it raises RuntimeError.
-        of_disk = isinstance(error, OSError)
-        full = is_full(error) if of_disk else re.search("No space left|quota", str(error))
-        if not (of_disk or full):
+    except OSError as error:
+        raise unwritten(f"{builder.data_path} was not written", error) from error
+    except RuntimeError as error:  # ArrayRecord's own threads write, and it raises this
+        if not re.search("No space left|quota", str(error)):
             raise
-        kind = Retry if full else UserError
-        raise kind(f"{builder.data_path} was not written: {error}") from error
+        raise Retry(f"{builder.data_path} was not written: {error}") from error
     return builder.data_path
 
 

@@ -17,8 +17,7 @@ from sana_jax import hosts
 from sana_jax.data.counts import Counts, Rejection
 from sana_jax.data.images import REASONS, BadImage, size_of
 from sana_jax.data.sources import Source, thread_pool
-from sana_jax.errors import Retry, UserError
-from sana_jax.files import is_full, write_whole
+from sana_jax.files import unwritten, write_whole
 
 CODES = (None, *REASONS)  # why there is no size, as the file has it
 
@@ -108,5 +107,4 @@ def _save(path: Path, sizes: np.ndarray, codes: np.ndarray) -> None:
         # Other hosts may write the same.
         write_whole(epath.Path(path), data.getvalue(), f".{uuid.uuid4().hex}.part")
     except OSError as error:
-        kind = Retry if is_full(error) else UserError
-        raise kind(f"cache {path.parent}: {error.strerror or error}") from None
+        raise unwritten(f"cache {path.parent}", error) from None

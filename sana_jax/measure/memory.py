@@ -18,7 +18,6 @@ from sana_jax.checkpoints.components import component_dtype, param_shapes
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
-from sana_jax.pipeline import LARGE, LARGE_TILE
 
 
 def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
@@ -85,8 +84,8 @@ def _compile(pipe, part: str, params, settings: Settings):
         pipe.encode_prompt = lambda prompts, instruction="auto": (captions, mask)
         return pipe(["x"] * batch, negative_prompt=[""] * batch, latents=latents, **size)
 
-    if part == "decode" and settings.size**2 > LARGE:
-        side = LARGE_TILE[0] // pipe.factor
+    if part == "decode" and (tile := pipe._tile("auto", settings.size, settings.size)):
+        side = tile[0] // pipe.factor
         latents = jax.ShapeDtypeStruct((batch, side, side, pipe.latent_channels), jnp.float32)
 
     def decode(params, latents):

@@ -60,7 +60,6 @@ FREE = (
     *("start", "perceptual.weights"),
 )
 LEAST = {  # more of what recipes.check_least looks at
-    "data.shapes.seed": 0,
     "data.shapes.test": 1,
     "evaluation.images": 1,
     "evaluation.batch_size": 1,

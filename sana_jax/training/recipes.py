@@ -31,6 +31,7 @@ PROMPTS = (
 # The least that numbers of both kinds of recipe may be, which what uses them would refuse late.
 LEAST = {
     "seed": 0,
+    "data.shapes.seed": 0,
     "keep": 1,  # or the step that was just saved would go too
     "loader.threads": 0,
     "loader.prefetch": 0,

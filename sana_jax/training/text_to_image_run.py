@@ -120,7 +120,7 @@ class TextToImageTraining:
     def _check(self) -> None:
         """Raises UserError for figures that do not fit together, or that only hooks would use."""
         config = self.config
-        check_least(config, {"keep_every": 1, "loop.evaluate_every": 0, "data.shapes.seed": 0})
+        check_least(config, {"keep_every": 1, "loop.evaluate_every": 0})
         check_batches(config, self.mesh)
         if self.loop.evaluate_every:
             arguments.whole("config.evaluation.batches", config.evaluation.batches, 1, 2**31)
