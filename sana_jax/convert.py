@@ -41,7 +41,12 @@ _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hu
 _INSTRUCTION = flags.DEFINE_string(
     "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
 )
-_REST = flags.DEFINE_string("rest", None, "for a .pth: the checkpoint with the other networks")
+_REST = flags.DEFINE_string(
+    "rest",
+    None,
+    "for a .pth: the checkpoint with the other networks; for a training: where they are now, if its"
+    " config's names do not say so from here",
+)
 _EMA = flags.DEFINE_bool("ema", False, "for a .pth or a training: the averaged weights")
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "for a .pth: the side in pixels it was trained at; default: by its name"
@@ -71,10 +76,10 @@ def open_source():
     if weights.is_dir():
         from sana_jax.training.text_to_image_model import open_workdir
 
-        for flag in (_REST, _IMAGE_SIZE, _CROSS_HEADS, _VARIANT, _REVISION, _INSTRUCTION):
+        for flag in (_IMAGE_SIZE, _CROSS_HEADS, _VARIANT, _REVISION, _INSTRUCTION):
             if flag.value:
                 raise UserError(f"--{flag.name} is not for a training; --source={source} is one")
-        return open_workdir(_SOURCE.value, _EMA.value)
+        return open_workdir(_SOURCE.value, _EMA.value, _REST.value)
     if source.suffix != ".pth":
         for flag in (_REST, _EMA, _IMAGE_SIZE, _CROSS_HEADS):
             if flag.value:

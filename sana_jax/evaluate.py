@@ -20,6 +20,7 @@ not trained on, parsed without a sight of the prompt. Figures are shares, null w
 stated, or where the checkpoint is an autoencoder alone.
 
     overall               pictures that have every stated fact right
+    overall_error         its standard error, of so many prompts
     facts, count, shape, colour, size, position, relation
                           facts that are right, of all that are stated, and of that kind
     by_objects, by_style  overall, by number of objects and by the prompt's style
@@ -106,7 +107,7 @@ _SEED = flags.DEFINE_integer(
 )
 _STEPS = flags.DEFINE_integer("num_steps", 20, "of sampling, 1 .. 1000", 1, 1000)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", 3.0, "classifier-free guidance; off where <= 1", 0, 1000
+    "guidance_scale", 2.5, "classifier-free guidance; off where <= 1", 0, 1000
 )
 _SHIFT = flags.DEFINE_float(
     "flow_shift", None, "of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
@@ -170,7 +171,6 @@ def reconstruction() -> None:
 
     import jax
     import numpy as np
-    from tqdm import tqdm
 
     from sana_jax import arguments, checkpoints, sharding
     from sana_jax.checkpoints.components import module_for
@@ -178,6 +178,7 @@ def reconstruction() -> None:
     from sana_jax.data.transforms import ImageTransform
     from sana_jax.metrics import lpips
     from sana_jax.metrics.reconstruction_figures import figures
+    from sana_jax.progress import Progress
 
     options = dict(variant=_VARIANT.value, revision=_REVISION.value)
     checkpoint = checkpoints.open_checkpoint(_CHECKPOINT.value, **options)
@@ -208,7 +209,7 @@ def reconstruction() -> None:
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
-        tqdm(total=loader.records, unit="image", disable=None) as progress,
+        Progress(loader.records, "image") as progress,
     ):
         found = figures(reconstruct, loader, values, distance, progress.update)
         if not np.isfinite(found["psnr"]):
@@ -294,7 +295,9 @@ def shapes() -> None:
     found, sheet = shapes_task.measure(_CHECKPOINT.value, options)
     if out is not None:
         save_png(out, sheet)
-    print(f"{found['prompts']} held-out prompts, {found['pixels']} px; per cent:")
+    error = found["overall_error"]
+    sure = "" if error is None else f" (overall +- {100 * error:.1f}, a standard error)"
+    print(f"{found['prompts']} held-out prompts, {found['pixels']} px; per cent{sure}:")
     print(shapes_task.table(found))
     if found["overall"] is None:
         print(f"note: {_CHECKPOINT.value} is an autoencoder alone, which draws nothing")
@@ -311,7 +314,10 @@ def main(argv):
     for name in (name for task, names in OWN.items() if task != _TASK.value for name in names):
         if FLAGS[name].present:
             raise UserError(f"--{name} is not of --task={_TASK.value}; leave it out")
-    TASKS[_TASK.value]()
+    from sana_jax import devices
+
+    with devices.memory_errors("a smaller --batch_size or --size"):
+        TASKS[_TASK.value]()
 
 
 if __name__ == "__main__":

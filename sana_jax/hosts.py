@@ -1,15 +1,24 @@
 """Several hosts that act as one: what one of them cannot do, none goes on without.
 
-All of these are collective, every host must call them; with one host they cost nothing.
+All but `say` are collective, every host must call them; with one host they cost nothing.
 """
 
+import contextlib
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+
+def say(line: str) -> None:
+    """On stderr of the first host: what a person waits for, where nothing else shows for long."""
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # who listened may have gone
+            print(line, file=sys.stderr, flush=True)
 
 
 def gathered(value: Any) -> list[Any]:

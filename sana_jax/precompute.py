@@ -61,7 +61,7 @@ def main(argv):
 
     import jax
 
-    from sana_jax import arguments, checkpoints, sharding
+    from sana_jax import arguments, checkpoints, devices, sharding
     from sana_jax.data import buckets, precomputed
     from sana_jax.data.encode import Encoder, WithTokens, precompute
     from sana_jax.data.sources import open_source
@@ -124,6 +124,7 @@ def main(argv):
             storage(folder),  # from here on the same command goes on
             jax.set_mesh(mesh),
             jax.default_matmul_precision("float32"),
+            devices.memory_errors("a smaller --batch or --size"),
         ):
             checkpoints.place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
             encoder = Encoder(checkpoint, mesh, _DTYPE.value, settings["batch"], tokens)

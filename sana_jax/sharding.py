@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sana_jax.devices import find
 from sana_jax.errors import UserError
 
 MESH_AXES = ("replica", "fsdp", "sequence", "tensor")
@@ -43,7 +44,7 @@ def make_mesh(
 
     Raises UserError for sizes that do not fit, or a replica that would lie across TPU slices.
     """
-    devices = np.asarray(jax.local_devices() if devices is None else devices)
+    devices = np.asarray(find() if devices is None else devices)
     sizes = replica, fsdp, sequence, tensor
     try:
         sizes = np.empty(devices.size).reshape(sizes).shape  # fills in the -1

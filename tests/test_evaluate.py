@@ -19,6 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import module_for
+from sana_jax.metrics.shapes_task import Options
 from tests import mini
 from tests.metrics.test_lpips import Twin
 
@@ -201,6 +202,7 @@ def test_shapes_is_drawn_into_a_cache_once(shared, tmp_path):
 def test_shapes(shared, tmp_path):
     """Random weights draw nothing that is right; the ground truth is parsed without an error."""
     arguments = ["--task=shapes", "--count=6", "--num_steps=2", "--batch_size=4", "--size=64"]
+    options = Options(count=6, num_steps=2, batch_size=4, size=64)
     cases = [
         [f"--checkpoint={shared / 'whole'}", "--out=sheet.png"],
         [f"--checkpoint={shared / 'checkpoint'}"],
@@ -214,7 +216,8 @@ def test_shapes(shared, tmp_path):
     for found in (whole, alone):
         assert (found["prompts"], found["pixels"]) == (6, 64)
         assert found["parser_overall"] == 1 and found["ceiling"] == 0
-        assert found["options"]["count"] == 6 and found["options"]["num_steps"] == 2
+        # What no flag says is as in Python.
+        assert found["options"] == dataclasses.asdict(options)
         told = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
         assert not [key for key in found if not re.search(rf"\b{key}\b", told)]
     names = ("overall", "count", "shape", "colour", "position", "relation", "control_shuffled")

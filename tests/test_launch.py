@@ -286,6 +286,36 @@ def test_tpu_makes_a_lost_slice_anew(tmp_path, states, setups, rounds, wanted):
     assert [names.get(name := "".join(groups), name) for groups in found] == wanted
 
 
+def test_tpu_that_could_not_be_made_anew_is_not_started(tmp_path):
+    path, log = gcloud(tmp_path, "SUSPENDED", "0")
+    result = launch("tpu", "run", "true", path=path, **SLICE | {"RUNTIME": ""})
+    assert result.returncode == 2 and "RUNTIME is not set" in result.stderr
+    assert not log.exists()
+
+
+def test_tpu_setup_on_workers(tmp_path):
+    """Its lines in a worker's home: an old Python ends it for good; a new one makes .venv."""
+    made = 'mkdir -p .venv/bin; echo "touch installed" > .venv/bin/pip; chmod +x .venv/bin/pip'
+    fake(tmp_path, "new", f'case "$*" in *venv*) {made} ;; esac')
+    fake(tmp_path, "old", 'case "$*" in *version*) exit 1 ;; esac')
+    path, log = fake(
+        tmp_path,
+        "gcloud",
+        f'cd {tmp_path}; for last; do :; done; case "$4" in scp) cp "$5" sana_jax.tar.gz ;; '
+        'ssh) bash -c "${last#--command=}" ;; esac',
+    )
+    result = launch("tpu", "setup", path=path, PYTHON="old", **SLICE)
+    assert result.returncode == 2 and "old of a worker is older than 3.11" in result.stderr
+    assert not (tmp_path / "sana_jax").exists()
+    result = launch("tpu", "setup", path=path, PYTHON="new", **SLICE)
+    assert result.returncode == 0, result.stderr
+    found = {
+        name: (tmp_path / "sana_jax" / name).exists()
+        for name in ("README.md", ".ready", "installed")
+    }
+    assert all(found.values()), found
+
+
 def on_a_worker(*command):
     """What `launch/tpu run` has a worker's shell run, in its home folder."""
     line = launch("tpu", "--dry_run", "run", *command, **SLICE).stdout
@@ -353,7 +383,7 @@ for step in 1, 2:
         print(json.dumps(row), file=file)
 with open(folder / "results.json", "w") as file:
     json.dump({"after": {"128": {"psnr": 30 + float(rate), "count": 5}}}, file)
-sys.exit({"0.1": 75 if first else 0, "0.3": 76}.get(rate, 0))
+sys.exit({"0.1": 75 if first else 0, "0.3": 76, "0.9": 2}.get(rate, 0))
 """
 
 
@@ -376,6 +406,22 @@ def test_sweep(tmp_path):
     ]
     lines = (out / "0.1/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 1, 2]  # 75: a second time
+
+    again = launch("sweep", *flags[:-1], "--metrics=loss,los", *command)
+    assert (
+        again.returncode == 2 and "no run has los; they have rate, end, step, loss" in again.stderr
+    )
+    assert again.stdout.splitlines()[0].split() == ["rate", "end", "step", "loss"]
+
+
+def test_a_bad_sweep_ends_at_once_with_the_table_so_far(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    flags = "--field=rate", "--values=0.2,0.9,0.4", f"--out={tmp_path}/runs", "--metrics=loss"
+    result = launch("sweep", *flags, sys.executable, tmp_path / "train.py")
+    assert result.returncode == 2 and "rate=0.9 ended with 2" in result.stderr
+    ends = [line.split()[:2] for line in result.stdout.splitlines()]
+    assert ends == [["rate", "end"], ["0.2", "done"], ["0.9", "failed"]]
+    assert not (tmp_path / "runs/0.4").exists()
 
 
 def test_a_bad_sweep_ends_at_once(tmp_path):

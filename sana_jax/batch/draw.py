@@ -1,15 +1,11 @@
 """Draws many images into a folder, and of a run that was cut short only those that are missing."""
 
-import contextlib
-import re
 import sys
 import time
-from collections.abc import Iterator
 
 import jax
-from tqdm import tqdm
 
-from sana_jax import checkpoints, compilation_cache, sharding
+from sana_jax import checkpoints, compilation_cache, devices, sharding
 from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
 from sana_jax.batch.settings import Options, settings_of, shows_steps
@@ -19,6 +15,7 @@ from sana_jax.data import buckets
 from sana_jax.errors import UserError
 from sana_jax.models import tiling
 from sana_jax.pipeline import LARGE, NOT_FINITE, SanaPipeline
+from sana_jax.progress import Progress
 
 HOPELESS = 16  # images that are not finite, where none is: the others will not be either
 
@@ -48,13 +45,7 @@ def draw(tasks: list[Task], options: Options) -> None:
 
 def _open(name: str, options: Options) -> SanaPipeline:
     """The pipeline, its weights unread."""
-    try:
-        mesh = sharding.make_mesh()
-    except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS=cuda without CUDA
-        reason = (str(error).splitlines() or ["none of that kind"])[0]
-        raise UserError(
-            f"no device for JAX_PLATFORMS={jax.config.jax_platforms}: {reason}"
-        ) from None
+    mesh = sharding.make_mesh()
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     checkpoint = checkpoints.open_checkpoint(
         name,
@@ -83,10 +74,10 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     due.sort(key=lambda batch: -_memory(batch, pipe, options))
     shapes = len({batch.tasks[0].shape for batch in due})
     bad: list[Task] = []
-    progress = dict(total=count, initial=count - len(missing), unit=" image")
+    progress = dict(total=count, initial=count - len(missing), unit="image")
     by_step = shows_steps(batches)
     if by_step:
-        progress = dict(total=batches[0].tasks[0].num_steps, unit=" step")
+        progress = dict(total=batches[0].tasks[0].num_steps, unit="step")
 
     def dispatch(batch: Batch) -> jax.Array:
         tasks = batch.padded()
@@ -126,7 +117,10 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
         wait(latents)
         bar.update()
 
-    with _memory_errors(max(batch.size for batch in due)), tqdm(**progress, disable=None) as bar:
+    largest = max(batch.size for batch in due)
+    smaller = f"a --batch_size below {largest}, " if largest > 1 else ""
+    others = "--dtype=bfloat16, --sequential_guidance, --tile=SIZE,STRIDE or smaller images"
+    with devices.memory_errors(smaller + others), Progress(**progress) as bar:
         checkpoints.place_all(pipe.checkpoint, options.checkpoint, pipe.dtype, pipe.mesh)
         throughput = overlap(due, dispatch, save)
     if bad:
@@ -135,7 +129,8 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     images = f"{len(missing)} image{'s' * (len(missing) > 1)}"
     found = pipe.checkpoint.instruction
     told = f"; instruction {found.sha256[:12]} from {found.source}" if found else ""
-    print(f"{images} in {seconds:.1f} s; {throughput}{told}", file=sys.stderr)
+    drawn = f"{images} in {seconds:.1f} s on {devices.describe()}"
+    print(f"{drawn}; {throughput}{told}", file=sys.stderr)
 
 
 def _memory(batch: Batch, pipe: SanaPipeline, options: Options) -> int:
@@ -157,24 +152,3 @@ def _not_finite(tasks: list[Task]) -> str:
         f"{len(tasks)} images, such as {one.file} of {one.width} x {one.height} pixels, are not"
         f" saved: they {NOT_FINITE}"
     )
-
-
-@contextlib.contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
-    """Makes a UserError of XLA's complaint about too little memory."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed = re.search(r"\d[\d.]* ?(bytes|[KMGT]i?B?\b)", str(error))
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        raise UserError(
-            "the device has too little memory"
-            + (f", {limit} bytes" if limit else "")
-            + (f", for the {needed[0]} asked for" if needed else "")
-            + "; try "
-            + (f"a --batch_size below {batch_size}, " if batch_size > 1 else "")
-            + "--dtype=bfloat16, --sequential_guidance,"
-            " --tile=SIZE,STRIDE or smaller images"
-        ) from error

@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
-from tqdm import tqdm
 
 from sana_jax import sharding, text
 from sana_jax.checkpoints.components import Checkpoint, module_for
@@ -25,6 +24,7 @@ from sana_jax.data.text_image import CaptionTokens
 from sana_jax.data.transforms import Transform, to_float
 from sana_jax.errors import UserError
 from sana_jax.lock import NAME as LOCK
+from sana_jax.progress import Progress
 
 SETTINGS = "settings.json"  # of a folder that may not be finished
 
@@ -131,7 +131,7 @@ def precompute(
     """
     _check_resume(folder, settings)
     size, total, shards = settings["shard"], Counts(), []
-    with tqdm(total=len(source), unit="image", disable=None) as progress:
+    with Progress(len(source), "image") as progress:
         for number, start in enumerate(range(0, len(source), size)):
             records = range(start, min(start + size, len(source)))
             entry = precomputed.finished_shard(folder, number)

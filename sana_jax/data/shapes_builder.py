@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
 from sana_jax.data.shapes_captions import captions
 from sana_jax.data.shapes_draw import draw
 from sana_jax.data.shapes_scene import HELD_OUT, SPLITS, scene, truth
+from sana_jax.progress import Progress
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,8 +92,10 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         def make(index: int) -> dict:
             return record((self.seed, index), split, config.height, config.width)
 
-        numbers = tqdm(range(count), f"shapes {split}", unit=" images", disable=None)
-        yield from enumerate(_in_order(make, numbers))
+        with Progress(count, "image", f"shapes {split}") as progress:
+            for numbered in enumerate(_in_order(make, range(count))):
+                yield numbered
+                progress.update()
 
 
 def record(seed: tuple[int, ...], split: str, height: int, width: int) -> dict:

@@ -11,13 +11,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jaxtyping import Int32
-from tqdm import tqdm
 
 from sana_jax import hosts
 from sana_jax.data.counts import Counts, Rejection
 from sana_jax.data.images import REASONS, BadImage, size_of
 from sana_jax.data.sources import Source, thread_pool
 from sana_jax.files import unwritten, write_whole
+from sana_jax.progress import Progress
 
 CODES = (None, *REASONS)  # why there is no size, as the file has it
 
@@ -76,7 +76,7 @@ def _read(source: Source, share: range, threads: int | None) -> tuple[np.ndarray
     with thread_pool(threads) as pool:
         # In parts: a pool would take all of a large source at once.
         parts = (indices[i : i + 4096] for i in range(0, len(indices), 4096))
-        with tqdm(total=len(indices), desc="sizes", unit="image", disable=None) as progress:
+        with Progress(len(indices), "image", "sizes") as progress:
             for part in parts:
                 seen.add(0, filter(None, pool.map(look, part)))
                 progress.update(len(part))

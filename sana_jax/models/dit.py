@@ -397,8 +397,9 @@ class SanaTransformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         block = Block
-        if policy := REMAT[self.remat]:  # a scan needs no barrier against CSE
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        if policy := REMAT[self.remat]:
+            # Where no loop is left, XLA would merge what is computed twice.
+            block = nn.remat(Block, prevent_cse=self.unroll >= config.depth, policy=policy)
         self.blocks = nn.scan(
             block,
             methods={

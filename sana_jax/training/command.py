@@ -9,12 +9,13 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from sana_jax import compilation_cache
+from sana_jax import compilation_cache, devices, hosts
 from sana_jax.errors import Retry, UserError
 
 JOIN_SECONDS = 1800
 # What JAX says of a program that is wrong or too large, which no other try makes better.
 OURS = "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"
+SMALLER = "a smaller batch_size in the config, more microbatches, or remat"
 
 flags.disclaim_key_flags()  # they are those of the module that calls
 
@@ -35,6 +36,7 @@ def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]],
         del argv
         if multihost.value:
             join_hosts()
+        open_devices(multihost.value)
         compilation_cache.enable(cache.value)
         run(make_training, config.value, workdir.value)
 
@@ -44,11 +46,27 @@ def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]],
 def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> None:
     """make_training(config, workdir).run(); what a lost host makes of the others is Retry."""
     try:
-        make_training(config, workdir).run()
+        with devices.memory_errors(SMALLER):
+            training = make_training(config, workdir)
+            hosts.say(f"training on {devices.describe()}")
+            training.run()
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or any(mark in str(error) for mark in OURS):
             raise
         raise Retry(f"another host may be lost: {str(error).strip().splitlines()[0]}") from error
+
+
+def open_devices(multihost: bool) -> None:
+    """Raises UserError where there are none; in a job of several hosts Retry.
+
+    There a process that was killed just now may not have given its chips back.
+    """
+    try:
+        devices.find(all_hosts=True)
+    except UserError as error:
+        if multihost:
+            raise Retry(f"{error}") from error
+        raise
 
 
 def join_hosts() -> None:

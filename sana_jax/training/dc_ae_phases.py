@@ -12,7 +12,6 @@ import dataclasses
 import fnmatch
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from sana_jax import hosts, sharding
+from sana_jax import devices, hosts, sharding
 from sana_jax.checkpoints import find, native, open_checkpoint
 from sana_jax.checkpoints.components import Checkpoint, place
 from sana_jax.checkpoints.fingerprint import fingerprint
@@ -189,13 +188,13 @@ class AutoencoderTraining:
                     f" config.phases.{name}.steps={phase.steps}"
                 )
             if first:
-                _say(f"{name}: resumed at step {first} of {phase.steps}")
+                hosts.say(f"{name}: resumed at step {first} of {phase.steps}")
             # One of a run that was cut short before its first checkpoint may be of another model.
             if not first or not hosts.from_first((folder / "before.json").exists):
-                _say(f"{name}: measuring the held-out images")
+                hosts.say(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
             if first < phase.steps:
-                _say(f"{name}: compiling the step")
+                hosts.say(f"{name}: compiling the step")
             with MetricsWriter(folder, first, loop.steps) as writer:
 
                 def draw(state: TrainState, step: int) -> None:
@@ -209,7 +208,7 @@ class AutoencoderTraining:
                 if not loop.images_every or phase.steps % loop.images_every:  # else `fit` drew it
                     with storage(folder):
                         draw(state, phase.steps)
-            _say(f"{name}: measuring the latents and the held-out images")
+            hosts.say(f"{name}: measuring the latents and the held-out images")
             factor = before.vae.scaling_factor if before else self.network.scaling_factor
             if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
                 factor = self._scaling_factor(state.ema, loader)
@@ -220,7 +219,7 @@ class AutoencoderTraining:
                 "images": phase.steps * phase.batch_size,
                 "skipped_updates": int(state.skipped),
                 "training_seconds": round(hosts.from_first(_training_seconds, folder, phase)),
-                "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                "devices": devices.describe(),
                 "scaling_factor": factor,
                 "before": native.read_json(folder / "before.json"),
                 "after": self._figures(state.ema, held_out),
@@ -429,12 +428,6 @@ def _training_seconds(folder: Path, phase: Phase) -> float:
             seconds += (row["step"] - last) * phase.batch_size / rate
         last = row["step"]
     return seconds
-
-
-def _say(line: str) -> None:
-    """What a person waits for, where nothing else shows for a while."""
-    if _is_first():
-        print(line, file=sys.stderr, flush=True)
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:

@@ -104,7 +104,8 @@ def fit(
         `checkpoint_seconds` and `hook_seconds` of pauses; `compile_seconds` where a batch had a
         new shape.
       on_images, on_evaluate: called with the state, which they must not keep, and the step;
-        the latter after the last step too, where it is called at all.
+        the latter after the last step too, where it is called at all. They write pictures, and a
+        row with `held_out_loss`: a run that goes on calls them where the writer misses these.
       peak_rate: images/s of devices that do nothing but the networks' FLOPs at their peak; `mfu` in
         the rows is the share of it that was reached.
 
@@ -153,6 +154,13 @@ def fit(
         source = stack.enter_context(Prefetch(batches, mesh))
         profile = stack.enter_context(_Profile(config.profile and workdir, done))
         position = source.position
+        if writer and 0 < done < config.steps:  # a crash may have cut the hooks of this step short
+            for hook, every, kind in (
+                (on_images, config.images_every, "images"),
+                (on_evaluate, config.evaluate_every, "held_out"),
+            ):
+                if hook and _due(done, every) and kind not in writer.made:
+                    pause("hook", hook, state, done)
         while done < config.steps and not stop.agreed():
             try:
                 taken = source.take(is_busy, stop)

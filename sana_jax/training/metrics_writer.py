@@ -58,14 +58,17 @@ class MetricsWriter:
         self._step, self._steps, self._uploaded = step, steps, time.monotonic()
         self._copied: dict[Path, tuple[int, int]] = {}  # file -> its time and size then
         self.workdir, self._stack = epath.Path(workdir), contextlib.ExitStack()
+        self.made: set[str] = set()
         self._on = jax.process_index() == 0
 
     def __enter__(self) -> "MetricsWriter":
         with storage(self.workdir):
-            from_first(self._enter)
+            self.made = from_first(self._enter)
         return self
 
-    def _enter(self) -> None:
+    def _enter(self) -> set[str]:
+        """Returns what there is of the step that the run goes on from: "images", "held_out"."""
+        made = set()
         with contextlib.ExitStack() as stack:
             if not is_local(self.workdir):
                 self._remote = self.workdir
@@ -78,8 +81,10 @@ class MetricsWriter:
                 self._folder = Path(self.workdir)
             (self._folder / "images").mkdir(parents=True, exist_ok=True)
             rows = self._folder / "metrics.jsonl"
-            if rows.exists():
-                _drop_after(rows, self._step)
+            if rows.exists() and any("held_out_loss" in row for row in _keep(rows, self._step)):
+                made.add("held_out")
+            if any((self.workdir / "images").glob(f"*_{self._step:08d}.png")):
+                made.add("images")
             self._rows = stack.enter_context(open(rows, "a"))
             self._board = _Board(self._folder / "tensorboard", self._step)
             stack.callback(self._board.close)
@@ -87,6 +92,7 @@ class MetricsWriter:
                 tqdm(total=self._steps, initial=self._step, unit=" step", disable=None)
             )
             self._stack = stack.pop_all()
+        return made
 
     def __exit__(self, kind: type | None = None, *error) -> None:
         # What ends the run goes before what a full disk says of closing its files.
@@ -196,11 +202,16 @@ def _number(value: Any) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def _drop_after(rows: Path, step: int) -> None:
-    """Leaves the whole rows up to `step`; a killed run may have left half a row."""
-    kept = []
+def _keep(rows: Path, step: int) -> list[dict[str, Any]]:
+    """Leaves the whole rows up to `step`, for a killed run may have left half a one.
+
+    Returns those of `step`.
+    """
+    kept, last = [], []
     for line in rows.read_text().splitlines(keepends=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and (row := json.loads(line))["step"] <= step:
                 kept.append(line)
+                last += [row] * (row["step"] == step)
     write_whole(rows, "".join(kept).encode())
+    return last

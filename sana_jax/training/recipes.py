@@ -162,11 +162,11 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "rows": 300,  # of text that the transformer sees
                 "instruction": True,  # the checkpoint's, before every caption, if it has one
                 "train": False,
-                # Of a new one, which has to train: its sizes and the folder of its tokenizer.
+                # Of one that trains: its sizes, and where it is new the folder of its tokenizer.
                 "network": dataclasses.asdict(Gemma2Config()),
                 "tokenizer": config_dict.placeholder(str),
             },
-            "dtype": "bfloat16",  # of activations and frozen weights; what trains is float32
+            "dtype": "bfloat16",  # of activations and the text encoder; what trains is float32
             "remat": "none",  # models/dit.py's REMAT
             # Blocks in one turn of their loop: more is faster on CPUs, and longer to compile.
             "unroll": 1,

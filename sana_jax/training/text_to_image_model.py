@@ -27,7 +27,6 @@ from sana_jax.checkpoints.components import (
     Config,
     abstract_params,
     check_fit,
-    component_dtype,
     module_for,
 )
 from sana_jax.checkpoints.fingerprint import fingerprint
@@ -47,6 +46,7 @@ from sana_jax.training.text_to_image import CaptionWindow, Frozen, Recipe, TextT
 AUTO_LR_BATCH = 256  # what learning rates are stated for, where config.auto_lr is "sqrt"
 # Tokens of SANA's instruction by Gemma's tokenizer, about: only what is compiled ahead needs it.
 INSTRUCTION_TOKENS = 240
+READER = "text_encoder.network"
 
 
 def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
@@ -94,13 +94,21 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
             )
         if not encoder.train:
             base.params["text_encoder"] = found.params["text_encoder"]
+        else:
+            then, now = vars(base.text_encoder), vars(_network(Gemma2Config, config, READER))
+            if differing := [key for key in now if now[key] != then[key]]:
+                raise UserError(
+                    ", ".join(f"config.{READER}.{key}={now[key]}" for key in differing)
+                    + f": of config.text_encoder.checkpoint={encoder.checkpoint}, which is trained"
+                    f" on, it is {', '.join(str(then[key]) for key in differing)}"
+                )
     else:
         if not encoder.train or not encoder.tokenizer:
             raise UserError(
                 "config.text_encoder.checkpoint is missing: name one, or train a new text encoder"
                 " with config.text_encoder.train=True and .tokenizer=FOLDER"
             )
-        base.text_encoder = _network(Gemma2Config, config, "text_encoder.network")
+        base.text_encoder = _network(Gemma2Config, config, READER)
         folder = Path(encoder.tokenizer).expanduser()
         base.tokenizer = text.load_tokenizer(folder)
         names = "tokenizer.json", "tokenizer.model"  # one is there
@@ -189,11 +197,19 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
     dit = dataclasses.replace(dit, remat=config.remat, unroll=config.unroll)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
     encoder = dataclasses.replace(encoder, trains=train, unroll=config.unroll)
-    vae = module_for(base.vae, dtype)
+    vae = module_for(base.vae, frozen_dtype("vae", dtype))
     try:
         return TextToImageTask(recipe, dit, vae, encoder, captions, train)
     except UserError as error:
         raise UserError(f"config.recipe: {error}") from None
+
+
+def frozen_dtype(name: str, dtype: str) -> str:
+    """Of a network that does not train, beside a transformer that computes in `dtype`.
+
+    Images are encoded in float32, as by SANA and `precompute`: bfloat16 shifts the latents.
+    """
+    return "float32" if name == "vae" else dtype
 
 
 def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool) -> int:
@@ -226,7 +242,7 @@ def abstract_training(
     base = Checkpoint(
         vae=DCAEConfig(),
         dit=_network(SanaConfig, config, "network"),
-        text_encoder=_network(Gemma2Config, config, "text_encoder.network"),
+        text_encoder=_network(Gemma2Config, config, READER),
     )
     told = encoder.instruction and not encoder.train
     tokens = rows - 1 if told else rows
@@ -264,17 +280,27 @@ def abstract_training(
     return compile_step(task.step, state), state, batch, (frozen,), size, count
 
 
-def open_workdir(workdir: str | epath.Path, ema: bool = True) -> Checkpoint:
+def open_workdir(
+    workdir: str | epath.Path, ema: bool = True, rest: str | None = None
+) -> Checkpoint:
     """The model of a training's newest checkpoint that is whole: its average, or what trains.
 
-    What did not train is read from where the config says, and must be as it was. Raises UserError.
+    What did not train is read from the checkpoint `rest`, or else from where the config says, and
+    must be as it was. Raises UserError.
     """
     document, trained = read_newest(workdir, "ema" if ema else "params")
     settings = document["config"]
     if "fingerprints" not in settings:
         raise UserError(f"{workdir} is no text-to-image training")
     prints = settings.pop("fingerprints")
-    base, now = open_base(ConfigDict(settings))
+    if rest:
+        settings["autoencoder"] = rest
+        if settings["text_encoder"]["checkpoint"]:
+            settings["text_encoder"]["checkpoint"] = rest
+    try:
+        base, now = open_base(ConfigDict(settings))
+    except UserError as error:
+        raise UserError(f"{error}; --rest says where it is now") from error
     for name in prints:
         if now.get(name) != prints[name]:
             raise UserError(f"config.{name} of {workdir} is not what it was in the training")
@@ -299,7 +325,7 @@ def _network(kind: type, config: ConfigDict, key: str) -> Config:
 
 def _abstract_frozen(name: str, config: Config, settings: ConfigDict, mesh: Mesh) -> Any:
     """A network's parameters as `place` puts them."""
-    boxed, dtype = abstract_params(config), component_dtype(name, settings.dtype)
+    boxed, dtype = abstract_params(config), frozen_dtype(name, settings.dtype)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
         nn.unbox(boxed),

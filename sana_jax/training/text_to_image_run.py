@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from sana_jax import arguments, flops, hosts, sharding
 from sana_jax.checkpoints import native
-from sana_jax.checkpoints.components import component_dtype, place
+from sana_jax.checkpoints.components import place
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
@@ -39,6 +39,7 @@ from sana_jax.training.text_to_image_model import (
     check_batches,
     complete,
     flops_of_row,
+    frozen_dtype,
     make_task,
     open_base,
     open_encoder,
@@ -107,6 +108,10 @@ class TextToImageTraining:
                     f"{self.workdir} has {first} steps already, more than"
                     f" config.recipe.steps={steps}"
                 )
+            if first:
+                hosts.say(f"resumed at step {first} of {steps}")
+            if first < steps:
+                hosts.say("compiling the step")
             step = jit_step(self.task.step, abstract, self._frozen)
             with MetricsWriter(self.workdir, first, steps) as writer:
                 state = fit(
@@ -144,7 +149,7 @@ class TextToImageTraining:
         """What does not train, on the devices."""
         base, params = self.base, {}
         for name in base.params:
-            dtype = component_dtype(name, self.config.dtype)
+            dtype = frozen_dtype(name, self.config.dtype)
             params[name] = place(base.params[name], getattr(base, name), dtype, self.mesh)
         if "text_encoder" not in params:
             return Frozen(params["vae"])

@@ -333,9 +333,9 @@ def spec(*shape, dtype="bfloat16", sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20):
+def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20, dtype="bfloat16"):
     """Forward and backward of every operation, through its public function: (loss, operands)."""
-    made = partial(spec, sharding=sharding)
+    made = partial(spec, sharding=sharding, dtype=dtype)
 
     def loss(fn):
         def squares(*args):
@@ -405,11 +405,13 @@ def test_compiles_for_tpu(name, chip):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", operations())
-def test_compiles_for_tpu_at_full_width(name, chip):
+def test_compiles_for_tpu_at_full_width(name, chip, dtype):
     """An image of 1024 px in the 1.6B network: do the blocks fit into VMEM?"""
-    compile_for_tpu(name, chip, side=32, width=2240, hidden=5600, heads=20, rows=300)
+    sizes = dict(side=32, width=2240, hidden=5600, heads=20, rows=300)
+    compile_for_tpu(name, chip, dtype=dtype, **sizes)
 
 
 # Forward, and the cotangent of the first operand: the state twice, and its cotangent; two halo rows

@@ -33,6 +33,8 @@ def test_the_control_of_swapped_pictures_is_right():
     found = figures(asked, [truth[k] for k in after], truth, truth)
     assert found["control_shuffled"] == found["parser_overall"] == 1
     assert found["overall"] < 0.5
+    share = found["overall"]
+    assert found["overall_error"] == pytest.approx((share * (1 - share) / 10) ** 0.5)
     assert figures(asked, truth, truth, truth)["control_shuffled"] < 0.5
     assert figures(asked[:4], truth[:4], truth[:4], truth[:4])["control_shuffled"] is None
 

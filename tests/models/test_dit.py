@@ -202,6 +202,21 @@ def test_bfloat16_error_is_no_larger_than_that_of_diffusers():
     assert ours > 1e-4, "this is not bfloat16"
 
 
+def test_blocks_without_a_loop_are_computed_again_too():
+    """Fully unrolled, remat has its price in operations still: XLA did not merge it away."""
+    module, config = toy.transformer(num_layers=2)
+    params = toy.params(module, config)
+    args = jnp.ones((1, 8, 8, config.latent_channels)), jnp.ones(1)
+    args += jnp.ones((1, ROWS, config.caption_channels)), jnp.ones((1, ROWS), bool)
+
+    def flops(**fields):
+        model = SanaTransformer(config, unroll=config.depth, **fields)
+        loss = lambda params: jnp.sum(model.apply({"params": params}, *args) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"]
+
+    assert flops(remat="full") > 1.15 * flops()
+
+
 MESHES = [dict(sequence=4), dict(fsdp=2, sequence=2), dict(replica=2, sequence=4)]
 
 

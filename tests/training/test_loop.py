@@ -104,6 +104,48 @@ def test_rows_hooks_and_checkpoints(tmp_path):
     assert all(row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in found)
 
 
+def test_hooks_that_a_crash_cut_short_are_made_up_for(tmp_path):
+    """The checkpoint of their step is there before them; what they have made is not made twice."""
+    abstract, create = state.on_mesh(init, sharding.make_mesh(fsdp=2))
+    config = LoopConfig(4, checkpoint_every=2, images_every=2, evaluate_every=2)
+    called, tries = [], iter([2, 1, 0])
+
+    def go_on():
+        crashes_at = next(tries)
+        with Checkpoints(tmp_path, {}, {}, keep=99) as checkpoints:
+            batches = Batches()
+            begun = checkpoints.restore(abstract, None) or create()
+            batches.number = int(begun.step)
+            with MetricsWriter(tmp_path, int(begun.step), config.steps) as writer:
+
+                def draw(s, k):
+                    if crashes_at == 2:
+                        raise RuntimeError("a crash")
+                    called.append(("images", k, float(s.params["w"][0])))
+                    writer.images(k, "samples", [[np.zeros((2, 2, 3), np.uint8)]])
+
+                def evaluate(s, k):
+                    if crashes_at:
+                        raise RuntimeError("a crash")
+                    called.append(("evaluate", k, float(s.params["w"][0])))
+                    writer.write(k, {"held_out_loss": 1.0})
+
+                mesh = sharding.make_mesh(fsdp=2)
+                given = jit_step(step, abstract), begun, batches, mesh, config, checkpoints, writer
+                fit(*given, on_images=draw, on_evaluate=evaluate)
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a crash"):
+            go_on()
+    go_on()
+    assert called == [
+        ("images", 2, 1.0),
+        ("evaluate", 2, 1.0),
+        ("images", 4, 6.0),
+        ("evaluate", 4, 6.0),
+    ]
+
+
 def test_batch_with_nan_is_left_out(tmp_path):
     clean, _ = run(tmp_path / "a", Batches(), LoopConfig(8, log_every=2))
     done, _ = run(tmp_path / "b", Batches(nan_at=(2, 3, 5)), LoopConfig(8, log_every=2))

@@ -124,6 +124,16 @@ def test_held_out_batches_do_not_follow_the_run(config, tmp_path):
     assert not np.array_equal(one, other)
 
 
+def test_images_are_encoded_in_float32(config, tmp_path):
+    """Whatever the transformer computes in: to the bit."""
+    latents = []
+    for dtype in "float32", "bfloat16":
+        run = TextToImageTraining(load(config, dtype=dtype), str(tmp_path))
+        with jax.set_mesh(run.mesh):
+            latents.append(jax.jit(run.task._latents)(run.loader.batch(0), run._frozen))
+    np.testing.assert_array_equal(*latents)
+
+
 def test_the_instruction_is_part_of_a_run(config, monkeypatch):
     """Beside a diffusers folder it depends on the machine: another one is not gone on with."""
     key = "text_encoder.instruction"
@@ -147,13 +157,23 @@ def damage(workdir, step):
         path.write_bytes(damaged)
 
 
-def test_convert_reads_the_folder_and_falls_back(unbroken, tmp_path):
+def test_convert_reads_the_folder_and_falls_back(unbroken, config, tmp_path):
     workdir, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(unbroken, workdir)
     damage(workdir, 20)
+    base = config.parent / "base"
+    base.rename(config.parent / "moved")
     arguments = [f"--source={workdir}", f"--out={out}", "--ema"]
     command = [sys.executable, "-m", "sana_jax.convert", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with pytest.raises(UserError, match="no checkpoint '.*/base'.*rest"):
+        open_workdir(workdir)
+    try:
+        rest = f"--rest={config.parent / 'moved'}"
+        result = subprocess.run([*command, rest], cwd=ROOT, capture_output=True, text=True)
+        with pytest.raises(UserError, match="config.autoencoder of .* is not what it was"):
+            open_workdir(workdir, rest=str(unbroken / "model"))
+    finally:
+        (config.parent / "moved").rename(base)
     assert result.returncode == 0, result.stderr
     assert "step 15 is used" in result.stderr
     model = native.open_folder(out)
@@ -263,6 +283,10 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(autoencoder="shapes"), "latent channels"),
         (dict(text_encoder__checkpoint="autoencoder"), "this checkpoint has no text_encoder"),
         (dict(text_encoder__checkpoint=None), "config.text_encoder.checkpoint is missing"),
+        (
+            dict(text_encoder__train=True, text_encoder__instruction=False),
+            "config.text_encoder.network.vocab_size=256000, config.text_encoder.network.hidden",
+        ),
         (dict(start="autoencoder"), "config.start=autoencoder: this checkpoint has no transformer"),
         (dict(network__caption_channels=40), "the transformer reads text of width 40"),
         (dict(network__width=33), "config.network: transformer width 33"),
@@ -400,7 +424,9 @@ def test_stored_embeddings_must_be_of_the_text_encoder(config, tmp_path):
     batch = stored(tmp_path, config).loader.batch(0)
     assert batch["embeddings"].shape == (8, 8, 48)
     with pytest.raises(UserError, match="embeddings, which a text encoder that trains cannot use"):
-        train = dict(text_encoder__train=True, text_encoder__instruction=False)
+        network = vars(base.text_encoder).items()
+        train = {f"text_encoder__network__{name}": value for name, value in network}
+        train |= dict(text_encoder__train=True, text_encoder__instruction=False)
         stored(tmp_path, config, **train)
     store(tmp_path, config, "train", [(4, 4)], text=told, text_encoder="another")
     with pytest.raises(UserError, match="not of config.text_encoder.checkpoint="):

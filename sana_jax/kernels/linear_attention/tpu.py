@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.mosaic import LANES, vmem_bytes
 
-TOKENS = TPU["linear_attention"]  # a grid step
+TOKENS = TPU["linear_attention"]  # a grid step, of two bytes each; or half as many of four
 
 
 def supported(channels: int, head_dim: int) -> bool:
@@ -80,7 +80,7 @@ def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
     """A kernel over (image, block of tokens). `ins` says what part of its array each input is."""
     batch, tokens, channels = qkv.shape
     channels //= 3
-    rows = min(TOKENS, -(-tokens // 16) * 16)
+    rows = min(TOKENS * 2 // qkv.dtype.itemsize, -(-tokens // 16) * 16)
     key_start = channels // LANES * LANES  # of the tile in which the keys begin
     kv_width = 3 * channels - key_start
     shapes = {

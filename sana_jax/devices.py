@@ -1,0 +1,45 @@
+"""What JAX says of its devices, for the user to act on: there are none, or too little memory."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import jax
+
+from sana_jax.errors import UserError
+
+
+def find(all_hosts: bool = False) -> list[jax.Device]:
+    """This host's devices, or those of all hosts. Raises UserError where JAX cannot open any."""
+    try:
+        return jax.devices() if all_hosts else jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS=cuda without CUDA
+        reason = (str(error).splitlines() or ["none of that kind"])[0]
+        raise UserError(
+            f"no device for JAX_PLATFORMS={jax.config.jax_platforms}: {reason}"
+        ) from None
+
+
+def describe() -> str:
+    """Those of all hosts, as in "256 x TPU v5 lite of 64 hosts"."""
+    hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{hosts}"
+
+
+@contextlib.contextmanager
+def memory_errors(remedies: str) -> Iterator[None]:
+    """Makes a UserError of XLA's complaint about too little memory, with what to try."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text or "vmem" in text.lower():  # that of a kernel is ours
+            raise
+        needed = re.search(r"\d[\d.]* ?(bytes|[KMGT]i?B?\b)", text)
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        raise UserError(
+            "the device has too little memory"
+            + (f", {limit} bytes" if limit else "")
+            + (f", for the {needed[0]} asked for" if needed else "")
+            + f"; try {remedies}"
+        ) from error

@@ -1,0 +1,30 @@
+"""How far long work is: a bar on a terminal, and lines in a job's log."""
+
+import contextlib
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 60.0
+
+
+class Progress(tqdm):
+    """tqdm's bar; where stderr is no terminal, a line a minute."""
+
+    def __init__(self, total: int, unit: str, desc: str = "", **options: Any):
+        """`unit` is the singular of what is counted."""
+        super().__init__(total=total, unit=f" {unit}", desc=desc, disable=None, **options)
+        self._line = f"{desc}{': ' * bool(desc)}{{}} of {{}} {unit}s"
+        self._due = time.monotonic() + LINE_SECONDS
+
+    def update(self, n: int = 1) -> None:
+        super().update(n)
+        if not self.disable:
+            return
+        self.n += n  # which tqdm leaves to a bar that is shown
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + LINE_SECONDS
+            with contextlib.suppress(OSError):  # who listened may have gone
+                print(self._line.format(self.n, self.total), file=sys.stderr, flush=True)
