@@ -20,7 +20,7 @@ def get_config():
     config.mesh.update(replica=4, fsdp=64)
     config.remat = "full"
     config.data.buckets = True
-    # 4 images at a time in the autoencoder. The step then takes 8.7 of a v5e's 15.75 GiB, by the
+    # 4 images at a time in the autoencoder. The step then takes 9.9 of a v5e's 15.75 GiB, by the
     # TPU compiler (sana_jax.compile --memory).
     config.recipe.encoder_microbatches = 4
     config.evaluation.batch_size = 1024  # it splits as the training's does
