@@ -107,7 +107,7 @@ _SEED = flags.DEFINE_integer(
 )
 _STEPS = flags.DEFINE_integer("num_steps", 20, "of sampling, 1 .. 1000", 1, 1000)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", 2.5, "classifier-free guidance; off where <= 1", 0, 1000
+    "guidance_scale", 2.0, "classifier-free guidance; off where <= 1", 0, 1000
 )
 _SHIFT = flags.DEFINE_float(
     "flow_shift", None, "of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
