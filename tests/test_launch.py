@@ -493,8 +493,11 @@ def test_tpu_keeps_the_pid_of_a_later_start(tmp_path):
     while not (tmp_path / "first").exists():
         time.sleep(0.05)
     second = worker(f"touch {tmp_path}/second; sleep 4")
-    first.wait(30)
-    assert (tmp_path / "second").exists() and (tmp_path / "sana_jax/.pid").exists()
+    first.wait(30)  # it has removed now what it would remove
+    while second.poll() is None and not (tmp_path / "second").exists():
+        time.sleep(0.05)
+    time.sleep(1)  # it has written its own
+    assert second.poll() is None and (tmp_path / "sana_jax/.pid").exists()
     second.wait(30)
     assert not (tmp_path / "sana_jax/.pid").exists()
 
