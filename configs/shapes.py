@@ -66,7 +66,7 @@ def get_config():
     config.recipe.optimizer.update(beta2=0.99, weight_decay=0.01)
     # A mistake costs a caption about six points: hardly any with one has as many as this.
     for captions in config.data.captions, config.evaluation.captions:
-        captions.update(kind="score", temperature=0.25, threshold=20.0)
+        captions.update(kind="score", temperature=1.0, threshold=27.0)
     config.loader.update(threads=1, prefetch=4)
     config.loop.update(log_every=50, checkpoint_every=500, images_every=4000, evaluate_every=2000)
     config.images.update(prompts=tuple(p.text for p in prompts(16, seed=1)), guidance_scale=2.0)
