@@ -162,9 +162,8 @@ def figures(
         return [score(each.facts, seen) for each, seen in zip(asked, found, strict=True)]
 
     parser, ceiling = scored(truth), scored(restored)
-    found = dict.fromkeys(("overall", "facts", *KINDS))
+    found = dict.fromkeys(("overall", "overall_error", "facts", *KINDS))
     found |= dict.fromkeys(("by_objects", "by_style", "by_shape", "held_out", "control_shuffled"))
-    found["overall_error"] = None
     if drawn is not None:
         scores = scored(drawn)
         found |= rates(scores) | {

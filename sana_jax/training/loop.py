@@ -10,7 +10,7 @@ with Checkpoints(workdir, config, data) as checkpoints:
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -148,6 +148,17 @@ def fit(
         meter.paused(name, time.monotonic() - began)
         dog.beat()
 
+    def call_hooks(but: Collection[str] = ()):
+        """Those that are due after step `done`, but for what has been made."""
+        last = bool(config.evaluate_every) and done == config.steps
+        for name, hook, due in (
+            ("images", on_images, _due(done, config.images_every)),
+            ("held_out", on_evaluate, _due(done, config.evaluate_every) or last),
+        ):
+            if hook and due and name not in but:
+                read_pending()
+                pause("hook", hook, state, done)
+
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal(mesh))
         dog = stack.enter_context(Watchdog(config.watchdog_seconds))
@@ -155,12 +166,7 @@ def fit(
         profile = stack.enter_context(_Profile(config.profile and workdir, done))
         position = source.position
         if writer and 0 < done < config.steps:  # a crash may have cut the hooks of this step short
-            for hook, every, kind in (
-                (on_images, config.images_every, "images"),
-                (on_evaluate, config.evaluate_every, "held_out"),
-            ):
-                if hook and _due(done, every) and kind not in writer.made:
-                    pause("hook", hook, state, done)
+            call_hooks(but=writer.made)
         while done < config.steps and not stop.agreed():
             try:
                 taken = source.take(is_busy, stop)
@@ -177,17 +183,12 @@ def fit(
             read_pending()  # of the step before: this one is in flight
             done, position = done + 1, taken.position
             pending = done, metrics, taken.rows
-            hooks = _due(done, config.images_every) * [on_images]
-            last = bool(config.evaluate_every) and done == config.steps
-            hooks += (_due(done, config.evaluate_every) or last) * [on_evaluate]
             # Before the hooks, which may take minutes, or fail each time.
             if checkpoints and _due(done, config.checkpoint_every) and done < config.steps:
                 read_pending()
                 if not meter.streak:  # or the last good one could be pushed out
                     pause("checkpoint", checkpoints.save, done, state, position)
-            for hook in filter(None, hooks):
-                read_pending()
-                pause("hook", hook, state, done)
+            call_hooks()
         read_pending()
         if checkpoints:
             with storage(workdir):

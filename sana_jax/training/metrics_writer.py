@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sana_jax.files import is_local, storage, write_whole
-from sana_jax.hosts import from_first
+from sana_jax.hosts import from_first, say
 
 # tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
 _torch = sys.modules.get("torch")
@@ -117,8 +117,7 @@ class MetricsWriter:
         shown = {k: f"{v:.4g}" for k, v in row.items() if v is not None and _is_shown(k)}
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
-            with contextlib.suppress(OSError):  # who listened may have gone: the run goes on
-                print(f"step {step}", *map("=".join, shown.items()), file=sys.stderr, flush=True)
+            say(" ".join([f"step {step}", *map("=".join, shown.items())]))
         self._upload_if_due()
 
     def images(self, step: int, name: str, grid: list[list[UInt8[np.ndarray, "H W 3"]]]) -> None:

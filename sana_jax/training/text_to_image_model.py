@@ -300,6 +300,8 @@ def open_workdir(
     try:
         base, now = open_base(ConfigDict(settings))
     except UserError as error:
+        if rest:
+            raise
         raise UserError(f"{error}; --rest says where it is now") from error
     for name in prints:
         if now.get(name) != prints[name]:

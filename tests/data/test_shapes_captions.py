@@ -4,14 +4,18 @@ import collections
 import itertools
 import json
 import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.shapes_captions import CAPTIONERS, captions, prompts
 from sana_jax.data.shapes_language import VOCABULARY
 from sana_jax.data.shapes_scene import COLOURS, HELD_OUT, SHAPES, SIZES, scene, truth
 
+ROOT = Path(__file__).parents[2]
 SCENES = [scene((0, i), split) for split in ("train", "test") for i in range(250)]
 SAID = [(drawn, caption) for drawn in SCENES for caption in captions(drawn)]
 PROMPTS = prompts(512, seed=1)
@@ -158,6 +162,22 @@ def test_scores_tell_truth_and_completeness_with_some_doubt():
     assert np.mean([each.wrong == 0 for each in best]) > 0.97
     # The more complete caption wins often, but not always.
     assert 0.5 < np.mean([each.style == "long" for each in best]) < 0.9
+
+
+def test_the_bundled_model_s_recipe_chooses_hardly_any_mistake():
+    """By score, and still captions of every style."""
+    config = runpy.run_path(str(ROOT / "configs/shapes.py"))["get_config"]()
+    choose = CaptionChoice(**config.data.captions.to_dict())
+    wrong, styles = 0.0, collections.Counter()
+    for drawn in SCENES:
+        said = captions(drawn)
+        record = {"captions": [each.text for each in said], "scores": [each.score for each in said]}
+        for each, share in zip(said, choose.probabilities(record), strict=True):
+            wrong += share * bool(each.wrong)
+            styles[each.style] += share
+    print(f"wrong {wrong / len(SCENES):.2%}, styles {styles}")
+    assert wrong < 0.01 * len(SCENES)
+    assert min(styles.values()) > 0.05 * len(SCENES)
 
 
 def test_prompts_are_balanced():
