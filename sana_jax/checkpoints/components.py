@@ -109,6 +109,16 @@ def param_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return flat_shapes(nn.unbox(abstract_params(config)))
 
 
+def abstract_placed(config: Config, dtype: Dtype, mesh: Mesh):
+    """Parameters as `place` puts them, as ShapeDtypeStructs; the devices need not be there."""
+    boxed = abstract_params(config)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
+        nn.unbox(boxed),
+        shardings_for(boxed, mesh),
+    )
+
+
 def place(params, config: Config, dtype: Dtype, mesh: Mesh):
     """Parameters on the devices of `mesh`, cast to `dtype`, one after the other."""
     shardings = shardings_for(abstract_params(config), mesh)

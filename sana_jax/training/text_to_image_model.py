@@ -26,6 +26,7 @@ from sana_jax.checkpoints.components import (
     Checkpoint,
     Config,
     abstract_params,
+    abstract_placed,
     check_fit,
     module_for,
 )
@@ -265,11 +266,12 @@ def abstract_training(
         batch["latents"] = placed((side, side, base.vae.latent_channels), jnp.float32)
     else:
         batch["image"] = placed((side, side, 3), jnp.float32)
-    vae = _abstract_frozen("vae", base.vae, config, mesh)
+    vae = abstract_placed(base.vae, frozen_dtype("vae", config.dtype), mesh)
     if encoder.train:
         frozen = Frozen(vae)
     else:
-        params = _abstract_frozen("text_encoder", base.text_encoder, config, mesh)
+        dtype = frozen_dtype("text_encoder", config.dtype)
+        params = abstract_placed(base.text_encoder, dtype, mesh)
         everywhere = NamedSharding(mesh, P())
         constants = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
@@ -323,16 +325,6 @@ def _network(kind: type, config: ConfigDict, key: str) -> Config:
         return kind(**native.frozen(fields.to_dict()))
     except (TypeError, ValueError) as error:
         raise UserError(f"config.{key}: {error}") from None
-
-
-def _abstract_frozen(name: str, config: Config, settings: ConfigDict, mesh: Mesh) -> Any:
-    """A network's parameters as `place` puts them."""
-    boxed, dtype = abstract_params(config), frozen_dtype(name, settings.dtype)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
-        nn.unbox(boxed),
-        sharding.shardings_for(boxed, mesh),
-    )
 
 
 def _lazy(path: tuple, array: np.ndarray) -> LazyArray:
