@@ -8,13 +8,14 @@ import jax
 from sana_jax import checkpoints, compilation_cache, devices, sharding
 from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
-from sana_jax.batch.settings import Options, settings_of, shows_steps
+from sana_jax.batch.settings import Options, settings_of, shows_steps, with_requests
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.fingerprint import fingerprint
-from sana_jax.data import buckets
 from sana_jax.errors import UserError
 from sana_jax.models import tiling
-from sana_jax.pipeline import LARGE, NOT_FINITE, SanaPipeline
+from sana_jax.pipeline import SanaPipeline
+from sana_jax.pipeline.pipeline import NOT_FINITE
+from sana_jax.pipeline.request import LARGE, Request
 from sana_jax.progress import Progress
 
 HOPELESS = 16  # images that are not finite, where none is: the others will not be either
@@ -28,8 +29,9 @@ def draw(tasks: list[Task], options: Options) -> None:
     """
     folder = checkpoints.find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
-    tasks = _with_sizes(tasks, pipe, options.use_resolution_binning, options.max_pixels)
+    tasks = with_sizes(tasks, pipe.native_size, options.max_pixels)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
+    batches = with_requests(batches, pipe, options)
     wanted = settings_of(batches, pipe, options, fingerprint(folder, options.variant))
     notes = {"checkpoint": options.checkpoint}
     with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid) as out:
@@ -57,21 +59,13 @@ def _open(name: str, options: Options) -> SanaPipeline:
     return SanaPipeline(checkpoint, mesh, dtype)
 
 
-def _with_sizes(tasks: list[Task], pipe, binning: bool, max_pixels: int) -> list[Task]:
-    multiple = pipe.factor * pipe.checkpoint.dit.patch_size
-    if binning:
-        buckets.sampling_buckets(pipe.native_size)  # raises where the model has none
-        multiple = None
-    return with_sizes(tasks, pipe.native_size, multiple, max_pixels)
-
-
 def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, options: Options):
     missing, start = out.missing, time.monotonic()
     count_missing = len(missing)
     count = sum(len(batch.tasks) for batch in batches)
     due = [batch for batch in batches if any(task.file in missing for task in batch.tasks)]
     # The largest first: where memory does not suffice, that is known before anything is drawn.
-    due.sort(key=lambda batch: -_memory(batch, pipe, options))
+    due.sort(key=lambda batch: -_memory(batch.request, pipe))
     shapes = len({batch.tasks[0].shape for batch in due})
     bad: list[Task] = []
     progress = dict(total=count, initial=count - len(missing), unit="image")
@@ -79,25 +73,8 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     if by_step:
         progress = dict(total=batches[0].tasks[0].num_steps, unit="step")
 
-    def dispatch(batch: Batch) -> jax.Array:
-        tasks = batch.padded()
-        return pipe(
-            [task.prompt for task in tasks],
-            negative_prompt=[task.negative_prompt for task in tasks],
-            seed=[task.seed for task in tasks],
-            guidance_scale=[task.guidance_scale for task in tasks],
-            height=tasks[0].height,
-            width=tasks[0].width,
-            num_steps=tasks[0].num_steps,
-            guidance_interval=options.guidance_interval,
-            sampler=options.sampler,
-            flow_shift=options.flow_shift,
-            use_resolution_binning=options.use_resolution_binning,
-            sequential_guidance=options.sequential_guidance,
-            tile=options.tile,
-            on_step=show_step if by_step else None,
-            output="device",
-        )
+    def dispatch(batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return pipe.draw(batch.request, show_step if by_step else None)
 
     def save(task: Task, made) -> None:
         pixels, finite = made
@@ -133,12 +110,11 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     print(f"{drawn}; {throughput}{told}", file=sys.stderr)
 
 
-def _memory(batch: Batch, pipe: SanaPipeline, options: Options) -> int:
+def _memory(request: Request, pipe: SanaPipeline) -> int:
     """What a batch needs on a device, up to a factor that is the same for all."""
-    shape, count = batch.tasks[0], batch.size // sharding.batch_divisor(pipe.mesh)
-    height, width, _ = pipe._sizes(shape.height, shape.width, options.use_resolution_binning)
-    halves = 2 if shape.guidance_scale > 1 and not options.sequential_guidance else 1
-    tile = pipe._tile(options.tile, height, width)
+    count = request.count // sharding.batch_divisor(pipe.mesh)
+    height, width, tile = request.height, request.width, request.tile
+    halves = 2 if request.guided and not request.sequential else 1
     (rows, columns), _ = tiling.check(*tile, pipe.factor) if tile else ((height, width), None)
     one = min(height, rows) * min(width, columns)
     decoded = max(one, min(count * one, LARGE))  # at once

@@ -1,13 +1,15 @@
-"""The options of a run, and all that decides the pixels of each of its pictures."""
+"""The options of a run, the requests that it makes, and all that decides each picture's pixels."""
 
 import dataclasses
 from typing import Any
 
 import jax
 
-from sana_jax import arguments
+from sana_jax.arguments import BadArgument
 from sana_jax.batch.tasks import Batch
+from sana_jax.errors import UserError
 from sana_jax.pipeline import SanaPipeline
+from sana_jax.pipeline.request import BadSide, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,40 +37,65 @@ class Options:
     compilation_cache: str | None = None  # None: the default; "": none
 
 
+def with_requests(batches: list[Batch], pipe: SanaPipeline, options: Options) -> list[Batch]:
+    """The batches with what the pipeline is asked for: here sizes, tiles and defaults are resolved.
+
+    Raises UserError naming the line or the flag.
+    """
+    return [dataclasses.replace(batch, request=_request(batch, pipe, options)) for batch in batches]
+
+
+def _request(batch: Batch, pipe: SanaPipeline, options: Options) -> Request:
+    tasks, first = batch.padded(), batch.tasks[0]
+    try:
+        return pipe.request(
+            [task.prompt for task in tasks],
+            negative_prompt=[task.negative_prompt for task in tasks],
+            seed=[task.seed for task in tasks],
+            guidance_scale=[task.guidance_scale for task in tasks],
+            height=first.height,
+            width=first.width,
+            num_steps=first.num_steps,
+            guidance_interval=options.guidance_interval,
+            sampler=options.sampler,
+            flow_shift=options.flow_shift,
+            use_resolution_binning=options.use_resolution_binning,
+            sequential_guidance=options.sequential_guidance,
+            tile=options.tile,
+        )
+    except BadSide as error:
+        raise UserError(
+            f"{first.place_of(error.name)}{error.name}={error.side}: it must be a multiple of"
+            f" {error.step}; try {error.near}"
+        ) from None
+    except BadArgument as error:
+        raise UserError(f"{first.place_of(error.name)}{error}") from None
+
+
 def settings_of(
     batches: list[Batch], pipe: SanaPipeline, options: Options, checkpoint_sha256: str
 ) -> dict[str, dict[str, Any]]:
-    """file -> all that decides its pixels, in the order of the tasks. Raises UserError."""
-    shared = _shared(pipe, options) | {"checkpoint_sha256": checkpoint_sha256}
+    """file -> all that decides its pixels, in the order of the tasks; of batches with requests."""
+    shared = _shared(pipe, options, batches[0].request.flow_shift)
+    shared["checkpoint_sha256"] = checkpoint_sha256
     shared["step_by_step"] = shows_steps(batches)
-    owns = [(task, batch.size) for batch in batches for task in batch.tasks]
+    owns = [(task, batch) for batch in batches for task in batch.tasks]
     owns.sort(key=lambda own: own[0].number)
-    tiles = tiles_of({(task.height, task.width) for task, _ in owns}, pipe, options)
     names = "prompt negative_prompt seed height width num_steps guidance_scale".split()
     return {
         task.file: {name: getattr(task, name) for name in names}
-        | {"tile": tiles[task.height, task.width], "batch_size": size}
+        | {"tile": batch.request.tile, "batch_size": batch.size}
         | shared
-        for task, size in owns
+        for task, batch in owns
     }
 
 
-def tiles_of(sizes: set[tuple[int, int]], pipe: SanaPipeline, options: Options) -> dict:
-    """(height, width) -> size and stride of the tiles that the pipeline decodes it in, or None."""
-    tiles = {}
-    for size in sorted(sizes):
-        height, width, _ = pipe._sizes(*size, options.use_resolution_binning)
-        tiles[size] = pipe._tile(options.tile, height, width)
-    return tiles
-
-
-def _shared(pipe: SanaPipeline, options: Options) -> dict[str, Any]:
+def _shared(pipe: SanaPipeline, options: Options, flow_shift: float) -> dict[str, Any]:
     instruction = pipe.checkpoint.instruction
-    shift = pipe.checkpoint.flow_shift if options.flow_shift is None else options.flow_shift
     return {
         "guidance_interval": options.guidance_interval,
         "sampler": options.sampler,
-        "flow_shift": arguments.number("--flow_shift", shift, 1e-3, 1e3),
+        "flow_shift": flow_shift,
         "instruction_sha256": instruction and instruction.sha256,
         "use_resolution_binning": options.use_resolution_binning,
         "sequential_guidance": options.sequential_guidance,

@@ -6,13 +6,16 @@ import difflib
 import json
 import reprlib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from sana_jax.arguments import MAX_SEED, MAX_STEPS
 from sana_jax.errors import UserError
 from sana_jax.files import UNREACHABLE, reason_of
+
+if TYPE_CHECKING:  # flags and files are read before jax is
+    from sana_jax.pipeline.request import Request
 
 MAX_IMAGES = 10**6  # of one run: names have six digits
 
@@ -55,6 +58,7 @@ class Batch:
 
     tasks: list[Task]
     size: int
+    request: "Request | None" = None  # of so many images, the padding among them
 
     def padded(self) -> list[Task]:
         """The last task is repeated: a smaller batch would be compiled anew."""
@@ -161,27 +165,18 @@ def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: 
     return tasks
 
 
-def with_sizes(
-    tasks: Iterable[Task], native: int, multiple: int | None, max_pixels: int
-) -> list[Task]:
-    """The tasks with their sizes filled in; raises UserError at one that cannot be drawn.
+def with_sizes(tasks: Iterable[Task], native: int, max_pixels: int) -> list[Task]:
+    """The tasks with their sizes filled in; raises UserError at one that is too large.
 
     Args:
       native: pixels a side where a task gives none.
-      multiple: that sides must have; None: any.
       max_pixels: the largest height x width; a side may reach four times its square root.
     """
-    return [_with_size(task, native, multiple, max_pixels) for task in tasks]
+    return [_with_size(task, native, max_pixels) for task in tasks]
 
 
-def _with_size(task: Task, native: int, multiple: int | None, max_pixels: int) -> Task:
+def _with_size(task: Task, native: int, max_pixels: int) -> Task:
     sizes = {"height": task.height or native, "width": task.width or native}
-    for name, value in sizes.items():
-        if multiple and value % multiple:
-            low = value // multiple * multiple
-            near = f"{low} or {low + multiple}" if low else str(multiple)
-            wrong = f"{task.place_of(name)}{name}={value}"
-            raise UserError(f"{wrong}: it must be a multiple of {multiple}; try {near}")
     height, width = sizes.values()
     if height * width > max_pixels or max(height, width) ** 2 > 16 * max_pixels:
         name, side = max(sizes.items(), key=lambda item: item[1])

@@ -5,19 +5,25 @@ without the picture that it is a part of. At its peak the device holds the weigh
 and, of the part that needs most, inputs, outputs and what the compiler calls temporary.
 """
 
-import contextlib
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import numpy as np
+from jax.sharding import Mesh
 
-from sana_jax.checkpoints.components import component_dtype, param_shapes
+from sana_jax import denoise, text
+from sana_jax.checkpoints.components import abstract_placed, component_dtype
+from sana_jax.diffusion import dpm_solver
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
+from sana_jax.pipeline import SanaPipeline, programs
+from sana_jax.pipeline.request import tiles
+from sana_jax.sharding import batch_divisor
+
+STEPS = 20  # whatever the number, a step's memory is used again by the next
 
 
 def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
@@ -52,53 +58,49 @@ def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
     )
 
 
-def _abstract(name: str, pipe, dtype: str):
-    shapes, dtype = param_shapes(getattr(pipe.checkpoint, name)), component_dtype(name, dtype)
-    where = NamedSharding(pipe.mesh, P())
-    flat = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where)
-        for path, leaf in shapes.items()
-    }
-    return traverse_util.unflatten_dict(flat, sep="/")
+def _abstract(name: str, pipe: SanaPipeline, dtype: str):
+    config = getattr(pipe.checkpoint, name)
+    return abstract_placed(config, component_dtype(name, dtype), pipe.mesh)
 
 
 def _bytes(tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _compile(pipe, part: str, params, settings: Settings):
-    """The part's program, through the pipeline's own methods, whose weights are arguments."""
+def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
+    """The part's program, as the pipeline runs it, with weights as arguments."""
     batch, side = settings.batch, settings.size // pipe.factor
+    network = getattr(pipe, PARTS[part])
+    if part == "decode" and (tile := tiles(pipe.factor, "auto", settings.size, settings.size)):
+        side = tile[0] // pipe.factor
     latents = jax.ShapeDtypeStruct((batch, side, side, pipe.latent_channels), jnp.float32)
     rows, width = pipe.checkpoint.text_rows, pipe.checkpoint.dit.caption_channels
     captions = jax.ShapeDtypeStruct((batch, rows, width), jnp.float32)
     mask = jax.ShapeDtypeStruct((batch, rows), bool)
-    size = dict(height=settings.size, width=settings.size, output="latent")
 
-    def text(params):
-        pipe.params = {"text_encoder": params}
-        return pipe.encode_prompt(inputs.prompts(batch, 0), inputs.instruction())
+    def read(params):
+        given = text.tokenize(
+            pipe.checkpoint.tokenizer, inputs.prompts(batch, 0), rows, inputs.instruction()
+        )
+        prefix = programs.read_prefix(network, params, np.array([given.prefix], np.int32))
+        found = programs.encode_text(
+            network, params, given.tokens, prefix, given.window, given.mask
+        )
+        return found, given.mask
 
     def loop(params, latents, captions, mask):
-        pipe.params = {"dit": params}
-        pipe.encode_prompt = lambda prompts, instruction="auto": (captions, mask)
-        return pipe(["x"] * batch, negative_prompt=[""] * batch, latents=latents, **size)
+        both = [jnp.stack([x, x], axis=1) for x in (captions, mask)]
+        schedule = dpm_solver.flow_dpm_solver(STEPS, pipe.checkpoint.flow_shift)
+        scale = np.full((batch, 1, 1, 1), inputs.GUIDANCE_SCALE, np.float32)
+        conditions = schedule, *both, scale, None
+        return denoise.sample(network, params, latents, *conditions, sequential=False)
 
-    if part == "decode" and (tile := pipe._tile("auto", settings.size, settings.size)):
-        side = tile[0] // pipe.factor
-        latents = jax.ShapeDtypeStruct((batch, side, side, pipe.latent_channels), jnp.float32)
-
-    def decode(params, latents):
-        pipe.params = {"vae": params}
-        return pipe.decode(latents)
-
+    decode = partial(programs.decode_latents, network, devices=batch_divisor(pipe.mesh))
     function, arguments = {
-        "text": (text, ()),
+        "text": (read, ()),
         "loop": (loop, (latents, captions, mask)),
         "decode": (decode, (latents,)),
     }[part]
-    # The mesh is entered out here: a function that is being traced cannot.
-    enter, pipe._context = type(pipe)._context, contextlib.nullcontext
-    with enter(pipe):
+    with pipe.context():
         # Also what the part does not read, such as the encoder's weights in decoding.
         return jax.jit(function, keep_unused=True).lower(params, *arguments).compile()

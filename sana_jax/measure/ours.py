@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sana_jax import SanaPipeline, flops
+from sana_jax import SanaPipeline, denoise, flops
 from sana_jax.checkpoints.components import component_dtype, param_shapes, place
+from sana_jax.diffusion import dpm_solver
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.sharding import make_mesh
@@ -103,15 +104,18 @@ def prepare(pipe: SanaPipeline, settings: Settings):
         return lambda call: pipe.velocity(latents, timestep, captions, mask)
     if settings.part == "loop":
         given = jax.tree.map(jnp.asarray, inputs.loop(*network))
+        captions = jnp.stack([given["negative"], given["captions"]], axis=1)
+        masks = jnp.stack([given["negative_mask"], given["mask"]], axis=1)
+        scale = jnp.full((batch, 1, 1, 1), inputs.GUIDANCE_SCALE)
+        schedule = dpm_solver.flow_dpm_solver(settings.steps, pipe.checkpoint.flow_shift)
+        conditions = schedule, captions, masks, scale, None
 
-        def encode_prompt(texts, instruction="auto"):
-            names = ("captions", "mask") if texts[0] else ("negative", "negative_mask")
-            return tuple(given[name][: len(texts)] for name in names)
+        def sample(call):
+            network = pipe.dit, pipe.params["dit"]
+            with pipe.context():
+                return denoise.sample(*network, given["latents"], *conditions, sequential=False)
 
-        pipe.encode_prompt = encode_prompt  # another part
-        options = dict(num_steps=settings.steps, guidance_scale=inputs.GUIDANCE_SCALE)
-        size = dict(height=settings.size, width=settings.size, output="latent")
-        return lambda call: pipe(["x"] * batch, latents=given["latents"], **options, **size)
+        return sample
     if settings.part == "decode":
         latents = jnp.asarray(inputs.decode(batch, side, channels))
         return lambda call: pipe.decode(latents)

@@ -10,20 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sana_jax import arguments, denoise, flops, pipeline
-from sana_jax.checkpoints.components import abstract_params, module_for
+from sana_jax import arguments, denoise, flops
+from sana_jax.checkpoints.components import abstract_placed, module_for
 from sana_jax.diffusion import dpm_solver
 from sana_jax.errors import UserError
 from sana_jax.metrics import lpips
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
-from sana_jax.sharding import batch_divisor, batch_sharding, shardings_for
+from sana_jax.pipeline import request
+from sana_jax.pipeline.programs import decode_latents, predict_velocity
+from sana_jax.sharding import batch_divisor, batch_sharding
 
 DTYPE = "bfloat16"  # of weights and activations where pictures are drawn
 TEXT_ROWS, FLOW_SHIFT = 300, 3.0
@@ -63,12 +64,12 @@ def drawing(
         return _decode(vae, mesh, rows, batch, size)
     side = size // vae.factor
     latents = rows((batch, side, side, dit.latent_channels))
-    module, params = module_for(dit, DTYPE), _params(dit, mesh)
+    module, params = module_for(dit, DTYPE), abstract_placed(dit, DTYPE, mesh)
     count = batch * flops.trunk(dit, side, side, TEXT_ROWS)
     if what == "forward":
         captions = rows((batch, TEXT_ROWS, dit.caption_channels))
         inputs = latents, rows((batch,)), captions, rows((batch, TEXT_ROWS), bool)
-        function = partial(pipeline.predict_velocity, module)
+        function = partial(predict_velocity, module)
         return Program(function, (params, *inputs), batch, size, count)
 
     def sample(params, noise, schedule, captions, masks, scale):
@@ -95,43 +96,41 @@ def training(config: ConfigDict, mesh: Mesh, batch: int | None, phase: str | Non
         raise UserError(f"--phase={phase}: this config has no phases; leave it out")
     else:
         found = _text_to_image_training(config, mesh, batch)
-    function, state, rows, inputs, size, count = found
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return Program(
-        function,
-        (state, rows, *inputs),
-        jax.tree.leaves(rows)[0].shape[0],
-        size,
-        count,
-        options={"donate_argnums": 0, "out_shardings": (shardings, None)},
-    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, found.arguments[0])
+    options = {"donate_argnums": 0, "out_shardings": (shardings, None)}
+    return dataclasses.replace(found, options=options)
 
 
 def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program:
     calls = 1
-    if size * size > pipeline.LARGE:
-        whole, (size, stride) = size, pipeline.LARGE_TILE
+    if tile := request.tiles(vae.factor, "auto", size, size):
+        whole, (size, stride) = size, tile
         calls = len(range(0, whole, stride)) ** 2  # a sliver at the edge counts as a tile
     side = size // vae.factor
     latents = rows((batch, side, side, vae.latent_channels))
     devices = batch_divisor(mesh)
-    function = partial(pipeline.decode_latents, module_for(vae, DTYPE), devices=devices)
+    function = partial(decode_latents, module_for(vae, DTYPE), devices=devices)
     count = batch * flops.decode(vae, size, size)
-    return Program(function, (_params(vae, mesh), latents), batch, size, count, calls)
+    params = abstract_placed(vae, DTYPE, mesh)
+    return Program(function, (params, latents), batch, size, count, calls)
 
 
-def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None):
+def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -> Program:
     from sana_jax.training import text_to_image_model
 
     if batch is not None:
         config = ConfigDict(config.to_dict())
         config.recipe.batch_size = batch
     text_to_image_model.check_batches(config, mesh)
-    *found, each = text_to_image_model.abstract_training(config, mesh)
-    return *found, config.recipe.batch_size * each
+    found = text_to_image_model.abstract_training(config, mesh)
+    step, state, rows, inputs, size, each = found
+    batch = config.recipe.batch_size
+    return Program(step, (state, rows, *inputs), batch, size, batch * each)
 
 
-def _autoencoder_training(config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None):
+def _autoencoder_training(
+    config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None
+) -> Program:
     from sana_jax.training import dc_ae_phases
     from sana_jax.training.autoencoder import AutoencoderTask
     from sana_jax.training.discriminator import Discriminator
@@ -157,7 +156,8 @@ def _autoencoder_training(config: ConfigDict, mesh: Mesh, batch: int | None, nam
     if phase.trainable == (".*",):
         once = flops.encode(network, size, size) + flops.decode(network, size, size)
         count = 3 * phase.batch_size * once
-    return task.step, state, {"image": images}, (weights,), size, count
+    inputs = state, {"image": images}, weights
+    return Program(task.step, inputs, phase.batch_size, size, count)
 
 
 def _perceptual(name: str, dtype, mesh: Mesh):
@@ -177,15 +177,6 @@ def _perceptual(name: str, dtype, mesh: Mesh):
         heads.append(array((channels,)))
     distance = partial(lpips.lpips, tower=tower, dtype=dtype)
     return distance, {"convs": convs, "heads": heads}
-
-
-def _params(config: SanaConfig | DCAEConfig, mesh: Mesh):
-    boxed = abstract_params(config)
-    return jax.tree.map(
-        lambda leaf, where: _array(leaf.shape, DTYPE, where),
-        nn.unbox(boxed),
-        shardings_for(boxed, mesh),
-    )
 
 
 def _array(shape, dtype="float32", sharding=None) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""SanaPipeline: text -> embeddings -> latents -> pixels, jitted, sharded over a mesh."""
+"""SanaPipeline: a request -> embeddings -> latents -> pixels, sharded over a mesh."""
 
 import contextlib
 from collections import OrderedDict
@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image
 
 from sana_jax import arguments, checkpoints, denoise, sharding, text
@@ -25,28 +24,30 @@ from sana_jax.checkpoints.components import (
     component_dtype,
     module_for,
 )
-from sana_jax.data import buckets
 from sana_jax.diffusion import dpm_solver
 from sana_jax.errors import UserError
 from sana_jax.files import local
 from sana_jax.models import tiling
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.new_folder import new_folder
+from sana_jax.pipeline import programs
+from sana_jax.pipeline.request import (
+    DTYPES,
+    OUTPUTS,
+    Facts,
+    Request,
+    Tile,
+    array,
+    instruction_text,
+    texts,
+    tiles,
+)
 
 NOT_FINITE = (
     "have NaN or infinite values: try another dtype, or clip_attention for weights that were"
     " trained in float16"
 )
-OUTPUTS = ("pil", "np", "float", "latent", "device")
-DTYPES = ("float32", "bfloat16", "float16")
-MAX_SIDE = 2**16  # pixels
 REMEMBERED = 4  # instructions, and as many negative prompts; 50 MB an instruction in float32
-
-# Pixels above which pictures are decoded in tiles unless told otherwise, and size and stride of
-# these: what the reference recommends for 4096 px. The seams of smaller tiles show in flat areas.
-LARGE, LARGE_TILE = 2048 * 2048, (1024, 896)
-
-Tile = tuple[tiling.Size, tiling.Size]  # size, stride
 
 
 class SanaPipeline:
@@ -66,6 +67,7 @@ class SanaPipeline:
             module_for(getattr(checkpoint, name), component_dtype(name, dtype)) for name in CONFIGS
         )
         self.params = checkpoint.params
+        self._facts = Facts.of(checkpoint)
         self._prefixes, self._negatives = OrderedDict(), OrderedDict()
 
     @classmethod
@@ -157,71 +159,80 @@ class SanaPipeline:
           instruction: "auto": the checkpoint's own; None: none; or the text.
           use_resolution_binning: sample at the nearest published size, then resize and crop.
           on_step: called as on_step(step, latents) after every step; slower than without.
-          output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]), "latent", or "device":
-            as "np", but a jax array that is not waited for, and which images are finite.
+          output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]) or "latent".
           sequential_guidance: the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": above 2048 x 2048 pixels in tiles of 1024, else at once.
 
         Raises UserError, a ValueError, where an argument is out of range.
         """
-        height, width, crop = self._sizes(height, width, use_resolution_binning)
-        num_steps = arguments.whole("num_steps", num_steps, 1, arguments.MAX_STEPS)
-        each = arguments.whole("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
-        sampler = arguments.choice("sampler", sampler, dpm_solver.SAMPLERS)
-        output = arguments.choice("output", output, OUTPUTS)
-        shift = self.checkpoint.flow_shift if flow_shift is None else flow_shift
-        shift = arguments.number("flow_shift", shift, 1e-3, 1e3)
-        interval = arguments.interval("guidance_interval", guidance_interval)
-        tile = self._tile(tile, height, width)
+        arguments.choice("output", output, OUTPUTS)
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step {on_step!r} cannot be called")
-        if prompt is None and prompt_embeddings is None:
-            raise UserError("give a prompt, or prompt_embeddings and prompt_mask")
-        if prompt is None:
-            rows = self.checkpoint.text_rows
-            shape = ("prompts", rows, self.checkpoint.dit.caption_channels)
-            count = arguments.array("prompt_embeddings", prompt_embeddings, shape).shape[0]
-            arguments.array("prompt_mask", prompt_mask, (count, rows), np.bool_)
-        elif prompt_embeddings is None and prompt_mask is None:
-            prompt = arguments.texts("prompt", prompt)
-            count = len(prompt)
-        else:
-            raise UserError("give prompt or prompt_embeddings, not both")
-        negative = arguments.texts("negative_prompt", negative_prompt or "")
-        if len(negative) not in (1, count):
-            raise UserError(f"{len(negative)} negative prompts for {count} prompts")
-        scale = arguments.per_prompt("guidance_scale", guidance_scale, count)
-        shape = (height // self.factor, width // self.factor, self.latent_channels)
-        if latents is None:
-            seeds = arguments.seeds(seed, count * each)
-        else:
-            arguments.array("latents", latents, (count * each, *shape))
+        request = self.request(
+            prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            latents=latents,
+            prompt_embeddings=prompt_embeddings,
+            prompt_mask=prompt_mask,
+            sampler=sampler,
+            flow_shift=flow_shift,
+            instruction=instruction,
+            use_resolution_binning=use_resolution_binning,
+            sequential_guidance=sequential_guidance,
+            tile=tile,
+        )
+        if output == "latent":
+            return self._sample(request, on_step)[: request.count]
+        if output == "float":
+            return programs.to_float(self._paint(request, on_step))[: request.count]
+        pictures, finite = self.draw(request, on_step)
+        pictures = np.asarray(pictures)
+        if not finite.all():
+            bad = request.count - int(finite.sum())
+            logging.warning("%d of %d images %s", bad, request.count, NOT_FINITE)
+        return [Image.fromarray(picture) for picture in pictures] if output == "pil" else pictures
 
-        if prompt is not None:
-            prompt_embeddings, prompt_mask = self.encode_prompt(prompt, instruction)
-        else:  # another pipeline's may be on other devices
-            given = prompt_embeddings, prompt_mask
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            prompt_embeddings, prompt_mask = jax.device_put(given, everywhere)
-        captions, masks = prompt_embeddings[:, None], prompt_mask[:, None]  # (B, 1, L, T)
-        if (scale > 1).any():
-            rows, mask = self._encode_negative(negative)
-            rows = jnp.broadcast_to(rows[:, None], captions.shape)
-            mask = jnp.broadcast_to(mask[:, None], masks.shape)
-            captions = jnp.concatenate([rows, captions], axis=1)
-            masks = jnp.concatenate([mask, masks], axis=1)
-        captions, masks = (jnp.repeat(x, each, axis=0) for x in (captions, masks))
-        scale = np.maximum(scale, 1).repeat(each)[:, None, None, None]
-        count *= each
+    def request(self, prompt: str | Sequence[str] | None = None, **arguments) -> Request:
+        """What a call with these arguments draws; all but `on_step` and `output`.
 
-        noise = _draw(seeds, shape) if latents is None else jnp.asarray(latents, jnp.float32)
-        schedule = dpm_solver.SAMPLERS[sampler](num_steps, shift)
+        Raises UserError, a ValueError, where an argument is out of range.
+        """
+        return Request.of(self._facts, prompt, **arguments)
+
+    def draw(
+        self, request: Request, on_step: Callable[[int, Array], None] | None = None
+    ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
+        """A request's pictures and which of them are finite, on the device and not waited for."""
+        pictures, finite = programs.to_uint8(self._paint(request, on_step))
+        return pictures[: request.count], finite[: request.count]
+
+    def _paint(self, request: Request, on_step) -> Float[Array, "padded H W 3"]:
+        """Pixels in about [-1, 1]."""
+        images = self._decode_padded(self._sample(request, on_step), request.tile)
+        return images if request.crop is None else programs.resize_and_crop(images, request.crop)
+
+    def _sample(self, request: Request, on_step) -> Float[Array, "padded h w c"]:
+        captions, masks = self._read(request)
+        if request.latents is None:
+            sides = request.height // self.factor, request.width // self.factor
+            noise = programs.draw_noise(request.seeds, (*sides, self.latent_channels))
+        else:
+            noise = jnp.asarray(request.latents, jnp.float32)
+        scale = np.maximum(request.scale, 1).repeat(request.images_each)[:, None, None, None]
+        schedule = dpm_solver.SAMPLERS[request.sampler](request.num_steps, request.flow_shift)
         noise, captions, masks, scale = map(self._spread, (noise, captions, masks, scale))
         run = denoise.sample
         if on_step is not None:
-            run = partial(denoise.sample_slowly, lambda i, x: on_step(i, x[:count]))
-        with self._context():
-            latents = run(
+            run = partial(denoise.sample_slowly, lambda i, x: on_step(i, x[: request.count]))
+        with self.context():
+            return run(
                 self.dit,
                 self.params["dit"],
                 noise,
@@ -229,51 +240,54 @@ class SanaPipeline:
                 captions,
                 masks,
                 scale,
-                interval,
-                sequential=sequential_guidance,
+                request.interval,
+                sequential=request.sequential,
             )
-        if output == "latent":
-            return latents[:count]
-        images = self._decode_padded(latents, tile)
-        if crop is not None:
-            images = _resize_and_crop(images, crop)
-        if output == "float":
-            return _to_float(images)[:count]
-        images, finite = (array[:count] for array in _to_uint8(images))
-        if output == "device":
-            return images, finite
-        images = np.asarray(images)
-        if not finite.all():
-            logging.warning("%d of %d images %s", count - int(finite.sum()), count, NOT_FINITE)
-        return [Image.fromarray(image) for image in images] if output == "pil" else images
+
+    def _read(self, request: Request) -> tuple[Float[Array, "B S L T"], Bool[Array, "B S L"]]:
+        """The text of every picture; S is 2, without and with the prompt, or 1, unguided."""
+        if request.prompts is not None:
+            rows, mask = self._encode_prompts(request.prompts, request.instruction)
+        else:  # another pipeline's may be on other devices
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            rows, mask = jax.device_put((request.embeddings, request.mask), everywhere)
+        captions, masks = rows[:, None], mask[:, None]
+        if request.guided:
+            rows, mask = self._encode_negative(request.negative_prompts)
+            rows = jnp.broadcast_to(rows[:, None], captions.shape)
+            mask = jnp.broadcast_to(mask[:, None], masks.shape)
+            captions = jnp.concatenate([rows, captions], axis=1)
+            masks = jnp.concatenate([mask, masks], axis=1)
+        captions, masks = (jnp.repeat(x, request.images_each, axis=0) for x in (captions, masks))
+        return captions, masks
 
     def encode_prompt(
         self, prompts: str | Sequence[str], instruction: str | None = "auto"
     ) -> tuple[Float[Array, "B L T"], Bool[Array, "B L"]]:
         """The text encoder's rows in float32 and which of them count; hidden rows are zeros."""
-        prompts = arguments.texts("prompt", prompts)
+        return self._encode_prompts(texts("prompt", prompts), instruction_text(instruction))
+
+    def _encode_prompts(self, prompts: list[str], instruction: str | None):
         if instruction == "auto":
             found = self.checkpoint.instruction
             instruction = found and found.text
-        elif instruction is not None and not isinstance(instruction, str):
-            raise UserError(f"instruction {instruction!r} is neither a text nor None")
         tokenized = text.tokenize(
             self.checkpoint.tokenizer, prompts, self.checkpoint.text_rows, instruction
         )
         tokens, mask = self._spread(tokenized.tokens), self._spread(tokenized.mask)
+        module, params = self.text_encoder, self.params["text_encoder"]
         prefix = self._read_prefix(tokenized.prefix)
-        with self._context():
-            params = self.params["text_encoder"]
-            rows = _encode_text(self.text_encoder, params, tokens, prefix, tokenized.window, mask)
+        with self.context():
+            rows = programs.encode_text(module, params, tokens, prefix, tokenized.window, mask)
         return rows[: len(prompts)], mask[: len(prompts)]
 
     def _read_prefix(self, tokens: tuple[int, ...]) -> Prefix | None:
         """What the text encoder makes of the tokens of an instruction."""
 
         def read():
-            with self._context():
+            with self.context():
                 params = self.params["text_encoder"]
-                return _read_prefix(self.text_encoder, params, np.array([tokens], np.int32))
+                return programs.read_prefix(self.text_encoder, params, np.array([tokens], np.int32))
 
         return _remembered(self._prefixes, tokens, read) if tokens else None
 
@@ -283,8 +297,8 @@ class SanaPipeline:
         That one is encoded alone, so that its bits do not depend on the batch that came first.
         """
         if len(set(prompts)) > 1:
-            return self.encode_prompt(prompts, None)
-        encode = partial(self.encode_prompt, prompts[:1], None)
+            return self._encode_prompts(prompts, None)
+        encode = partial(self._encode_prompts, prompts[:1], None)
         return _remembered(self._negatives, prompts[0], encode)
 
     def velocity(
@@ -295,19 +309,21 @@ class SanaPipeline:
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
         """The network once, without guidance; `timestep` in 0 .. 1000, used as given."""
-        patch, rows = self.checkpoint.dit.patch_size, "text rows"
-        batch = arguments.array("latents", latents, ("B", "h", "w", self.latent_channels)).shape[0]
+        patch, rows = self._facts.patch_size, "text rows"
+        batch = array("latents", latents, ("B", "h", "w", self.latent_channels)).shape[0]
         if latents.shape[1] % patch or latents.shape[2] % patch:
             raise UserError(f"latents {latents.shape} do not divide into patches of {patch}")
-        embeddings_shape = (batch, rows, self.checkpoint.dit.caption_channels)
-        rows = arguments.array("embeddings", embeddings, embeddings_shape).shape[1]
-        arguments.array("mask", mask, (batch, rows), np.bool_)
+        embeddings_shape = (batch, rows, self._facts.caption_channels)
+        rows = array("embeddings", embeddings, embeddings_shape).shape[1]
+        array("mask", mask, (batch, rows), np.bool_)
         if np.ndim(timestep):
-            arguments.array("timestep", timestep, (batch,), np.number)
+            array("timestep", timestep, (batch,), np.number)
         timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
         inputs = [self._spread(x) for x in (latents, timestep, embeddings, mask)]
-        with self._context():
-            return predict_velocity(self.dit, self.params["dit"], *inputs)[: latents.shape[0]]
+        with self.context():
+            return programs.predict_velocity(self.dit, self.params["dit"], *inputs)[
+                : latents.shape[0]
+            ]
 
     def decode(
         self, latents: Float[Array, "B h w c"], tile: Tile | str | None = None
@@ -317,9 +333,9 @@ class SanaPipeline:
         `tile`: (size, stride) in pixels, for pictures too large to decode at once; "auto": as in a
         call.
         """
-        arguments.array("latents", latents, ("B", "h", "w", self.latent_channels))
+        array("latents", latents, ("B", "h", "w", self.latent_channels))
         height, width = (side * self.factor for side in latents.shape[1:3])
-        tile = self._tile(tile, height, width)
+        tile = tiles(self.factor, tile, height, width)
         return self._decode_padded(self._spread(latents), tile)[: latents.shape[0]]
 
     def encode(
@@ -327,13 +343,13 @@ class SanaPipeline:
     ) -> Float[Array, "B h w c"]:
         """Latents as the sampler sees them (scaled), from pixels in [-1, 1]."""
         channels = self.checkpoint.vae.in_channels
-        arguments.array("images", images, ("B", "H", "W", channels))
+        array("images", images, ("B", "H", "W", channels))
         for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
             arguments.multiple(f"{name} {side}", side, self.factor)
-        tile = self._tile(tile, *images.shape[1:3])
-        run = partial(_encode, self.vae, self.params["vae"])
+        tile = tiles(self.factor, tile, *images.shape[1:3])
+        run = partial(programs.encode_images, self.vae, self.params["vae"])
         padded = self._spread(images)
-        with self._context():
+        with self.context():
             if tile is None:
                 latents = run(padded)
             else:
@@ -343,50 +359,24 @@ class SanaPipeline:
     @property
     def factor(self) -> int:
         """Pixels a side of a latent."""
-        return self.checkpoint.vae.factor
+        return self._facts.factor
 
     @property
     def latent_channels(self) -> int:
-        return self.checkpoint.vae.latent_channels
+        return self._facts.latent_channels
 
     @property
     def native_size(self) -> int:
         """The side, in pixels, of the pictures that the network was trained on."""
-        return self.checkpoint.dit.sample_size * self.factor
+        return self._facts.native_size
 
     def _decode_padded(self, latents: Array, tile: Tile | None = None) -> Array:
         devices = sharding.batch_divisor(self.mesh)
-        run = partial(decode_latents, self.vae, self.params["vae"], devices=devices)
-        with self._context():
+        run = partial(programs.decode_latents, self.vae, self.params["vae"], devices=devices)
+        with self.context():
             if tile is None:
                 return run(latents)
             return tiling.tiled_decode(run, latents, *tile, self.factor)
-
-    def _tile(self, tile, height: int, width: int) -> Tile | None:
-        """(size, stride) as tiling.py takes them, or None for the whole picture at once."""
-        if isinstance(tile, str) and tile == "auto":
-            return LARGE_TILE if height * width > LARGE else None
-        if tile is None:
-            return None
-        if not isinstance(tile, Sequence) or isinstance(tile, str) or len(tile) != 2:
-            raise UserError(f"tile {tile!r} is not a pair (size, stride) in pixels")
-        for side in (side for pair in tiling.check(*tile, self.factor) for side in pair):
-            # Else the strips of the tiles would not end where the picture does.
-            arguments.multiple(f"tile {tuple(tile)}: {side}", side, self.factor)
-        return tuple(tile)
-
-    def _sizes(self, height, width, binning: bool):
-        """(height, width) to sample at, and the size to resize and crop to, or None."""
-        native = self.native_size
-        height = arguments.whole("height", native if height is None else height, 1, MAX_SIDE)
-        width = arguments.whole("width", native if width is None else width, 1, MAX_SIDE)
-        if not binning:
-            for name, side in ("height", height), ("width", width):
-                step = self.factor * self.checkpoint.dit.patch_size
-                arguments.multiple(f"{name} {side}", side, step)
-            return height, width, None
-        bucket = buckets.nearest(height, width, native)
-        return *bucket, (None if bucket == (height, width) else (height, width))
 
     def _spread(self, x) -> Array:
         """`x` with its batch split over the mesh; padded with copies of the last row to fit."""
@@ -397,7 +387,7 @@ class SanaPipeline:
         return jax.device_put(x, sharding.batch_sharding(self.mesh))
 
     @contextlib.contextmanager
-    def _context(self):
+    def context(self):
         """Inside, networks know the mesh, and float32 means float32 on every device."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.mesh))
@@ -413,80 +403,3 @@ def _remembered(cache: OrderedDict, key: Hashable, compute: Callable[[], Any]) -
     if len(cache) > REMEMBERED:
         cache.popitem(last=False)
     return value
-
-
-@partial(jax.jit, static_argnums=0)
-def _read_prefix(module: nn.Module, params: Any, tokens):
-    return module.apply({"params": params}, tokens, method="read_prefix")
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode_text(module: nn.Module, params: Any, tokens, prefix: Prefix | None, window, mask):
-    hidden = module.apply({"params": params}, tokens, prefix)
-    return text.gather_window(hidden, window, mask, prefix and prefix.first)
-
-
-@partial(jax.jit, static_argnums=0)
-def predict_velocity(module: nn.Module, params: Any, latents, timestep, captions, mask):
-    """(B, h, w, c): the transformer once, text from its embeddings (B, L, C) on."""
-    keys_values = module.apply({"params": params}, captions, method="keys_values")
-    return module.apply({"params": params}, latents, timestep, keys_values, mask, method="denoise")
-
-
-@partial(jax.jit, static_argnums=0, static_argnames="devices")
-def decode_latents(module: nn.Module, params: Any, latents, devices: int = 1):
-    """(B, H, W, 3) in about [-1, 1] from scaled latents (B, h, w, c), split over `devices`.
-
-    Each device decodes as many pictures at once as have LARGE pixels, or one: the autoencoder needs
-    ten times the memory of the transformer for a pixel.
-    """
-    decode = partial(module.apply, {"params": params}, method="decode")
-    latents = latents / module.config.scaling_factor
-    most = max(1, LARGE // (latents.shape[1] * latents.shape[2] * module.config.factor**2))
-    return tiling.decode_in_groups(decode, latents, devices, most)
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(module: nn.Module, params: Any, images):
-    latents = module.apply({"params": params}, images, method="encode")
-    return latents * module.config.scaling_factor
-
-
-@partial(jax.jit, static_argnums=1)
-def _draw(seeds, shape: tuple[int, ...]):
-    """Standard normal noise, each image from its own key.
-
-    The generator is named, or the environment's default would decide about the picture.
-    """
-
-    def draw(seed):
-        return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape, jnp.float32)
-
-    with jax.threefry_partitionable(True):
-        return jax.vmap(draw)(seeds)
-
-
-@jax.jit
-def _to_float(images):
-    return jnp.clip(images * 0.5 + 0.5, 0, 1)
-
-
-@jax.jit
-def _to_uint8(images):
-    """In 0 .. 255, and which images were finite, which these do not tell."""
-    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
-    return jnp.round(_to_float(images) * 255).astype(jnp.uint8), finite
-
-
-@partial(jax.jit, static_argnums=1)
-def _resize_and_crop(images: Array, size: tuple[int, int]) -> Array:
-    """Bilinear resize to cover `size`, without smoothing, then the middle: what diffusers does.
-
-    Its rounding error that can lose a row is not repeated.
-    """
-    batch, height, width, channels = images.shape
-    scale = max(size[0] / height, size[1] / width)
-    shape = [max(s, int(side * scale)) for s, side in zip(size, (height, width), strict=True)]
-    images = jax.image.resize(images, (batch, *shape, channels), "linear", antialias=False)
-    top, left = (shape[0] - size[0]) // 2, (shape[1] - size[1]) // 2
-    return images[:, top : top + size[0], left : left + size[1]]

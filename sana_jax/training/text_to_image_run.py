@@ -174,9 +174,8 @@ class TextToImageTraining:
         prompts, seed = list(settings.pop("prompts")), settings.pop("seed")
         model = complete(self.base, {**self._frozen_params(), **state.ema}, step, ema=True)
         pipe = SanaPipeline(model, self.mesh, self.config.dtype)
-        images, _ = pipe(
-            prompts, height=self.size, width=self.size, seed=seed, output="device", **settings
-        )
+        size = dict(height=self.size, width=self.size)
+        images, _ = pipe.draw(pipe.request(prompts, seed=seed, **size, **settings))
         images = list(np.asarray(hosts.whole(images)))
         rows = [images[i : i + SHEET_COLUMNS] for i in range(0, len(images), SHEET_COLUMNS)]
         writer.images(step, "samples", rows)

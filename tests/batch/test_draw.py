@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import SanaPipeline, checkpoints, denoise, pipeline
+from sana_jax import SanaPipeline, checkpoints, denoise
 from sana_jax.batch import draw as batch
 from sana_jax.batch import outputs
 from sana_jax.batch.draw import draw
 from sana_jax.batch.settings import Options
 from sana_jax.batch.tasks import make_tasks
 from sana_jax.errors import Retry, UserError
+from sana_jax.pipeline import request
 from tests import mini
 
 COMMON = {"negative_prompt": "", "num_steps": 2, "guidance_scale": 4.5, "height": 32, "width": 32}
@@ -82,6 +83,24 @@ def test_manifest_says_what_was_drawn(checkpoint, unbroken):
     assert all(len(line[n]) == 64 for n in ("checkpoint_sha256", "key", "sha256"))
 
 
+def test_sizes_and_tiles_are_resolved_once_a_batch(checkpoint, tmp_path, monkeypatch):
+    calls = {"of": 0, "sizes": 0, "tiles": 0}
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(request.Request, "of", counted("of", request.Request.of))
+    for name in "sizes", "tiles":
+        monkeypatch.setattr(request, name, counted(name, getattr(request, name)))
+    draw(tasks(), options(checkpoint, tmp_path))
+    assert calls == {"of": 3, "sizes": 3, "tiles": 3}
+    assert len([*tmp_path.glob("*.png")]) == 20
+
+
 def test_padding_costs_no_compilation(checkpoint, unbroken, tmp_path):
     before = denoise.sample._cache_size()
     draw(tasks()[:9], options(checkpoint, tmp_path))
@@ -115,8 +134,8 @@ def test_interrupted_run_continues(checkpoint, unbroken, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return call(*args, **kwargs)
 
-    call = SanaPipeline.__call__
-    monkeypatch.setattr(SanaPipeline, "__call__", interrupted)
+    call = SanaPipeline.draw
+    monkeypatch.setattr(SanaPipeline, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw(tasks(), options(checkpoint, tmp_path))
     found = contents(tmp_path)
@@ -203,8 +222,8 @@ def test_the_largest_pictures_come_first(checkpoint, tmp_path, monkeypatch):
     assert drawn == [96, 64, 32]
     # In tiles 96 needs less than 64 at once: of the former the loop takes most.
     monkeypatch.setattr(batch, "LARGE", 64 * 64)
-    monkeypatch.setattr(pipeline, "LARGE", 64 * 64)
-    monkeypatch.setattr(pipeline, "LARGE_TILE", (32, 32))
+    monkeypatch.setattr(request, "LARGE", 64 * 64)
+    monkeypatch.setattr(request, "LARGE_TILE", (32, 32))
     drawn.clear()
     with pytest.raises(KeyboardInterrupt):
         draw(tasks(rows), options(checkpoint, tmp_path / "out"))
@@ -218,7 +237,7 @@ def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(checkpoints, "place_all", lambda *args: None)
-    monkeypatch.setattr(SanaPipeline, "__call__", fail)
+    monkeypatch.setattr(SanaPipeline, "draw", fail)
     with pytest.raises(UserError) as error:
         draw(tasks(), options(checkpoint, tmp_path / "out"))
     for words in (
@@ -235,14 +254,14 @@ def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
 def test_images_that_are_not_finite_are_not_saved(
     checkpoint, unbroken, tmp_path, monkeypatch, bad, drawn
 ):
-    call = SanaPipeline.__call__
+    call = SanaPipeline.draw
     rows = [("--", {"prompt": "a", "seed": k}) for k in range(9)]
 
-    def spoil(self, prompts, *, seed, **options):
-        images, finite = call(self, prompts, seed=seed, **options)
-        return images, finite & np.array([number not in bad for number in seed])
+    def spoil(self, asked, on_step):
+        images, finite = call(self, asked, on_step)
+        return images, finite & np.array([number not in bad for number in asked.seeds.tolist()])
 
-    monkeypatch.setattr(SanaPipeline, "__call__", spoil)
+    monkeypatch.setattr(SanaPipeline, "draw", spoil)
     with pytest.raises(UserError, match=f"^{len(bad)} images, such as .* NaN .* another dtype"):
         draw(tasks(rows), options(checkpoint, tmp_path / "out"))
     saved = {path.name for path in (tmp_path / "out").glob("*.png")}
@@ -254,15 +273,15 @@ def test_images_that_are_not_finite_are_not_saved(
 
 
 def test_a_size_that_is_hopeless_is_not_in_the_way_of_others(checkpoint, tmp_path, monkeypatch):
-    call = SanaPipeline.__call__
+    call = SanaPipeline.draw
     rows = [("", {"prompt": "a", "height": s, "width": s, "seed": s}) for s in (64,) * 3 + (32, 32)]
 
-    def spoil(self, prompts, *, height, **options):
-        images, finite = call(self, prompts, height=height, **options)
-        return images, finite & (height == 32)
+    def spoil(self, asked, on_step):
+        images, finite = call(self, asked, on_step)
+        return images, finite & (asked.height == 32)
 
     monkeypatch.setattr(batch, "HOPELESS", 2)
-    monkeypatch.setattr(SanaPipeline, "__call__", spoil)
+    monkeypatch.setattr(SanaPipeline, "draw", spoil)
     with pytest.raises(UserError, match="^3 images, such as .* of 64 x 64 pixels"):
         draw(tasks(rows), options(checkpoint, tmp_path / "out"))
     assert len([*(tmp_path / "out").glob("*.png")]) == 2
@@ -273,7 +292,7 @@ def test_other_errors_of_jax_are_bugs(checkpoint, unbroken, tmp_path, monkeypatc
         raise jax.errors.JaxRuntimeError("INTERNAL: something")
 
     monkeypatch.setattr(checkpoints, "place_all", lambda *args: None)
-    monkeypatch.setattr(SanaPipeline, "__call__", fail)
+    monkeypatch.setattr(SanaPipeline, "draw", fail)
     with pytest.raises(jax.errors.JaxRuntimeError):
         draw(tasks(), options(checkpoint, tmp_path / "out"))
 

@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import pytest
 
-from sana_jax import SanaPipeline, sharding
+from sana_jax import sharding
 from sana_jax.batch import draw
 from sana_jax.batch.manifest import key_of
-from sana_jax.batch.settings import Options, settings_of, tiles_of
-from sana_jax.batch.tasks import Task, make_batches
+from sana_jax.batch.settings import Options, settings_of, with_requests
+from sana_jax.batch.tasks import Task, make_batches, make_tasks
+from sana_jax.data import buckets
+from sana_jax.errors import UserError
 from tests import mini
 
 
@@ -52,13 +54,12 @@ def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch)
         opts = Options(checkpoint, "out", **BASE | changes)
         pipe = draw._open(checkpoint, dataclasses.replace(opts, variant=None))
         divisor = sharding.batch_divisor(pipe.mesh)
-        found = settings_of(make_batches(drawn, opts.batch_size, divisor), pipe, opts, sha256)
+        batches = with_requests(make_batches(drawn, opts.batch_size, divisor), pipe, opts)
+        found = settings_of(batches, pipe, opts, sha256)
         assert [*found] == [task.file for task in drawn]
         return {key_of(settings) for settings in found.values()}
 
-    monkeypatch.setattr(
-        SanaPipeline, "_sizes", lambda self, height, width, _: (height, width, None)
-    )
+    monkeypatch.setattr(buckets, "nearest", lambda height, width, native: (height, width))
     base = keys()
     assert base == keys() and len(base) == len(drawn)
     for name, value in CHANGES.items():
@@ -73,10 +74,32 @@ def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch)
     assert not base & keys()
 
 
-def test_tile_is_that_of_each_picture(checkpoint):
-    pipe = draw._open(checkpoint, Options(checkpoint, "out"))
-    sizes = {(2048, 2048), (2048, 2052)}
-    expected = {(2048, 2048): None, (2048, 2052): (1024, 896)}
-    assert tiles_of(sizes, pipe, Options(checkpoint, "out")) == expected
-    given = Options(checkpoint, "out", tile=(512, 448))
-    assert tiles_of(sizes, pipe, given) == dict.fromkeys(sizes, (512, 448))
+@pytest.mark.parametrize(
+    "options, expected", [({}, [None, (1024, 896)]), ({"tile": (512, 448)}, [(512, 448)] * 2)]
+)
+def test_tile_is_that_of_each_picture(checkpoint, options, expected):
+    options = Options(checkpoint, "out", **options)
+    pipe = draw._open(checkpoint, options)
+    tasks = [Task(i, "a", i, height=2048, width=width) for i, width in enumerate((2048, 2052))]
+    batches = with_requests(make_batches(tasks, 1, 8), pipe, options)
+    found = settings_of(batches, pipe, options, "a" * 64)
+    assert [settings["tile"] for settings in found.values()] == expected
+
+
+@pytest.mark.parametrize(
+    "row, common, words",
+    [
+        ({"height": 1002}, {}, "F line 1: height=1002: it must be a multiple of 4; try 1000 or"),
+        ({}, {"height": 1002}, "--height=1002: it must be a multiple of 4; try 1000 or 1004"),
+        ({}, {"width": 3}, "--width=3: it must be a multiple of 4; try 4"),
+        ({"height": 2**17}, {}, "F line 1: height 131072 is not a whole number in 1 .. 65536"),
+    ],
+)
+def test_bad_sizes_are_named_where_they_were_given(checkpoint, row, common, words):
+    common = dict(negative_prompt="", num_steps=2, guidance_scale=4.5, height=64, width=64) | common
+    tasks = make_tasks([("F line 1: ", {"prompt": "a", **row})], common, 0, 1)
+    options = Options(checkpoint, "out")
+    pipe = draw._open(checkpoint, options)
+    with pytest.raises(UserError) as error:
+        with_requests(make_batches(tasks, 8, 8), pipe, options)
+    assert str(error.value).startswith(words)

@@ -69,7 +69,7 @@ def test_a_part_is_what_the_pipeline_gives(part):
         pipe = make_pipeline(settings("loop"))
         pipe.params["dit"] = ours.pipe.params["dit"]
         rows, mask = given["negative"], given["negative_mask"]
-        pipe.encode_prompt = lambda prompts, instruction: (rows[:1], mask[:1])
+        pipe._encode_negative = lambda prompts: (rows[:1], mask[:1])
         expected = pipe(
             prompt_embeddings=given["captions"],
             prompt_mask=given["mask"],

@@ -13,9 +13,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from sana_jax import SanaPipeline, denoise, pipeline
+from sana_jax import SanaPipeline, denoise
 from sana_jax.diffusion.dpm_solver import flow_dpm_solver
 from sana_jax.errors import Retry, UserError
+from sana_jax.pipeline import pipeline, programs, request
 from sana_jax.sharding import make_mesh
 from tests import toy
 
@@ -140,10 +141,12 @@ def test_resolution_binning(folder):
     assert_same_pictures(found, expected)
 
 
+SMALL = dict(height=128, width=128, num_steps=4, seed=5)
+
+
 def draw(pipe, prompts=PROMPTS, **kwargs):
-    """Small and fast; `prompts` may be None."""
-    settings = dict(height=128, width=128, num_steps=4, output="np", seed=5)
-    return pipe(prompts, **{**settings, **kwargs})
+    """`prompts` may be None."""
+    return pipe(prompts, **{**SMALL, "output": "np", **kwargs})
 
 
 def test_same_seed_same_bits(ours):
@@ -221,7 +224,7 @@ def test_prompt_embeddings_in_place_of_prompts(ours):
 @pytest.fixture
 def calls(monkeypatch):
     """The runs of the text encoder: how many tokens, after how many of an instruction."""
-    seen, read, encode = [], pipeline._read_prefix, pipeline._encode_text
+    seen, read, encode = [], programs.read_prefix, programs.encode_text
 
     def count_read(module, params, tokens):
         seen.append(("read", tokens.shape[1]))
@@ -231,8 +234,8 @@ def calls(monkeypatch):
         seen.append((tokens.shape, prefix.keys.shape[2] if prefix else 0))
         return encode(module, params, tokens, prefix, *rest)
 
-    monkeypatch.setattr(pipeline, "_read_prefix", count_read)
-    monkeypatch.setattr(pipeline, "_encode_text", count_encode)
+    monkeypatch.setattr(programs, "read_prefix", count_read)
+    monkeypatch.setattr(programs, "encode_text", count_encode)
     return seen
 
 
@@ -257,11 +260,11 @@ def test_instruction_is_read_once(ours, folder, calls, count):
 
 def test_few_lengths_are_compiled(ours):
     ours.encode_prompt("a", "prompt: ")
-    before = pipeline._encode_text._cache_size(), pipeline._read_prefix._cache_size()
+    before = programs.encode_text._cache_size(), programs.read_prefix._cache_size()
     for words in range(1, 30, 4):  # up to 16, and up to 32 tokens
         ours.encode_prompt("a" + " cat" * words, "prompt: ")
-    assert pipeline._encode_text._cache_size() == before[0] + 1
-    assert pipeline._read_prefix._cache_size() == before[1]
+    assert programs.encode_text._cache_size() == before[0] + 1
+    assert programs.read_prefix._cache_size() == before[1]
 
 
 def test_negative_prompt_is_encoded_once(ours, folder, calls):
@@ -299,12 +302,19 @@ def test_outputs(ours):
     np.testing.assert_allclose(decoded, pixels, atol=1e-6)
 
 
+def test_a_request_is_drawn_as_a_call(ours):
+    asked = dict(negative_prompt="a dog", num_images_per_prompt=2, guidance_scale=[4.5, 1.0, 2.0])
+    pictures, finite = ours.draw(ours.request(PROMPTS, **SMALL, **asked))
+    assert isinstance(pictures, jax.Array) and finite.shape == (6,) and finite.all()
+    np.testing.assert_array_equal(pictures, draw(ours, **asked))
+
+
 def test_values_that_are_not_finite_are_told(ours, monkeypatch, caplog):
     decode = SanaPipeline._decode_padded
     monkeypatch.setattr(
         SanaPipeline, "_decode_padded", lambda *a: decode(*a).at[1, 0, 0].set(np.nan)
     )
-    _, finite = draw(ours, ["a", "b"], output="device")
+    _, finite = ours.draw(ours.request(["a", "b"], **SMALL))
     assert finite.tolist() == [True, False] and not caplog.messages
     draw(ours, ["a", "b"], output="np")
     assert "1 of 2 images have NaN or infinite values: try another dtype" in caplog.text
@@ -347,20 +357,20 @@ def test_a_large_batch_is_decoded_in_groups(folder, monkeypatch, devices):
     pipe = SanaPipeline.from_pretrained(str(folder), dtype="float32", mesh=mesh)
     latents = np.random.default_rng(0).standard_normal((12, 2, 3, 8)).astype(np.float32)
     expected = pipe.decode(latents)
-    pipeline.decode_latents.clear_cache()
-    monkeypatch.setattr(pipeline, "LARGE", 2 * 64 * 96)
-    text = pipeline.decode_latents.lower(
+    programs.decode_latents.clear_cache()
+    monkeypatch.setattr(programs, "LARGE", 2 * 64 * 96)
+    text = programs.decode_latents.lower(
         pipe.vae, pipe.params["vae"], latents, devices=devices
     ).as_text()
     assert f"tensor<{6 // devices}x{2 * devices}x2x3x8xf32>" in text
     np.testing.assert_allclose(pipe.decode(latents), expected, atol=1e-5)
-    pipeline.decode_latents.clear_cache()
+    programs.decode_latents.clear_cache()
 
 
 def test_large_pictures_are_decoded_in_tiles(ours, monkeypatch):
     """By themselves above a size, here a small one; smaller ones at once."""
-    monkeypatch.setattr(pipeline, "LARGE", 128 * 128)
-    monkeypatch.setattr(pipeline, "LARGE_TILE", (128, 96))
+    monkeypatch.setattr(request, "LARGE", 128 * 128)
+    monkeypatch.setattr(request, "LARGE_TILE", (128, 96))
     latents = draw(ours, "a", height=160, width=256, output="latent")
     for tile, expected in (("auto", (128, 96)), (None, None), ((64, 64), (64, 64))):
         found = draw(ours, "a", height=160, width=256, output="float", tile=tile)
@@ -441,12 +451,12 @@ def test_everything_that_a_checkpoint_can_change():
 def test_noise_does_not_depend_on_the_environment(ours):
     """TPU users set the rbg generator, whose numbers depend on the batch."""
     seeds = np.arange(3, dtype=np.uint32)
-    expected = np.asarray(pipeline._draw(seeds, (4, 4, 8)))
+    expected = np.asarray(programs.draw_noise(seeds, (4, 4, 8)))
     with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), jax.enable_x64(True):
-        found = np.asarray(pipeline._draw(seeds, (4, 4, 8)))
+        found = np.asarray(programs.draw_noise(seeds, (4, 4, 8)))
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(pipeline._draw(seeds[2:], (4, 4, 8))[0], expected[2])
+    np.testing.assert_array_equal(programs.draw_noise(seeds[2:], (4, 4, 8))[0], expected[2])
 
 
 def test_saving_leaves_no_copy_of_the_weights_on_the_host(folder, tmp_path):

@@ -1,12 +1,22 @@
 """What SanaPipeline's arguments may not be, and that the message names them."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 from sana_jax import SanaPipeline
 from sana_jax.errors import UserError
-from tests.test_pipeline import PROMPTS, draw, folder, ours, theirs  # noqa: F401 (fixtures)
+from sana_jax.pipeline import request
+from sana_jax.pipeline.request import Facts, Request
+from tests.pipeline.test_pipeline import (  # noqa: F401 (fixtures)
+    PROMPTS,
+    draw,
+    folder,
+    ours,
+    theirs,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +75,7 @@ from tests.test_pipeline import PROMPTS, draw, folder, ours, theirs  # noqa: F40
         ),
         (dict(sampler="ddim"), "sampler 'ddim'"),
         (dict(output="jpg"), "output 'jpg'"),
+        (dict(output="device"), "output 'device' is not one of pil, np, float, latent"),
         (dict(flow_shift=0.0), "flow_shift 0.0"),
         (dict(negative_prompt=["a", "b"]), "2 negative prompts for 3 prompts"),
         (dict(guidance_scale=[1.0, 2.0]), "3 of them, one a prompt"),
@@ -127,3 +138,36 @@ def test_other_bad_calls_are_refused(ours, call, words):  # noqa: F811
     with pytest.raises(UserError) as error:
         call(ours)
     assert words in str(error.value)
+
+
+FACTS = Facts(32, 1, 1024, 8, 300, 48, 3.0)
+
+
+def test_a_request_and_a_call_have_the_same_defaults():
+    call, of = (dict(inspect.signature(f).parameters) for f in (SanaPipeline.__call__, Request.of))
+    for own in "self", "on_step", "output":
+        del call[own]
+    del of["facts"]
+    assert call.keys() == of.keys()
+    assert all(call[name].default == of[name].default for name in call)
+
+
+def test_nothing_is_left_to_a_default():
+    found = Request.of(FACTS, "a cat")
+    assert (found.height, found.width, found.crop, found.tile) == (1024, 1024, None, None)
+    assert (found.prompts, found.negative_prompts, found.count) == (["a cat"], [""], 1)
+    assert found.flow_shift == 3.0 and found.seeds.tolist() == [0] and found.guided
+
+
+def test_binning_samples_a_published_size_and_crops():
+    found = Request.of(FACTS, "a", height=1000, width=1500, use_resolution_binning=True)
+    assert (found.height, found.width, found.crop) == (832, 1216, (1000, 1500))
+    exact = Request.of(FACTS, "a", height=832, width=1216, use_resolution_binning=True)
+    assert (exact.height, exact.width, exact.crop) == (832, 1216, None)
+
+
+def test_tiles_are_of_the_size_that_is_sampled():
+    large = dict(height=2048, width=2080)
+    assert Request.of(FACTS, "a", **large).tile == request.LARGE_TILE
+    assert Request.of(FACTS, "a", **large, tile=None).tile is None
+    assert Request.of(FACTS, "a", **large, use_resolution_binning=True).tile is None

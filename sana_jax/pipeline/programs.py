@@ -1,0 +1,121 @@
+"""The jitted programs that drawing, encoding of data and training share: pure functions.
+
+A network is a static argument, its parameters are inputs: one compilation a network and a shape.
+Inside another jit they add no boundary. Latents are scaled, as the sampler sees them.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int32, UInt8, UInt32
+
+from sana_jax import text
+from sana_jax.models import tiling
+from sana_jax.models.gemma2 import Prefix
+from sana_jax.pipeline.request import LARGE
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def read_prefix(module: nn.Module, params: Any, tokens: Int32[Array, "1 P"]) -> Prefix:
+    """What the text encoder makes of an instruction's tokens, for all texts that begin so."""
+    return module.apply({"params": params}, tokens, method="read_prefix")
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def encode_text(
+    module: nn.Module,
+    params: Any,
+    tokens: Int32[Array, "B L"],
+    prefix: Prefix | None,
+    window: Int32[Array, " rows"],
+    mask: Bool[Array, "B rows"],
+) -> Float[Array, "B rows C"]:
+    """The rows that the transformer sees of texts after `prefix`, float32; see gather_window."""
+    hidden = module.apply({"params": params}, tokens, prefix)
+    return text.gather_window(hidden, window, mask, prefix and prefix.first)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def encode_images(
+    module: nn.Module, params: Any, images: Float[Array, "B H W 3"]
+) -> Float[Array, "B h w c"]:
+    """Latents of pixels in [-1, 1], in the autoencoder's dtype."""
+    latents = module.apply({"params": params}, images, method="encode")
+    return latents * module.config.scaling_factor
+
+
+@partial(jax.jit, static_argnums=0)
+def predict_velocity(
+    module: nn.Module,
+    params: Any,
+    latents: Float[Array, "B h w c"],
+    timestep: Float[Array, " B"],
+    captions: Float[Array, "B L C"],
+    mask: Bool[Array, "B L"],
+) -> Float[Array, "B h w c"]:
+    """The transformer once, text from its embeddings on."""
+    keys_values = module.apply({"params": params}, captions, method="keys_values")
+    return module.apply({"params": params}, latents, timestep, keys_values, mask, method="denoise")
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="devices")
+def decode_latents(
+    module: nn.Module, params: Any, latents: Float[Array, "B h w c"], devices: int = 1
+) -> Float[Array, "B H W 3"]:
+    """Pixels in about [-1, 1], of a batch that is split over `devices`.
+
+    Each device decodes as many pictures at once as have LARGE pixels, or one: the autoencoder needs
+    ten times the memory of the transformer for a pixel.
+    """
+    decode = partial(module.apply, {"params": params}, method="decode")
+    latents = latents / module.config.scaling_factor
+    most = max(1, LARGE // (latents.shape[1] * latents.shape[2] * module.config.factor**2))
+    return tiling.decode_in_groups(decode, latents, devices, most)
+
+
+@partial(jax.jit, static_argnums=1)
+def draw_noise(seeds: UInt32[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    """Standard normal noise, each image from its own key.
+
+    The generator is named, or the environment's default would decide about the picture.
+    """
+
+    def draw(seed):
+        return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape, jnp.float32)
+
+    with jax.threefry_partitionable(True):
+        return jax.vmap(draw)(seeds)
+
+
+@jax.jit
+def to_float(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """From [-1, 1] to [0, 1], clamped."""
+    return jnp.clip(images * 0.5 + 0.5, 0, 1)
+
+
+@jax.jit
+def to_uint8(
+    images: Float[Array, "B H W 3"],
+) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
+    """From [-1, 1] to 0 .. 255, and which images were finite, which these do not tell."""
+    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
+    return jnp.round(to_float(images) * 255).astype(jnp.uint8), finite
+
+
+@partial(jax.jit, static_argnums=1)
+def resize_and_crop(
+    images: Float[Array, "B H W 3"], size: tuple[int, int]
+) -> Float[Array, "B H2 W2 3"]:
+    """Bilinear resize to cover `size`, without smoothing, then the middle: what diffusers does.
+
+    Its rounding error that can lose a row is not repeated.
+    """
+    batch, height, width, channels = images.shape
+    scale = max(size[0] / height, size[1] / width)
+    shape = [max(s, int(side * scale)) for s, side in zip(size, (height, width), strict=True)]
+    images = jax.image.resize(images, (batch, *shape, channels), "linear", antialias=False)
+    top, left = (shape[0] - size[0]) // 2, (shape[1] - size[1]) // 2
+    return images[:, top : top + size[0], left : left + size[1]]

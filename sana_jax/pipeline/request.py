@@ -1,0 +1,285 @@
+"""What is to be drawn: all arguments of a call of SanaPipeline, checked and resolved once.
+
+Everything here raises UserError, a ValueError, naming the argument.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, UInt32
+
+from sana_jax.arguments import (
+    MAX_SEED,
+    MAX_STEPS,
+    BadArgument,
+    choice,
+    multiple,
+    near,
+    number,
+    whole,
+)
+from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.data import buckets
+from sana_jax.diffusion import dpm_solver
+from sana_jax.errors import UserError
+from sana_jax.models import tiling
+
+OUTPUTS = ("pil", "np", "float", "latent")
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_SIDE = 2**16  # pixels
+
+# Pixels above which pictures are decoded in tiles unless told otherwise, and size and stride of
+# these: what the reference recommends for 4096 px. The seams of smaller tiles show in flat areas.
+LARGE, LARGE_TILE = 2048 * 2048, (1024, 896)
+
+Tile = tuple[tiling.Size, tiling.Size]  # size, stride
+
+
+class BadSide(BadArgument):
+    """A height or width that is not a multiple of `step`; `near`: what may be tried instead."""
+
+    def __init__(self, name: str, side: int, step: int):
+        self.side, self.step, self.near = side, step, near(side, step)
+        super().__init__(name, f"{side} is not a multiple of {step}: try {self.near}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a request has to know of a checkpoint."""
+
+    factor: int  # pixels a side of a latent
+    patch_size: int  # latents a side of a token
+    native_size: int  # the side, in pixels, of the pictures that the network was trained on
+    latent_channels: int
+    text_rows: int
+    caption_channels: int
+    flow_shift: float
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Facts":
+        dit, vae = checkpoint.dit, checkpoint.vae
+        return cls(
+            factor=vae.factor,
+            patch_size=dit.patch_size,
+            native_size=dit.sample_size * vae.factor,
+            latent_channels=vae.latent_channels,
+            text_rows=checkpoint.text_rows,
+            caption_channels=dit.caption_channels,
+            flow_shift=checkpoint.flow_shift,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """P prompts and `images_each` pictures of each, B in all. Nothing is left to a default."""
+
+    prompts: list[str] | None  # None: embeddings and their mask are given
+    embeddings: Float[Array, "P L T"] | None
+    mask: Bool[Array, "P L"] | None
+    negative_prompts: list[str]  # one for all, or one a prompt
+    instruction: str | None  # "auto": the checkpoint's
+    images_each: int
+    height: int  # pixels that are sampled
+    width: int
+    crop: tuple[int, int] | None  # (height, width) that pictures are resized and cropped to
+    tile: Tile | None  # that pictures are decoded in; None: the whole at once
+    seeds: UInt32[np.ndarray, " B"] | None  # None: latents are given
+    latents: Float[Array, "B h w c"] | None
+    scale: Float32[np.ndarray, " P"]  # of guidance
+    interval: tuple[np.float32, np.float32] | None  # in sigma, where there is guidance
+    sequential: bool  # the halves of guidance
+    sampler: str
+    num_steps: int
+    flow_shift: float
+
+    @classmethod
+    def of(
+        cls,
+        facts: Facts,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_steps: int = 20,
+        guidance_scale: float | Sequence[float] = 4.5,
+        guidance_interval: tuple[float, float] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] = 0,
+        latents: Float[Array, "B h w c"] | None = None,
+        prompt_embeddings: Float[Array, "P L T"] | None = None,
+        prompt_mask: Bool[Array, "P L"] | None = None,
+        sampler: str = "flow_dpm_solver",
+        flow_shift: float | None = None,
+        instruction: str | None = "auto",
+        use_resolution_binning: bool = False,
+        sequential_guidance: bool = False,
+        tile: Tile | str | None = "auto",
+    ) -> "Request":
+        """Arguments as SanaPipeline's, of a checkpoint with these facts."""
+        height, width, crop = sizes(facts, height, width, use_resolution_binning)
+        each = whole("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
+        prompts, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
+        negatives = texts("negative_prompt", negative_prompt or "")
+        if len(negatives) not in (1, count):
+            raise UserError(f"{len(negatives)} negative prompts for {count} prompts")
+        sides = height // facts.factor, width // facts.factor
+        if latents is not None:
+            array("latents", latents, (count * each, *sides, facts.latent_channels))
+        shift = facts.flow_shift if flow_shift is None else flow_shift
+        return cls(
+            prompts=prompts,
+            embeddings=prompt_embeddings,
+            mask=prompt_mask,
+            negative_prompts=negatives,
+            instruction=instruction_text(instruction),
+            images_each=each,
+            height=height,
+            width=width,
+            crop=crop,
+            tile=tiles(facts.factor, tile, height, width),
+            seeds=seeds(seed, count * each) if latents is None else None,
+            latents=latents,
+            scale=per_prompt("guidance_scale", guidance_scale, count),
+            interval=interval("guidance_interval", guidance_interval),
+            sequential=sequential_guidance,
+            sampler=choice("sampler", sampler, dpm_solver.SAMPLERS),
+            num_steps=whole("num_steps", num_steps, 1, MAX_STEPS),
+            flow_shift=number("flow_shift", shift, 1e-3, 1e3),
+        )
+
+    @property
+    def count(self) -> int:
+        """Pictures."""
+        return len(self.scale) * self.images_each
+
+    @property
+    def guided(self) -> bool:
+        """Whether any picture is: the others are then computed with both halves too."""
+        return bool((self.scale > 1).any())
+
+
+def sizes(
+    facts: Facts, height: int | None, width: int | None, binning: bool
+) -> tuple[int, int, tuple[int, int] | None]:
+    """(height, width) to sample at, and the size to resize and crop to, or None."""
+    native = facts.native_size
+    height = whole("height", native if height is None else height, 1, MAX_SIDE)
+    width = whole("width", native if width is None else width, 1, MAX_SIDE)
+    if not binning:
+        step = facts.factor * facts.patch_size
+        for name, side in ("height", height), ("width", width):
+            if side % step:
+                raise BadSide(name, side, step)
+        return height, width, None
+    bucket = buckets.nearest(height, width, native)
+    return *bucket, (None if bucket == (height, width) else (height, width))
+
+
+def tiles(factor: int, tile: Tile | str | None, height: int, width: int) -> Tile | None:
+    """(size, stride) as tiling.py takes them, or None for the whole picture at once."""
+    if isinstance(tile, str) and tile == "auto":
+        return LARGE_TILE if height * width > LARGE else None
+    if tile is None:
+        return None
+    if not isinstance(tile, Sequence) or isinstance(tile, str) or len(tile) != 2:
+        raise UserError(f"tile {tile!r} is not a pair (size, stride) in pixels")
+    for side in (side for pair in tiling.check(*tile, factor) for side in pair):
+        # Else the strips of the tiles would not end where the picture does.
+        multiple(f"tile {tuple(tile)}: {side}", side, factor)
+    return tuple(tile)
+
+
+def _prompts(facts: Facts, prompt, embeddings, mask) -> tuple[list[str] | None, int]:
+    """The prompts, None where embeddings stand for them, and their number."""
+    if prompt is not None:
+        if embeddings is not None or mask is not None:
+            raise UserError("give prompt or prompt_embeddings, not both")
+        prompts = texts("prompt", prompt)
+        return prompts, len(prompts)
+    if embeddings is None:
+        raise UserError("give a prompt, or prompt_embeddings and prompt_mask")
+    shape = ("prompts", facts.text_rows, facts.caption_channels)
+    count = array("prompt_embeddings", embeddings, shape).shape[0]
+    array("prompt_mask", mask, (count, facts.text_rows), np.bool_)
+    return None, count
+
+
+def texts(name: str, value) -> list[str]:
+    """One text, or a list of some."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        raise UserError(f"{name} {value!r} is neither a text nor a list of texts")
+    if not values:
+        raise UserError(f"{name} is an empty list")
+    return list(values)
+
+
+def instruction_text(value) -> str | None:
+    """A text, "auto" among them, or None."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"instruction {value!r} is neither a text nor None")
+    return value
+
+
+def per_prompt(name: str, value, count: int) -> np.ndarray:
+    """A finite number, or one a prompt, as float32 (count,)."""
+    one = isinstance(value, numbers.Real)
+    values = [value] * count if one else value
+    if not isinstance(values, Sequence | np.ndarray) or len(values) != count:
+        raise UserError(f"{name} {value!r} is neither a number nor {count} of them, one a prompt")
+    return np.asarray([number(name, v, -1e6, 1e6) for v in values], np.float32)
+
+
+def interval(name: str, value) -> tuple[np.float32, np.float32] | None:
+    """(low, high) with low < high, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise UserError(f"{name} {value!r} is not a pair (low, high) of noise levels")
+    low, high = (number(name, v, -1e6, 1e6) for v in value)
+    if not low < high:
+        raise UserError(f"{name} {value!r}: low must be below high")
+    return np.float32(low), np.float32(high)
+
+
+def seeds(value, count: int) -> np.ndarray:
+    """One seed an image, or the first image's, which the others count up from; uint32 (count,)."""
+    if isinstance(value, numbers.Integral) or np.ndim(value) == 0:
+        first = whole("seed", value, 0, MAX_SEED)
+        return np.asarray([(first + i) % (MAX_SEED + 1) for i in range(count)], np.uint32)
+    values = [whole("seed", seed, 0, MAX_SEED) for seed in value]
+    if len(values) != count:
+        raise UserError(f"{len(values)} seeds for {count} images")
+    return np.asarray(values, np.uint32)
+
+
+def array(name: str, value, shape: tuple[int | str, ...], kind=np.floating):
+    """An array whose axes have the sizes in `shape`; a word there stands for any size, one twice
+    for the same."""
+    axes = ", ".join(map(str, shape))
+    found = getattr(value, "shape", None)
+    sizes = {}
+    fits = found is not None and len(found) == len(shape)
+    fits = fits and all(
+        size == sizes.setdefault(axis, axis if isinstance(axis, int) else size)
+        for size, axis in zip(found, shape, strict=True)
+    )
+    if not fits:
+        raise UserError(f"{name} is {_describe(value)} instead of an array ({axes})")
+    if 0 in found:
+        raise UserError(f"{name} is empty: its shape is {_describe(value)}")
+    bfloat16 = kind is np.floating and str(value.dtype) == "bfloat16"
+    try:
+        known = bfloat16 or np.issubdtype(value.dtype, kind)
+    except TypeError:  # torch's
+        known = False
+    if not known:
+        raise UserError(f"{name} holds {value.dtype} instead of {kind.__name__}")
+    return value
+
+
+def _describe(value) -> str:
+    return str(getattr(value, "shape", type(value).__name__))
