@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sana_jax.data.text_image import CaptionTokens
 from sana_jax.data.transforms import Transform, to_float
 from sana_jax.errors import UserError
 from sana_jax.lock import NAME as LOCK
+from sana_jax.pipeline import programs
 from sana_jax.progress import Progress
 
 SETTINGS = "settings.json"  # of a folder that may not be finished
@@ -49,34 +51,20 @@ class Encoder:
     ):
         self._batch = batch + -batch % sharding.batch_divisor(mesh)
         self._sharding = sharding.batch_sharding(mesh)
-        params, scale = checkpoint.params, checkpoint.vae.scaling_factor
-        vae = module_for(checkpoint.vae, dtype)
-
-        @jax.jit
-        def encode(params, images):
-            return vae.apply({"params": params}, images, method="encode") * scale
-
-        self._encode = lambda images: encode(params["vae"], images)
+        params = checkpoint.params
+        self._encode = partial(
+            programs.encode_images, module_for(checkpoint.vae, dtype), params["vae"]
+        )
         if tokens is not None:
-            self._read = self._reader(checkpoint, dtype, tokens)
+            network = module_for(checkpoint.text_encoder, dtype), params["text_encoder"]
+            prefix = None
+            if tokens.prefix:
+                prefix = programs.read_prefix(*network, np.array([tokens.prefix], np.int32))
 
-    def _reader(self, checkpoint: Checkpoint, dtype: str, tokens: CaptionTokens):
-        """What reads captions."""
-        encoder = module_for(checkpoint.text_encoder, dtype)
-        params = checkpoint.params["text_encoder"]
+            def read(rows, mask):
+                return programs.encode_text(*network, rows, prefix, tokens.window, mask)
 
-        @jax.jit
-        def read_prefix(params, tokens):
-            return encoder.apply({"params": params}, tokens, method="read_prefix")
-
-        @jax.jit
-        def read(params, prefix, window, tokens, mask):
-            hidden = encoder.apply({"params": params}, tokens, prefix)
-            return text.gather_window(hidden, window, mask, prefix and prefix.first)
-
-        told = np.array([tokens.prefix], np.int32)
-        prefix = read_prefix(params, told) if tokens.prefix else None
-        return lambda rows, mask: read(params, prefix, tokens.window, rows, mask)
+            self._read = read
 
     def latents(self, images: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B h w c"]:
         """Scaled latents of pixels in [-1, 1]; B is any number."""

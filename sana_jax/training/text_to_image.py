@@ -27,6 +27,7 @@ from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.diffusion.flow_matching import NoiseConfig
 from sana_jax.errors import UserError
 from sana_jax.models.gemma2 import Prefix
+from sana_jax.pipeline import programs
 from sana_jax.sharding import constrain
 from sana_jax.training.optimizers import (
     OptimizerConfig,
@@ -114,7 +115,7 @@ class TextToImageTask:
         prefix, empty = None, self.captions.empty
         if self.captions.prefix:
             tokens = jnp.array([self.captions.prefix], jnp.int32)
-            prefix = self.text_encoder.apply({"params": params}, tokens, method="read_prefix")
+            prefix = programs.read_prefix(self.text_encoder, params, tokens)
         return prefix, (self._encode_empty(params), jnp.asarray(empty.mask[0]))
 
     def step(
@@ -218,13 +219,13 @@ class TextToImageTask:
         self, params: Any, texts: tuple[Array, Array], prefix: Prefix | None = None
     ) -> Float[Array, "B L C"]:
         tokens, mask = texts
-        hidden = self.text_encoder.apply({"params": params}, tokens, prefix)
-        return text.gather_window(hidden, self.captions.window, mask, prefix and prefix.first)
+        window = self.captions.window
+        return programs.encode_text(self.text_encoder, params, tokens, prefix, window, mask)
 
     def _encode_empty(self, params: Any) -> Float[Array, "L C"]:
         empty = self.captions.empty
-        hidden = self.text_encoder.apply({"params": params}, empty.tokens)
-        return text.gather_window(hidden, empty.window, empty.mask)[0]
+        rows = empty.tokens, None, empty.window, empty.mask
+        return programs.encode_text(self.text_encoder, params, *rows)[0]
 
     def _latent_shape(self, batch: Batch) -> Float[Array, "B h w c"]:
         if "latents" in batch:
