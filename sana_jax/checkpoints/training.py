@@ -2,25 +2,21 @@
 
 Orbax writes and restores the arrays. It neither detects bit rot nor goes back to an older step, so
 each step holds a document besides: the config, the data it was trained on, the state of every
-host's data iterator, and the fingerprint of every leaf (integrity.py).
+host's data iterator, and the fingerprint of every leaf (training_document.py, integrity.py).
 
     workdir/checkpoints/1200/state   arrays, under their "/"-joined paths
     workdir/checkpoints/1200/run     the document
     workdir/checkpoints/1400.bad     a step that did not verify when 1200 did
 """
 
-import base64
 import contextlib
 import fnmatch
-import hashlib
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -28,31 +24,36 @@ from etils import epath
 from flax import traverse_util
 
 from sana_jax.checkpoints.integrity import fingerprints
+from sana_jax.checkpoints.training_arrays import (
+    Damaged,
+    damage,
+    flatten,
+    read_arrays,
+    unwrapped,
+    wrapped,
+)
+from sana_jax.checkpoints.training_document import (
+    ABSENT,
+    FREE,
+    Document,
+    brief,
+    decode,
+    encode,
+    keys,
+    sha256,
+    show,
+    some,
+)
 from sana_jax.errors import DoNotRetry, Retry, UserError
 from sana_jax.files import UNREACHABLE, is_local, reason_of
 from sana_jax.hosts import from_first, gathered, jointly
 from sana_jax.lock import locked
 
 State = TypeVar("State")
-Document = dict[str, Any]
 
-# Keys of a config that may change from one run to the next in the same folder, as globs.
-FREE = (
-    "steps",
-    "*_every",
-    "keep",
-    "max_streak",
-    "watchdog_seconds",
-    "profile",
-    "workdir",
-    "compilation_cache",
-    "loader.*",
-)
 SAVE_ATTEMPTS = 3  # failures in a row before the run gives up
 
 _TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax'
-# TensorStore's codes for a storage that does not answer.
-_AWAY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
 
 
 class Checkpoints:
@@ -92,11 +93,11 @@ class Checkpoints:
         self.last_good: int | None = None  # newest step saved outside a streak of NaN
 
     def __enter__(self) -> "Checkpoints":
-        about = {key: x for key, x in _keys(self._about).items() if not self._may_change(key)}
-        first, *others = gathered(_sha256(about))
+        about = {key: x for key, x in keys(self._about).items() if not self._may_change(key)}
+        first, *others = gathered(sha256(about))
         if wrong := [host for host, found in enumerate(others, 1) if found != first]:
             raise UserError(
-                f"hosts {_some([str(host) for host in wrong])} have another config, or other data,"
+                f"hosts {some([str(host) for host in wrong])} have another config, or other data,"
                 " than host 0: give all of them the same"
             )
         with contextlib.ExitStack() as stack:
@@ -144,21 +145,21 @@ class Checkpoints:
           DoNotRetry: where no checkpoint verifies.
           Retry: where the storage does not answer.
         """
-        wanted, treedef = _flatten(abstract)
+        wanted, treedef = flatten(abstract)
         bad: dict[int, str] = {}
         for step in reversed(from_first(self.steps)):
             try:
                 document = from_first(self._document, step)
                 jointly(self._check, step, document, wanted)
-                arrays = self._arrays(step, document, wanted)
-            except _Damaged as error:
+                arrays = read_arrays(self.folder / str(step), document, wanted)
+            except Damaged as error:
                 bad[step] = str(error)
                 continue
             from_first(self._set_aside, bad, step)
             if batches is not None:
                 batches.set_state(self._position(step, document, batches))
             self.last_good = from_first(self._last_good, step, document)
-            return jax.tree.unflatten(treedef, _wrapped(arrays, wanted))
+            return jax.tree.unflatten(treedef, wrapped(arrays, wanted))
         if bad:
             reasons = ", ".join(f"{step} ({reason})" for step, reason in bad.items())
             raise DoNotRetry(
@@ -182,8 +183,8 @@ class Checkpoints:
         self.wait()
         if step in from_first(self.steps):
             return
-        flat, _ = _flatten(state)
-        arrays = {name: _unwrapped(leaf) for name, leaf in flat.items()}
+        flat, _ = flatten(state)
+        arrays = {name: unwrapped(leaf) for name, leaf in flat.items()}
         sums = fingerprints(arrays)
         leaves = {n: [str(a.dtype), list(a.shape), sums[n]] for n, a in arrays.items()}
         document = {
@@ -191,9 +192,9 @@ class Checkpoints:
             "good": good,
             **self._about,
             "leaves": leaves,
-            "iterators": gathered(_encode(iterator)),
+            "iterators": gathered(encode(iterator)),
         }
-        document["sha256"] = _sha256(document)
+        document["sha256"] = sha256(document)
         self._saving = step, good
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(document)
@@ -262,7 +263,7 @@ class Checkpoints:
             self._close()
             with contextlib.suppress(OSError):
                 self._sweep()
-            reason = f"step {step} could not be saved to {self.folder}: {_brief(error)}"
+            reason = f"step {step} could not be saved to {self.folder}: {brief(error)}"
             if self._failures >= SAVE_ATTEMPTS:
                 newest = max(self.steps(), default="none")
                 raise Retry(f"{reason}; the newest checkpoint is {newest}") from error
@@ -271,33 +272,33 @@ class Checkpoints:
         return True
 
     def _document(self, step: int) -> Document:
-        with _damage("its document"):
+        with damage("its document"):
             document = json.loads((self.folder / str(step) / "run" / "metadata").read_text())
-            if document.pop("sha256") != _sha256(document):
+            if document.pop("sha256") != sha256(document):
                 raise ValueError("a wrong hash")
         return document
 
     def _check(self, step: int, document: Document, wanted: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint is of another run."""
-        then = _keys({name: document[name] for name in ("config", "data")})
-        now = _keys(self._about)
-        changed = [key for key in now | then if now.get(key, _ABSENT) != then.get(key, _ABSENT)]
+        then = keys({name: document[name] for name in ("config", "data")})
+        now = keys(self._about)
+        changed = [key for key in now | then if now.get(key, ABSENT) != then.get(key, ABSENT)]
         changed = [key for key in changed if not self._may_change(key)]
         if changed:
-            lines = [f"{k}: {_show(then, k)} -> {_show(now, k)}" for k in changed]
+            lines = [f"{k}: {show(then, k)} -> {show(now, k)}" for k in changed]
             raise UserError(
-                f"--workdir={self.workdir} is of another run: {_some(lines)};"
+                f"--workdir={self.workdir} is of another run: {some(lines)};"
                 " use another folder, or what is before the arrows (free to change are"
                 f" {', '.join(glob.removeprefix('config.') for glob in self._free)})"
             )
         then = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in document["leaves"].items()}
-        raw = {name: jax.eval_shape(_unwrapped, leaf) for name, leaf in wanted.items()}
+        raw = {name: jax.eval_shape(unwrapped, leaf) for name, leaf in wanted.items()}
         now = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in raw.items()}
         changed = [n for n in now | then if now.get(n) != then.get(n)]
         if changed:
-            lines = [f"{n}: {_show(then, n)} -> {_show(now, n)}" for n in changed]
+            lines = [f"{n}: {show(then, n)} -> {show(now, n)}" for n in changed]
             raise UserError(
-                f"{self.folder / str(step)} is of another model: {_some(lines)};"
+                f"{self.folder / str(step)} is of another model: {some(lines)};"
                 " use another --workdir"
             )
 
@@ -306,7 +307,7 @@ class Checkpoints:
 
     def _position(self, step: int, document: Document, batches: Any) -> Any:
         """The state of this host's data iterator."""
-        states, hosts = [_decode(state) for state in document["iterators"]], jax.process_count()
+        states, hosts = [decode(state) for state in document["iterators"]], jax.process_count()
         if len(states) == hosts:
             return states[jax.process_index()]
         if not hasattr(batches, "share"):
@@ -315,26 +316,6 @@ class Checkpoints:
                 f" split over {hosts}; use as many as then"
             )
         return batches.share(states)
-
-    def _arrays(self, step: int, document: Document, wanted: dict[str, Any]) -> dict[str, Any]:
-        """The arrays of a step, verified."""
-        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
-        saved = {name: leaf[2] for name, leaf in document["leaves"].items()}
-
-        def read():
-            with _damage("its arrays"):
-                return jax.block_until_ready(_restore(self.folder / str(step) / "state", abstract))
-
-        arrays = jointly(read)
-        found = fingerprints(arrays)
-
-        def compare():
-            wrong = [name for name in found if found[name] != saved[name]]
-            if wrong:
-                raise _Damaged(f"its fingerprints: {_some(wrong)}")
-
-        jointly(compare)
-        return arrays
 
     def _set_aside(self, bad: dict[int, str], step: int) -> None:
         """Renames the steps that were found damaged, now that an older one is not."""
@@ -350,7 +331,7 @@ class Checkpoints:
 
     def _last_good(self, step: int, document: Document) -> int | None:
         for older in reversed([s for s in self.steps() if s <= step]):
-            with contextlib.suppress(_Damaged):
+            with contextlib.suppress(Damaged):
                 if (document if older == step else self._document(older))["good"]:
                     return older
         return None
@@ -374,11 +355,11 @@ def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:
         try:
             document = from_first(checkpoints._document, step)
             if not document["good"]:
-                raise _Damaged("its last update was not finite")
+                raise Damaged("its last update was not finite")
             leaves = {n: x for n, x in document["leaves"].items() if n.startswith(f"{part}/")}
             wanted = {n: np.empty(shape, dtype) for n, (dtype, shape, _) in leaves.items()}
-            arrays = checkpoints._arrays(step, document, wanted)
-        except _Damaged as error:
+            arrays = read_arrays(checkpoints.folder / str(step), document, wanted)
+        except Damaged as error:
             bad.append(f"{step} ({error})")
             continue
         if bad:
@@ -387,113 +368,3 @@ def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:
         return document, traverse_util.unflatten_dict(flat, sep="/")
     found = f"none of {', '.join(bad)} can be used" if bad else "there are none"
     raise UserError(f"{checkpoints.folder}: {found}; name the --workdir of a training")
-
-
-class _Damaged(Exception):
-    """A step that cannot be restored; the message says what of it."""
-
-
-@contextlib.contextmanager
-def _damage(what: str):
-    """Makes a _Damaged of what is raised for bytes that are not as they were written."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise _Damaged(f"{what}: {_brief(error)}") from error
-    except OSError as error:
-        raise Retry(f"the checkpoints cannot be read: {error}") from error
-    except (jax.errors.JaxRuntimeError, MemoryError):
-        raise
-    except Exception as error:  # readers raise anything for bytes that make no sense
-        if _AWAY.search(str(error)):
-            raise Retry(f"the checkpoints cannot be read: {_brief(error)}") from error
-        raise _Damaged(f"{what}: {_brief(error)}") from error
-
-
-def _restore(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
-    args = ocp.args.PyTreeRestore(
-        abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
-    )
-    # Without a Checkpointer around it, which waits for hosts that may have failed.
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(folder, args=args)
-
-
-def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """A tree's leaves by their "/"-joined paths, and how to put them together again."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), treedef
-
-
-def _is_key(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _unwrapped(leaf):
-    """PRNG keys are saved as their data."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if not _is_key(leaf):
-        return leaf
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-
-
-def _wrapped(arrays: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
-    def wrap(array, leaf):
-        return jax.random.wrap_key_data(array, impl=_impl(leaf)) if _is_key(leaf) else array
-
-    return [wrap(arrays[name], leaf) for name, leaf in wanted.items()]
-
-
-def _impl(leaf) -> str:
-    return str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else leaf.dtype._impl.name
-
-
-def _sha256(document: Document) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _encode(iterator: Any) -> Any:
-    """An iterator's state as JSON; grain gives a dict or bytes."""
-    if isinstance(iterator, bytes):
-        return {"base64": base64.b64encode(iterator).decode()}
-    return {"json": iterator}
-
-
-def _decode(encoded: Document) -> Any:
-    if "base64" in encoded:
-        return base64.b64decode(encoded["base64"])
-    return encoded["json"]
-
-
-_ABSENT = object()
-
-
-def _keys(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested document as {"a.b": value}."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _keys(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _show(tree: dict[str, Any], key: str) -> str:
-    value = tree.get(key, _ABSENT)
-    return "absent" if value is _ABSENT else value if isinstance(value, str) else json.dumps(value)
-
-
-def _some(lines: list[str], most: int = 10) -> str:
-    more = f" and {len(lines) - most} more" if len(lines) > most else ""
-    return ", ".join(lines[:most]) + more
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.200}"

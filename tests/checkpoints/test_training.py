@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import sharding
-from sana_jax.checkpoints import training
+from sana_jax.checkpoints import training, training_arrays
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.errors import DoNotRetry, Retry, UserError
 from sana_jax.training import state
@@ -147,18 +147,18 @@ def test_flipped_bits_never_pass(folder):
     largest = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     sound, noticed = largest.read_bytes(), 0
     with Checkpoints(folder, CONFIG, DATA) as checkpoints:
-        wanted, _ = training._flatten(abstract(make()))
+        wanted, _ = training_arrays.flatten(abstract(make()))
         document = checkpoints._document(3)
         for place in random.integers(0, len(sound), 12):
             content = bytearray(sound)
             content[place] ^= 1 << random.integers(8)
             largest.write_bytes(content)
             try:
-                arrays = checkpoints._arrays(3, document, wanted)
-            except training._Damaged:
+                arrays = training_arrays.read_arrays(step, document, wanted)
+            except training_arrays.Damaged:
                 noticed += 1
             else:
-                assert same([*arrays.values()], [*training._flatten(make(3))[0].values()])
+                assert same([*arrays.values()], [*training_arrays.flatten(make(3))[0].values()])
     assert noticed >= 9
 
 
@@ -182,7 +182,7 @@ def test_unreadable_storage_is_to_be_tried_again(folder, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(training, "_restore", fail)
+    monkeypatch.setattr(training_arrays, "_restore", fail)
     with pytest.raises(Retry, match="no answer"):
         restore(folder)
     assert Checkpoints(folder, CONFIG, DATA).steps() == [1, 2, 3]

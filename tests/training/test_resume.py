@@ -71,7 +71,7 @@ def test_killed_twice_and_terminated(tmp_path, capsys):
 HOSTS = """
 import sys
 import jax
-from sana_jax.checkpoints import training
+from sana_jax.checkpoints import training, training_arrays
 from sana_jax.errors import Stopped, UserError
 from tests.training import toy_run
 locked, whole, broken, *settings, first, second = sys.argv[1:]
@@ -79,14 +79,14 @@ try:
     toy_run.main(["", locked, *settings])
 except UserError as error:
     print(f"refused: {error}")
-restore = training._restore
+restore = training_arrays._restore
 def fail(folder, abstract):
     if folder.parent.name == "14":
         raise ValueError("bytes that make no sense")
     return restore(folder, abstract)
 if jax.process_index() == 1:  # it sees the folder late, and cannot read its part of step 14
     training.Checkpoints.steps = lambda self: []
-    training._restore = fail
+    training_arrays._restore = fail
 toy_run.main(["", whole, *settings])
 for accident in first, second:
     try:
