@@ -74,7 +74,7 @@ def open_source():
     if found := sorted(weights.glob("*.pth")):
         raise UserError(f"--source={source} is a folder of NVlabs': give its {found[0]}")
     if weights.is_dir():
-        from sana_jax.training.text_to_image_model import open_workdir
+        from sana_jax.training.text_to_image_result import open_workdir
 
         for flag in (_IMAGE_SIZE, _CROSS_HEADS, _VARIANT, _REVISION, _INSTRUCTION):
             if flag.value:

@@ -116,14 +116,14 @@ def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program
 
 
 def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -> Program:
-    from sana_jax.training import text_to_image_model
+    from sana_jax.training.text_to_image_abstract import abstract_training
+    from sana_jax.training.text_to_image_recipe import check_batches
 
     if batch is not None:
         config = ConfigDict(config.to_dict())
         config.recipe.batch_size = batch
-    text_to_image_model.check_batches(config, mesh)
-    found = text_to_image_model.abstract_training(config, mesh)
-    step, state, rows, inputs, size, each = found
+    check_batches(config, mesh)
+    step, state, rows, inputs, size, each = abstract_training(config, mesh)
     batch = config.recipe.batch_size
     return Program(step, (state, rows, *inputs), batch, size, batch * each)
 

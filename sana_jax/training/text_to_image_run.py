@@ -34,17 +34,17 @@ from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.recipes import check_least
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.text_to_image import Frozen
+from sana_jax.training.text_to_image_abstract import flops_of_row
 from sana_jax.training.text_to_image_data import make_loaders
 from sana_jax.training.text_to_image_model import (
-    check_batches,
-    complete,
-    flops_of_row,
     frozen_dtype,
     make_task,
     open_base,
     open_encoder,
     open_start,
 )
+from sana_jax.training.text_to_image_recipe import check_batches
+from sana_jax.training.text_to_image_result import complete
 from sana_jax.training.watchdog import Watchdog
 
 # What may change from one run in a folder to the next. Names of checkpoints may, for it is their

@@ -13,7 +13,8 @@ from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import PRESETS
 from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.training.recipes import check_least
-from sana_jax.training.text_to_image_model import abstract_training, check_batches, read_recipe
+from sana_jax.training.text_to_image_abstract import abstract_training
+from sana_jax.training.text_to_image_recipe import check_batches, read_recipe
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"sana_600m_512": (592, 512), "sana_1600m_1024": (1604, 1024)}  # millions, pixels

@@ -27,7 +27,8 @@ from sana_jax.errors import Retry, UserError
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.training import text_to_image_model
 from sana_jax.training.state import TrainState
-from sana_jax.training.text_to_image_model import open_base, open_workdir
+from sana_jax.training.text_to_image_model import open_base
+from sana_jax.training.text_to_image_result import open_workdir
 from sana_jax.training.text_to_image_run import TextToImageTraining
 from tests import xla
 from tests.training.text_to_image_toy import load, prepare
@@ -516,7 +517,7 @@ import sys, jax
 index, port, config, workdir = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(index))
 from pathlib import Path
-from sana_jax.training.text_to_image_model import open_workdir
+from sana_jax.training.text_to_image_result import open_workdir
 from sana_jax.training.text_to_image_run import TextToImageTraining
 from tests.training.text_to_image_toy import load
 changes = dict(recipe__steps=4, loop__images_every=4, loop__evaluate_every=4)
