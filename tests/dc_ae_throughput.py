@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), training.mesh)
     step = jit_step(task.step, abstract, training.perceptual_params)
     state = create()
-    cold, warm = training._loader(task.phase, 0), _warmed(training._loader(task.phase, 0))
+    cold, warm = training.data.loader(task.phase, 0), _warmed(training.data.loader(task.phase, 0))
     with contextlib.ExitStack() as stack:
         sources = {
             kind: stack.enter_context(Prefetch(iter(loader), training.mesh))

@@ -131,8 +131,8 @@ def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -
 def _autoencoder_training(
     config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None
 ) -> Program:
-    from sana_jax.training import dc_ae_phases
     from sana_jax.training.autoencoder import AutoencoderTask
+    from sana_jax.training.dc_ae_recipe import check_phase, read_phase
     from sana_jax.training.discriminator import Discriminator
     from sana_jax.training.state import on_mesh
 
@@ -141,11 +141,11 @@ def _autoencoder_training(
         raise UserError(f"--phase={name} is not one of {', '.join(config.phases)}")
     try:
         network, dtype = DCAEConfig(**config.network.to_dict()), jnp.dtype(config.dtype)
-        phase = dc_ae_phases.read_phase(config.phases[name].to_dict())
+        phase = read_phase(config.phases[name].to_dict())
     except (TypeError, ValueError) as error:
         raise UserError(f"--config: {error}") from None
     phase = dataclasses.replace(phase, batch_size=batch or phase.batch_size)
-    dc_ae_phases.check_phase(name, phase, network, mesh)
+    check_phase(name, phase, network, mesh)
     distance, weights = _perceptual(config.perceptual.name, dtype, mesh)
     model = DCAE(network, dtype, jnp.float32, remat=config.remat)
     discriminator = Discriminator(**config.discriminator, dtype=dtype)

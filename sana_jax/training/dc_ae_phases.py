@@ -30,11 +30,7 @@ from sana_jax.checkpoints import find, native, open_checkpoint
 from sana_jax.checkpoints.components import Checkpoint, place
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.data.counts import Budget
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
-from sana_jax.data.memory import InMemory
-from sana_jax.data.sources import Source, open_source
-from sana_jax.data.transforms import ImageTransform
 from sana_jax.errors import UserError
 from sana_jax.files import local, storage, write_whole
 from sana_jax.metrics.reconstruction import to_uint8
@@ -42,10 +38,11 @@ from sana_jax.metrics.reconstruction_figures import figures
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.training.autoencoder import AutoencoderTask, Phase
+from sana_jax.training.dc_ae_data import AutoencoderData
+from sana_jax.training.dc_ae_recipe import check_phase, read_phase
 from sana_jax.training.discriminator import Discriminator
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
-from sana_jax.training.optimizers import OptimizerConfig, make_schedule
 from sana_jax.training.perceptual import make_perceptual
 from sana_jax.training.recipes import check_least
 from sana_jax.training.state import TrainState, on_mesh
@@ -101,8 +98,8 @@ class AutoencoderTraining:
                 )
             except (ValueError, UserError) as error:  # ValueError: of a network that is traced
                 raise UserError(f"config.phases.{name}: {error}") from None
-        self._sources: dict[tuple[str, int], Source] = {}
-        self._check_data()
+        running = {name: phases[name] for name in config.run}
+        self.data = AutoencoderData(config, self.workdir / "data", self.mesh, running)
         self._given: tuple[Checkpoint | None, str | None] = None, None
         if config.start:
             self._given = self._open(find(config.start))
@@ -171,8 +168,8 @@ class AutoencoderTraining:
         about: dict[str, Any],
     ) -> None:
         config, folder, phase = self.config, self.workdir / name, task.phase
-        loader = self._loader(phase, number)
-        held_out = {size: self._held_out(size) for size in config.evaluation.sizes}
+        loader = self.data.loader(phase, number)
+        held_out = {size: self.data.held_out(size) for size in config.evaluation.sizes}
         loop = LoopConfig(steps=phase.steps, **config.loop)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         abstract, create = on_mesh(lambda: task.init(key), self.mesh)
@@ -240,75 +237,6 @@ class AutoencoderTraining:
         narrow = self.config.dtype != "float32"
         return jax.default_matmul_precision(None if narrow else "float32")
 
-    def _loader(self, phase: Phase, number: int) -> TrainingLoader:
-        options = self.config.loader.to_dict()
-        source = self._source(self.config.data.train_split, phase.image_size)
-        return TrainingLoader(
-            InMemory(source, int(options.pop("cache_gib") * 2**30)),
-            _transform(phase),
-            batch_size=phase.batch_size,
-            seed=self.config.seed + number,
-            rows=sharding.batch_rows(self.mesh, phase.batch_size),
-            budget=Budget(options.pop("bad_fraction")),
-            **options,
-        )
-
-    def _held_out(self, size: int) -> EvaluationLoader:
-        """Every host evaluates all of it, on its own copy of the images."""
-        evaluation = self.config.evaluation
-        return EvaluationLoader(
-            self._source(self.config.data.test_split, size),
-            ImageTransform(size, size),
-            batch_size=evaluation.batch_size,
-            limit=evaluation.images,
-        )
-
-    def _source(self, split: str, size: int) -> Source:
-        if (split, size) not in self._sources:
-            data = self.config.data
-            folder = data.data_dir or str(self.workdir / "data")
-            if data.source == "shapes":
-                from sana_jax.data import shapes  # what draws is not needed for other sources
-
-                wanted = dict(data.shapes.train)[size], data.shapes.test, data.shapes.seed
-                hosts.from_first(shapes.prepare, folder, size, *wanted)
-            self._sources[split, size] = open_source(data.source, split, folder, size)
-        return self._sources[split, size]
-
-    def _check_data(self) -> None:
-        """Raises UserError where the data lacks what any phase needs; nothing is written."""
-        data, evaluation = self.config.data, self.config.evaluation
-        if data.source.startswith("precomputed:"):
-            raise UserError(f"config.data.source={data.source}: these are latents; give images")
-        phases = {name: task.phase for name, task in self.tasks.items()}
-        if data.source == "shapes":
-            sizes = {size: 1 for size in evaluation.sizes}
-            for phase in phases.values():
-                size = phase.image_size
-                sizes[size] = max(sizes.get(size, 1), phase.batch_size)
-            for size, least in sizes.items():
-                if dict(data.shapes.train).get(size, 0) < least:
-                    more = f", COUNT {least} or more" if least > 1 else ""
-                    raise UserError(
-                        f"config.data.shapes.train={data.shapes.train}: give ({size}, COUNT)"
-                        f" too{more}"
-                    )
-            return
-        for size in evaluation.sizes:
-            self._source(data.test_split, size)
-        for name, phase in phases.items():
-            key = f"config.phases.{name}"
-            source = self._source(data.train_split, phase.image_size)
-            if len(source) < phase.batch_size:
-                raise UserError(
-                    f"{key}.batch_size={phase.batch_size}: the data has {len(source)} records,"
-                    " less than a batch; lower it, or give more data"
-                )
-            try:
-                EvaluationLoader(source, _transform(phase), batch_size=1)
-            except UserError as error:
-                raise UserError(f"{key}.image_size={phase.image_size}: {error}") from None
-
     def _start(self, create, before: Checkpoint | None) -> TrainState:
         """The state of step 0, with the autoencoder of the phase before."""
         state = create()
@@ -356,47 +284,6 @@ class AutoencoderTraining:
 
         with storage(folder):
             hosts.from_first(write)
-
-
-def _transform(phase: Phase) -> ImageTransform:
-    side = phase.image_size
-    return ImageTransform(side, side, crop=phase.crop, flip=phase.flip)
-
-
-def read_phase(fields: dict[str, Any]) -> Phase:
-    """A phase from its part of the config."""
-    for name in ("autoencoder", "discriminator"):
-        fields[name] = OptimizerConfig(**fields[name])
-    return Phase(**fields)
-
-
-def check_phase(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for sizes that do not divide, and options that nothing knows."""
-    key = f"config.phases.{name}"
-    for field in ("steps", "image_size", "microbatches"):
-        if (value := getattr(phase, field)) < 1:
-            raise UserError(f"{key}.{field}={value}: it is at least 1")
-    if not 0 <= phase.ema_decay <= 1:
-        raise UserError(f"{key}.ema_decay={phase.ema_decay}: give 0 to 1")
-    if phase.image_size % network.factor:
-        raise UserError(
-            f"{key}.image_size={phase.image_size}: it is a multiple of {network.factor}"
-        )
-    divisor = sharding.batch_divisor(mesh) * phase.microbatches
-    if phase.batch_size < 1 or phase.batch_size % divisor:
-        raise UserError(
-            f"{key}.batch_size={phase.batch_size}: it is a multiple of {divisor}, the devices that"
-            " split it times the microbatches"
-        )
-    try:
-        _transform(phase)
-    except UserError as error:
-        raise UserError(f"{key}.{error}") from None
-    for optimizer in ("autoencoder", "discriminator")[: 2 if phase.adversarial else 1]:
-        try:
-            make_schedule(getattr(phase, optimizer), phase.steps)
-        except UserError as error:
-            raise UserError(f"{key}.{optimizer}.{error}") from None
 
 
 def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:

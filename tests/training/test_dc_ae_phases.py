@@ -249,7 +249,7 @@ def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
     found = []
     for cache in (4.0, 0.0):
         training.config.loader.cache_gib = cache
-        loader = training._loader(training.tasks[PHASES[0]].phase, 0)
+        loader = training.data.loader(training.tasks[PHASES[0]].phase, 0)
         images = [loader.batch(step)["image"] for step in range(4)]  # 12 images: some come again
         found.append((loader.fingerprint, np.stack(images)))
         assert len(loader.source._kept) == (12 if cache else 0)
