@@ -1,9 +1,10 @@
-"""Where files are, and files that are there as a whole or not at all."""
+"""Where files are, and files and folders that are there as a whole or not at all."""
 
 import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +80,20 @@ def write_whole(path: epath.Path, content: bytes, part: str = ".part") -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder, which takes the place of `folder` when the block has filled it.
+
+    What was there stays until then, and where the block raises. Raises OSError.
+    """
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""A file that cannot be written leaves the one that was there."""
+"""A file or a folder that cannot be written leaves the one that was there."""
 
 import os
 
 import pytest
 from etils import epath
 
-from sana_jax.files import write_whole
+from sana_jax.files import replace_folder, write_whole
 
 
 def test_write_whole_leaves_no_part(tmp_path, monkeypatch):
@@ -33,3 +33,20 @@ def test_two_writers_do_not_share_a_part(tmp_path):
     (tmp_path / "a.part").write_text("another's")
     write_whole(path, b"ours", ".1.part")
     assert path.read_bytes() == b"ours" and (tmp_path / "a.part").read_text() == "another's"
+
+
+def test_a_folder_stays_until_the_next_is_whole(tmp_path):
+    folder = tmp_path / "model"
+    (tmp_path / "model.part").mkdir()
+    (tmp_path / "model.part" / "half").touch()  # of a process that was killed
+    with replace_folder(folder) as part:
+        (part / "a").touch()
+        assert not folder.exists()
+    with pytest.raises(OSError), replace_folder(folder) as part:
+        (part / "b").touch()
+        raise OSError("full")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["model", "model/a"]
+    with replace_folder(folder) as part:
+        (part / "b").touch()
+        assert [p.name for p in folder.iterdir()] == ["a"]
+    assert [p.name for p in folder.iterdir()] == ["b"]
