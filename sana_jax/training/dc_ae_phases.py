@@ -32,7 +32,7 @@ from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
 from sana_jax.errors import UserError
-from sana_jax.files import local, storage, write_whole
+from sana_jax.files import local, replace_folder, storage, write_whole
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.metrics.reconstruction_figures import figures
 from sana_jax.models.dc_ae import DCAE
@@ -41,10 +41,11 @@ from sana_jax.training.autoencoder import AutoencoderTask, Phase
 from sana_jax.training.dc_ae_data import AutoencoderData
 from sana_jax.training.dc_ae_recipe import check_phase, read_phase
 from sana_jax.training.discriminator import Discriminator
-from sana_jax.training.loop import LoopConfig, fit, jit_step
+from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.perceptual import make_perceptual
 from sana_jax.training.recipes import check_least
+from sana_jax.training.session import Session, export
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.watchdog import Watchdog
 
@@ -173,38 +174,28 @@ class AutoencoderTraining:
         loop = LoopConfig(steps=phase.steps, **config.loop)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         abstract, create = on_mesh(lambda: task.init(key), self.mesh)
-        step = jit_step(task.step, abstract, self.perceptual_params)
-        batches, sheet = iter(loader), next(iter(held_out[min(held_out)]))["image"][:SHOWN]
+        sheet = next(iter(held_out[min(held_out)]))["image"][:SHOWN]
+
+        def draw(writer: MetricsWriter, state: TrainState, step: int) -> None:
+            pairs = sheet, self._reconstruct(state.ema, sheet)
+            rows = [list(np.asarray(to_uint8(images))) for images in pairs]
+            writer.images(step, "reconstructions", rows)
+
         with Checkpoints(folder, about, loader.fingerprint, config.keep, free=FREE) as checkpoints:
-            with Watchdog(loop.watchdog_seconds):
-                state = checkpoints.restore(abstract, batches) or self._start(create, before)
-            first = int(state.step)
-            if first > phase.steps:
-                raise UserError(
-                    f"{folder} has {first} steps already, more than"
-                    f" config.phases.{name}.steps={phase.steps}"
-                )
-            if first:
-                hosts.say(f"{name}: resumed at step {first} of {phase.steps}")
+            called = {"key": f"config.phases.{name}.steps", "name": name}
+            session = Session(checkpoints, loader, self.mesh, loop, **called)
+            state = session.begin(abstract, lambda: self._start(create, before))
             # One of a run that was cut short before its first checkpoint may be of another model.
-            if not first or not hosts.from_first((folder / "before.json").exists):
+            if not session.first or not hosts.from_first((folder / "before.json").exists):
                 hosts.say(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
-            if first < phase.steps:
-                hosts.say(f"{name}: compiling the step")
-            with MetricsWriter(folder, first, loop.steps) as writer:
-
-                def draw(state: TrainState, step: int) -> None:
-                    pairs = sheet, self._reconstruct(state.ema, sheet)
-                    rows = [list(np.asarray(to_uint8(images))) for images in pairs]
-                    writer.images(step, "reconstructions", rows)
-
-                state = fit(
-                    *(step, state, batches, self.mesh, loop, checkpoints, writer), on_images=draw
-                )
-                if not loop.images_every or phase.steps % loop.images_every:  # else `fit` drew it
-                    with storage(folder):
-                        draw(state, phase.steps)
+            state = session.fit(
+                state,
+                task.step,
+                lambda: (self.perceptual_params,),
+                on_images=draw,
+                images_at_end=True,
+            )
             hosts.say(f"{name}: measuring the latents and the held-out images")
             factor = before.vae.scaling_factor if before else self.network.scaling_factor
             if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
@@ -270,20 +261,13 @@ class AutoencoderTraining:
         return float(1 / np.sqrt(np.mean(squares)))
 
     def _export(self, folder: Path, params: Any, results: dict, before: Checkpoint | None) -> None:
-        """The parameters as a native folder; one that a killed run left half is replaced."""
+        """The parameters as a native folder, which says what they went through."""
         network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
         made = before.provenance if before else {}
         history = made.get("autoencoder", made).get("phases", [])  # of a whole model, or of this
         provenance = {"trained": True, "phases": [*history, results]}
         model = Checkpoint(network, params={"vae": hosts.whole(params)}, provenance=provenance)
-
-        def write() -> None:
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            (folder / "model").mkdir()
-            native.save(model, folder / "model")
-
-        with storage(folder):
-            hosts.from_first(write)
+        export(model, folder / "model")
 
 
 def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -299,11 +283,8 @@ def _copy_model(model: Path, target: Path) -> None:
     """Puts `model` at `target` as a whole, unless it is there."""
     if (target / "model.json").exists() and fingerprint(target) == fingerprint(model):
         return
-    part = target.with_name("model.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(model, part)
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
+    with replace_folder(target) as part:
+        shutil.copytree(model, part, dirs_exist_ok=True)
 
 
 def _training_seconds(folder: Path, phase: Phase) -> float:

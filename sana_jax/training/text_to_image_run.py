@@ -7,7 +7,6 @@ Everything that a config names is opened, and everything that can be wrong with 
 before the first step; and before anything is written but pictures of the data set shapes.
 """
 
-import shutil
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from sana_jax.data.text_image import CaptionTokens
 from sana_jax.errors import UserError
 from sana_jax.files import is_local, storage
 from sana_jax.pipeline import SanaPipeline
-from sana_jax.training.loop import LoopConfig, fit, jit_step
+from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.recipes import check_least
+from sana_jax.training.session import Session, export
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.text_to_image import Frozen
 from sana_jax.training.text_to_image_abstract import flops_of_row
@@ -45,7 +45,6 @@ from sana_jax.training.text_to_image_model import (
 )
 from sana_jax.training.text_to_image_recipe import check_batches
 from sana_jax.training.text_to_image_result import complete
-from sana_jax.training.watchdog import Watchdog
 
 # What may change from one run in a folder to the next. Names of checkpoints may, for it is their
 # fingerprints that count; but for that of `start`, which is not needed again.
@@ -93,34 +92,23 @@ class TextToImageTraining:
             self._run()
 
     def _run(self) -> None:
-        config, steps = self.config, self.loop.steps
+        config = self.config
         about = config.to_dict() | {"fingerprints": self.fingerprints}
         free = FREE + (("recipe.steps",) * (config.recipe.optimizer.schedule == "constant"))
-        batches, data = iter(self.loader), self.loader.fingerprint
+        given = about, self.loader.fingerprint, config.keep, config.keep_every, free
         abstract, create = on_mesh(lambda: self.task.init(jax.random.key(config.seed)), self.mesh)
-        with Checkpoints(
-            self.workdir, about, data, config.keep, config.keep_every, free
-        ) as checkpoints:
-            with Watchdog(self.loop.watchdog_seconds):
-                state = checkpoints.restore(abstract, batches) or self._start(create)
-            if (first := int(state.step)) > steps:
-                raise UserError(
-                    f"{self.workdir} has {first} steps already, more than"
-                    f" config.recipe.steps={steps}"
-                )
-            if first:
-                hosts.say(f"resumed at step {first} of {steps}")
-            if first < steps:
-                hosts.say("compiling the step")
-            step = jit_step(self.task.step, abstract, self._frozen)
-            with MetricsWriter(self.workdir, first, steps) as writer:
-                state = fit(
-                    *(step, state, batches, self.mesh, self.loop, checkpoints, writer),
-                    on_images=partial(self._draw, writer),
-                    on_evaluate=partial(self._evaluate, writer),
-                    peak_rate=self._peak_rate(),
-                )
-            self._export(state, first)
+        with Checkpoints(self.workdir, *given) as checkpoints:
+            session = Session(checkpoints, self.loader, self.mesh, self.loop)
+            state = session.begin(abstract, lambda: self._start(create))
+            state = session.fit(
+                state,
+                self.task.step,
+                lambda: (self._frozen,),
+                on_images=self._draw,
+                on_evaluate=self._evaluate,
+                peak_rate=self._peak_rate(),
+            )
+            self._export(state, session.first)
 
     def _check(self) -> None:
         """Raises UserError for figures that do not fit together, or that only hooks would use."""
@@ -213,24 +201,14 @@ class TextToImageTraining:
     def _export(self, state: TrainState, first: int) -> None:
         """WORKDIR/model, unless step `first`, that this run went on from, was the last one."""
         params, step = hosts.whole(state.ema), int(state.step)
-        model = complete(self.base, params, step, ema=True)
-
-        def write() -> None:
-            if not is_local(self.workdir):
-                print(f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema")
-                return
-            folder = Path(self.workdir / "model")
-            partial = folder.with_name("model.tmp")
+        if not is_local(self.workdir):
+            line = f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema"
+        else:
+            line = folder = Path(self.workdir / "model")
             with storage(folder):
-                if first < step or _steps_of(folder) != step:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    partial.mkdir()
-                    native.save(model, partial)
-                    shutil.rmtree(folder, ignore_errors=True)
-                    partial.rename(folder)
-            print(folder, flush=True)
-
-        hosts.from_first(write)
+                if first < step or hosts.from_first(_steps_of, folder) != step:
+                    export(complete(self.base, params, step, ema=True), folder)
+        hosts.from_first(partial(print, line, flush=True))
 
 
 def _steps_of(folder: Path) -> int | None:

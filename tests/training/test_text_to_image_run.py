@@ -509,7 +509,7 @@ def test_a_good_model_stays_until_the_next_is_whole(config, tmp_path, monkeypatc
     monkeypatch.undo()
     export(21, 20)
     assert native.open_folder(tmp_path / "model").provenance["steps"] == 21
-    assert not (tmp_path / "model.tmp").exists()
+    assert not (tmp_path / "model.part").exists()
 
 
 HOST = """

@@ -1,0 +1,132 @@
+"""A session of a training: it starts, or goes on where the one before it ended, and trains.
+
+abstract, create = on_mesh(init, mesh)
+with Checkpoints(workdir, config, loader.fingerprint) as checkpoints:
+    session = Session(checkpoints, loader, mesh, loop)
+    state = session.begin(abstract, create)
+    state = session.fit(state, step, on_images=draw)  # draw(writer, state, step number)
+    export(model_of(state), workdir / "model")
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sana_jax import hosts
+from sana_jax.checkpoints import native
+from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.checkpoints.training import Checkpoints
+from sana_jax.errors import UserError
+from sana_jax.files import replace_folder, storage
+from sana_jax.training.loop import LoopConfig, fit, jit_step
+from sana_jax.training.metrics_writer import MetricsWriter
+from sana_jax.training.state import TrainState
+from sana_jax.training.watchdog import Watchdog
+
+Hook = Callable[[MetricsWriter, TrainState, int], None]
+
+
+class Session:
+    """One run of a training in the folder of its checkpoints.
+
+    Attributes:
+      first: the step that it goes on from, 0 for a training that starts; known after `begin`.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        loader: Iterable[Any],
+        mesh: Mesh,
+        loop: LoopConfig,
+        key: str = "config.recipe.steps",
+        name: str = "",
+    ):
+        """
+        Args:
+          checkpoints: those of the training, open.
+          loader: its iterator gives this host's rows of each batch, as `loop.fit` takes them.
+          mesh: the devices.
+          loop: how long and how often.
+          key: what the config calls `loop.steps`, for messages.
+          name: of the part of a training that this is, for messages.
+        """
+        self._checkpoints, self._batches = checkpoints, iter(loader)
+        self._mesh, self._loop, self._key = mesh, loop, key
+        self._label = f"{name}: " if name else ""
+
+    def begin(self, abstract: TrainState, start: Callable[[], TrainState]) -> TrainState:
+        """Returns the newest state that was saved, or where there is none that of `start`.
+
+        Raises what `Checkpoints.restore` does, and UserError where more steps are done than are
+        wanted.
+
+        Args:
+          abstract: the state's shapes, dtypes and shardings.
+          start: makes the state of step 0.
+        """
+        with Watchdog(self._loop.watchdog_seconds):
+            state = self._checkpoints.restore(abstract, self._batches) or start()
+        self._abstract, self.first, steps = abstract, int(state.step), self._loop.steps
+        if self.first > steps:
+            raise UserError(
+                f"{self._checkpoints.workdir} has {self.first} steps already, more than"
+                f" {self._key}={steps}"
+            )
+        if self.first:
+            hosts.say(f"{self._label}resumed at step {self.first} of {steps}")
+        return state
+
+    def fit(
+        self,
+        state: TrainState,
+        step: Callable[..., Any],
+        inputs: Callable[[], tuple[Any, ...]] = tuple,
+        on_images: Hook | None = None,
+        on_evaluate: Hook | None = None,
+        peak_rate: float | None = None,
+        images_at_end: bool = False,
+    ) -> TrainState:
+        """Trains what is left to train. Raises what `loop.fit` does.
+
+        Args:
+          state: of `begin`.
+          step: (state, batch, *inputs) -> (state, metrics), the metrics scalars; not under jit.
+          inputs: makes the trees that no step changes, such as the weights of frozen networks.
+          on_images, on_evaluate: the hooks of `loop.fit`, which are given the writer too.
+          peak_rate: images/s at the devices' peak, for `mfu`.
+          images_at_end: whether `on_images` is called after the last step in any case.
+        """
+        steps, folder = self._loop.steps, self._checkpoints.workdir
+        if self.first < steps:
+            hosts.say(f"{self._label}compiling the step")
+        compiled = jit_step(step, self._abstract, *inputs())
+        with MetricsWriter(folder, self.first, steps) as writer:
+            state = fit(
+                *(compiled, state, self._batches, self._mesh),
+                *(self._loop, self._checkpoints, writer),
+                on_images=on_images and partial(on_images, writer),
+                on_evaluate=on_evaluate and partial(on_evaluate, writer),
+                peak_rate=peak_rate,
+            )
+            every = self._loop.images_every
+            if images_at_end and (not every or steps % every):  # else `fit` has called it
+                with storage(folder):
+                    on_images(writer, state, steps)
+        return state
+
+
+def export(model: Checkpoint, folder: Path) -> None:
+    """Writes `model`, whose weights every host holds in full, as a native folder; collective.
+
+    A model that is there stays until the new one is whole. Raises Retry where it cannot be written.
+    """
+
+    def write() -> None:
+        with storage(folder), replace_folder(folder) as part:
+            native.save(model, part)
+
+    hosts.from_first(write)
