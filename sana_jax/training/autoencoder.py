@@ -18,13 +18,9 @@ from sana_jax.errors import UserError
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.training import losses
 from sana_jax.training.discriminator import Discriminator
-from sana_jax.training.optimizers import (
-    OptimizerConfig,
-    make_optimizer,
-    mean_over_microbatches,
-    stop_frozen,
-    trainable_mask,
-)
+from sana_jax.training.microbatches import mean_over_microbatches
+from sana_jax.training.optimizer_masks import stop_frozen, trainable_mask
+from sana_jax.training.optimizers import OptimizerConfig, make_optimizer
 from sana_jax.training.perceptual import Distance
 from sana_jax.training.state import TrainState, advance, all_finite, new_state, update_ema
 

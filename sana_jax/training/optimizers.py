@@ -1,7 +1,6 @@
-"""Learning-rate schedules, optimizers and which parameters they train, by name."""
+"""Learning-rate schedules and optimizers, by name."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from flax import linen as nn
-from jaxtyping import Array, Float
 
 from sana_jax.errors import UserError
 from sana_jax.training.came import came
+from sana_jax.training.optimizer_masks import (
+    EVERYTHING,
+    PyTree,
+    decay_mask,
+    map_with_name,
+    trainable_mask,
+)
 from sana_jax.training.per_layer import layer_counts, per_layer, with_axes
-
-PyTree = Any
-
-EVERYTHING = (".*",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _muon_axes(params: PyTree) -> PyTree:
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
 
-    return _map_with_name(axes, params)
+    return map_with_name(axes, params)
 
 
 def _came(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
@@ -176,113 +176,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def sqrt_scaled(learning_rate: float, batch: int, reference_batch: int) -> float:
     """A rate stated for a batch of `reference_batch`, for one of `batch` (Malladi et al. 2022)."""
     return learning_rate * (batch / reference_batch) ** 0.5
-
-
-def decay_mask(params: PyTree) -> PyTree:
-    """True for matrices and filters; norms, biases, tables and embeddings are not decayed."""
-    return _map_with_name(lambda name, _: name.endswith("kernel"), params)
-
-
-def trainable_mask(params: PyTree, patterns: Sequence[str]) -> PyTree:
-    """True where a pattern matches the whole path. Raises UserError for one that never does."""
-    unmatched = set(patterns)
-
-    def trains(name, _):
-        matching = {pattern for pattern in patterns if _matches(pattern, name)}
-        unmatched.difference_update(matching)
-        return bool(matching)
-
-    mask = _map_with_name(trains, params)
-    if unmatched:
-        names = []
-        _map_with_name(lambda name, _: names.append(name), params)
-        raise UserError(
-            f"trainable pattern {min(unmatched)!r} matches no parameter; paths are as {names[0]!r}"
-        )
-    return mask
-
-
-def stop_frozen(params: PyTree, mask: PyTree) -> PyTree:
-    """Cuts the gradients of what the mask freezes, so that they are not even computed."""
-    return jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, mask)
-
-
-def accumulated_gradients(
-    loss: Callable[[PyTree, PyTree], tuple[Float[Array, ""], PyTree]],
-    params: PyTree,
-    batch: PyTree,
-    count: int = 1,
-) -> tuple[tuple[Float[Array, ""], PyTree], PyTree]:
-    """`jax.value_and_grad(loss, has_aux=True)` by `mean_over_microbatches`."""
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    return mean_over_microbatches(lambda rows: gradient(params, rows), batch, count)
-
-
-def mean_over_microbatches(
-    function: Callable[[PyTree], PyTree], batch: PyTree, count: int = 1
-) -> PyTree:
-    """`function(batch)` in the memory of a batch `count` times smaller.
-
-    Equal to the whole batch where all that `function` returns are means over rows, and sums of
-    such. Noise that is drawn a row has to be in the batch, not drawn in the function.
-
-    Args:
-      function: of a tree of rows; returns a tree of arrays.
-      batch: a tree of arrays whose first axis is the batch.
-      count: microbatches; must divide the batch.
-    """
-    if count == 1:
-        return function(batch)
-
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, function(micro)), None
-
-    micros = _split(batch, count)
-    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    total, _ = jax.lax.scan(add, zeros, micros)
-    return jax.tree.map(lambda x: x / count, total)
-
-
-def map_microbatches(function: Callable[[PyTree], PyTree], batch: PyTree, count: int = 1) -> PyTree:
-    """`function(batch)`, rows to rows, in the memory of a batch `count` times smaller."""
-    if count == 1:
-        return function(batch)
-    parts = jax.lax.map(function, _split(batch, count))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
-
-
-def _split(batch: PyTree, count: int) -> PyTree:
-    """(B, ...) as (count, B / count, ...)."""
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    if count < 1 or rows % count:
-        raise UserError(f"a batch of {rows} does not split into {count} microbatches")
-
-    def split(x):  # every count-th row: each device's rows stay on it
-        return x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
-
-
-def _map_with_name(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:
-    """Maps over parameters with their "/"-joined paths; a boxed one is one leaf."""
-
-    def is_leaf(x):
-        return isinstance(x, nn.meta.AxisMetadata | optax.MaskedNode)
-
-    def call(path, leaf):
-        if isinstance(leaf, optax.MaskedNode):
-            return leaf
-        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-
-    return jax.tree_util.tree_map_with_path(call, params, is_leaf=is_leaf)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UserError(f"trainable pattern {pattern!r}: {error}") from None
 
 
 def _named(kind: str, table: dict[str, Any], name: str) -> Any:

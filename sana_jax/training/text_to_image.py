@@ -29,13 +29,12 @@ from sana_jax.errors import UserError
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pipeline import programs
 from sana_jax.sharding import constrain
-from sana_jax.training.optimizers import (
-    OptimizerConfig,
+from sana_jax.training.microbatches import (
     accumulated_gradients,
-    make_optimizer,
     map_microbatches,
     mean_over_microbatches,
 )
+from sana_jax.training.optimizers import OptimizerConfig, make_optimizer
 from sana_jax.training.state import TrainState, advance, all_finite, new_state, update_ema
 
 Batch = dict[str, Array]

@@ -27,7 +27,7 @@ from sana_jax.diffusion.flow_matching import (
     row_errors,
 )
 from sana_jax.errors import UserError
-from sana_jax.training.optimizers import mean_over_microbatches
+from sana_jax.training.microbatches import mean_over_microbatches
 
 ROWS = 20_000
 QUANTILES = np.linspace(0.05, 0.95, 19)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from sana_jax.errors import UserError
 from sana_jax.training import optimizers
+from sana_jax.training.optimizer_masks import EVERYTHING
 from sana_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 
 
@@ -24,7 +24,7 @@ def params():
     return jax.tree.map(jnp.asarray, tree)
 
 
-def run(config, trainable=optimizers.EVERYTHING, count=5, steps=10):
+def run(config, trainable=EVERYTHING, count=5, steps=10):
     tx, schedule = make_optimizer(config, params(), steps, trainable)
     current, s = params(), tx.init(params())
     random = np.random.default_rng(1)
@@ -88,27 +88,6 @@ def test_frozen_does_not_count_in_the_clipped_norm():
     np.testing.assert_allclose(moments[0], 0.1 * 0.2, rtol=1e-6)
 
 
-def test_stop_frozen():
-    mask = {"a": True, "b": False}
-    grads = jax.grad(lambda p: sum(jax.tree.leaves(optimizers.stop_frozen(p, mask))))(
-        {"a": 1.0, "b": 2.0}
-    )
-    assert grads == {"a": 1.0, "b": 0.0}
-
-
-def test_boxed_parameters_have_the_same_masks():
-    boxed = jax.tree.map(lambda p: nn.LogicallyPartitioned(p, ("embed", None)), params())
-    assert optimizers.decay_mask(boxed) == optimizers.decay_mask(params())
-    patterns = [r".*/norm/\w+", "decoder/head/kernel"]
-    mask = optimizers.trainable_mask(boxed, patterns)
-    assert mask == optimizers.trainable_mask(params(), patterns)
-    assert sum(jax.tree.leaves(mask)) == 2
-    tx, _ = make_optimizer(OptimizerConfig(weight_decay=0.1), boxed, 10, patterns)
-    plain, _ = make_optimizer(OptimizerConfig(weight_decay=0.1), params(), 10, patterns)
-    a, b = nn.unbox(tx.init(boxed)), plain.init(params())
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-
-
 def test_schedules():
     def rates(**kw):
         return [
@@ -122,21 +101,6 @@ def test_schedules():
     cosine = rates(schedule="cosine", final_fraction=0.5)
     np.testing.assert_allclose(cosine, 1.5 + 0.5 * np.cos(np.pi * np.arange(9) / 8), rtol=1e-6)
     assert optimizers.sqrt_scaled(1e-3, 1024, 256) == 2e-3
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_accumulated_gradients_are_those_of_the_batch(count):
-    x, y = jax.random.normal(jax.random.key(0), (2, 8, 5))
-    w = jax.random.normal(jax.random.key(1), (5, 5))
-
-    def loss(w, batch):
-        x, y = batch
-        error = jnp.tanh(x @ w) - y
-        return jnp.square(error).mean(), {"mae": abs(error).mean()}
-
-    want = jax.value_and_grad(loss, has_aux=True)(w, (x, y))
-    found = jax.jit(optimizers.accumulated_gradients, static_argnums=(0, 3))(loss, w, (x, y), count)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, want)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +119,6 @@ def test_accumulated_gradients_are_those_of_the_batch(count):
     ],
 )
 def test_bad_figures(change, message):
-    trainable = change.pop("trainable", optimizers.EVERYTHING)
+    trainable = change.pop("trainable", EVERYTHING)
     with pytest.raises(UserError, match=message):
         make_optimizer(OptimizerConfig(**change), params(), 10, trainable)
-
-
-def test_batch_that_does_not_split():
-    with pytest.raises(UserError, match="a batch of 8 does not split into 3 microbatches"):
-        optimizers.accumulated_gradients(lambda w, b: (w, ()), 1.0, jnp.ones(8), 3)

@@ -102,7 +102,7 @@ def model(settings, mesh):
     import optax
     from flax import linen as nn
 
-    from sana_jax.training import optimizers, state
+    from sana_jax.training import microbatches, optimizers, state
 
     class Net(nn.Module):
         @nn.compact
@@ -132,7 +132,9 @@ def model(settings, mesh):
             x, noise = batch
             return jnp.square(net.apply({"params": p}, x + 0.1 * noise) - x).mean(), ()
 
-        (value, _), grads = optimizers.accumulated_gradients(loss, s.params, (batch["x"], noise), 2)
+        (value, _), grads = microbatches.accumulated_gradients(
+            loss, s.params, (batch["x"], noise), 2
+        )
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, s.opt_state, s.params)
         new = optax.apply_updates(s.params, updates)
