@@ -10,11 +10,11 @@ been run: its learning rates are the paper's, its numbers of steps and its batch
 """
 
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training import recipes
+from sana_jax.training.recipe_autoencoder import autoencoder
 
 
 def get_config():
-    config = recipes.autoencoder(DCAEConfig())
+    config = autoencoder(DCAEConfig())
     config.remat = True
     # 16 images at once would need 24 GB.
     config.phases.low_resolution.microbatches = 4

@@ -14,7 +14,7 @@ tried with the losses of before, nor one run of the steps below.
 """
 
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training import recipes
+from sana_jax.training.recipe_autoencoder import autoencoder
 
 BLOCKS = ("ResBlock",) * 5 + ("EfficientViTBlock",)
 NETWORK = DCAEConfig(
@@ -31,7 +31,7 @@ NETWORK = DCAEConfig(
 
 
 def get_config():
-    config = recipes.autoencoder(NETWORK)
+    config = autoencoder(NETWORK)
     config.dtype = "float32"
     config.perceptual.name = "laplacian"
     config.discriminator.update(width=32, layers=3)

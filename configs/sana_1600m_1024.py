@@ -12,11 +12,11 @@ of steps, the 64 devices that make the batch and the moving average are ours.
 """
 
 from sana_jax.models.dit import PRESETS
-from sana_jax.training import recipes
+from sana_jax.training.recipe_text_to_image import PROMPTS, text_to_image
 
 
 def get_config():
-    config = recipes.text_to_image(PRESETS["sana_1600m_1024"], steps=100_000, batch_size=4096)
+    config = text_to_image(PRESETS["sana_1600m_1024"], steps=100_000, batch_size=4096)
     config.mesh.update(replica=4, fsdp=64)
     config.remat = "full"
     config.data.buckets = True
@@ -25,5 +25,5 @@ def get_config():
     config.recipe.encoder_microbatches = 4
     config.evaluation.batch_size = 1024  # it splits as the training's does
     config.loop.update(images_every=500, evaluate_every=500)
-    config.images.prompts = recipes.PROMPTS
+    config.images.prompts = PROMPTS
     return config

@@ -13,11 +13,11 @@ of steps, the 64 devices that make the batch, bfloat16 and the moving average ar
 """
 
 from sana_jax.models.dit import PRESETS
-from sana_jax.training import recipes
+from sana_jax.training.recipe_text_to_image import PROMPTS, text_to_image
 
 
 def get_config():
-    config = recipes.text_to_image(PRESETS["sana_600m_512"], steps=200_000, batch_size=8192)
+    config = text_to_image(PRESETS["sana_600m_512"], steps=200_000, batch_size=8192)
     config.mesh.update(replica=4, fsdp=64)
     config.remat = "full"
     config.data.buckets = True
@@ -25,5 +25,5 @@ def get_config():
     # TPU compiler (sana_jax.compile --memory).
     config.recipe.encoder_microbatches = 2
     config.loop.update(images_every=500, evaluate_every=500)
-    config.images.prompts = recipes.PROMPTS
+    config.images.prompts = PROMPTS
     return config

@@ -27,7 +27,7 @@ To go on from weights that are there, such as the bundled ones:
 from sana_jax.data.shapes_captions import prompts
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
-from sana_jax.training import recipes
+from sana_jax.training.recipe_text_to_image import text_to_image
 
 READER = dict(
     vocab_size=1024,
@@ -53,7 +53,7 @@ NETWORK = SanaConfig(
 
 
 def get_config():
-    config = recipes.text_to_image(NETWORK, steps=16_500, batch_size=64)
+    config = text_to_image(NETWORK, steps=16_500, batch_size=64)
     config.dtype = "float32"
     config.auto_lr = "none"
     config.unroll = NETWORK.depth

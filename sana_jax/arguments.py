@@ -1,12 +1,23 @@
-"""What numbers and choices may be. Everything here raises UserError, naming the argument."""
+"""What arguments and figures may be. Everything here raises UserError, naming the argument."""
 
+import dataclasses
 import numbers
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from sana_jax.errors import UserError
 
 MAX_SEED = 2**32 - 1  # jax.random.key keeps 32 bits
 MAX_STEPS = 1000
+# The least that numbers of every recipe may be which belong to no group with a dataclass.
+LEAST = {
+    "seed": 0,
+    "data.shapes.seed": 0,
+    "keep": 1,  # or the step that was just saved would go too
+}
+
+Group = TypeVar("Group")
 
 
 class BadArgument(UserError):
@@ -34,6 +45,24 @@ def number(name: str, value, low: float, high: float) -> float:
     return float(value)
 
 
+def at_least(name: str, value: float, least: float) -> None:
+    """Raises unless `value` is `least` or more."""
+    if not value >= least:
+        raise UserError(f"{name}={value}: it is at least {least}")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raises unless `value` is in low .. high."""
+    if not low <= value <= high:
+        raise UserError(f"{name}={value}: give {low} to {high}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raises unless `value` is above 0 and finite."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={value}: give a positive number")
+
+
 def multiple(given: str, side: int, step: int) -> None:
     """Raises unless `side`, in pixels, is a multiple of `step`; `given`: how the caller put it."""
     if side % step:
@@ -50,3 +79,39 @@ def choice(name: str, value, choices: Sequence[str]) -> str:
     if value not in list(choices):
         raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
     return value
+
+
+def read_group(kind: type[Group], fields: Mapping[str, Any], key: str) -> Group:
+    """Reads a group of a recipe's keys into its dataclass, and the groups in it into theirs.
+
+    Args:
+      kind: the dataclass; its `__post_init__` begins a message with the name of the field.
+      fields: the group, a plain dict.
+      key: what the user calls the group, such as "config.loop", for messages.
+    """
+    fields = dict(fields)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type) and field.name in fields:
+            inner = read_group(field.type, fields[field.name], f"{key}.{field.name}")
+            fields[field.name] = inner
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise UserError(f"{key}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
+
+
+def as_group(values: Any, *but: str) -> dict[str, Any]:
+    """Returns a dataclass as a group of a recipe's keys, without the fields named in `but`."""
+    return {name: x for name, x in dataclasses.asdict(values).items() if name not in but}
+
+
+def check_least(config: Any, more: Mapping[str, int]) -> None:
+    """Raises for numbers of a recipe below LEAST, or below those of `more`; None passes."""
+    for key, least in (LEAST | more).items():
+        value = operator.attrgetter(key)(config)
+        if value is not None:
+            at_least(f"config.{key}", value, least)
+    if config.seed > MAX_SEED:
+        raise UserError(f"config.seed={config.seed}: it is at most {MAX_SEED}")

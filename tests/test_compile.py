@@ -13,7 +13,8 @@ from sana_jax import flops, random_weights, sharding, tpu_estimate
 from sana_jax.errors import UserError
 from sana_jax.measure import programs
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training import recipes
+from sana_jax.training.recipe_autoencoder import autoencoder
+from sana_jax.training.recipe_text_to_image import text_to_image
 
 needs_libtpu = pytest.mark.skipif(
     not tpu_estimate.has_libtpu(), reason="libtpu, the TPU compiler, is not installed"
@@ -94,7 +95,7 @@ def test_large_pictures_are_decoded_in_tiles():
 
 
 def autoencoder_config(**phase):
-    config = recipes.autoencoder(SMALL)
+    config = autoencoder(SMALL)
     config.perceptual.name = "none"
     config.phases.low_resolution.update(image_size=16, batch_size=8, **phase)
     return config
@@ -128,7 +129,7 @@ def test_figures_of_an_autoencoder_training():
 
 
 def text_to_image_config(**recipe):
-    config = recipes.text_to_image(DIT, steps=10, batch_size=8)
+    config = text_to_image(DIT, steps=10, batch_size=8)
     config.text_encoder.update(rows=20, instruction=False)
     config.text_encoder.network.update(dataclasses.asdict(GEMMA))
     config.data.update(source="precomputed:DIR", size=256)

@@ -45,16 +45,14 @@ class CaptionChoice:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise UserError(f"captions={self.kind!r}: it takes {', '.join(KINDS)}")
-        if self.temperature <= 0 or self.full_score <= 0:
-            raise UserError(
-                f"captions: temperature={self.temperature} and full_score={self.full_score} must"
-                " be above 0"
-            )
+            raise UserError(f"kind={self.kind!r}: it takes {', '.join(KINDS)}")
+        for name in "temperature", "full_score":
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)}: give a number above 0")
         weights = list(self.proportions.values())
         if self.kind == "proportion" and (not sum(weights) or min(weights) < 0):
             raise UserError(
-                f"captions: proportions={dict(self.proportions)}: give weights of at least 0,"
+                f"proportions={dict(self.proportions)}: give weights of at least 0,"
                 " such as {'short': 0.3, 'long': 0.7}"
             )
 

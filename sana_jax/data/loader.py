@@ -16,6 +16,7 @@ read ahead change nothing, counts included.
 What becomes of a record is the transform's affair (transforms.py).
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from sana_jax.arguments import at_least
 from sana_jax.data.counts import Budget, Counts, Rejection
 from sana_jax.data.images import BadImage
 from sana_jax.data.orders import GlobalOrder, Order
@@ -31,6 +33,20 @@ from sana_jax.data.transforms import Example, Transform
 from sana_jax.errors import DoNotRetry, UserError
 
 MAX_ATTEMPTS = 100  # records tried for one place in a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """How a run reads its data; no batch depends on it."""
+
+    threads: int = 8  # that decode
+    prefetch: int = 4  # batches made ready ahead
+    # A run stands so many bad records of those that it reads, or ten an epoch and host.
+    bad_fraction: float = 0.001
+
+    def __post_init__(self):
+        for name in "threads", "prefetch", "bad_fraction":
+            at_least(name, getattr(self, name), 0)
 
 
 class TrainingLoader:

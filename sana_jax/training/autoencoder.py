@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from sana_jax.arguments import at_least, within
 from sana_jax.errors import UserError
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.training import losses
@@ -45,6 +46,11 @@ class Phase:
     ema_decay: float = 0.999
     crop: str = "random"  # of images in another shape: "random" or "centre"
     flip: bool = True
+
+    def __post_init__(self):
+        for name in "steps", "image_size", "microbatches":
+            at_least(name, getattr(self, name), 1)
+        within("ema_decay", self.ema_decay, 0, 1)
 
 
 class AutoencoderTask:

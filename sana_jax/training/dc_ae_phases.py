@@ -44,7 +44,7 @@ from sana_jax.training.discriminator import Discriminator
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.perceptual import make_perceptual
-from sana_jax.training.recipes import check_least
+from sana_jax.training.recipe_autoencoder import check_figures
 from sana_jax.training.session import Session, export
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.watchdog import Watchdog
@@ -56,11 +56,6 @@ FREE = (
     *("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir"),
     *("start", "perceptual.weights"),
 )
-LEAST = {  # more of what recipes.check_least looks at
-    "data.shapes.test": 1,
-    "evaluation.images": 1,
-    "evaluation.batch_size": 1,
-}
 
 
 class AutoencoderTraining:
@@ -71,14 +66,17 @@ class AutoencoderTraining:
         self.config, self.workdir = config, local(workdir)
         try:
             self.network = DCAEConfig(**config.network.to_dict())
-            phases = {name: read_phase(fields) for name, fields in config.phases.to_dict().items()}
             dtype = jnp.dtype(config.dtype)
         except (TypeError, ValueError) as error:
             raise UserError(f"--config: {error}") from None
+        phases = {
+            name: read_phase(fields, f"config.phases.{name}")
+            for name, fields in config.phases.to_dict().items()
+        }
         if not config.run or set(config.run) - set(phases):
             known = ", ".join(phases)
             raise UserError(f"config.run={config.run}: name some of its phases, {known}")
-        check_least(config, LEAST)
+        check_figures(config)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         distance, weights = make_perceptual(**config.perceptual, dtype=dtype)
         self.perceptual_params = jax.tree.map(self._everywhere, weights)

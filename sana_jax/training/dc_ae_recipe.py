@@ -5,28 +5,22 @@ from typing import Any
 import jax
 
 from sana_jax import sharding
+from sana_jax.arguments import read_group
 from sana_jax.errors import UserError
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.training.autoencoder import Phase
 from sana_jax.training.dc_ae_data import transform
-from sana_jax.training.optimizers import OptimizerConfig, make_schedule
+from sana_jax.training.optimizers import make_schedule
 
 
-def read_phase(fields: dict[str, Any]) -> Phase:
-    """A phase from its part of the config."""
-    for name in ("autoencoder", "discriminator"):
-        fields[name] = OptimizerConfig(**fields[name])
-    return Phase(**fields)
+def read_phase(fields: dict[str, Any], key: str = "config.phases.*") -> Phase:
+    """A phase from its part of the config. Raises UserError, with `key` before the name."""
+    return read_group(Phase, fields, key)
 
 
 def check_phase(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError for sizes that do not divide, and options that nothing knows."""
     key = f"config.phases.{name}"
-    for field in ("steps", "image_size", "microbatches"):
-        if (value := getattr(phase, field)) < 1:
-            raise UserError(f"{key}.{field}={value}: it is at least 1")
-    if not 0 <= phase.ema_decay <= 1:
-        raise UserError(f"{key}.ema_decay={phase.ema_decay}: give 0 to 1")
     if phase.image_size % network.factor:
         raise UserError(
             f"{key}.image_size={phase.image_size}: it is a multiple of {network.factor}"

@@ -17,6 +17,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from sana_jax.arguments import at_least
 from sana_jax.checkpoints.training import Checkpoints
 from sana_jax.errors import DoNotRetry, Stopped
 from sana_jax.files import storage
@@ -44,8 +45,13 @@ class LoopConfig:
     images_every: int = 0
     evaluate_every: int = 0
     max_streak: int = 20  # updates skipped in a row before the run stops itself
-    watchdog_seconds: float = 0.0  # without a step or a hook's end, after the first; 0: for ever
+    watchdog_seconds: float = 1800.0  # without a step or a hook's end, after the first; 0: for ever
     profile: bool = False  # steps 10 to 15 into workdir/profile
+
+    def __post_init__(self):
+        every = "log_every", "checkpoint_every", "images_every", "evaluate_every"
+        for name in (*every, "max_streak", "watchdog_seconds"):
+            at_least(name, getattr(self, name), 0)
 
 
 def compile_step(step: Callable[..., Any], state: TrainState) -> Any:

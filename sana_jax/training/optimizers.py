@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from sana_jax.arguments import positive
 from sana_jax.errors import UserError
 from sana_jax.training.came import came
 from sana_jax.training.optimizer_masks import (
@@ -38,6 +38,20 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float | None = None  # global norm of the gradients of all that trains
 
+    def __post_init__(self):
+        for field, table, name in (
+            ("name", OPTIMIZERS, self.name),
+            ("schedule", SCHEDULES, self.schedule),
+        ):
+            if name not in table:
+                raise UserError(f"{field} {name!r} is unknown; there are {', '.join(table)}")
+        positive("learning_rate", self.learning_rate)
+        if self.clip_norm is not None:
+            positive("clip_norm", self.clip_norm)
+        bits = self.state_bits
+        if bits not in ([8, 32] if self.name == "came" else [32]):
+            raise UserError(f"state_bits={bits}: give 32, or 8 with the optimizer came")
+
 
 def make_optimizer(
     config: OptimizerConfig,
@@ -59,23 +73,20 @@ def make_optimizer(
         is trained.
 
     Raises:
-      UserError: for an unknown name, a bad figure, or a pattern that matches nothing.
+      UserError: a warm-up is longer than `steps`, or a pattern matches nothing.
     """
     schedule = make_schedule(config, steps)
-    make = _named("optimizer", OPTIMIZERS, config.name)
-    if config.state_bits not in ([8, 32] if config.name == "came" else [32]):
-        raise UserError(f"state_bits={config.state_bits}: give 32, or 8 with the optimizer came")
     mask = trainable_mask(params, trainable)
     layers = jax.tree.map(lambda train, count: count if train else 0, mask, layer_counts(params))
     parts = [
         optax.chain(
-            make(config, layers),
+            OPTIMIZERS[config.name](config, layers),
             optax.add_decayed_weights(config.weight_decay, decay_mask),
             optax.scale_by_learning_rate(schedule),
         )
     ]
     if config.clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(_positive("clip_norm", config.clip_norm)))
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     labels = jax.tree.map(lambda train: "train" if train else "freeze", mask)
     transforms = {"train": optax.chain(*parts), "freeze": optax.stateless(_stand_still)}
     return with_axes(optax.partition(transforms, labels)), schedule
@@ -162,11 +173,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Update k < warmup_steps has (k + 1) / warmup_steps of the peak, so that no update is lost.
     """
-    after = _named("schedule", SCHEDULES, config.schedule)
-    peak, warmup = _positive("learning_rate", config.learning_rate), config.warmup_steps
+    peak, warmup = config.learning_rate, config.warmup_steps
     if not 0 <= warmup <= steps:
         raise UserError(f"warmup_steps={warmup}: give 0 to steps={steps}")
-    after = after(config, steps - warmup)
+    after = SCHEDULES[config.schedule](config, steps - warmup)
     if not warmup:
         return after
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
@@ -176,15 +186,3 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def sqrt_scaled(learning_rate: float, batch: int, reference_batch: int) -> float:
     """A rate stated for a batch of `reference_batch`, for one of `batch` (Malladi et al. 2022)."""
     return learning_rate * (batch / reference_batch) ** 0.5
-
-
-def _named(kind: str, table: dict[str, Any], name: str) -> Any:
-    if name not in table:
-        raise UserError(f"{kind} {name!r} is unknown; there are {', '.join(table)}")
-    return table[name]
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise UserError(f"{name}={value}: give a positive number")
-    return value

@@ -21,6 +21,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from sana_jax import text
+from sana_jax.arguments import within
 from sana_jax.checkpoints.components import init_params
 from sana_jax.diffusion import flow_matching
 from sana_jax.diffusion.flow import NUM_TIMESTEPS
@@ -54,6 +55,12 @@ class Recipe:
     caption_dropout: float = 0.1  # probability of the empty prompt, for classifier-free guidance
     keep_mask: bool = False  # of a dropped caption; see flow_matching.drop_captions
     ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        for name in "steps", "batch_size", "microbatches", "encoder_microbatches":
+            within(name, getattr(self, name), 1, 2**31)
+        for name in "caption_dropout", "ema_decay":
+            within(name, getattr(self, name), 0, 1)
 
 
 class CaptionWindow(Protocol):

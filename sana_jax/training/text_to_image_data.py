@@ -1,7 +1,6 @@
 """The batches of a text-to-image training, as config.data asks for them."""
 
 import json
-import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,11 +10,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sana_jax import hosts, sharding
+from sana_jax.arguments import read_group
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.data import buckets
 from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.counts import Budget
-from sana_jax.data.loader import TrainingLoader
+from sana_jax.data.loader import LoaderConfig, TrainingLoader
 from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
 from sana_jax.data.sources import open_source
@@ -23,6 +23,7 @@ from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImage
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
 from sana_jax.errors import UserError
 from sana_jax.files import is_local
+from sana_jax.training.recipe_text_to_image import EvaluationConfig
 
 
 class Split(NamedTuple):
@@ -51,12 +52,12 @@ def make_loaders(
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
     batch_size = config.recipe.batch_size
-    choice = _caption_choice(config, "data.captions")
+    choice = read_group(CaptionChoice, data.captions.to_dict(), "config.data.captions")
     wanted = [Split(data.train_split, batch_size, data.crop, data.flip, config.seed, choice)]
     if config.loop.evaluate_every:
-        name, rows, seed = data.test_split, config.evaluation.batch_size, config.evaluation.seed
-        choice = _caption_choice(config, "evaluation.captions")
-        wanted.append(Split(name, rows, "centre", False, seed, choice))
+        held = read_group(EvaluationConfig, config.evaluation.to_dict(), "config.evaluation")
+        given = data.test_split, held.batch_size, "centre", False, held.seed, held.captions
+        wanted.append(Split(*given))
 
     stored, table = data.source.startswith("precomputed:"), ()
     if stored:
@@ -83,8 +84,8 @@ def make_loaders(
 
     # On an object store there is nowhere to keep the sizes.
     cache = workdir / "data" / "sizes" if is_local(workdir) else None
-    options = config.loader.to_dict()
-    budget, loaders = Budget(options.pop("bad_fraction")), []
+    options = read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
+    budget, loaders = Budget(options.bad_fraction), []
     for source, image, split in zip(sources, images, wanted, strict=True):
         order, text = None, captions
         if data.buckets or stored:
@@ -100,18 +101,12 @@ def make_loaders(
                 seed=split.seed,
                 order=order,
                 rows=sharding.batch_rows(mesh, split.batch_size),
+                threads=options.threads,
+                prefetch=options.prefetch,
                 budget=budget,
-                **options,
             )
         )
     return loaders
-
-
-def _caption_choice(config: ConfigDict, key: str) -> CaptionChoice:
-    try:
-        return CaptionChoice(**operator.attrgetter(key)(config).to_dict())
-    except TypeError as error:
-        raise UserError(f"config.{key}: {error}") from None
 
 
 def _draw_shapes(

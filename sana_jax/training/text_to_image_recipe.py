@@ -6,9 +6,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sana_jax import sharding
-from sana_jax.diffusion.flow_matching import NoiseConfig
+from sana_jax.arguments import read_group
 from sana_jax.errors import UserError
-from sana_jax.training.optimizers import OptimizerConfig, make_schedule, sqrt_scaled
+from sana_jax.training.optimizers import make_schedule, sqrt_scaled
 from sana_jax.training.text_to_image import Recipe
 
 AUTO_LR_BATCH = 256  # what learning rates are stated for, where config.auto_lr is "sqrt"
@@ -16,19 +16,10 @@ AUTO_LR_BATCH = 256  # what learning rates are stated for, where config.auto_lr 
 
 def read_recipe(config: ConfigDict) -> Recipe:
     """config.recipe, its learning rate as config.auto_lr says. Raises UserError."""
-    fields = config.recipe.to_dict()
-    try:
-        optimizer = OptimizerConfig(**fields.pop("optimizer"))
-        recipe = Recipe(optimizer=optimizer, noise=NoiseConfig(**fields.pop("noise")), **fields)
-    except (TypeError, UserError) as error:
-        raise UserError(f"config.recipe: {error}") from None
+    recipe = read_group(Recipe, config.recipe.to_dict(), "config.recipe")
+    optimizer = recipe.optimizer
     if config.auto_lr not in ("none", "sqrt"):
         raise UserError(f"config.auto_lr={config.auto_lr!r}: give none or sqrt")
-    counts = ("steps", "batch_size", "microbatches", "encoder_microbatches")
-    limits = {key: (1, 2**31) for key in counts} | {"caption_dropout": (0, 1), "ema_decay": (0, 1)}
-    for key, (low, high) in limits.items():
-        if not low <= (value := getattr(recipe, key)) <= high:
-            raise UserError(f"config.recipe.{key}={value}: give {low} to {high}")
     try:
         make_schedule(optimizer, recipe.steps)
     except UserError as error:

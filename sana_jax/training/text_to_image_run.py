@@ -30,7 +30,7 @@ from sana_jax.files import is_local, storage
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
-from sana_jax.training.recipes import check_least
+from sana_jax.training.recipe_text_to_image import check_figures
 from sana_jax.training.session import Session, export
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.text_to_image import Frozen
@@ -74,10 +74,8 @@ class TextToImageTraining:
             self.base.tokenizer, self.base.text_rows, instruction and instruction.text
         )
         self.task = make_task(config, self.base, self.captions)
-        try:
-            self.loop = LoopConfig(steps=config.recipe.steps, **config.loop)
-        except TypeError as error:
-            raise UserError(f"config.loop: {error}") from None
+        loop = config.loop.to_dict() | {"steps": config.recipe.steps}
+        self.loop = arguments.read_group(LoopConfig, loop, "config.loop")
         self.size = config.data.size or self.base.dit.sample_size * self.base.vae.factor
         self._check()
         if config.start and not any((self.workdir / "checkpoints").glob("[0-9]*")):
@@ -113,24 +111,11 @@ class TextToImageTraining:
     def _check(self) -> None:
         """Raises UserError for figures that do not fit together, or that only hooks would use."""
         config = self.config
-        check_least(config, {"keep_every": 1, "loop.evaluate_every": 0})
+        check_figures(config)
         check_batches(config, self.mesh)
-        if self.loop.evaluate_every:
-            arguments.whole("config.evaluation.batches", config.evaluation.batches, 1, 2**31)
-            arguments.whole("config.evaluation.seed", config.evaluation.seed, 0, arguments.MAX_SEED)
-            sigmas = config.evaluation.sigmas
-            if not sigmas or not all(0 < sigma <= 1 for sigma in sigmas):
-                raise UserError(f"config.evaluation.sigmas={sigmas}: give some in (0, 1]")
         side = self.base.vae.factor * self.base.dit.patch_size
         if self.size < 1 or self.size % side:
             raise UserError(f"config.data.size={self.size}: it is a multiple of {side}")
-        if self.loop.images_every:
-            images = config.images
-            if not images.prompts:
-                raise UserError("config.images.prompts is empty: give some, or loop.images_every=0")
-            arguments.whole("config.images.num_steps", images.num_steps, 1, arguments.MAX_STEPS)
-            arguments.whole("config.images.seed", images.seed, 0, arguments.MAX_SEED)
-            arguments.number("config.images.guidance_scale", images.guidance_scale, -1e6, 1e6)
 
     @cached_property
     def _frozen(self) -> Frozen:

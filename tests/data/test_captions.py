@@ -125,7 +125,7 @@ def test_scores_of_shapes_are_points():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(kind="best"), "captions='best': it takes first, uniform"),
+        (dict(kind="best"), "kind='best': it takes first, uniform"),
         (dict(kind="score", temperature=0), "temperature=0"),
         (dict(kind="score", full_score=-1), "full_score=-1"),
         (dict(kind="proportion"), "proportions={}"),

@@ -34,12 +34,12 @@ from tests import xla
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training import recipes
+from sana_jax.training.recipe_autoencoder import autoencoder
 
 BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
 
 def get_config():
-    config = recipes.autoencoder(DCAEConfig(
+    config = autoencoder(DCAEConfig(
         latent_channels=4, attention_head_dim=8, encoder_blocks=BLOCKS, decoder_blocks=BLOCKS,
         encoder_channels=(8, 8, 16), decoder_channels=(8, 8, 16), encoder_layers=(0, 1, 1),
         decoder_layers=(0, 1, 1), encoder_qkv_multiscales=((),) * 3,
@@ -388,9 +388,15 @@ SHAPES = {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 20))}
         ({"phases.low_resolution.batch_size": 0}, "batch_size=0: it is a multiple of 8"),
         ({"phases.low_resolution.microbatches": 3}, "batch_size=8: it is a multiple of 24"),
         ({"phases.low_resolution.trainable": ("decoder/none",)}, "matches no parameter"),
-        ({"phases.low_resolution.autoencoder.name": "sgd"}, "optimizer 'sgd' is unknown"),
+        (
+            {"phases.low_resolution.autoencoder.name": "sgd"},
+            "autoencoder.name 'sgd' is unknown",
+        ),
         ({"phases.low_resolution.steps": 0}, "steps=0"),
-        ({"phases.low_resolution.image_size": 0}, "image_size=0: it is at least 1"),
+        (
+            {"phases.low_resolution.image_size": 0},
+            "low_resolution.image_size=0: it is at least 1",
+        ),
         ({"phases.low_resolution.microbatches": 0}, "microbatches=0: it is at least 1"),
         ({"phases.low_resolution.ema_decay": 1.5}, "low_resolution.ema_decay=1.5: give 0 to 1"),
         (

@@ -106,7 +106,7 @@ def test_schedules():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(name="adam"), "optimizer 'adam' is unknown; there are adamw, adafactor, muon, came"),
+        (dict(name="adam"), "name 'adam' is unknown; there are adamw, adafactor, muon, came"),
         (dict(schedule="cosin"), "schedule 'cosin' is unknown; there are constant, cosine"),
         (dict(learning_rate=-1.0), "learning_rate=-1.0: give a positive number"),
         (dict(learning_rate=float("nan")), "learning_rate=nan"),

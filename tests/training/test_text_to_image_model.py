@@ -12,7 +12,7 @@ from sana_jax import flops, sharding
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import PRESETS
 from sana_jax.models.gemma2 import Gemma2Config
-from sana_jax.training.recipes import check_least
+from sana_jax.training.recipe_text_to_image import check_figures
 from sana_jax.training.text_to_image_abstract import abstract_training
 from sana_jax.training.text_to_image_recipe import check_batches, read_recipe
 
@@ -35,7 +35,7 @@ def test_recipe_is_what_it_says(name):
     assert axes == (4, 64, 1, 1)
     mesh = jax.sharding.AbstractMesh(axes, sharding.MESH_AXES)
     check_batches(recipe, mesh)
-    check_least(recipe, {})
+    check_figures(recipe)
     # Their auto_lr: the rate of a batch of 256, times the root.
     scaled = 1e-4 * math.sqrt(recipe.recipe.batch_size / 256)
     np.testing.assert_allclose(read_recipe(recipe).optimizer.learning_rate, scaled)

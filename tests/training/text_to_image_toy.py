@@ -11,13 +11,13 @@ from tests import mini
 
 CONFIG = """
 from sana_jax.models.dit import SanaConfig
-from sana_jax.training import recipes
+from sana_jax.training.recipe_text_to_image import text_to_image
 
 NETWORK = SanaConfig(depth=1, width=32, head_dim=16, latent_channels=8, cross_heads=1,
                      caption_channels=48, sample_size=4)
 
 def get_config():
-    config = recipes.text_to_image(NETWORK, steps=20, batch_size=8)
+    config = text_to_image(NETWORK, steps=20, batch_size=8)
     config.autoencoder = config.text_encoder.checkpoint = FOLDER + "/base"
     config.text_encoder.rows = 8
     config.dtype = "float32"
