@@ -23,7 +23,7 @@ from sana_jax.errors import DoNotRetry, Stopped
 from sana_jax.files import storage
 from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter
-from sana_jax.training.prefetch import Prefetch
+from sana_jax.training.prefetch import Prefetch, Taken
 from sana_jax.training.signals import StopSignal
 from sana_jax.training.state import TrainState
 from sana_jax.training.watchdog import Watchdog
@@ -121,89 +121,140 @@ def fit(
       DoNotRetry: `max_streak` updates in a row were skipped, or the data has too many bad records.
       UserError: the data ends, or a batch does not split over the devices.
     """
-    done, pending, meter = int(state.step), None, Meter(peak_rate)
-    workdir = writer and writer.workdir
+    hooks = on_images, on_evaluate
+    run = _Run(state, config, checkpoints, writer, hooks, Meter(peak_rate))
+    return run.train(step, batches, mesh)
 
-    def read_pending():
+
+class _Run:
+    """A call of `fit`: where it is, and the pieces of its loop in the order of their use."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: LoopConfig,
+        checkpoints: Checkpoints | None,
+        writer: MetricsWriter | None,
+        hooks: tuple[Hook | None, Hook | None],
+        meter: Meter,
+    ):
+        self._state, self._done = state, int(state.step)
+        self._config, self._checkpoints, self._writer = config, checkpoints, writer
+        self._on_images, self._on_evaluate = hooks
+        self._meter, self._dog = meter, Watchdog(config.watchdog_seconds)
+        self._workdir = writer and writer.workdir
+        # The number, the metrics and the rows of the step in flight.
+        self._pending: tuple[int, Metrics, int] | None = None
+
+    def train(self, step: Step, batches: Iterator[Any], mesh: Mesh) -> TrainState:
+        config, writer = self._config, self._writer
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopSignal(mesh))
+            stack.enter_context(self._dog)
+            source = stack.enter_context(Prefetch(batches, mesh))
+            profile = stack.enter_context(_Profile(config.profile and self._workdir, self._done))
+
+            # Hooks of the step that the run goes on from: a crash may have cut them short.
+            position = source.position
+            if writer and 0 < self._done < config.steps:
+                self._call_hooks(but=writer.made)
+
+            # Steps: one is in flight while the host reads the metrics of the one before.
+            while self._done < config.steps and not stop.agreed():
+                taken = self._take(source, stop)
+                if taken is None:
+                    break
+                profile.at(self._done, self._pending)
+                self._dispatch(step, taken)
+                position = taken.position
+                # Before the hooks, which may take minutes, or fail each time.
+                self._save_if_due(position)
+                self._call_hooks()
+
+            # The end, or a signal; one that comes while the last state is saved counts too.
+            self._read_pending()
+            self._save_last(position)
+            if self._done < config.steps or stop.agreed(now=True):
+                saved = self._checkpoints and "saved, the same command goes on from there"
+                raise Stopped(
+                    f"{stop.name} after step {self._done} of {config.steps}: {saved or 'not saved'}"
+                )
+        return self._state
+
+    def _take(self, source: Prefetch, stop: StopSignal) -> Taken | None:
+        """The next batch, or None after a signal."""
+        try:
+            return source.take(self._is_busy, stop)
+        except DoNotRetry as error:  # too many bad records, maybe on this host alone
+            good = _last_good(self._checkpoints, wait=jax.process_count() == 1)
+            raise DoNotRetry(f"{error}; {good}") from error
+
+    def _is_busy(self) -> bool:
+        if self._pending is None:
+            return False
+        return not all(x.is_ready() for x in jax.tree.leaves(self._pending[1]))
+
+    def _dispatch(self, step: Step, taken: Taken) -> None:
+        """Starts a step, and reads the one before it."""
+        began = time.monotonic()
+        with jax.profiler.StepTraceAnnotation("train", step_num=self._done):
+            self._state, metrics = step(self._state, taken.batch)
+        self._meter.dispatched(taken.batch, time.monotonic() - began, taken.waited)
+        self._read_pending()
+        self._done += 1
+        self._pending = self._done, metrics, taken.rows
+
+    def _read_pending(self) -> None:
         """Waits for the step in flight and takes in what it returned."""
-        nonlocal pending
-        if pending is None:
+        if self._pending is None:
             return
-        step_read, metrics, rows = pending
-        pending = None
+        (number, metrics, rows), self._pending = self._pending, None
+        config, meter, writer = self._config, self._meter, self._writer
         meter.read(metrics, rows)
-        dog.beat()
+        self._dog.beat()
         if writer:
             writer.tick()
-            if _due(step_read, config.log_every) or step_read == config.steps:
-                with storage(workdir):
-                    writer.write(step_read, meter.row())
+            if _due(number, config.log_every) or number == config.steps:
+                with storage(self._workdir):
+                    writer.write(number, meter.row())
         if config.max_streak and meter.streak >= config.max_streak:
             raise DoNotRetry(
-                f"{meter.streak} updates in a row, up to step {step_read}, were not finite and left"
-                f" out; {_last_good(checkpoints)}"
+                f"{meter.streak} updates in a row, up to step {number}, were not finite and left"
+                f" out; {_last_good(self._checkpoints)}"
             )
 
-    def is_busy() -> bool:
-        return pending is not None and not all(x.is_ready() for x in jax.tree.leaves(pending[1]))
+    def _save_if_due(self, position: Any) -> None:
+        config, checkpoints = self._config, self._checkpoints
+        if checkpoints and _due(self._done, config.checkpoint_every) and self._done < config.steps:
+            self._read_pending()
+            if not self._meter.streak:  # or the last good one could be pushed out
+                self._pause("checkpoint", checkpoints.save, self._done, self._state, position)
 
-    def pause(name: str, action: Callable, *args):
-        began = time.monotonic()
-        with storage(workdir):
-            action(*args)
-        meter.paused(name, time.monotonic() - began)
-        dog.beat()
-
-    def call_hooks(but: Collection[str] = ()):
-        """Those that are due after step `done`, but for what has been made."""
+    def _call_hooks(self, but: Collection[str] = ()) -> None:
+        """Calls those that are due after the last step, but for what has been made."""
+        config, done = self._config, self._done
         last = bool(config.evaluate_every) and done == config.steps
         for name, hook, due in (
-            ("images", on_images, _due(done, config.images_every)),
-            ("held_out", on_evaluate, _due(done, config.evaluate_every) or last),
+            ("images", self._on_images, _due(done, config.images_every)),
+            ("held_out", self._on_evaluate, _due(done, config.evaluate_every) or last),
         ):
             if hook and due and name not in but:
-                read_pending()
-                pause("hook", hook, state, done)
+                self._read_pending()
+                self._pause("hook", hook, self._state, done)
 
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal(mesh))
-        dog = stack.enter_context(Watchdog(config.watchdog_seconds))
-        source = stack.enter_context(Prefetch(batches, mesh))
-        profile = stack.enter_context(_Profile(config.profile and workdir, done))
-        position = source.position
-        if writer and 0 < done < config.steps:  # a crash may have cut the hooks of this step short
-            call_hooks(but=writer.made)
-        while done < config.steps and not stop.agreed():
-            try:
-                taken = source.take(is_busy, stop)
-            except DoNotRetry as error:  # too many bad records, maybe on this host alone
-                good = _last_good(checkpoints, wait=jax.process_count() == 1)
-                raise DoNotRetry(f"{error}; {good}") from error
-            if taken is None:
-                break
-            profile.at(done, pending)
-            began = time.monotonic()
-            with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                state, metrics = step(state, taken.batch)
-            meter.dispatched(taken.batch, time.monotonic() - began, taken.waited)
-            read_pending()  # of the step before: this one is in flight
-            done, position = done + 1, taken.position
-            pending = done, metrics, taken.rows
-            # Before the hooks, which may take minutes, or fail each time.
-            if checkpoints and _due(done, config.checkpoint_every) and done < config.steps:
-                read_pending()
-                if not meter.streak:  # or the last good one could be pushed out
-                    pause("checkpoint", checkpoints.save, done, state, position)
-            call_hooks()
-        read_pending()
-        if checkpoints:
-            with storage(workdir):
-                checkpoints.save_surely(done, state, position, good=not meter.streak)
-        # A signal while the last state was saved counts too.
-        if done < config.steps or stop.agreed(now=True):
-            saved = "saved, the same command goes on from there" if checkpoints else "not saved"
-            raise Stopped(f"{stop.name} after step {done} of {config.steps}: {saved}")
-    return state
+    def _pause(self, name: str, action: Callable[..., Any], *args: Any) -> None:
+        """Calls what is no step, and counts its time as such."""
+        began = time.monotonic()
+        with storage(self._workdir):
+            action(*args)
+        self._meter.paused(name, time.monotonic() - began)
+        self._dog.beat()
+
+    def _save_last(self, position: Any) -> None:
+        if self._checkpoints:
+            good = not self._meter.streak
+            with storage(self._workdir):
+                self._checkpoints.save_surely(self._done, self._state, position, good=good)
 
 
 class _Profile:
