@@ -40,18 +40,15 @@ reconstruction data, split, size and dtype; of shapes the options.
 """
 
 import dataclasses
-import io
 import json
-import os
 from functools import partial
-from pathlib import Path
 
 from absl import flags
 from etils import epath
 
 from sana_jax import cli
 from sana_jax.errors import UserError
-from sana_jax.files import reason_of, write_whole
+from sana_jax.pictures import check_out, make_grid, save_png
 
 SHAPES_TEST = 1000  # images of the built-in data set that are made where there are none
 SHOWN = 8  # images in the picture
@@ -114,25 +111,6 @@ _SHIFT = flags.DEFINE_float(
 )
 _VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
 _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
-
-
-def check_out(out: str | None) -> Path | None:
-    """The path of --out, where a picture can be put. Raises UserError."""
-    if out is None:
-        return None
-    path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out={out}: a picture is written; give it a name that ends with .png")
-    try:
-        if path.is_dir():
-            raise UserError(f"--out={out} is a folder; name a file")
-        if not path.parent.is_dir():
-            raise UserError(f"--out={out}: the folder {path.parent} is not there; make it first")
-    except OSError as error:  # a name that no file can have
-        raise UserError(f"--out={out:.60}: {error.strerror}") from None
-    if not all(os.access(it, os.W_OK) for it in (path, path.parent) if it.exists()):
-        raise UserError(f"--out={out} cannot be written; name another")
-    return path
 
 
 def open_data(data: str, data_dir: str | None, split: str | None, size: int):
@@ -241,24 +219,11 @@ def pairs(reconstruct, loader):
     import numpy as np
 
     from sana_jax.metrics.reconstruction import to_uint8
-    from sana_jax.training.metrics_writer import make_grid
 
     batches = (loader.load(step)[0] for step in range(len(loader)))
     batch = next(batch for batch in batches if batch["valid"].any())
     rows = batch["image"], reconstruct(batch["image"])
     return make_grid([list(np.asarray(to_uint8(x))[batch["valid"]][:SHOWN]) for x in rows])
-
-
-def save_png(path: Path, picture) -> None:
-    """Writes uint8 (height, width, 3) whole or not at all. Raises UserError."""
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, "PNG")
-    try:
-        write_whole(epath.Path(path), data.getvalue())
-    except OSError as error:
-        raise UserError(f"--out={path}: {reason_of(error)}") from None
 
 
 def table(found: dict) -> str:

@@ -26,6 +26,7 @@ from sana_jax.batch.manifest import Line, Manifest, key_of
 from sana_jax.errors import Retry, UserError
 from sana_jax.files import is_local, reason_of, write_whole
 from sana_jax.lock import locked
+from sana_jax.pictures import encode_png, in_rows, make_grid
 
 LEFTOVER = re.compile(r"(\d{6,}_\d+\.png|manifest\.jsonl|grid\.png|probe)\.part")
 THUMBNAIL, THUMBNAILS = 256, 64  # pixels a side, and how many the contact sheet shows at most
@@ -111,16 +112,11 @@ class OutputFolder:
             for file in [*self._wanted][:THUMBNAILS]:
                 image = Image.open(io.BytesIO((self.path / file).read_bytes()))
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
-                images.append(image)
+                images.append(np.asarray(image.convert("RGB")))
             columns = math.ceil(math.sqrt(len(images)))
-            rows = math.ceil(len(images) / columns)
-            width, height = (max(sides) for sides in zip(*(i.size for i in images), strict=True))
-            sheet = Image.new("RGB", (columns * width, rows * height), "white")
-            for i, image in enumerate(images):
-                sheet.paste(image, (i % columns * width, i // columns * height))
-            content = io.BytesIO()
-            sheet.save(content, format="PNG", pnginfo=_texts({"sana_jax": OF_GRID}))
-            write_whole(self.path / "grid.png", content.getvalue())
+            sheet = make_grid(in_rows(images, columns), gap=0)
+            content = encode_png(sheet, pnginfo=_texts({"sana_jax": OF_GRID}))
+            write_whole(self.path / "grid.png", content)
 
     @contextlib.contextmanager
     def _errors(self, kind: type[Exception] = UserError) -> Iterator[None]:
@@ -208,9 +204,7 @@ def _of_any_size() -> Iterator[None]:
 def _encode_png(pixels: np.ndarray, settings: dict[str, Any]) -> bytes:
     texts = {name: str(settings[name]) for name in ("prompt", "negative_prompt", "seed")}
     texts |= {"settings": json.dumps(settings), "sana_jax": key_of(settings)}
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG", pnginfo=_texts(texts))
-    return content.getvalue()
+    return encode_png(pixels, pnginfo=_texts(texts))
 
 
 def _texts(texts: dict[str, str]) -> PngInfo:

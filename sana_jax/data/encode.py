@@ -22,9 +22,10 @@ from sana_jax.data.images import BadImage
 from sana_jax.data.loader import attempt_record
 from sana_jax.data.sources import Record, Source
 from sana_jax.data.text_image import CaptionTokens
-from sana_jax.data.transforms import Transform, to_float
+from sana_jax.data.transforms import Transform
 from sana_jax.errors import UserError
 from sana_jax.lock import NAME as LOCK
+from sana_jax.pictures import to_float
 from sana_jax.pipeline import programs
 from sana_jax.progress import Progress
 

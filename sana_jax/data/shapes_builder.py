@@ -7,18 +7,17 @@ writing nor reading needs TensorFlow.
 import collections
 import concurrent.futures
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from sana_jax.data.shapes_captions import captions
 from sana_jax.data.shapes_draw import draw
 from sana_jax.data.shapes_scene import HELD_OUT, SPLITS, scene, truth
+from sana_jax.pictures import encode_png
 from sana_jax.progress import Progress
 
 
@@ -102,12 +101,10 @@ def record(seed: tuple[int, ...], split: str, height: int, width: int) -> dict:
     """One record: the picture as PNG, captions, scores, and as JSON what is true of them."""
     drawn = scene(seed, split)
     said = captions(drawn)
-    png = io.BytesIO()
-    Image.fromarray(draw(drawn, height, width)).save(png, "PNG")
     about = [{"style": each.style, "wrong": each.wrong, "facts": each.facts} for each in said]
     return {
         "key": "-".join([split, *map(str, seed)]),
-        "image": png.getvalue(),
+        "image": encode_png(draw(drawn, height, width)),
         "captions": [each.text for each in said],
         "scores": [each.score for each in said],
         "truth": json.dumps(truth(drawn) | {"captions": about}),

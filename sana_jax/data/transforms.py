@@ -8,6 +8,7 @@ import numpy as np
 from sana_jax.data import buckets, images
 from sana_jax.data.sources import Record
 from sana_jax.errors import UserError
+from sana_jax.pictures import to_float
 
 Example = dict[str, np.ndarray]
 
@@ -114,8 +115,3 @@ class StoredLatents:
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
         return {"latents": record["latents"]}
-
-
-def to_float(image: np.ndarray) -> np.ndarray:
-    """uint8 in 0 .. 255 to float32 in [-1, 1]."""
-    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)

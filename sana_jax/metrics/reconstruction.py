@@ -23,11 +23,6 @@ def to_uint8(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
     return jnp.clip(jnp.floor(images * 127.5 + 128), 0, 255).astype(jnp.uint8)
 
 
-def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """8 bits to [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
 @jax.jit
 def psnr(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Float[Array, " B"]:
     """Peak signal-to-noise ratio in dB: 10 log10(255^2 / mean squared error).

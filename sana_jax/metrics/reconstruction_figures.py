@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sana_jax.metrics import reconstruction as metrics
+from sana_jax.pictures import to_float
 
 Images = Float[Array, "B H W 3"]
 
@@ -71,7 +72,7 @@ def _row(
             "energy": metrics.high_frequency_energy(pictures),
         }
         if distance is not None:
-            found["lpips"] = distance(metrics.to_float(pictures), metrics.to_float(images))
+            found["lpips"] = distance(to_float(pictures), to_float(images))
         for name, column in found.items():
             row[prefix + name] = column if prefix else jnp.where(finite, column, jnp.nan)
     return row

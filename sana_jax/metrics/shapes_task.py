@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 
 from sana_jax import arguments, checkpoints, sharding
 from sana_jax.batch.overlap import overlap
@@ -24,17 +23,15 @@ from sana_jax.data.shapes_captions import Prompt, prompts
 from sana_jax.data.shapes_draw import draw
 from sana_jax.data.shapes_scene import MAX_OBJECTS
 from sana_jax.errors import UserError
-from sana_jax.metrics.reconstruction import to_float, to_uint8
+from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.metrics.shapes_parser import Found, parse
 from sana_jax.metrics.shapes_score import KINDS, held_out, objects_by, overall_by, rates, score
+from sana_jax.pictures import Picture, in_rows, make_grid, to_float
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.progress import Progress
-from sana_jax.training.metrics_writer import make_grid
 
 COLUMNS, SHOWN = 8, 48  # pictures of the sheet
 GOOD, BAD = (20, 150, 40), (220, 30, 30)  # frames in it
-
-Picture = UInt8[np.ndarray, "H W 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +200,7 @@ def _sheet(pictures: list[Picture], good: list[bool]) -> Picture:
         frame = np.full((*(side + 6 for side in picture.shape[:2]), 3), GOOD if right else BAD)
         frame[3:-3, 3:-3] = picture
         framed.append(frame.astype(np.uint8))
-    return make_grid([framed[k : k + COLUMNS] for k in range(0, len(framed), COLUMNS)])
+    return make_grid(in_rows(framed, COLUMNS))
 
 
 def table(found: dict[str, Any]) -> str:

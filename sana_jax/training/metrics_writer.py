@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
 from sana_jax.files import is_local, storage, write_whole
 from sana_jax.hosts import from_first, say
+from sana_jax.pictures import Picture, make_grid
 
 # tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
 _torch = sys.modules.get("torch")
@@ -120,7 +119,7 @@ class MetricsWriter:
             say(" ".join([f"step {step}", *map("=".join, shown.items())]))
         self._upload_if_due()
 
-    def images(self, step: int, name: str, grid: list[list[UInt8[np.ndarray, "H W 3"]]]) -> None:
+    def images(self, step: int, name: str, grid: list[list[Picture]]) -> None:
         """Rows of pictures as images/NAME_STEP.png and in TensorBoard."""
         if not self._on:
             return
@@ -174,22 +173,6 @@ class _Board:
 
     def _write(self, **fields: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), **fields))
-
-
-def make_grid(
-    rows: list[list[UInt8[np.ndarray, "H W 3"]]], gap: int = 2
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Rows of pictures side by side on white, `gap` pixels apart; they may differ in size."""
-    height = max(picture.shape[0] for row in rows for picture in row)
-    width = max(picture.shape[1] for row in rows for picture in row)
-    columns = max(map(len, rows))
-    size = len(rows) * (height + gap) - gap, columns * (width + gap) - gap
-    sheet = np.full((*size, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            top, left = i * (height + gap), j * (width + gap)
-            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return sheet
 
 
 def _is_shown(name: str) -> bool:

@@ -12,8 +12,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from sana_jax.errors import Retry, Stopped
 from sana_jax.files import storage
+from sana_jax.pictures import make_grid
 from sana_jax.training import metrics_writer
-from sana_jax.training.metrics_writer import MetricsWriter, make_grid
+from sana_jax.training.metrics_writer import MetricsWriter
 
 
 def events(folder):
@@ -88,13 +89,6 @@ def test_nobody_listens(tmp_path, monkeypatch):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1.0}
-
-
-def test_grid():
-    sheet = make_grid([[picture(1), picture(2, 2, 3)], [picture(3)]], gap=1)
-    assert sheet.shape == (9, 13, 3)
-    assert (sheet[:4, :6] == 1).all() and (sheet[5:, :6] == 3).all()
-    assert (sheet[:2, 7:10] == 2).all() and sheet[4].min() == 255 and sheet[5:, 7:].min() == 255
 
 
 def test_other_hosts_write_nothing(tmp_path, monkeypatch):
