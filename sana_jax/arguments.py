@@ -45,9 +45,9 @@ def number(name: str, value, low: float, high: float) -> float:
     return float(value)
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Raises unless `value` is `least` or more."""
-    if not value >= least:
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Raises unless `value` is `least` or more; None, which stands for a default, passes."""
+    if value is not None and not value >= least:
         raise UserError(f"{name}={value}: it is at least {least}")
 
 
@@ -108,10 +108,8 @@ def as_group(values: Any, *but: str) -> dict[str, Any]:
 
 
 def check_least(config: Any, more: Mapping[str, int]) -> None:
-    """Raises for numbers of a recipe below LEAST, or below those of `more`; None passes."""
+    """Raises for numbers of a recipe below LEAST, or below those of `more`."""
     for key, least in (LEAST | more).items():
-        value = operator.attrgetter(key)(config)
-        if value is not None:
-            at_least(f"config.{key}", value, least)
+        at_least(f"config.{key}", operator.attrgetter(key)(config), least)
     if config.seed > MAX_SEED:
         raise UserError(f"config.seed={config.seed}: it is at most {MAX_SEED}")

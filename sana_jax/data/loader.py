@@ -39,7 +39,7 @@ MAX_ATTEMPTS = 100  # records tried for one place in a batch
 class LoaderConfig:
     """How a run reads its data; no batch depends on it."""
 
-    threads: int = 8  # that decode
+    threads: int | None = 8  # that decode; None: as many as there are cores, up to 16
     prefetch: int = 4  # batches made ready ahead
     # A run stands so many bad records of those that it reads, or ten an epoch and host.
     bad_fraction: float = 0.001

@@ -75,3 +75,9 @@ def test_bad_groups_are_told_by_their_keys(changes, message):
 
 def test_figures_that_no_hook_will_use_are_left_alone():
     check_figures(recipe(**{"evaluation.batches": 0, "images.num_steps": 0}))
+
+
+def test_none_stands_for_as_many_threads_as_there_are_cores():
+    config = recipe()
+    config.loader.threads = None
+    check_figures(config)
