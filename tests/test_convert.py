@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from sana_jax import SanaPipeline, checkpoints, random_checkpoint
 from sana_jax.checkpoints import scale
 from sana_jax.checkpoints.components import param_shapes
+from sana_jax.checkpoints.diffusers_configs import dc_ae_from_diffusers
 from sana_jax.sharding import make_mesh
 from tests import toy
 from tests.checkpoints.test_nvlabs import official
@@ -171,10 +172,9 @@ def test_vae_alone(tmp_path):
     """A native folder may hold the autoencoder alone; such a folder draws nothing."""
     from sana_jax.checkpoints import open_checkpoint
     from sana_jax.checkpoints.components import Checkpoint
-    from sana_jax.models.dc_ae_config import DCAEConfig
 
     vae = toy.autoencoder()
-    config = DCAEConfig.from_diffusers(dict(vae.config))
+    config = dc_ae_from_diffusers(dict(vae.config))
     params = {"vae": toy.params(vae, config)}
     checkpoints.native.save(Checkpoint(vae=config, params=params), tmp_path / "vae")
     found = open_checkpoint(str(tmp_path / "vae"))

@@ -6,6 +6,7 @@ from diffusers import AutoencoderDC
 from torch.utils.flop_counter import FlopCounterMode
 
 from sana_jax import flops
+from sana_jax.checkpoints.diffusers_configs import config_json, gemma2_from_transformers
 from sana_jax.models.dc_ae_config import PRESETS as AUTOENCODERS
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import PRESETS
@@ -78,7 +79,7 @@ def test_autoencoder_is_what_torch_counts(changes):
         **changes,
     )
     with torch.device("meta"):
-        module = AutoencoderDC.from_config(config.to_diffusers())
+        module = AutoencoderDC.from_config(config_json(config))
     # Below 17 latents, its heads' width, diffusers takes the quadratic way.
     images = torch.zeros(1, 3, 160, 192, device="meta")
     latents = torch.zeros(1, 8, 5, 6, device="meta")
@@ -88,7 +89,7 @@ def test_autoencoder_is_what_torch_counts(changes):
 
 def test_text_is_what_torch_counts():
     module = toy.text_encoder(100)
-    config = Gemma2Config.from_transformers(module.config.to_dict())
+    config = gemma2_from_transformers(module.config.to_dict())
     tokens = torch.zeros(1, 11, dtype=torch.long, device="meta")
     assert flops.text(config, 11) == counted(module, tokens)
 

@@ -19,6 +19,7 @@ import torch
 import transformers
 from diffusers import SanaPipeline
 
+from sana_jax.checkpoints.diffusers_configs import config_json
 from sana_jax.errors import UserError
 from sana_jax.models.gemma2 import Gemma2, Gemma2Config
 from sana_jax.text import (
@@ -65,7 +66,7 @@ def encoders(tokenizer):
         query_pre_attn_scalar=12,
         sliding_window=20,
     )
-    theirs = transformers.Gemma2Config(**config.to_transformers())
+    theirs = transformers.Gemma2Config(**config_json(config))
     theirs._attn_implementation = "eager"
     module = toy.randomise(transformers.Gemma2Model(theirs))
     module.embed_tokens.embed_scale.fill_(config.hidden_size**0.5)  # a constant, not a weight

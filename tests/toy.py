@@ -14,6 +14,7 @@ from diffusers import (
 from flax import traverse_util
 from transformers import Gemma2Config, Gemma2Model
 
+from sana_jax.checkpoints.diffusers_configs import sana_from_diffusers
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.models.dit import SanaConfig
 from sana_jax.toy_tokenizer import toy_tokenizer
@@ -83,7 +84,7 @@ def transformer(seed: int = 0, **changes) -> tuple[torch.nn.Module, SanaConfig]:
         sample_size=8,
     )
     module = SanaTransformer2DModel(**{**config, **changes})
-    return randomise(module, seed), SanaConfig.from_diffusers(dict(module.config))
+    return randomise(module, seed), sana_from_diffusers(dict(module.config))
 
 
 def autoencoder(seed: int = 0, **changes) -> torch.nn.Module:

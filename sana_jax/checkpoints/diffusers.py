@@ -14,21 +14,24 @@ from absl import logging
 
 from sana_jax import text
 from sana_jax.checkpoints.components import Checkpoint, Config, param_shapes
+from sana_jax.checkpoints.diffusers_configs import (
+    config_json,
+    dc_ae_from_diffusers,
+    gemma2_from_transformers,
+    sana_from_diffusers,
+)
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
 from sana_jax.checkpoints.native import read_json
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
 from sana_jax.errors import UserError
 from sana_jax.files import local
-from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.models.dit import SanaConfig
-from sana_jax.models.gemma2 import Gemma2Config
 
 # ours -> their folder, the stem of its weight files, how its config.json is read
 COMPONENTS = {
-    "dit": ("transformer", "diffusion_pytorch_model", SanaConfig.from_diffusers),
-    "vae": ("vae", "diffusion_pytorch_model", DCAEConfig.from_diffusers),
-    "text_encoder": ("text_encoder", "model", Gemma2Config.from_transformers),
+    "dit": ("transformer", "diffusion_pytorch_model", sana_from_diffusers),
+    "vae": ("vae", "diffusion_pytorch_model", dc_ae_from_diffusers),
+    "text_encoder": ("text_encoder", "model", gemma2_from_transformers),
 }
 # Found in some files and never needed: counters, and buffers that follow from the config.
 COUNTER = "num_batches_tracked"
@@ -117,7 +120,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         tensors += [(name, zero) for name in counters]
         write_tensors(tensors, folder / subfolder, stem, max_shard_bytes)
         is_text = name == "text_encoder"
-        contents = config.to_transformers() if is_text else config.to_diffusers()
+        contents = config_json(config)
         write_json(folder / subfolder / "config.json", contents)
         theirs = "Gemma2Model" if is_text else contents["_class_name"]
         index[subfolder] = ["transformers" if is_text else "diffusers", theirs]

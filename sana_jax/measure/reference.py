@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 
+from sana_jax.checkpoints.diffusers_configs import config_json
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import write_params
 from sana_jax.measure import inputs
@@ -89,10 +90,10 @@ def _make_module(checkpoint, settings: Settings, device: str):
     try:
         with Uninitialised(), torch.device(device):
             if name == "text_encoder":
-                module = Gemma2Model(Gemma2Config(**config.to_transformers()))
+                module = Gemma2Model(Gemma2Config(**config_json(config)))
             else:
                 kind = {"dit": SanaTransformer2DModel, "vae": AutoencoderDC}[name]
-                module = kind.from_config(config.to_diffusers())
+                module = kind.from_config(config_json(config))
     finally:
         torch.set_default_dtype(standard)
     tensors = module.state_dict()

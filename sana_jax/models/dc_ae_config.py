@@ -1,8 +1,7 @@
-"""The architectures of DC-AE: what a config.json of diffusers says, and the published ones."""
+"""The architectures of DC-AE: a config, and those that are published."""
 
 import dataclasses
 import itertools
-from typing import Any
 
 from sana_jax.models.config import check_fields
 
@@ -42,14 +41,13 @@ class DCAEConfig:
 
     def __post_init__(self):
         def reject(field, problem):
-            alias = f" ({_NAMES[field]} in diffusers)" if field in _NAMES else ""
-            raise ValueError(f"autoencoder {field}{alias} {getattr(self, field)!r}: {problem}")
+            raise ValueError(f"autoencoder {field} {getattr(self, field)!r}: {problem}")
 
         check_fields(self, "autoencoder")
         stages = len(self.encoder_channels)
         if stages < 2 or 0 in self.encoder_channels + self.decoder_channels:
             reject("encoder_channels", "needs two stages or more, and none of width 0")
-        for field in _PER_STAGE:
+        for field in PER_STAGE:
             if len(getattr(self, field)) != stages:
                 reject(field, f"needs one entry for each of {stages} stages")
         for field, choices in _CHOICES.items():
@@ -72,40 +70,8 @@ class DCAEConfig:
         """Pixels along a side of one latent."""
         return 2 ** (len(self.encoder_channels) - 1)
 
-    @classmethod
-    def from_diffusers(cls, config: dict[str, Any]) -> "DCAEConfig":
-        """Reads an AutoencoderDC's config.json. Raises ValueError naming what is not ours."""
 
-        kind = config.get("_class_name", "AutoencoderDC")
-        if kind != "AutoencoderDC":
-            raise ValueError(f"autoencoder {kind} is not supported, only AutoencoderDC")
-
-        def freeze(value):
-            return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
-
-        ours = {}
-        for field in dataclasses.fields(cls):
-            missing = _DIFFUSERS_DEFAULTS.get(field.name, field.default)
-            ours[field.name] = freeze(config.get(_NAMES.get(field.name, field.name), missing))
-        stages = len(ours["encoder_channels"])
-        for field in _PER_STAGE:
-            # As diffusers reads them: a string holds for all stages, what is beyond them for none.
-            value = ours[field]
-            ours[field] = (value,) * stages if isinstance(value, str) else value[:stages]
-        ours["downsample"] = str(ours["downsample"]).lower()  # published files say "Conv"
-        return cls(**ours)
-
-    def to_diffusers(self) -> dict[str, Any]:
-        """The config.json of the same network."""
-
-        def thaw(value):
-            return [thaw(v) for v in value] if isinstance(value, tuple) else value
-
-        ours = {_NAMES.get(k, k): thaw(v) for k, v in vars(self).items()}
-        return {"_class_name": "AutoencoderDC", **ours}
-
-
-_PER_STAGE = [f.name for f in dataclasses.fields(DCAEConfig) if isinstance(f.default, tuple)]
+PER_STAGE = [f.name for f in dataclasses.fields(DCAEConfig) if isinstance(f.default, tuple)]
 _CHOICES = {
     "encoder_blocks": ("ResBlock", "EfficientViTBlock"),
     "decoder_blocks": ("ResBlock", "EfficientViTBlock"),
@@ -114,30 +80,6 @@ _CHOICES = {
     "downsample": ("conv", "pixel_unshuffle"),
     "upsample": ("interpolate", "pixel_shuffle"),
     "decoder_out_activation": ("relu", "silu"),
-}
-# Where diffusers has another name for a field.
-_NAMES = {
-    "encoder_blocks": "encoder_block_types",
-    "decoder_blocks": "decoder_block_types",
-    "encoder_channels": "encoder_block_out_channels",
-    "decoder_channels": "decoder_block_out_channels",
-    "encoder_layers": "encoder_layers_per_block",
-    "decoder_layers": "decoder_layers_per_block",
-    "decoder_norms": "decoder_norm_types",
-    "decoder_activations": "decoder_act_fns",
-    "downsample": "downsample_block_type",
-    "upsample": "upsample_block_type",
-    "decoder_out_activation": "decoder_conv_act_fn",
-}
-# What an absent field means to diffusers, where that is not our default.
-_DIFFUSERS_DEFAULTS = {
-    "encoder_blocks": "ResBlock",
-    "decoder_blocks": "ResBlock",
-    "decoder_norms": "rms_norm",
-    "decoder_activations": "silu",
-    "downsample": "pixel_unshuffle",
-    "upsample": "pixel_shuffle",
-    "scaling_factor": 1.0,
 }
 
 

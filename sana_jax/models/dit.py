@@ -15,7 +15,6 @@ only the 2048 and 4096 px models add positions. Not here: Sprint's guidance embe
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,88 +89,6 @@ class SanaConfig:
         if self.width % self.head_dim or self.width % self.cross_heads:
             raise ValueError(f"transformer width {self.width} does not divide into its heads")
 
-    @classmethod
-    def from_diffusers(cls, config: dict[str, Any]) -> "SanaConfig":
-        """Reads a SanaTransformer2DModel's config.json. Raises ValueError naming the field."""
-        kind = config.get("_class_name", "SanaTransformer2DModel")
-        if kind != "SanaTransformer2DModel":
-            raise ValueError(f"transformer {kind} is not supported, only SanaTransformer2DModel")
-        get = {**_DIFFUSERS_DEFAULTS, **config}.__getitem__
-        width = get("num_attention_heads") * get("attention_head_dim")
-        if get("guidance_embeds"):
-            raise ValueError("guidance_embeds is set: Sana Sprint models are not supported")
-        expected = {
-            "out_channels": get("in_channels"),
-            "cross_attention_dim": width,
-            "norm_elementwise_affine": False,
-            "norm_eps": 1e-6,
-        }
-        for key, value in expected.items():
-            if config.get(key, value) not in (value, None):
-                message = f"transformer {key} {config[key]!r} is not supported, only {value!r}"
-                raise ValueError(message)
-        if get("num_cross_attention_heads") * get("cross_attention_head_dim") != width:
-            raise ValueError(f"transformer cross_attention_head_dim does not divide width {width}")
-        if get("qk_norm") not in (None, "rms_norm_across_heads"):
-            raise ValueError(f"transformer qk_norm {get('qk_norm')!r} is not supported")
-        return cls(
-            latent_channels=get("in_channels"),
-            depth=get("num_layers"),
-            width=width,
-            head_dim=get("attention_head_dim"),
-            cross_heads=get("num_cross_attention_heads"),
-            caption_channels=get("caption_channels"),
-            mlp_ratio=get("mlp_ratio"),
-            patch_size=get("patch_size"),
-            sample_size=get("sample_size"),
-            interpolation_scale=get("interpolation_scale"),
-            qk_norm=get("qk_norm") is not None,
-            attention_bias=get("attention_bias"),
-            timestep_scale=get("timestep_scale"),
-        )
-
-    def to_diffusers(self) -> dict[str, Any]:
-        """The config.json of the same network; `clip_attention` has no place there."""
-        return {
-            **_DIFFUSERS_DEFAULTS,
-            "_class_name": "SanaTransformer2DModel",
-            "in_channels": self.latent_channels,
-            "out_channels": self.latent_channels,
-            "num_layers": self.depth,
-            "num_attention_heads": self.width // self.head_dim,
-            "attention_head_dim": self.head_dim,
-            "num_cross_attention_heads": self.cross_heads,
-            "cross_attention_head_dim": self.width // self.cross_heads,
-            "cross_attention_dim": self.width,
-            "caption_channels": self.caption_channels,
-            "mlp_ratio": self.mlp_ratio,
-            "patch_size": self.patch_size,
-            "sample_size": self.sample_size,
-            "interpolation_scale": self.interpolation_scale,
-            "qk_norm": "rms_norm_across_heads" if self.qk_norm else None,
-            "attention_bias": self.attention_bias,
-            "timestep_scale": self.timestep_scale,
-        }
-
-
-# What a config.json of an older diffusers may leave out.
-_DIFFUSERS_DEFAULTS = dict(
-    in_channels=32,
-    num_attention_heads=70,
-    attention_head_dim=32,
-    num_layers=20,
-    num_cross_attention_heads=20,
-    cross_attention_head_dim=112,
-    caption_channels=2304,
-    mlp_ratio=2.5,
-    attention_bias=False,
-    sample_size=32,
-    patch_size=1,
-    interpolation_scale=None,
-    guidance_embeds=False,
-    qk_norm=None,
-    timestep_scale=1.0,
-)
 
 _600M = SanaConfig(depth=28, width=1152, cross_heads=16)
 _1600M = SanaConfig()

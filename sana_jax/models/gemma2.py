@@ -13,7 +13,7 @@ once (`read_prefix`). Not here: generation, RoPE scaling.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,77 +64,6 @@ class Gemma2Config:
         if self.sliding_layers is None:
             return tuple(i % 2 == 0 for i in range(self.num_layers))
         return self.sliding_layers
-
-    @classmethod
-    def from_transformers(cls, config: dict[str, Any]) -> "Gemma2Config":
-        """Reads a config.json of transformers 4 or 5. Raises ValueError naming what is not ours."""
-        if config.get("model_type") != "gemma2":
-            kind = config.get("model_type")
-            raise ValueError(f"text encoder model_type {kind!r} is not supported, only 'gemma2'")
-        for key, accepted in _SUPPORTED.items():
-            if config.get(key, accepted[0]) not in accepted:
-                raise ValueError(
-                    f"text encoder {key} {config[key]!r} is not supported, only {accepted[0]!r}"
-                )
-        values = {ours: config[theirs] for ours, theirs in _NAMES.items() if theirs in config}
-        rope = {"rope_theta": config.get("rope_theta", cls.rope_theta)}
-        for key in ("rope_scaling", "rope_parameters"):  # transformers 4, transformers 5
-            rope |= config.get(key) or {}
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"text encoder {key} of type {kind!r} is not supported")
-        plain = cls(**values, rope_theta=rope["rope_theta"])
-        kinds = config.get("layer_types")
-        if kinds is None or plain.sliding_window is None:
-            return plain
-        if unknown := set(kinds) - {_SLIDING, _FULL}:
-            raise ValueError(f"text encoder layer_types {sorted(unknown)} are not supported")
-        slides = tuple(kind == _SLIDING for kind in kinds)
-        if not any(slides):
-            return dataclasses.replace(plain, sliding_window=None)
-        if slides == plain.slides:
-            return plain
-        return dataclasses.replace(plain, sliding_layers=slides)
-
-    def to_transformers(self) -> dict[str, Any]:
-        """The config.json of the same network for transformers 5."""
-        return {
-            "architectures": ["Gemma2Model"],
-            "model_type": "gemma2",
-            **{key: accepted[0] for key, accepted in _SUPPORTED.items()},
-            **{theirs: getattr(self, ours) for ours, theirs in _NAMES.items()},
-            # transformers wants a number even where no layer slides.
-            "sliding_window": self.sliding_window or self.max_positions,
-            "layer_types": [_SLIDING if slides else _FULL for slides in self.slides],
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "bos_token_id": 2,
-        }
-
-
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-_NAMES = dict(
-    vocab_size="vocab_size",
-    hidden_size="hidden_size",
-    intermediate_size="intermediate_size",
-    num_layers="num_hidden_layers",
-    num_heads="num_attention_heads",
-    num_kv_heads="num_key_value_heads",
-    head_dim="head_dim",
-    query_pre_attn_scalar="query_pre_attn_scalar",
-    attn_logit_softcap="attn_logit_softcapping",
-    sliding_window="sliding_window",
-    rms_norm_eps="rms_norm_eps",
-    max_positions="max_position_embeddings",
-)
-# The values of a field that mean what this file computes, the usual one first. The three
-# activations are spellings of one formula; "gelu" is the exact one, which differs.
-_SUPPORTED = dict(
-    hidden_activation=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
-    attention_bias=(False, None),
-    use_bidirectional_attention=(None, False),
-)
 
 
 class Prefix(NamedTuple):
