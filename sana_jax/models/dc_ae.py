@@ -28,8 +28,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.kernels import res_block
-from sana_jax.kernels.glumbconv import depthwise_conv
-from sana_jax.kernels.linear_attention import linear_attention
+from sana_jax.kernels.glumbconv.reference import depthwise_conv
+from sana_jax.kernels.linear_attention import reference
 from sana_jax.kernels.res_block.reference import EPSILON  # of every norm
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.layers import (
@@ -208,7 +208,7 @@ class EfficientViTBlock(nn.Module):
         ]
         qkv = jnp.concatenate([qkv, *wider], axis=-1)
         q, k, v = rearrange(qkv, "b h w (n s d) -> s b (h w) n d", s=3, d=head_dim)
-        y = rearrange(linear_attention(q, k, v), "b (h w) n d -> b h w (n d)", h=height)
+        y = rearrange(reference.linear_attention(q, k, v), "b (h w) n d -> b h w (n d)", h=height)
         y = dense(width, ("heads", "embed"), name="out", **linear)(y)
         x = split_batch(x + make_norm(self.norm, name="norm", **types)(y))
 

@@ -24,11 +24,10 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.kernels.cross_attention.api import cross_attention
+from sana_jax.kernels.cross_attention import cross_attention
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
-from sana_jax.kernels.linear_attention.api import linear_attention
-from sana_jax.kernels.modulated_norm import reference
-from sana_jax.kernels.modulated_norm.api import modulated_norm
+from sana_jax.kernels.linear_attention import linear_attention
+from sana_jax.kernels.modulated_norm import modulated_norm, reference
 from sana_jax.models.config import check_fields
 from sana_jax.models.layers import (
     Dtype,

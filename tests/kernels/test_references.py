@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax.kernels.glumbconv import depthwise_conv, glumbconv
-from sana_jax.kernels.linear_attention import linear_attention
+from sana_jax.kernels.glumbconv.reference import depthwise_conv, glumbconv
+from sana_jax.kernels.linear_attention.reference import linear_attention
 from tests import toy
 
 rng = np.random.default_rng(0)

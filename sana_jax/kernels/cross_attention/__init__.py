@@ -8,3 +8,5 @@ Log: TPU compiler's estimate, v5e, 0.6B at 1024 px, batch 16, 300 rows, million 
   each weight tile of the matrix unit serves more rows: 0.55. Blocks of 128 were at 1.0.
 - Backward with blocks of 256: predicted 0.9, found 1.16.
 """
+
+from sana_jax.kernels.cross_attention.api import cross_attention as cross_attention

@@ -10,4 +10,4 @@ tpu_estimate.py).
 - Denominator as the product with the state of ones: no reduction over lanes, found free.
 """
 
-from sana_jax.kernels.linear_attention.reference import linear_attention as linear_attention
+from sana_jax.kernels.linear_attention.api import linear_attention as linear_attention
