@@ -1,7 +1,5 @@
 """Products of narrow numbers with float32 sums, on every platform."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -26,16 +24,16 @@ def einsum_float32(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) ->
 
 
 def dense_float32(
-    x: Float[Array, "*B C"], kernel: Float[Array, "C D"], dimension_numbers: Any, precision: Any
+    x: Float[Array, "*B C"], kernel: Float[Array, "C D"], precision: lax.Precision | None = None
 ) -> Float[Array, "*B D"]:
-    """x times kernel in x's dtype with float32 sums: the `dot_general` of an nn.Dense.
+    """x times kernel in x's dtype with float32 sums.
 
     Accelerators sum so by themselves. XLA's CPU backend is twice as fast where a product of
     bfloat16 is asked for in float32, unless there is but one row.
     """
 
     def usual(x, kernel):
-        return lax.dot_general(x, kernel, dimension_numbers, precision)
+        return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
 
     def wide(x, kernel):
         rows = x.reshape(-1, x.shape[-1])

@@ -4,8 +4,6 @@ Every weight names its logical axes (sharding.py maps them to the mesh). `dtype`
 computes in, `param_dtype` what its weights are stored in.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.bias import add_bias
 from sana_jax.kernels.convolution import convolve, convolve_doubled
-from sana_jax.kernels.glumbconv.api import glumbconv, projected_glumbconv, uses_kernel
+from sana_jax.kernels.glumbconv import glumbconv
 from sana_jax.kernels.mixed_einsum import dense_float32
 
 Dtype = Any
@@ -32,7 +30,7 @@ def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializer
 
 
 class Dense(nn.Module):
-    """nn.Dense with `add_bias`."""
+    """A matrix product with float32 sums, and a bias; see `dense`."""
 
     features: int
     use_bias: bool
@@ -41,19 +39,23 @@ class Dense(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     precision: jax.lax.Precision | None
-    dot_general: Callable
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
+        kernel, bias = self.weights(x.shape[-1])
+        y = dense_float32(x.astype(self.dtype), kernel.astype(self.dtype), self.precision)
+        return y if bias is None else add_bias(y, bias.astype(self.dtype))
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
-        shape = (x.shape[-1], self.features)
+    def weights(self, channels: int) -> tuple[Float[Array, "C D"], Float[Array, " D"] | None]:
+        """The kernel for so many channels, and the bias if there is one, in `param_dtype`.
+
+        For operations that do this layer's product themselves.
+        """
+        shape = (channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = self.dot_general(x, kernel, dims, self.precision)
         if not self.use_bias:
-            return y
-        bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        return add_bias(y, bias.astype(self.dtype))
+            return kernel, None
+        return kernel, self.param("bias", self.bias_init, shape[1:], self.param_dtype)
 
 
 def dense(
@@ -65,7 +67,6 @@ def dense(
     dtype: Dtype,
     param_dtype: Dtype,
     precision: jax.lax.Precision | None = None,
-    dot_general: Callable = dense_float32,
     name: str | None = None,
 ) -> Dense:
     """A matrix product with logical axes (in, out)."""
@@ -77,7 +78,6 @@ def dense(
         precision=precision,
         kernel_init=partitioned(kernel_init, axes),
         bias_init=partitioned(nn.initializers.zeros, axes[-1:]),
-        dot_general=dot_general,
         name=name,
     )
 
@@ -169,21 +169,16 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-def _halves(x, kernel, dims, precision):
-    """The `dot_general` of a `dense` that gives the halves of its product, without a copy."""
-    return [dense_float32(x, half, dims, precision) for half in jnp.split(kernel, 2, axis=1)]
-
-
 class GLUMBConv(nn.Module):
     """Mix-FFN: 1x1 up to 2h channels, gated depthwise 3x3, 1x1 back; no norm, no residual.
 
-    SANA (arXiv 2410.10629, section 2.3); the middle is kernels/glumbconv.
+    SANA (arXiv 2410.10629, section 2.3), by kernels/glumbconv.
     """
 
     hidden: int  # h
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    implementation: str = "auto"  # of the middle: see kernels/dispatch.py
+    implementation: str = "auto"  # see kernels/dispatch.py
     split_rows: bool = False  # of the images, over the mesh axis that splits tokens
 
     @nn.compact
@@ -207,14 +202,14 @@ class GLUMBConv(nn.Module):
         )
         weights = vector("expand_bias"), depthwise_kernel, vector("depthwise_bias")
         linear = dict(use_bias=False, kernel_init=fan_in_uniform, **types)
-        expand = partial(dense, wide, ("embed", "mlp"), name="expand", **linear)
-        contract = partial(dense, x.shape[-1], ("mlp", "embed"), name="contract", **linear)
-        if not uses_kernel(*x.shape[1:3], self.dtype, self.implementation):
-            y = contract()(glumbconv(expand()(x), *weights, split_rows=self.split_rows))
-            return y if scale is None else (scale * y.astype(jnp.float32)).astype(y.dtype)
-        value, gate = expand(dot_general=_halves)(x)
-
-        def middle_too(value, kernel, dims, precision):
-            return projected_glumbconv(self.split_rows, (value, gate), weights, kernel, scale)
-
-        return contract(dot_general=middle_too)(value)
+        expand = dense(wide, ("embed", "mlp"), name="expand", **linear)
+        contract = dense(x.shape[-1], ("mlp", "embed"), name="contract", **linear)
+        return glumbconv(
+            x.astype(self.dtype),
+            expand.weights(x.shape[-1])[0],
+            weights,
+            contract.weights(self.hidden)[0],
+            scale,
+            split_rows=self.split_rows,
+            implementation=self.implementation,
+        )

@@ -21,5 +21,4 @@ With these and `bias`, forward and backward with full rematerialisation, depth 2
 a layer, 43.0 % to 46.3 % of the bfloat16 peak.
 """
 
-from sana_jax.kernels.glumbconv.reference import depthwise_conv as depthwise_conv
-from sana_jax.kernels.glumbconv.reference import glumbconv as glumbconv
+from sana_jax.kernels.glumbconv.api import glumbconv as glumbconv

@@ -1,4 +1,4 @@
-"""The middle of Mix-FFN: the plain form or a kernel, on all rows of the images or on some."""
+"""Mix-FFN: its middle in the plain form or by a kernel, on all rows of the images or on some."""
 
 from functools import partial
 
@@ -21,18 +21,28 @@ OUTSIDE = -1e4  # what SiLU turns into zero, after any bias, and whose cotangent
 
 
 def glumbconv(
-    x: Float[Array, "B H W C2"],
-    bias: Float[Array, " C2"],
-    depthwise_kernel: Float[Array, "3 3 C2"],
-    depthwise_bias: Float[Array, " C2"],
+    x: Float[Array, "B H W C"],
+    expand: Float[Array, "C D2"],
+    weights: tuple[Float[Array, " D2"], Float[Array, "3 3 D2"], Float[Array, " D2"]],
+    contract: Float[Array, "D E"],
+    scale: Float[Array, "#B #H #W E"] | None = None,
+    *,
     split_rows: bool = False,
-) -> Float[Array, "B H W C"]:
-    """Bias, SiLU, depthwise 3x3, bias, gate in the plain form, C2 = 2 C: see reference.py.
+    implementation: str = "auto",
+) -> Float[Array, "B H W E"]:
+    """A product up to D2 = 2 D channels, what reference.py says, a product back, and a factor.
 
-    split_rows: over the mesh axis that splits tokens; devices exchange the rows where they meet.
+    weights: bias, depthwise kernel and depthwise bias of the middle. scale: the factor, in float32;
+    None: one. split_rows: over the mesh axis that splits tokens; devices exchange the rows where
+    they meet. implementation: "auto", "xla" or "pallas", see kernels/dispatch.py.
     """
-    weights = bias, depthwise_kernel, depthwise_bias
-    return _by_rows(reference.glumbconv, (x,), (), weights, split_rows, kernel=False)
+    expand = expand.astype(x.dtype)
+    if uses_kernel(*x.shape[1:3], x.dtype, implementation):
+        images = tuple(dense_float32(x, half) for half in jnp.split(expand, 2, axis=1))
+        return projected_glumbconv(split_rows, images, weights, contract.astype(x.dtype), scale)
+    wide = dense_float32(x, expand)
+    y = _by_rows(reference.glumbconv, (wide,), (), weights, split_rows, kernel=False)
+    return _project(y, contract.astype(x.dtype), scale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -43,17 +53,17 @@ def projected_glumbconv(
     projection: Float[Array, "C D"],
     scale: Float[Array, "#B #H #W D"] | None,
 ) -> Float[Array, "B H W D"]:
-    """`glumbconv` by the kernel, then a product, then a factor.
+    """The middle by the kernel, then the product back and the factor.
 
     images: value and gate, the halves of the wide tensor, each from a product of its own: no copy
-    then. weights: as for `glumbconv`. Where the pass backward is all that follows, as in
+    then. The rest is as for `glumbconv`. Where the pass backward is all that follows, as in
     rematerialisation, the kernel forward is not needed: the one backward gives its result too.
     """
     return _project(_middle(split_rows, *images, *weights), projection, scale)
 
 
 def _project(x, projection, scale):
-    y = dense_float32(x, projection, (((3,), (0,)), ((), ())), None)
+    y = dense_float32(x, projection)
     return y if scale is None else (scale * y.astype(jnp.float32)).astype(x.dtype)
 
 
