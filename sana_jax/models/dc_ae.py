@@ -46,12 +46,12 @@ from sana_jax.sharding import constrain
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
-def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 4*C"]:
+def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 4*C"]:
     """Four pixels into one; torch's order: the channel slowest, then the row, then the column."""
     return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
 
 
-def channel_to_space(x: Float[Array, "B H W 4*C"]) -> Float[Array, "B 2*H 2*W C"]:
+def channel_to_space(x: Float[Array, "B H W C4"]) -> Float[Array, "B 2*H 2*W C4//4"]:
     """The inverse of `space_to_channel`."""
     return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
 
@@ -68,7 +68,7 @@ def duplicate(x: Float[Array, "B H W c"], channels: int) -> Float[Array, "B H W 
 
 def downsample(
     x: Float[Array, "B H W C"], channels: int, kind: str, *, shortcut: bool = True, **conv: Any
-) -> Float[Array, "B H/2 W/2 D"]:
+) -> Float[Array, "B H//2 W//2 D"]:
     """Halves the resolution, inside a module's `__call__`; D = channels, `conv` as for Conv3x3."""
     if kind == "conv":
         y = Conv3x3(channels, stride=2, **conv)(x)
@@ -160,7 +160,7 @@ class Multiscale(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, qkv: Float[Array, "B H W 3*C"]) -> Float[Array, "B H W 3*C"]:
+    def __call__(self, qkv: Float[Array, "B H W C3"]) -> Float[Array, "B H W C3"]:
         size, head_dim, width = self.size, self.head_dim, qkv.shape[-1]
         uniform = nn.initializers.variance_scaling
         depthwise_kernel = self.param(

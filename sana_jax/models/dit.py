@@ -340,7 +340,7 @@ class SanaTransformer(nn.Module):
     def denoise(
         self,
         latents: Float[Array, "B h w c"],
-        timestep: Float[Array, " B"],
+        timestep: Float[Array, " #B"],
         keys_values: Float[Array, "depth B L C2"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
@@ -354,7 +354,7 @@ class SanaTransformer(nn.Module):
     def __call__(
         self,
         latents: Float[Array, "B h w c"],
-        timestep: Float[Array, " B"],
+        timestep: Float[Array, " #B"],
         caption: Float[Array, "B L T"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:

@@ -74,6 +74,9 @@ class Prefix(NamedTuple):
     values: Float[Array, "layers 1 P K D"]
 
 
+Angles = Float[Array | np.ndarray, "L D2"]  # cosines or sines, of D / 2 pairs
+
+
 def rope_table(length: int, config: Gemma2Config) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of position * theta^(-2i / D), (length, D / 2) each, in float32."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -82,7 +85,7 @@ def rope_table(length: int, config: Gemma2Config) -> tuple[np.ndarray, np.ndarra
     return np.cos(angles), np.sin(angles)
 
 
-def rotate(x: Float[Array, "B L H D"], cos: Array, sin: Array) -> Float[Array, "B L H D"]:
+def rotate(x: Float[Array, "B L H D"], cos: Angles, sin: Angles) -> Float[Array, "B L H D"]:
     """Turns the pairs (x_i, x_{i + D/2}) by their angles, in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[None, :, None], sin[None, :, None]
@@ -122,8 +125,8 @@ class Layer(nn.Module):
         x: Float[Array, "B L C"],
         slides: Bool[Array, ""],
         before: tuple[Array, Array] | None,
-        cos: Array,
-        sin: Array,
+        cos: Angles,
+        sin: Angles,
     ) -> tuple[Float[Array, "B L C"], tuple[Array, Array]]:
         """`before`: the keys and values of what stands before x. Gives x's own beside the rows."""
         config = self.config
