@@ -1,6 +1,6 @@
 """How many records a second the loader gives: stored latents with tokens, and pictures decoded.
 
-    python -m tests.loader_throughput [--seconds=2]
+    python -m tests.benchmarks.loader_throughput [--seconds=2]
 
 Latents of 128 px and 1024 px pictures (factor 32, 32 channels, bfloat16) from ArrayRecord, with a
 caption chosen by score and tokenized, with and without an instruction of 250 tokens; and PNGs of

@@ -1,6 +1,6 @@
 """README's table of the transformer's blocks on one TPU chip, by its compiler's estimate.
 
-    python -m tests.kernels.trunk_estimate --model=1.6B --what=backward --chip=v5e
+    python -m tests.benchmarks.trunk_estimate --model=1.6B --what=backward --chip=v5e
 
 All blocks, with mask and biases, in bfloat16 at 1024 px; without embeddings, output projection and
 optimizer. `backward` is forward and backward, everything rematerialised. FLOPs count the matrix

@@ -1,7 +1,7 @@
 """The full-size networks beside diffusers, in float32, one at a time.
 
     python -m sana_jax.random_checkpoint --out=DIR --preset=sana_600m_512 --format=diffusers
-    python -m tests.full_size_parity DIR [dit] [vae] [text_encoder]
+    python -m tests.benchmarks.full_size_parity DIR [dit] [vae] [text_encoder]
 
 Not part of the suite: it wants 12 GB of disk, 16 GB of memory and some minutes. Exit status 1
 where a relative error is above its bar.

@@ -1,6 +1,6 @@
 """How fast the autoencoder of configs/dc_ae_shapes.py trains here, and whether its data keeps up.
 
-    python -m tests.dc_ae_throughput [--data_dir=DIR] [--steps=20] [--batch=8]
+    python -m tests.benchmarks.dc_ae_throughput [--data_dir=DIR] [--steps=20] [--batch=8]
 
 The same compiled step runs in alternation on batches whose records are read for the first time
 (cold: the first epoch), on batches of records that are kept in memory (warm: the others), and on

@@ -1,0 +1,1 @@
+"""Measurements beside the tests: README has their figures, pytest does not run them."""
