@@ -117,9 +117,9 @@ def _program(what: str, devices: list[jax.Device]):
         return mesh, programs.training(_CONFIG.value, mesh, batch, _PHASE.value)
     mesh = sharding.make_mesh(fsdp=_FSDP.value, devices=devices)
     dit, vae, _ = random_weights.configs(_PRESET.value)
-    dit = dataclasses.replace(dit, implementation=_IMPLEMENTATION.value)
     batch = (_BATCH.value or 1) * mesh.size
-    return mesh, programs.drawing(what, dit, vae, mesh, batch, _SIZE.value, _STEPS.value)
+    size, steps, implementation = _SIZE.value, _STEPS.value, _IMPLEMENTATION.value
+    return mesh, programs.drawing(what, dit, vae, mesh, batch, size, steps, implementation)
 
 
 def figures(found: tpu_estimate.Estimate, calls: int, model_flops: float | None) -> dict[str, Any]:

@@ -77,10 +77,12 @@ def component_dtype(component: str, dtype: Dtype) -> Dtype:
     return jnp.bfloat16 if narrow else dtype
 
 
-def module_for(config: Config, dtype: Dtype, param_dtype: Dtype | None = None) -> nn.Module:
-    """The network of a config, computing in `dtype`."""
+def module_for(
+    config: Config, dtype: Dtype, param_dtype: Dtype | None = None, **fields: Any
+) -> nn.Module:
+    """The network of a config, computing in `dtype`; `fields`: others of the module."""
     module = {SanaConfig: SanaTransformer, DCAEConfig: DCAE, Gemma2Config: Gemma2}[type(config)]
-    return module(config, dtype=dtype, param_dtype=param_dtype or dtype)
+    return module(config, dtype=dtype, param_dtype=param_dtype or dtype, **fields)
 
 
 def init_params(module: nn.Module, key: Array) -> Any:

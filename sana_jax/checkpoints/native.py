@@ -19,13 +19,6 @@ from sana_jax.files import local
 FORMAT, VERSION = "sana_jax", 1
 
 
-def _fields(config) -> dict[str, Any]:
-    """What the weights need; how they are run is for who loads them."""
-    fields = dataclasses.asdict(config)
-    fields.pop("implementation", None)
-    return fields
-
-
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes `checkpoint` to a new or empty `folder`; weights keep the dtype they have."""
     folder = local(folder)
@@ -39,7 +32,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
     model = {
         "format": FORMAT,
         "version": VERSION,
-        **{name: _fields(config) for name, config in configs.items()},
+        **{name: dataclasses.asdict(config) for name, config in configs.items()},
         # For people and other programs; the autoencoder's config is what is read.
         "latent_channels": checkpoint.vae.latent_channels,
         "factor": checkpoint.vae.factor,

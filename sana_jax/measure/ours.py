@@ -1,6 +1,5 @@
 """Our side of a measurement: SanaPipeline on one device, with random weights of one network."""
 
-import dataclasses
 import math
 import os
 import time
@@ -23,10 +22,10 @@ def make_pipeline(settings: Settings, mesh: Mesh | None = None) -> SanaPipeline:
     """The preset's pipeline without any weights; without a mesh, on this host's first device."""
     checkpoint = inputs.checkpoint(settings)
     checkpoint.params = {}
-    implementation = settings.implementation
-    checkpoint.dit = dataclasses.replace(checkpoint.dit, implementation=implementation)
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
-    return SanaPipeline(checkpoint, mesh, settings.dtype)
+    pipe = SanaPipeline(checkpoint, mesh, settings.dtype)
+    pipe.dit = pipe.dit.clone(implementation=settings.implementation)
+    return pipe
 
 
 class Ours:

@@ -51,6 +51,7 @@ def drawing(
     batch: int,
     size: int | None = None,
     steps: int = 20,
+    implementation: str = "auto",
 ) -> Program:
     """`what` is "forward", "sample" or "decode", with bfloat16 weights.
 
@@ -64,7 +65,8 @@ def drawing(
         return _decode(vae, mesh, rows, batch, size)
     side = size // vae.factor
     latents = rows((batch, side, side, dit.latent_channels))
-    module, params = module_for(dit, DTYPE), abstract_placed(dit, DTYPE, mesh)
+    module = module_for(dit, DTYPE, implementation=implementation)
+    params = abstract_placed(dit, DTYPE, mesh)
     count = batch * flops.trunk(dit, side, side, TEXT_ROWS)
     if what == "forward":
         captions = rows((batch, TEXT_ROWS, dit.caption_channels))

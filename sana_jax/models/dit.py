@@ -25,7 +25,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.cross_attention import cross_attention
-from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.modulated_norm import modulated_norm, reference
 from sana_jax.models.config import check_fields
@@ -78,13 +77,9 @@ class SanaConfig:
     # Clip the linear attention's output to float16's range, which the weights trained in float16
     # rely on. None: only where activations are float16, as diffusers does.
     clip_attention: bool | None = None
-    implementation: str = "auto"  # of the operations that have a kernel: see kernels/dispatch.py
 
     def __post_init__(self):
         check_fields(self, "transformer")
-        if self.implementation not in IMPLEMENTATIONS:
-            message = f"transformer implementation {self.implementation!r} is not one of"
-            raise ValueError(f"{message} {', '.join(IMPLEMENTATIONS)}")
         if self.width % self.head_dim or self.width % self.cross_heads:
             raise ValueError(f"transformer width {self.width} does not divide into its heads")
 
@@ -131,6 +126,7 @@ class LinearAttention(nn.Module):
     config: SanaConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    implementation: str = "auto"  # see kernels/dispatch.py
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
@@ -143,7 +139,7 @@ class LinearAttention(nn.Module):
             q = RMSNorm(1e-5, name="q_norm", **types)(q)
             k = RMSNorm(1e-5, name="k_norm", **types)(k)
             qkv = jnp.concatenate([q, k, v], axis=-1)
-        out = linear_attention(qkv, config.head_dim, implementation=config.implementation)
+        out = linear_attention(qkv, config.head_dim, implementation=self.implementation)
         out = dense(width, ("heads", "embed"), name="out", **types)(out)
         clip = config.clip_attention
         if clip is None:
@@ -157,6 +153,7 @@ class CrossAttention(nn.Module):
     config: SanaConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    implementation: str = "auto"  # see kernels/dispatch.py
 
     def setup(self):
         width = self.config.width
@@ -180,7 +177,7 @@ class CrossAttention(nn.Module):
         config, q = self.config, self.q(x)
         if config.qk_norm:
             q = self.q_norm(q)
-        out = cross_attention(q, keys_values, mask, config.cross_heads, config.implementation)
+        out = cross_attention(q, keys_values, mask, config.cross_heads, self.implementation)
         return self.out(out)
 
 
@@ -190,6 +187,7 @@ class Block(nn.Module):
     config: SanaConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    implementation: str = "auto"  # see kernels/dispatch.py
 
     def setup(self):
         config = self.config
@@ -201,11 +199,11 @@ class Block(nn.Module):
             (6, config.width),
             self.param_dtype,
         )
-        self.attention = LinearAttention(config, **types)
-        self.cross_attention = CrossAttention(config, **types)
+        options = dict(implementation=self.implementation, **types)
+        self.attention = LinearAttention(config, **options)
+        self.cross_attention = CrossAttention(config, **options)
         hidden = int(config.mlp_ratio * config.width)
-        options = dict(implementation=config.implementation, split_rows=True)
-        self.ffn = GLUMBConv(hidden, **options, **types)
+        self.ffn = GLUMBConv(hidden, split_rows=True, **options)
 
     def keys_values(self, carry, caption):
         """What cross-attention needs of the text: once a prompt in sampling."""
@@ -222,11 +220,10 @@ class Block(nn.Module):
         def gated(gate, branch):
             return (gate * branch.astype(jnp.float32)).astype(self.dtype)
 
-        implementation = self.config.implementation
-        x, h = modulated_norm(x, shift1, scale1, implementation)
+        x, h = modulated_norm(x, shift1, scale1, self.implementation)
         x = x + gated(gate1, self.attention(h))
         x = x + self.cross_attention(x, keys_values, mask)
-        pair = modulated_norm(x, shift2, scale2, implementation)
+        pair = modulated_norm(x, shift2, scale2, self.implementation)
         x, h = (rearrange(t, "b (h w) c -> b h w c", h=height, w=width) for t in pair)
         x = x + self.ffn(h, gate2[:, None])
         return constrain(x, "batch", "tokens", None, "residual"), None
@@ -298,6 +295,7 @@ class SanaTransformer(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: str = "none"  # a key of REMAT
     unroll: int = 1  # blocks in one turn of the training's loop
+    implementation: str = "auto"  # of the operations that have a kernel: see kernels/dispatch.py
 
     def setup(self):
         config = self.config
@@ -323,7 +321,7 @@ class SanaTransformer(nn.Module):
                 "keys_values": {"in_axes": (once,), **scan},
                 "with_keys_values": {"in_axes": (every, once, once), **scan},
             },
-        )(config, **types)
+        )(config, implementation=self.implementation, **types)
         self.final_table = self.param(
             "final_table",
             partitioned(nn.initializers.normal(config.width**-0.5), (None, "embed")),
@@ -371,7 +369,8 @@ class SanaTransformer(nn.Module):
         return self._velocity(latents, timestep, blocks)
 
     def _scan(self, method, *arguments):
-        block = Block(self.config, self.dtype, self.param_dtype, parent=None)
+        options = self.dtype, self.param_dtype, self.implementation
+        block = Block(self.config, *options, parent=None)
         return scan_for_sampling(self.blocks, block, method, *arguments)
 
     def _velocity(self, latents, timestep, blocks):

@@ -23,6 +23,7 @@ from sana_jax.checkpoints.components import (
 )
 from sana_jax.checkpoints.fingerprint import fingerprint
 from sana_jax.errors import UserError
+from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.models.dit import REMAT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.training.text_to_image import CaptionWindow, TextToImageTask
@@ -132,13 +133,17 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
     """The task of a config. Raises UserError naming the key."""
     if config.remat not in REMAT:
         raise UserError(f"config.remat={config.remat!r}: give {', '.join(REMAT)}")
+    implementation = config.network.get("implementation", "auto")
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise UserError(f"config.network.implementation={implementation!r}: give {known}")
     if config.unroll < 1:
         raise UserError(f"config.unroll={config.unroll}: give 1 or more")
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.dtype={config.dtype!r}: give float32 or bfloat16")
     dtype, train, recipe = config.dtype, config.text_encoder.train, read_recipe(config)
     dit = module_for(base.dit, dtype, "float32")
-    dit = dataclasses.replace(dit, remat=config.remat, unroll=config.unroll)
+    dit = dit.clone(remat=config.remat, unroll=config.unroll, implementation=implementation)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
     encoder = dataclasses.replace(encoder, trains=train, unroll=config.unroll)
     vae = module_for(base.vae, frozen_dtype("vae", dtype))
@@ -161,7 +166,10 @@ def read_network(kind: type, config: ConfigDict, key: str) -> Config:
     fields = config
     for name in key.split("."):
         fields = fields[name]
+    fields = native.frozen(fields.to_dict())
+    if kind is SanaConfig:
+        fields.pop("implementation", None)  # of the module: make_task
     try:
-        return kind(**native.frozen(fields.to_dict()))
+        return kind(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.{key}: {error}") from None

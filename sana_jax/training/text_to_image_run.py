@@ -147,6 +147,7 @@ class TextToImageTraining:
         prompts, seed = list(settings.pop("prompts")), settings.pop("seed")
         model = complete(self.base, {**self._frozen_params(), **state.ema}, step, ema=True)
         pipe = SanaPipeline(model, self.mesh, self.config.dtype)
+        pipe.dit = pipe.dit.clone(implementation=self.task.dit.implementation)
         size = dict(height=self.size, width=self.size)
         images, _ = pipe.draw(pipe.request(prompts, seed=seed, **size, **settings))
         images = list(np.asarray(hosts.whole(images)))

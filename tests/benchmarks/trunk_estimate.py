@@ -10,7 +10,7 @@ test: its figures are in README.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     del argv
     preset, batch = MODELS[MODEL.value]
     batch = BATCH.value or batch
-    config = replace(PRESETS[preset], implementation=IMPLEMENTATION.value)
+    config = PRESETS[preset]
     c, side = config.width, config.sample_size
     _, devices = tpu_estimate.tpu_devices(f"{CHIP.value}:{TOPOLOGIES[CHIP.value]}")
     here = SingleDeviceSharding(devices[0])
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
     def like(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    block = Block(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    types = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    block = Block(config, implementation=IMPLEMENTATION.value, **types)
     inputs = (
         like((batch, side, side, c)),
         like((batch, 6, c), jnp.float32),

@@ -41,7 +41,7 @@ def test_counts_follow_batch_and_steps():
 def test_kernels_are_of_the_settings():
     for name in "auto", "xla", "pallas":
         pipe = make_pipeline(settings("trunk", implementation=name))
-        assert pipe.dit.config.implementation == name
+        assert pipe.dit.implementation == name
 
 
 def test_only_the_prompt_counts_behind_the_instruction():

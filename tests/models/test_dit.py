@@ -224,8 +224,9 @@ MESHES = [dict(sequence=4), dict(fsdp=2, sequence=2), dict(replica=2, sequence=4
 def split_case(implementation: str = "auto", remat: str = "none"):
     """A config, fn of a flow loss -> ((loss, velocity), gradients), and its operands."""
     module, config = toy.transformer(num_layers=2, qk_norm="rms_norm_across_heads")
-    config = dataclasses.replace(config, interpolation_scale=1.0, implementation=implementation)
-    model, rng = SanaTransformer(config, remat=remat), np.random.default_rng(1)
+    config = dataclasses.replace(config, interpolation_scale=1.0)
+    model = SanaTransformer(config, remat=remat, implementation=implementation)
+    rng = np.random.default_rng(1)
     latents = rng.standard_normal((4, 8, 6, config.latent_channels), np.float32)
     velocity = rng.standard_normal(latents.shape, np.float32)
     caption = rng.standard_normal((4, ROWS, config.caption_channels), np.float32)
