@@ -1,0 +1,35 @@
+"""Pallas' interpreters in place of a TPU or a GPU."""
+
+from functools import partial
+
+import jax
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sana_jax.kernels.glumbconv import api as glumbconv
+from sana_jax.kernels.linear_attention import api as linear_attention
+from sana_jax.sharding import make_mesh
+from tests import toy
+from tests.kernels.helpers import kernel_of
+
+
+@pytest.fixture
+def on_tpu():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        yield
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+
+
+@pytest.fixture(params=["tpu", "cuda"])
+def split_tokens(request, monkeypatch):
+    """Two images over fsdp=2, their tokens over sequence=2, with the kernels of a platform."""
+    request.getfixturevalue({"tpu": "on_tpu", "cuda": "on_gpu"}[request.param])
+    for api in (linear_attention, glumbconv):
+        monkeypatch.setattr(api, "by_platform", kernel_of(request.param))
+    with jax.set_mesh(make_mesh(replica=1, fsdp=2, sequence=2, devices=toy.devices(4))):
+        yield

@@ -1,0 +1,145 @@
+"""Mix-FFN against its formula in float64: the plain form, and the kernels both ways."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax.kernels.glumbconv import api, glumbconv, gpu, reference, tpu
+from tests import toy
+from tests.kernels.helpers import TOLERANCE, check, kernel_of, normal, projected, run_public
+
+single = partial(normal, dtype=np.float32)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def convolve(x, kernel):
+    """Pixel by pixel, from the definition."""
+    size = len(kernel)
+    padded = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+    out = np.zeros_like(x)
+    for i in range(x.shape[1]):
+        for j in range(x.shape[2]):
+            out[:, i, j] = np.einsum("bhwc,hwc->bc", padded[:, i : i + size, j : j + size], kernel)
+    return out
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("shape", [(2, 6, 7, 5), (1, 1, 9, 2)])
+def test_depthwise_conv(shape, size):
+    x, kernel = single(*shape), single(size, size, shape[-1])
+    found = jax.jit(reference.depthwise_conv)(x, kernel)
+    toy.assert_close(found, convolve(x.astype(np.float64), kernel.astype(np.float64)), 1e-6)
+
+
+def test_gradients_of_depthwise_conv():
+    """It is linear in either argument: <dy, f(x, k)> gives every gradient, in float64."""
+    x, kernel, dy = single(2, 5, 7, 3), single(3, 3, 3), single(2, 5, 7, 3)
+    found = jax.jit(lambda *a: jax.vjp(reference.depthwise_conv, *a[:2])[1](a[2]))(x, kernel, dy)
+
+    def gradient(of):
+        """By unit vectors."""
+        ones = np.eye(of.size).reshape(-1, *of.shape)
+        return np.array([np.vdot(dy, value(one)) for one in ones]).reshape(of.shape)
+
+    def value(one):
+        pair = (one, kernel) if one.shape == x.shape else (x, one)
+        return convolve(*(t.astype(np.float64) for t in pair))
+
+    for a, b in zip(found, map(gradient, (x, kernel)), strict=True):
+        toy.assert_close(a, b, 1e-6)
+
+
+def test_plain_form():
+    x, kernel = single(2, 5, 4, 12), single(3, 3, 12)
+    bias, depthwise_bias = single(12), single(12)
+    u = convolve(silu(x.astype(np.float64) + bias), kernel.astype(np.float64)) + depthwise_bias
+    toy.assert_close(
+        jax.jit(reference.glumbconv)(x, bias, kernel, depthwise_bias),
+        u[..., :6] * silu(u[..., 6:]),
+        1e-6,
+    )
+
+
+def test_plain_form_can_be_differentiated():
+    x, kernel, bias = single(1, 3, 4, 8), single(3, 3, 8), single(8)
+    gate = jax.grad(lambda *a: jnp.sum(reference.glumbconv(*a) ** 2), argnums=(0, 1, 2, 3))
+    for gradient in gate(x, bias, kernel, bias):
+        assert np.isfinite(gradient).all() and np.any(gradient)
+
+
+def mix_ffn_middle(value, gate, bias, kernel, depthwise_bias):
+    u = jax.nn.silu(jnp.concatenate([value, gate], axis=-1) + bias)
+    height, width = u.shape[1:3]
+    u = jnp.pad(u, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = (u[:, i : i + height, j : j + width] * kernel[i, j] for i, j in np.ndindex(3, 3))
+    value, gate = jnp.split(sum(shifts) + depthwise_bias, 2, axis=-1)
+    return value * jax.nn.silu(gate)
+
+
+def run_glumbconv(module, arrays, cotangent):
+    value, gate, *weights = arrays
+    operands = (value, gate, *api._by_halves(*weights))
+    out, *gradients = module.backward(*operands, cotangent)
+    return (module.forward(*operands), out), gradients
+
+
+def glumbconv_arrays(batch, height, width, channels):
+    image = batch, height, width, channels
+    wide = 2 * channels
+    return normal(*image), normal(*image), normal(wide), normal(3, 3, wide), normal(wide)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 4, 8, 128), (1, 5, 6, 200), (1, 3, 16, 40)])
+def test_kernel_on_tpu(on_tpu, shape, dtype):
+    run = partial(run_glumbconv, tpu)
+    check(run, mix_ffn_middle, glumbconv_arrays(*shape), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 64), (1, 3, 11, 40)])
+def test_kernel_on_gpu(on_gpu, shape):
+    run = partial(run_glumbconv, gpu)
+    check(run, mix_ffn_middle, glumbconv_arrays(*shape), "float32")
+
+
+def middle_and_product(*arrays):
+    *arrays, projection, scale = arrays
+    return mix_ffn_middle(*arrays) @ projection * scale
+
+
+PROJECTED = *glumbconv_arrays(2, 4, 8, 40), normal(40, 24), normal(2, 1, 1, 24)
+
+
+def test_kernels_of_split_rows(split_tokens):
+    """Biases of all signs: what stands outside the image must not pass through SiLU as a zero."""
+    check(partial(run_public, partial(projected, True)), middle_and_product, PROJECTED, "float32")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "other"])
+def test_projected_glumbconv(on_tpu, monkeypatch, platform):
+    """Without a mesh, by the kernel and in the plain form."""
+    monkeypatch.setattr(api, "by_platform", kernel_of(platform))
+    check(partial(run_public, partial(projected, False)), middle_and_product, PROJECTED, "float32")
+
+
+@pytest.mark.parametrize(
+    "implementation, platform", [("xla", "tpu"), ("pallas", "other"), ("pallas", "tpu")]
+)
+def test_the_whole_of_mix_ffn(on_tpu, monkeypatch, implementation, platform):
+    monkeypatch.setattr(api, "by_platform", kernel_of(platform))
+
+    def run(x, expand, bias, depthwise_kernel, depthwise_bias, contract, scale):
+        weights = bias, depthwise_kernel, depthwise_bias
+        return glumbconv(x, expand, weights, contract, scale, implementation=implementation)
+
+    def formula(x, expand, *arrays):
+        return middle_and_product(*jnp.split(x @ expand, 2, axis=-1), *arrays)
+
+    arrays = normal(2, 4, 8, 24), normal(24, 80) / 5, *PROJECTED[2:]
+    check(partial(run_public, run), formula, arrays, "float32")
