@@ -87,7 +87,8 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
     return ConfigDict(
         {
             "seed": 0,
-            "network": as_group(network),
+            # SanaConfig, and which of kernels/dispatch.py's implementations its module takes.
+            "network": as_group(network) | {"implementation": "auto"},
             # A checkpoint whose transformer is trained on; none: it starts from nothing.
             "start": config_dict.placeholder(str),
             "autoencoder": config_dict.placeholder(str),  # the checkpoint that has it

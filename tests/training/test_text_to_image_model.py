@@ -62,3 +62,15 @@ def test_recipe_is_what_it_says(name):
         lambda x: (x.shape, x.dtype), state
     )
     assert {"loss", "gradient_norm", "learning_rate", "skipped", "streak"} == metrics.keys()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_a_config_says_whether_its_transformer_takes_kernels(implementation):
+    recipe = config("sana_600m_512")
+    assert recipe.network.implementation == "auto"
+    recipe.network.update(depth=1, implementation=implementation)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.MESH_AXES)
+    step, state, batch, inputs, *_ = abstract_training(recipe, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = str(jax.make_jaxpr(step)(state, batch, *inputs))
+    assert ("pallas_call" in program) == (implementation == "pallas")

@@ -269,6 +269,7 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(auto_lr="linear"), "config.auto_lr='linear': give none or sqrt"),
         (dict(remat="some"), "config.remat='some': give none, full, dots, offload"),
         (dict(unroll=0), "config.unroll=0: give 1 or more"),
+        (dict(network__implementation="cuda"), "config.network.implementation='cuda': give auto"),
         (dict(seed=-1), "config.seed=-1: it is at least 0"),
         (dict(seed=2**32), "config.seed=4294967296: it is at most"),
         (dict(keep=0), "config.keep=0: it is at least 1"),
