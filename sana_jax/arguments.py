@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from sana_jax.errors import UserError
@@ -32,7 +32,7 @@ def whole(name: str, value, low: int, high: int) -> int:
     """A whole number in low .. high; numpy's are numbers too, truth values are not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise BadArgument(name, f"{value!r} is not a whole number in {low} .. {high}")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise BadArgument(name, f"{value} is not a whole number in {low} .. {high}")
     return int(value)
 
@@ -75,7 +75,7 @@ def near(side: int, step: int) -> str:
     return f"{low} or {low + step}" if low else str(step)
 
 
-def choice(name: str, value, choices: Sequence[str]) -> str:
+def choice(name: str, value, choices: Collection[str]) -> str:
     if value not in list(choices):
         raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
     return value

@@ -214,7 +214,7 @@ def _check_tuples(flag: flags.Flag) -> None:
     """ml_collections takes any elements for a tuple; these keep the type of the default's."""
     for key, value in flag.override_values.items() if flag.value is not None else ():
         default = FLAGS[f"{flag.name}.{key}"].default
-        kinds = {type(element) for element in default} if isinstance(value, tuple) else {}
+        kinds = {type(element) for element in default} if isinstance(value, tuple) else set()
         if len(kinds) == 1 and any(type(element) not in kinds | {int} for element in value):
             raise UserError(f"--{flag.name}.{key}={value}: give it elements as in {default}")
 

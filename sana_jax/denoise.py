@@ -62,9 +62,10 @@ def sample_slowly(on_step, module, params, noise, schedule, captions, *guidance,
     return carry[0]
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="sequential")
-def _step(module, params, carry, row, keys_values, *guidance, sequential):
-    return dpm_solver.step(_guided(module, params, keys_values, *guidance, sequential), carry, row)
+@partial(jax.jit, static_argnames=("module", "sequential"))
+def _step(module, params, carry, row, keys_values, masks, scale, interval, sequential):
+    velocity = _guided(module, params, keys_values, masks, scale, interval, sequential)
+    return dpm_solver.step(velocity, carry, row)
 
 
 def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval, sequential):

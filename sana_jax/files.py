@@ -13,12 +13,12 @@ from etils import epath
 from sana_jax.errors import Retry, UserError
 
 
-def is_local(path: os.PathLike) -> bool:
+def is_local(path: str | os.PathLike) -> bool:
     """Whether `path` is on a disk, which can rename, append and lock."""
     return not re.match(r"\w+:/", os.fspath(path))  # pathlib leaves one slash of gs://bucket
 
 
-def local(folder: os.PathLike) -> Path:
+def local(folder: str | os.PathLike) -> Path:
     """`folder`, unless it is an address: a path such as gs://bucket would be made beside us."""
     if not is_local(folder):
         raise UserError(f"{folder}: this is written to local folders only; copy it from there")

@@ -51,7 +51,7 @@ def jointly(action: Callable[..., Any], *args: Any) -> Any:
     except Exception as caught:
         error = caught
     for host, told in enumerate(gathered(error and (type(error), str(error)))):
-        if told and host == jax.process_index():
+        if error and host == jax.process_index():
             raise error
         if told:
             kind, message = told

@@ -192,8 +192,10 @@ def _diffusers_instruction() -> Instruction | None:
     source = "pipelines/sana/pipeline_sana.py"
     try:
         tree = ast.parse((Path(package.origin).parent / source).read_text(encoding="utf-8"))
-        (pipeline,) = (n for n in tree.body if getattr(n, "name", None) == "SanaPipeline")
-        (call,) = (n for n in pipeline.body if getattr(n, "name", None) == "__call__")
+        classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+        (pipeline,) = (node for node in classes if node.name == "SanaPipeline")
+        methods = (node for node in pipeline.body if isinstance(node, ast.FunctionDef))
+        (call,) = (node for node in methods if node.name == "__call__")
         names = [argument.arg for argument in call.args.args]
         # Defaults belong to the last arguments.
         defaults = dict(zip(reversed(names), reversed(call.args.defaults), strict=False))

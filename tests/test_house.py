@@ -46,6 +46,22 @@ def test_old_python_is_refused_in_one_line(tmp_path):
     assert "Python 3.10.1 is too old: 3.11" in result.stderr
 
 
+@pytest.mark.parametrize("failing", ["ruff check", "ruff format", "mypy", "pytest"])
+def test_every_check_runs_and_one_that_fails_decides(tmp_path, failing):
+    python = tmp_path / "bin/python"  # of a virtual environment where everything is installed
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$@"\ncase "$*" in "-m {failing}"*) exit 3; esac\n')
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path)}
+    result = subprocess.run(
+        ["bash", ROOT / "launch/test", "-x"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 3, result.stderr
+    ran = [line for line in result.stdout.splitlines() if not line.startswith("-m pip")]
+    assert ran[:3] == ["-m ruff check", "-m ruff format --check", "-m mypy"]
+    assert ran[3].startswith("-m pytest ") and ran[3].endswith(" -x") and len(ran) == 4
+
+
 def test_library_imports_no_torch():
     """Every module, an entry point or not, imports without torch and diffusers."""
     script = """
