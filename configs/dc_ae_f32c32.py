@@ -10,7 +10,7 @@ been run: its learning rates are the paper's, its numbers of steps and its batch
 """
 
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training.recipe_autoencoder import autoencoder
+from sana_jax.training.autoencoder.recipe import autoencoder
 
 
 def get_config():

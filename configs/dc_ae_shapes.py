@@ -14,7 +14,7 @@ tried with the losses of before, nor one run of the steps below.
 """
 
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training.recipe_autoencoder import autoencoder
+from sana_jax.training.autoencoder.recipe import autoencoder
 
 BLOCKS = ("ResBlock",) * 5 + ("EfficientViTBlock",)
 NETWORK = DCAEConfig(

@@ -12,7 +12,7 @@ of steps, the 64 devices that make the batch and the moving average are ours.
 """
 
 from sana_jax.models.dit import PRESETS
-from sana_jax.training.recipe_text_to_image import PROMPTS, text_to_image
+from sana_jax.training.text_to_image.recipe import PROMPTS, text_to_image
 
 
 def get_config():

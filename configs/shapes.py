@@ -24,10 +24,10 @@ To go on from weights that are there, such as the bundled ones:
     START=shapes AUTOENCODER=shapes bash launch/train_shapes DIR
 """
 
-from sana_jax.data.shapes_captions import prompts
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
-from sana_jax.training.recipe_text_to_image import text_to_image
+from sana_jax.shapes.captions import prompts
+from sana_jax.training.text_to_image.recipe import text_to_image
 
 READER = dict(
     vocab_size=1024,

@@ -37,13 +37,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from sana_jax import arguments, cli
-from sana_jax.errors import UserError
+from sana_jax.checkpoints.random_weights import KNOWN
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.measure import report
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.worker import Worker
-from sana_jax.random_weights import KNOWN
+from sana_jax.runtime import checks, cli
+from sana_jax.runtime.errors import UserError
 
 CHOICES = [*PARTS, "memory"]
 AGAINST = ["none", "diffusers", "diffusers-compiled"]
@@ -232,11 +232,11 @@ def _check_platforms(ours: str, theirs: str) -> None:
 
 def _check_size(preset: str, size: int | None) -> int:
     """The side in pixels. Raises UserError for it, and for an unknown preset."""
-    from sana_jax import random_weights
+    from sana_jax.checkpoints import random_weights
 
     dit, vae, _ = random_weights.configs(preset)
     size = size or dit.sample_size * vae.factor
-    arguments.multiple(f"--size={size}", size, vae.factor * dit.patch_size)
+    checks.multiple(f"--size={size}", size, vae.factor * dit.patch_size)
     return size
 
 

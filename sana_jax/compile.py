@@ -34,9 +34,12 @@ import jax
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from sana_jax import cli, random_weights, sharding, tpu_estimate
-from sana_jax.errors import UserError
+from sana_jax import sharding
+from sana_jax.checkpoints import random_weights
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
+from sana_jax.measure import tpu_estimate
+from sana_jax.runtime import cli
+from sana_jax.runtime.errors import UserError
 
 WHAT = ("forward", "train", "sample", "decode")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from absl import flags, logging
 from etils import epath
 
-from sana_jax import cli
-from sana_jax.errors import UserError
-from sana_jax.new_folder import check_new, new_folder
+from sana_jax.runtime import cli
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import check_new, new_folder
 
 FLAGS = flags.FLAGS
 _SOURCE = flags.DEFINE_string(
@@ -65,8 +65,8 @@ _SHARD = flags.DEFINE_integer("max_shard_mb", 5000, "size of a weight file, MB",
 
 def open_source():
     """The Checkpoint to write, its weights unread."""
-    from sana_jax import checkpoints
     from sana_jax.checkpoints import nvlabs
+    from sana_jax.checkpoints.load import open_checkpoint
 
     options = dict(revision=_REVISION.value, instruction_file=_INSTRUCTION.value)
     source = Path(_SOURCE.value)
@@ -74,7 +74,7 @@ def open_source():
     if found := sorted(weights.glob("*.pth")):
         raise UserError(f"--source={source} is a folder of NVlabs': give its {found[0]}")
     if weights.is_dir():
-        from sana_jax.training.text_to_image_result import open_workdir
+        from sana_jax.training.text_to_image.result import open_workdir
 
         for flag in (_IMAGE_SIZE, _CROSS_HEADS, _VARIANT, _REVISION, _INSTRUCTION):
             if flag.value:
@@ -85,7 +85,7 @@ def open_source():
             if flag.value:
                 also = " or a training, which has checkpoints/" if flag is _EMA else ""
                 raise UserError(f"--{flag.name} is for a .pth file{also}; {source} is none")
-        return checkpoints.open_checkpoint(_SOURCE.value, _VARIANT.value, **options)
+        return open_checkpoint(_SOURCE.value, _VARIANT.value, **options)
     if _REST.value is None:
         raise UserError(f"{source} holds the transformer alone: name the others with --rest=DIR")
     config, params = nvlabs.open_dit(
@@ -94,7 +94,7 @@ def open_source():
         image_size=_IMAGE_SIZE.value,
         cross_heads=_CROSS_HEADS.value,
     )
-    rest = checkpoints.open_checkpoint(_REST.value, _VARIANT.value, **options)
+    rest = open_checkpoint(_REST.value, _VARIANT.value, **options)
     return dataclasses.replace(
         rest,
         dit=config,
@@ -151,8 +151,8 @@ def main(argv):
         raise UserError(f"--out={out} lies inside --source={_SOURCE.value}: write it elsewhere")
     import jax
 
-    from sana_jax.checkpoints import warn_of_float16
     from sana_jax.checkpoints.components import check_fit
+    from sana_jax.checkpoints.load import warn_of_float16
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or be too small
     checkpoint = open_source()

@@ -46,9 +46,9 @@ from functools import partial
 from absl import flags
 from etils import epath
 
-from sana_jax import cli
-from sana_jax.errors import UserError
 from sana_jax.pictures import check_out, make_grid, save_png
+from sana_jax.runtime import cli
+from sana_jax.runtime.errors import UserError
 
 SHAPES_TEST = 1000  # images of the built-in data set that are made where there are none
 SHOWN = 8  # images in the picture
@@ -123,15 +123,15 @@ def open_data(data: str, data_dir: str | None, split: str | None, size: int):
     if data == "shapes" and data_dir is None:
         if split not in (None, "test"):
             raise UserError(f"--split={split} of shapes: name the folder it is in with --data_dir")
-        from sana_jax import compilation_cache
-        from sana_jax.data import shapes
+        from sana_jax.runtime.devices import cache_folder
+        from sana_jax.shapes.dataset import prepare
 
         try:
-            data_dir = str(compilation_cache.cache_folder() / "shapes_test")
+            data_dir = str(cache_folder() / "shapes_test")
         except RuntimeError:
             raise UserError("there is no home folder for a cache: give --data_dir") from None
         # A record depends on its number and split alone: the others need not be drawn.
-        shapes.prepare(data_dir, size, train=1, test=SHAPES_TEST)
+        prepare(data_dir, size, train=1, test=SHAPES_TEST)
     if data.startswith("precomputed:"):
         raise UserError(f"--data={data}: these are latents; give images")
     if split is None:
@@ -150,19 +150,21 @@ def reconstruction() -> None:
     import jax
     import numpy as np
 
-    from sana_jax import arguments, checkpoints, sharding
+    from sana_jax import sharding
     from sana_jax.checkpoints.components import module_for
+    from sana_jax.checkpoints.load import open_checkpoint, place_all
     from sana_jax.data.loader import EvaluationLoader
     from sana_jax.data.transforms import ImageTransform
     from sana_jax.metrics import lpips
     from sana_jax.metrics.reconstruction_figures import figures
-    from sana_jax.progress import Progress
+    from sana_jax.runtime import checks
+    from sana_jax.runtime.progress import Progress
 
     options = dict(variant=_VARIANT.value, revision=_REVISION.value)
-    checkpoint = checkpoints.open_checkpoint(_CHECKPOINT.value, **options)
+    checkpoint = open_checkpoint(_CHECKPOINT.value, **options)
     checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=None)
     config = checkpoint.vae
-    arguments.multiple(f"--size={size}", size, config.factor)
+    checks.multiple(f"--size={size}", size, config.factor)
     distance = None
     if _LPIPS.value is not None:
         measure = jax.jit(partial(lpips.lpips, tower="alex"))
@@ -176,7 +178,7 @@ def reconstruction() -> None:
         source, ImageTransform(size, size), batch_size=batch, limit=_COUNT.value
     )
 
-    checkpoints.place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
+    place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
     apply = jax.jit(module_for(config, _DTYPE.value).apply)
     params = {"params": checkpoint.params["vae"]}
 
@@ -243,9 +245,9 @@ def shapes() -> None:
     """The task of that name."""
     out = check_out(_OUT.value)
 
-    from sana_jax.metrics import shapes_task
+    from sana_jax.shapes import evaluation
 
-    options = shapes_task.Options(
+    options = evaluation.Options(
         count=_COUNT.value or 512,
         seed=_SEED.value,
         num_steps=_STEPS.value,
@@ -257,13 +259,13 @@ def shapes() -> None:
         variant=_VARIANT.value,
         revision=_REVISION.value,
     )
-    found, sheet = shapes_task.measure(_CHECKPOINT.value, options)
+    found, sheet = evaluation.measure(_CHECKPOINT.value, options)
     if out is not None:
         save_png(out, sheet)
     error = found["overall_error"]
     sure = "" if error is None else f" (overall +- {100 * error:.1f}, a standard error)"
     print(f"{found['prompts']} held-out prompts, {found['pixels']} px; per cent{sure}:")
-    print(shapes_task.table(found))
+    print(evaluation.table(found))
     if found["overall"] is None:
         print(f"note: {_CHECKPOINT.value} is an autoencoder alone, which draws nothing")
     about = {"task": "shapes", "checkpoint": _CHECKPOINT.value}
@@ -279,7 +281,7 @@ def main(argv):
     for name in (name for task, names in OWN.items() if task != _TASK.value for name in names):
         if FLAGS[name].present:
             raise UserError(f"--{name} is not of --task={_TASK.value}; leave it out")
-    from sana_jax import devices
+    from sana_jax.runtime import devices
 
     with devices.memory_errors("a smaller --batch_size or --size"):
         TASKS[_TASK.value]()

@@ -15,8 +15,8 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from sana_jax.errors import UserError
-from sana_jax.files import reason_of, write_whole
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import reason_of, write_whole
 
 Picture = UInt8[np.ndarray, "H W 3"]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from absl import flags
 
-from sana_jax import cli
-from sana_jax.errors import UserError
+from sana_jax.runtime import cli
+from sana_jax.runtime.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
@@ -61,14 +61,17 @@ def main(argv):
 
     import jax
 
-    from sana_jax import arguments, checkpoints, devices, sharding
-    from sana_jax.data import buckets, precomputed
+    from sana_jax import sharding
+    from sana_jax.checkpoints.load import open_checkpoint, place_all
+    from sana_jax.data import precomputed
     from sana_jax.data.encode import Encoder, WithTokens, precompute
     from sana_jax.data.sources import open_source
     from sana_jax.data.text_image import CaptionTokens
     from sana_jax.data.transforms import BucketTransform, ImageTransform
-    from sana_jax.files import local, reason_of, storage
-    from sana_jax.lock import locked
+    from sana_jax.models import buckets
+    from sana_jax.runtime import checks, devices
+    from sana_jax.runtime.files import local, reason_of, storage
+    from sana_jax.runtime.lock import locked
 
     folder = local(Path(_OUT.value))
     options = dict(crop=_CROP.value, upscale=_UPSCALE.value, dtype="uint8")
@@ -78,7 +81,7 @@ def main(argv):
         image = BucketTransform(buckets.training_buckets(_BUCKETS.value), **options)
     if _DATA.value.startswith("precomputed:"):
         raise UserError(f"--data={_DATA.value}: these are latents already; give images")
-    checkpoint = checkpoints.open_checkpoint(
+    checkpoint = open_checkpoint(
         _CHECKPOINT.value,
         variant=_VARIANT.value,
         revision=_REVISION.value,
@@ -87,7 +90,7 @@ def main(argv):
     )
     factor = checkpoint.vae.factor
     if _SIZE.value is not None:
-        arguments.multiple(f"--size={_SIZE.value}", _SIZE.value, factor)
+        checks.multiple(f"--size={_SIZE.value}", _SIZE.value, factor)
     if _TEXT.value and checkpoint.text_encoder is None:
         raise UserError(f"{_CHECKPOINT.value} has no text encoder, which --text needs")
     source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
@@ -126,7 +129,7 @@ def main(argv):
             jax.default_matmul_precision("float32"),
             devices.memory_errors("a smaller --batch or --size"),
         ):
-            checkpoints.place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
+            place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
             encoder = Encoder(checkpoint, mesh, _DTYPE.value, settings["batch"], tokens)
             index = precompute(source, WithTokens(image, tokens), encoder, folder, settings)
     except OSError as error:

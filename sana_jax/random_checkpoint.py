@@ -10,9 +10,9 @@ Weights are made and written one shard after the other. Pictures from them show 
 import jax
 from absl import flags
 
-from sana_jax import cli
-from sana_jax.new_folder import check_new, new_folder
-from sana_jax.random_weights import KNOWN, TINY, make
+from sana_jax.checkpoints.random_weights import KNOWN, TINY, make
+from sana_jax.runtime import cli
+from sana_jax.runtime.files import check_new, new_folder
 
 FLAGS = flags.FLAGS
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)

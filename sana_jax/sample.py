@@ -17,8 +17,8 @@ import os
 
 from absl import flags
 
-from sana_jax import cli
-from sana_jax.errors import UserError
+from sana_jax.runtime import cli
+from sana_jax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(

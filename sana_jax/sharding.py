@@ -15,8 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sana_jax.devices import find
-from sana_jax.errors import UserError
+from sana_jax.runtime.devices import find
+from sana_jax.runtime.errors import UserError
 
 MESH_AXES = ("replica", "fsdp", "sequence", "tensor")
 

@@ -10,9 +10,9 @@ and saves; DIR/model is the result, the moving average as a native folder, and `
 --multihost; DIR is a folder that all of them mount.
 """
 
-from sana_jax import cli
+from sana_jax.runtime import cli
 from sana_jax.training.command import training_command
-from sana_jax.training.text_to_image_run import TextToImageTraining
+from sana_jax.training.text_to_image.run import TextToImageTraining
 
 main = training_command(TextToImageTraining)
 

@@ -11,9 +11,9 @@ network: a folder, a name on the hub, or `shapes`.
 On several hosts run it on every one, with --multihost; all of them must mount DIR.
 """
 
-from sana_jax import cli
+from sana_jax.runtime import cli
+from sana_jax.training.autoencoder.run import AutoencoderTraining
 from sana_jax.training.command import training_command
-from sana_jax.training.dc_ae_phases import AutoencoderTraining
 
 main = training_command(AutoencoderTraining)
 

@@ -3,8 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from sana_jax import random_weights
-from sana_jax.checkpoints import native
+from sana_jax.checkpoints import native, random_weights
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from sana_jax import flops, random_weights
+from sana_jax.checkpoints import random_weights
+from sana_jax.models import flops
 
 # python -m sana_jax.benchmark, after some lines of setup.
 MAIN = 'import runpy; runpy.run_module("sana_jax.benchmark", run_name="__main__", alter_sys=True)'

@@ -2,8 +2,9 @@
 
 import json
 
-from sana_jax.checkpoints import bundled, open_checkpoint
-from sana_jax.metrics import shapes_task
+from sana_jax.checkpoints.find import bundled
+from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.shapes import evaluation
 
 LIMIT = 15 * 2**20  # bytes a file
 
@@ -22,8 +23,8 @@ def test_its_files_are_small_and_say_how_they_came_to_be():
 
 def test_it_draws_what_it_is_told():
     """Prompts of combinations that it never saw; chance is 1 of 8 colours and of 8 shapes."""
-    options = shapes_task.Options(count=32)
-    found, _ = shapes_task.measure("shapes", options)
+    options = evaluation.Options(count=32)
+    found, _ = evaluation.measure("shapes", options)
     print({key: found[key] for key in ("overall", "facts", "colour", "shape", "position")})
     assert found["colour"] > 0.95 and found["facts"] > 0.9 and found["shape"] > 0.85
     assert found["position"] > 0.9 and found["overall"] > 0.6 > 4 * found["control_shuffled"]

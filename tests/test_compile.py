@@ -9,12 +9,14 @@ import sys
 import jax
 import pytest
 
-from sana_jax import flops, random_weights, sharding, tpu_estimate
-from sana_jax.errors import UserError
-from sana_jax.measure import programs
+from sana_jax import sharding
+from sana_jax.checkpoints import random_weights
+from sana_jax.measure import programs, tpu_estimate
+from sana_jax.models import flops
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training.recipe_autoencoder import autoencoder
-from sana_jax.training.recipe_text_to_image import text_to_image
+from sana_jax.runtime.errors import UserError
+from sana_jax.training.autoencoder.recipe import autoencoder
+from sana_jax.training.text_to_image.recipe import text_to_image
 
 needs_libtpu = pytest.mark.skipif(
     not tpu_estimate.has_libtpu(), reason="libtpu, the TPU compiler, is not installed"
@@ -225,7 +227,7 @@ def test_memory_alone_and_without_kernels():
 
 
 TOO_LARGE = """
-from sana_jax import tpu_estimate
+from sana_jax.measure import tpu_estimate
 def estimate(*args, **kwargs):
     raise tpu_estimate.TooLarge(20 * 2**30, 15 * 2**30)
 tpu_estimate.estimate = estimate

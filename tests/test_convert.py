@@ -22,6 +22,7 @@ from sana_jax import SanaPipeline, checkpoints, random_checkpoint
 from sana_jax.checkpoints import scale
 from sana_jax.checkpoints.components import param_shapes
 from sana_jax.checkpoints.diffusers_configs import dc_ae_from_diffusers
+from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.sharding import make_mesh
 from tests import toy
 from tests.checkpoints.test_nvlabs import official
@@ -170,8 +171,8 @@ def test_dtype(folder, tmp_path, dtype):
 
 def test_vae_alone(tmp_path):
     """A native folder may hold the autoencoder alone; such a folder draws nothing."""
-    from sana_jax.checkpoints import open_checkpoint
     from sana_jax.checkpoints.components import Checkpoint
+    from sana_jax.checkpoints.load import open_checkpoint
 
     vae = toy.autoencoder()
     config = dc_ae_from_diffusers(dict(vae.config))
@@ -383,12 +384,12 @@ def test_pth(folder, tmp_path):
     torch.save({"state_dict": official(module), "state_dict_ema": averaged, "step": 3}, source)
     result = convert(f"--source={source}", f"--rest={folder}", f"--out={out}", "--ema")
     assert result.returncode == 0, result.stderr
-    found = checkpoints.open_checkpoint(str(out))
+    found = open_checkpoint(str(out))
     assert found.dit == dataclasses.replace(config, sample_size=128, interpolation_scale=2.0)
     assert found.flow_shift == 6.0 and found.provenance["source"] == source.name
     for name, params in (
         ("dit", jax.tree.map(lambda x: x / 2, toy.params(module, config))),
-        ("vae", checkpoints.open_checkpoint(str(folder)).params["vae"]),
+        ("vae", open_checkpoint(str(folder)).params["vae"]),
     ):
         jax.tree.map(np.testing.assert_array_equal, found.params[name], params)
 

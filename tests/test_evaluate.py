@@ -19,7 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import module_for
-from sana_jax.metrics.shapes_task import Options
+from sana_jax.shapes.evaluation import Options
 from tests import mini
 from tests.metrics.test_lpips import Twin
 
@@ -29,7 +29,8 @@ SIZE = 48
 SEVERAL = """
 import contextlib, io, json, sys
 from absl import flags
-from sana_jax import cli, evaluate
+from sana_jax import evaluate
+from sana_jax.runtime import cli
 
 cli.GRACE_SECONDS = 10**6  # this process goes on after the first error
 answers = []

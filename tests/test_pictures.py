@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax.errors import UserError
 from sana_jax.pictures import check_out, encode_png, in_rows, make_grid, save_png, to_float
+from sana_jax.runtime.errors import UserError
 
 
 def picture(value, height=4, width=6):

@@ -21,7 +21,7 @@ from sana_jax.data.precomputed import INDEX, Precomputed, weights_sha256
 from sana_jax.data.sources import open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.sharding import make_mesh
 from tests import mini, toy
 from tests.data import bad_files
@@ -288,8 +288,9 @@ def test_the_hash_of_an_autoencoder(pipe):
 
 
 FULL = """
-from sana_jax import cli, precompute
+from sana_jax import precompute
 from sana_jax.data import encode
+from sana_jax.runtime import cli
 
 def full(*args):
     raise OSError(28, "No space left on device")

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from sana_jax import checkpoints, random_checkpoint
+from sana_jax import random_checkpoint
+from sana_jax.checkpoints.load import open_checkpoint
 
 
 def write(*flags):
@@ -19,7 +20,7 @@ def write(*flags):
 def test_both_layouts_hold_the_same_weights(tmp_path, layout):
     result = write(f"--out={tmp_path / 'c'}", f"--format={layout}", "--max_shard_mb=1")
     assert result.returncode == 0, result.stderr
-    found = checkpoints.open_checkpoint(str(tmp_path / "c"))
+    found = open_checkpoint(str(tmp_path / "c"))
     expected = random_checkpoint.make("tiny")
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     assert found.dit == expected.dit and found.vae == expected.vae

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_jax import tpu_estimate
+from sana_jax.measure import tpu_estimate
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,14 +26,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
-from sana_jax.checkpoints.training import read_newest
 from sana_jax.data.folder import Folder
-from sana_jax.data.shapes_builder import record
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
-from sana_jax.training import recipes
-from sana_jax.training.dc_ae_phases import AutoencoderTraining
-from sana_jax.training.text_to_image_run import TextToImageTraining
+from sana_jax.shapes.builder import record
+from sana_jax.training.autoencoder import recipe as autoencoder_recipe
+from sana_jax.training.autoencoder.run import AutoencoderTraining
+from sana_jax.training.checkpoints.manager import read_newest
+from sana_jax.training.text_to_image import recipe as text_to_image_recipe
+from sana_jax.training.text_to_image.run import TextToImageTraining
 from tests import xla
 
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
@@ -41,8 +42,8 @@ ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
 # A command's name of then -> its module now.
 NAMES = "sample train train_dc_ae precompute convert evaluate benchmark compile random_checkpoint"
 COMMANDS = {name: f"sana_jax.{name}" for name in NAMES.split()} | {
-    "data.shapes": "sana_jax.data.shapes",
-    "data.tokenizer": "sana_jax.data.tokenizer",
+    "data.shapes": "sana_jax.make_shapes",
+    "data.tokenizer": "sana_jax.train_tokenizer",
 }
 
 # Of the autoencoder and the transformer that are trained.
@@ -154,7 +155,7 @@ def sample(out: Path) -> subprocess.CompletedProcess:
 
 def text_to_image(folder: Path) -> TextToImageTraining:
     """A training whose checkpoints are in `folder`; base/ and photos/ are in the current one."""
-    config = recipes.text_to_image(TRANSFORMER, steps=STEPS, batch_size=BATCH)
+    config = text_to_image_recipe.text_to_image(TRANSFORMER, steps=STEPS, batch_size=BATCH)
     config.autoencoder = config.text_encoder.checkpoint = "base"
     config.text_encoder.rows = 8
     config.dtype = "float32"
@@ -168,7 +169,7 @@ def text_to_image(folder: Path) -> TextToImageTraining:
 
 def autoencoder(folder: Path) -> AutoencoderTraining:
     """As above; two phases, of which the second has a discriminator."""
-    config = recipes.autoencoder(AUTOENCODER)
+    config = autoencoder_recipe.autoencoder(AUTOENCODER)
     config.data.source = "photos"
     config.dtype = "float32"
     config.perceptual.name = "laplacian"

@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax import models, sharding
 from sana_jax.checkpoints.components import abstract_params, module_for
-from sana_jax.errors import UserError
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import PRESETS, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.runtime.errors import UserError
 from tests import toy
 
 NETWORKS = {
@@ -264,7 +264,8 @@ index, port = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(index))
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from sana_jax import random_weights, sharding
+from sana_jax import sharding
+from sana_jax.checkpoints import random_weights
 from sana_jax.checkpoints.components import place
 devices, batch = np.array(jax.devices()), np.arange(24).reshape(8, 3)
 for order, sizes in (

@@ -1,4 +1,4 @@
-"""The command: what it refuses before it starts. Whole runs: training/test_text_to_image_run.py."""
+"""The command: what it refuses before it starts. Whole runs: training/text_to_image/test_run.py."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.training import command
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from transformers import Gemma2Config, Gemma2Model
 from sana_jax.checkpoints.diffusers_configs import sana_from_diffusers
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.models.dit import SanaConfig
-from sana_jax.toy_tokenizer import toy_tokenizer
+from sana_jax.text.tokenizers import toy_tokenizer
 
 
 def relative_error(ours, reference) -> float:

@@ -5,18 +5,20 @@ import time
 
 import jax
 
-from sana_jax import checkpoints, compilation_cache, devices, sharding
+from sana_jax import sharding
 from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
 from sana_jax.batch.settings import Options, settings_of, shows_steps, with_requests
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
-from sana_jax.checkpoints.fingerprint import fingerprint
-from sana_jax.errors import UserError
-from sana_jax.models import tiling
-from sana_jax.pipeline import SanaPipeline
+from sana_jax.checkpoints.find import find, fingerprint
+from sana_jax.checkpoints.load import open_checkpoint, place_all
+from sana_jax.pipeline import SanaPipeline, tiling
 from sana_jax.pipeline.pipeline import NOT_FINITE
 from sana_jax.pipeline.request import LARGE, Request
-from sana_jax.progress import Progress
+from sana_jax.runtime import devices
+from sana_jax.runtime.devices import enable_compilation_cache
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.progress import Progress
 
 HOPELESS = 16  # images that are not finite, where none is: the others will not be either
 
@@ -27,7 +29,7 @@ def draw(tasks: list[Task], options: Options) -> None:
     Progress and a summary go to stderr. Raises UserError; before anything is drawn or written,
     where the reason can be known by then.
     """
-    folder = checkpoints.find(options.checkpoint, options.revision, options.variant)
+    folder = find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
     tasks = with_sizes(tasks, pipe.native_size, options.max_pixels)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
@@ -37,7 +39,7 @@ def draw(tasks: list[Task], options: Options) -> None:
     with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid) as out:
         if out.missing:
             out.probe(3 * max(task.height * task.width for task in tasks))
-            compilation_cache.enable(options.compilation_cache)
+            enable_compilation_cache(options.compilation_cache)
             _draw_missing(batches, pipe, out, options)
         else:
             print(f"nothing to draw: {len(tasks)} of {len(tasks)} images are done", file=sys.stderr)
@@ -49,7 +51,7 @@ def _open(name: str, options: Options) -> SanaPipeline:
     """The pipeline, its weights unread."""
     mesh = sharding.make_mesh()
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    checkpoint = checkpoints.open_checkpoint(
+    checkpoint = open_checkpoint(
         name,
         variant=options.variant,
         instruction_file=options.instruction_file,
@@ -98,7 +100,7 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     smaller = f"a --batch_size below {largest}, " if largest > 1 else ""
     others = "--dtype=bfloat16, --sequential_guidance, --tile=SIZE,STRIDE or smaller images"
     with devices.memory_errors(smaller + others), Progress(**progress) as bar:
-        checkpoints.place_all(pipe.checkpoint, options.checkpoint, pipe.dtype, pipe.mesh)
+        place_all(pipe.checkpoint, options.checkpoint, pipe.dtype, pipe.mesh)
         throughput = overlap(due, dispatch, save)
     if bad:
         raise UserError(_not_finite(bad))

@@ -15,8 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from sana_jax.errors import UserError
-from sana_jax.files import is_local, write_whole
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import is_local, write_whole
 
 UPLOAD_SECONDS = 10  # between two uploads, where a file cannot be appended to
 

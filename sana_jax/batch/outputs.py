@@ -23,10 +23,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sana_jax.batch.manifest import Line, Manifest, key_of
-from sana_jax.errors import Retry, UserError
-from sana_jax.files import is_local, reason_of, write_whole
-from sana_jax.lock import locked
 from sana_jax.pictures import encode_png, in_rows, make_grid
+from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.runtime.files import is_local, reason_of, write_whole
+from sana_jax.runtime.lock import locked
 
 LEFTOVER = re.compile(r"(\d{6,}_\d+\.png|manifest\.jsonl|grid\.png|probe)\.part")
 THUMBNAIL, THUMBNAILS = 256, 64  # pixels a side, and how many the contact sheet shows at most

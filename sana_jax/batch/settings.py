@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from sana_jax.arguments import BadArgument
 from sana_jax.batch.tasks import Batch
-from sana_jax.errors import UserError
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.pipeline.request import BadSide, Request
+from sana_jax.runtime.checks import BadArgument
+from sana_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from sana_jax.arguments import MAX_SEED, MAX_STEPS
-from sana_jax.errors import UserError
-from sana_jax.files import UNREACHABLE, reason_of
+from sana_jax.runtime.checks import MAX_SEED, MAX_STEPS
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import UNREACHABLE, reason_of
 
 if TYPE_CHECKING:  # flags and files are read before jax is
     from sana_jax.pipeline.request import Request

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from sana_jax.checkpoints.mapping import flat_shapes
-from sana_jax.errors import UserError
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig, SanaTransformer
 from sana_jax.models.gemma2 import Gemma2, Gemma2Config
 from sana_jax.models.layers import Dtype
+from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import shardings_for
-from sana_jax.text import Instruction
+from sana_jax.text.instruction import Instruction
 
 Config = SanaConfig | DCAEConfig | Gemma2Config
 CONFIGS = {"dit": SanaConfig, "vae": DCAEConfig, "text_encoder": Gemma2Config}

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sana_jax import text
 from sana_jax.checkpoints.components import Checkpoint, Config, param_shapes
 from sana_jax.checkpoints.diffusers_configs import (
     config_json,
@@ -22,10 +21,10 @@ from sana_jax.checkpoints.diffusers_configs import (
 )
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
-from sana_jax.checkpoints.native import read_json
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
-from sana_jax.errors import UserError
-from sana_jax.files import local
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import local, read_json
+from sana_jax.text.tokenizers import load_tokenizer
 
 # ours -> their folder, the stem of its weight files, how its config.json is read
 COMPONENTS = {
@@ -62,7 +61,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
         return checkpoint
     return dataclasses.replace(
         checkpoint,
-        tokenizer=text.load_tokenizer(folder / "tokenizer"),
+        tokenizer=load_tokenizer(folder / "tokenizer"),
         text_rows=TEXT_ROWS,
         flow_shift=_read_flow_shift(folder / "scheduler"),
     )

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import traverse_util
 
 from sana_jax.checkpoints.tensors import FLOAT_DTYPES, LazyArray, TensorReader, on_host
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 LINEAR = "o i -> i o"
 POINTWISE = "o i 1 1 -> i o"

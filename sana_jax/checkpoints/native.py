@@ -1,20 +1,19 @@
 """The native folder: our parameters under their own names, described and sealed by model.json."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from flax import traverse_util
 
-from sana_jax import text
 from sana_jax.checkpoints.components import CONFIGS, Checkpoint, param_shapes
 from sana_jax.checkpoints.mapping import Entry, check, lazy_params
 from sana_jax.checkpoints.tensors import TensorReader, write_tensors
-from sana_jax.errors import UserError
-from sana_jax.files import local
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import local, read_json, sha256_of
+from sana_jax.text.instruction import Instruction
+from sana_jax.text.tokenizers import load_tokenizer
 
 FORMAT, VERSION = "sana_jax", 1
 
@@ -64,7 +63,7 @@ def open_folder(folder: Path) -> Checkpoint:
         files, instruction = dict(model["files"]), model["instruction"]
         if instruction is not None:
             sha256 = instruction["sha256"]
-            instruction = text.Instruction(instruction["text"], instruction["source"])
+            instruction = Instruction(instruction["text"], instruction["source"])
             if instruction.sha256 != sha256:
                 raise ValueError("the instruction's sha256 is not that of its text")
         checkpoint = Checkpoint(
@@ -85,7 +84,7 @@ def open_folder(folder: Path) -> Checkpoint:
         check(name, entries, shapes, tensors)
         checkpoint.params[name] = lazy_params(entries, shapes, tensors)
     if (folder / "tokenizer").is_dir():
-        checkpoint.tokenizer = text.load_tokenizer(folder / "tokenizer")
+        checkpoint.tokenizer = load_tokenizer(folder / "tokenizer")
     return checkpoint
 
 
@@ -110,19 +109,6 @@ def _verify(folder: Path, files: dict[str, str]) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError."""
-    try:
-        contents = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"{path} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return contents
-
-
 def _positive(kind: type, value):
     if type(value) not in (kind, int) or not 0 < value < math.inf:
         raise ValueError(f"{value!r} is not a positive number")
@@ -134,9 +120,3 @@ def frozen(value):
     if isinstance(value, dict):
         return {key: frozen(item) for key, item in value.items()}
     return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, all of them read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

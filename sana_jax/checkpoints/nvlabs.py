@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from sana_jax.checkpoints.components import param_shapes, place
 from sana_jax.checkpoints.mapping import DEPTHWISE, POINTWISE, Entry, check, lazy_params, linear
 from sana_jax.checkpoints.pth import PthReader
-from sana_jax.errors import UserError
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.layers import Dtype
+from sana_jax.runtime.errors import UserError
 
 # In the files and not of the network: positions, which are computed; the text embedding of an
 # empty prompt; a head that only a loss of distillation needs.

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from sana_jax.checkpoints.tensors import NO_WEIGHTS, numpy_dtype
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 TORCH = "Double  Float   Half    BFloat16 Long  Int   Short Char Byte  Bool".split()
 NUMPY = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 # safetensors' spelling of the types that weights have, and of the counters among them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": ml_dtypes.bfloat16}

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sana_jax.data.images import BadImage
-from sana_jax.data.sources import Record
-from sana_jax.errors import UserError
+from sana_jax.data.records import Record
+from sana_jax.runtime.errors import UserError
 
 KINDS = ("first", "uniform", "score", "softmax", "proportion")
 

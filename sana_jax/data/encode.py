@@ -14,20 +14,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int32
 
-from sana_jax import sharding, text
+from sana_jax import sharding
 from sana_jax.checkpoints.components import Checkpoint, module_for
 from sana_jax.data import precomputed
-from sana_jax.data.counts import Counts, Rejection
 from sana_jax.data.images import BadImage
 from sana_jax.data.loader import attempt_record
-from sana_jax.data.sources import Record, Source
+from sana_jax.data.records import Record, Source
+from sana_jax.data.rejections import Counts, Rejection
 from sana_jax.data.text_image import CaptionTokens
 from sana_jax.data.transforms import Transform
-from sana_jax.errors import UserError
-from sana_jax.lock import NAME as LOCK
 from sana_jax.pictures import to_float
 from sana_jax.pipeline import programs
-from sana_jax.progress import Progress
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.lock import NAME as LOCK
+from sana_jax.runtime.progress import Progress
+from sana_jax.text.prompts import mend
 
 SETTINGS = "settings.json"  # of a folder that may not be finished
 
@@ -103,10 +104,10 @@ class WithTokens:
                 raise BadImage("bad_caption", "it has no caption")
             captions = [self._tokens(record, i) for i in range(len(record["captions"]))]
         kept = {
-            "key": text.mend(record["key"]),
-            "captions": [text.mend(caption) for caption in record["captions"]],
+            "key": mend(record["key"]),
+            "captions": [mend(caption) for caption in record["captions"]],
             "scores": record["scores"],
-            "truth": text.mend(record["truth"]),
+            "truth": mend(record["truth"]),
         }
         return {"record": kept, "captions": captions, **image}
 

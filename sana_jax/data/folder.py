@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from sana_jax.data.images import BadImage
-from sana_jax.errors import Retry, UserError
-from sana_jax.files import reason_of
+from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.runtime.files import reason_of
 
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",

@@ -24,13 +24,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from sana_jax.arguments import at_least
-from sana_jax.data.counts import Budget, Counts, Rejection
 from sana_jax.data.images import BadImage
 from sana_jax.data.orders import GlobalOrder, Order
-from sana_jax.data.sources import Source, thread_pool
+from sana_jax.data.records import Source, thread_pool
+from sana_jax.data.rejections import Budget, Counts, Rejection
 from sana_jax.data.transforms import Example, Transform
-from sana_jax.errors import DoNotRetry, UserError
+from sana_jax.runtime.checks import at_least
+from sana_jax.runtime.errors import DoNotRetry, UserError
 
 MAX_ATTEMPTS = 100  # records tried for one place in a batch
 

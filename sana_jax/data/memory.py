@@ -3,7 +3,7 @@
 import threading
 
 from sana_jax.data.images import MAX_PIXELS, MIN_SIDE, BadImage, decode
-from sana_jax.data.sources import Record, Source
+from sana_jax.data.records import Record, Source
 
 
 class InMemory:

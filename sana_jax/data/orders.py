@@ -13,10 +13,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from sana_jax.data.buckets import assign
+from sana_jax.data.records import Source
 from sana_jax.data.sizes import image_sizes
-from sana_jax.data.sources import Source
-from sana_jax.errors import UserError
+from sana_jax.models.buckets import assign
+from sana_jax.runtime.errors import UserError
 
 
 class Order(Protocol):

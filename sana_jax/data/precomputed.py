@@ -25,9 +25,9 @@ from array_record.python import array_record_data_source, array_record_module
 from flax import serialization
 
 from sana_jax.data.images import BadImage
-from sana_jax.data.sources import Record
-from sana_jax.errors import Retry, UserError
-from sana_jax.files import check_readable, write_whole
+from sana_jax.data.records import Record
+from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.runtime.files import check_readable, write_whole
 
 FORMAT = 1
 INDEX = "index.json"

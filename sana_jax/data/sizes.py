@@ -12,12 +12,12 @@ from absl import logging
 from etils import epath
 from jaxtyping import Int32
 
-from sana_jax import hosts
-from sana_jax.data.counts import Counts, Rejection
 from sana_jax.data.images import REASONS, BadImage, size_of
-from sana_jax.data.sources import Source, thread_pool
-from sana_jax.files import unwritten, write_whole
-from sana_jax.progress import Progress
+from sana_jax.data.records import Source, thread_pool
+from sana_jax.data.rejections import Counts, Rejection
+from sana_jax.runtime import hosts
+from sana_jax.runtime.files import unwritten, write_whole
+from sana_jax.runtime.progress import Progress
 
 CODES = (None, *REASONS)  # why there is no size, as the file has it
 

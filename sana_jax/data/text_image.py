@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sana_jax import text
 from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.images import BadImage
-from sana_jax.data.sources import Record
+from sana_jax.data.records import Record
 from sana_jax.data.transforms import Example, Transform
+from sana_jax.text.prompts import TokenizedPrompts, tokenize
 
 
 class CaptionTransform(Protocol):
@@ -86,9 +86,9 @@ class CaptionTokens:
         told = self._instruction and hashlib.sha256(self._instruction.encode()).hexdigest()
         return {"tokenizer": digest.hexdigest(), "rows": self._rows, "instruction": told}
 
-    def _tokenize(self, caption: str, instruction: str | None) -> text.TokenizedPrompts:
+    def _tokenize(self, caption: str, instruction: str | None) -> TokenizedPrompts:
         with self._lock:
-            return text.tokenize(self._tokenizer, [caption], self._rows, instruction, True)
+            return tokenize(self._tokenizer, [caption], self._rows, instruction, True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from sana_jax.errors import UserError
-from sana_jax.files import check_readable
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import check_readable
 
 # What features are called, most telling first.
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")

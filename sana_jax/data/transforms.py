@@ -5,10 +5,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sana_jax.data import buckets, images
-from sana_jax.data.sources import Record
-from sana_jax.errors import UserError
+from sana_jax.data import images
+from sana_jax.data.records import Record
+from sana_jax.models import buckets
 from sana_jax.pictures import to_float
+from sana_jax.runtime.errors import UserError
 
 Example = dict[str, np.ndarray]
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.diffusion.flow import NUM_TIMESTEPS, shift_sigma
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

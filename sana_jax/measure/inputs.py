@@ -5,8 +5,8 @@ import itertools
 
 import numpy as np
 
-from sana_jax import random_weights
-from sana_jax.toy_tokenizer import WORDS
+from sana_jax.checkpoints import random_weights
+from sana_jax.text.tokenizers import WORDS
 
 # part -> the network that it runs
 PARTS = {

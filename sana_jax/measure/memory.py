@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sana_jax import denoise, text
 from sana_jax.checkpoints.components import abstract_placed, component_dtype
 from sana_jax.diffusion import dpm_solver
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
-from sana_jax.pipeline import SanaPipeline, programs
+from sana_jax.pipeline import SanaPipeline, denoise, programs
 from sana_jax.pipeline.request import tiles
 from sana_jax.sharding import batch_divisor
+from sana_jax.text.prompts import tokenize
 
 STEPS = 20  # whatever the number, a step's memory is used again by the next
 
@@ -79,7 +79,7 @@ def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
     mask = jax.ShapeDtypeStruct((batch, rows), bool)
 
     def read(params):
-        given = text.tokenize(
+        given = tokenize(
             pipe.checkpoint.tokenizer, inputs.prompts(batch, 0), rows, inputs.instruction()
         )
         prefix = programs.read_prefix(network, params, np.array([given.prefix], np.int32))

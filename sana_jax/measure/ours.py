@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sana_jax import SanaPipeline, denoise, flops
+from sana_jax import SanaPipeline
 from sana_jax.checkpoints.components import component_dtype, param_shapes, place
 from sana_jax.diffusion import dpm_solver
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
+from sana_jax.models import flops
+from sana_jax.pipeline import denoise
 from sana_jax.sharding import make_mesh
 
 

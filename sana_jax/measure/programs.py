@@ -14,16 +14,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sana_jax import arguments, denoise, flops
 from sana_jax.checkpoints.components import abstract_placed, module_for
 from sana_jax.diffusion import dpm_solver
-from sana_jax.errors import UserError
 from sana_jax.metrics import lpips
+from sana_jax.models import flops
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
-from sana_jax.pipeline import request
+from sana_jax.pipeline import denoise, request
 from sana_jax.pipeline.programs import decode_latents, predict_velocity
+from sana_jax.runtime import checks
+from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import batch_divisor, batch_sharding
 
 DTYPE = "bfloat16"  # of weights and activations where pictures are drawn
@@ -59,7 +60,7 @@ def drawing(
     2048 x 2048 pixels are decoded in tiles, a call each. Raises UserError.
     """
     size = dit.sample_size * vae.factor if size is None else size
-    arguments.multiple(f"--size={size}", size, vae.factor * dit.patch_size)
+    checks.multiple(f"--size={size}", size, vae.factor * dit.patch_size)
     rows = partial(_array, sharding=batch_sharding(mesh))
     if what == "decode":
         return _decode(vae, mesh, rows, batch, size)
@@ -118,8 +119,8 @@ def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program
 
 
 def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -> Program:
-    from sana_jax.training.text_to_image_abstract import abstract_training
-    from sana_jax.training.text_to_image_recipe import check_batches
+    from sana_jax.training.text_to_image.abstract import abstract_training
+    from sana_jax.training.text_to_image.recipe import check_batches
 
     if batch is not None:
         config = ConfigDict(config.to_dict())
@@ -133,9 +134,9 @@ def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -
 def _autoencoder_training(
     config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None
 ) -> Program:
-    from sana_jax.training.autoencoder import AutoencoderTask
-    from sana_jax.training.dc_ae_recipe import check_phase, read_phase
-    from sana_jax.training.discriminator import Discriminator
+    from sana_jax.training.autoencoder.discriminator import Discriminator
+    from sana_jax.training.autoencoder.recipe import check_phase, read_phase
+    from sana_jax.training.autoencoder.task import AutoencoderTask
     from sana_jax.training.state import on_mesh
 
     name = name or next(iter(config.run), None)
@@ -164,7 +165,7 @@ def _autoencoder_training(
 
 def _perceptual(name: str, dtype, mesh: Mesh):
     """(distance, weights) of a perceptual loss, without the file of its weights."""
-    from sana_jax.training.perceptual import STAND_INS, make_perceptual
+    from sana_jax.training.autoencoder.perceptual import STAND_INS, make_perceptual
 
     tower = name.removeprefix("lpips_")
     if name in STAND_INS or tower not in lpips.TOWERS:

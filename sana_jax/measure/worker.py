@@ -14,8 +14,8 @@ import time
 import traceback
 from typing import Any
 
-from sana_jax.errors import UserError
 from sana_jax.measure.inputs import Settings
+from sana_jax.runtime.errors import UserError
 
 LONG_ENOUGH = 0.3  # seconds; what is faster is run more than once
 MOST_CALLS = 50
@@ -120,7 +120,7 @@ class _Side:
         if kind == "ours":
             from sana_jax.measure.ours import Ours as Subject
         else:
-            from sana_jax.measure.reference import Diffusers as Subject
+            from sana_jax.measure.theirs import Diffusers as Subject
         self.subject, self.calls = Subject(settings), 0
 
     def load(self) -> None:

@@ -30,8 +30,8 @@ from jaxtyping import Array, Float
 from sana_jax.checkpoints.mapping import CONV, Entry
 from sana_jax.checkpoints.pth import PthReader
 from sana_jax.checkpoints.tensors import TensorReader
-from sana_jax.errors import UserError
 from sana_jax.models.layers import Dtype
+from sana_jax.runtime.errors import UserError
 
 # Mean and spread of ImageNet's pixels, in the range [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image
 
-from sana_jax import arguments, checkpoints, denoise, sharding, text
+from sana_jax import sharding
 from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.components import (
     CONFIGS,
@@ -24,13 +24,10 @@ from sana_jax.checkpoints.components import (
     component_dtype,
     module_for,
 )
+from sana_jax.checkpoints.load import load
 from sana_jax.diffusion import dpm_solver
-from sana_jax.errors import UserError
-from sana_jax.files import local
-from sana_jax.models import tiling
 from sana_jax.models.gemma2 import Prefix
-from sana_jax.new_folder import new_folder
-from sana_jax.pipeline import programs
+from sana_jax.pipeline import denoise, programs, tiling
 from sana_jax.pipeline.request import (
     DTYPES,
     OUTPUTS,
@@ -42,6 +39,10 @@ from sana_jax.pipeline.request import (
     texts,
     tiles,
 )
+from sana_jax.runtime import checks
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import local, new_folder
+from sana_jax.text.prompts import tokenize
 
 NOT_FINITE = (
     "have NaN or infinite values: try another dtype, or clip_attention for weights that were"
@@ -97,10 +98,10 @@ class SanaPipeline:
         Raises UserError, a ValueError, that says what is wrong with the checkpoint, and Retry where
         the hub does not answer.
         """
-        arguments.choice("dtype", dtype, DTYPES)
+        checks.choice("dtype", dtype, DTYPES)
         mesh = sharding.make_mesh() if mesh is None else mesh
         sharding.check_mesh(mesh)
-        checkpoint = checkpoints.load(
+        checkpoint = load(
             name,
             dtype,
             mesh,
@@ -165,7 +166,7 @@ class SanaPipeline:
 
         Raises UserError, a ValueError, where an argument is out of range.
         """
-        arguments.choice("output", output, OUTPUTS)
+        checks.choice("output", output, OUTPUTS)
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step {on_step!r} cannot be called")
         request = self.request(
@@ -270,8 +271,8 @@ class SanaPipeline:
     def _encode_prompts(self, prompts: list[str], instruction: str | None):
         if instruction == "auto":
             found = self.checkpoint.instruction
-            instruction = found and found.text
-        tokenized = text.tokenize(
+            instruction = found.text if found else None
+        tokenized = tokenize(
             self.checkpoint.tokenizer, prompts, self.checkpoint.text_rows, instruction
         )
         tokens, mask = self._spread(tokenized.tokens), self._spread(tokenized.mask)
@@ -345,7 +346,7 @@ class SanaPipeline:
         channels = self.checkpoint.vae.in_channels
         array("images", images, ("B", "H", "W", channels))
         for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
-            arguments.multiple(f"{name} {side}", side, self.factor)
+            checks.multiple(f"{name} {side}", side, self.factor)
         tile = tiles(self.factor, tile, *images.shape[1:3])
         run = partial(programs.encode_images, self.vae, self.params["vae"])
         padded = self._spread(images)
@@ -376,7 +377,8 @@ class SanaPipeline:
         with self.context():
             if tile is None:
                 return run(latents)
-            return tiling.tiled_decode(run, latents, *tile, self.factor)
+            size, stride = tile
+            return tiling.tiled_decode(run, latents, size, stride, self.factor)
 
     def _spread(self, x) -> Array:
         """`x` with its batch split over the mesh; padded with copies of the last row to fit."""

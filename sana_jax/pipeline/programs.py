@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int32, UInt8, UInt32
 
-from sana_jax import text
-from sana_jax.models import tiling
 from sana_jax.models.gemma2 import Prefix
+from sana_jax.pipeline import tiling
 from sana_jax.pipeline.request import LARGE
+from sana_jax.text.prompts import gather_window
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -35,7 +35,7 @@ def encode_text(
 ) -> Float[Array, "B rows C"]:
     """The rows that the transformer sees of texts after `prefix`, float32; see gather_window."""
     hidden = module.apply({"params": params}, tokens, prefix)
-    return text.gather_window(hidden, window, mask, prefix and prefix.first)
+    return gather_window(hidden, window, mask, prefix and prefix.first)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)

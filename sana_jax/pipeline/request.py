@@ -10,7 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt32
 
-from sana_jax.arguments import (
+from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.diffusion import dpm_solver
+from sana_jax.models import buckets
+from sana_jax.pipeline import tiling
+from sana_jax.runtime.checks import (
     MAX_SEED,
     MAX_STEPS,
     BadArgument,
@@ -20,11 +24,7 @@ from sana_jax.arguments import (
     number,
     whole,
 )
-from sana_jax.checkpoints.components import Checkpoint
-from sana_jax.data import buckets
-from sana_jax.diffusion import dpm_solver
-from sana_jax.errors import UserError
-from sana_jax.models import tiling
+from sana_jax.runtime.errors import UserError
 
 OUTPUTS = ("pil", "np", "float", "latent")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -189,7 +189,7 @@ def tiles(factor: int, tile: Tile | str | None, height: int, width: int) -> Tile
     for side in (side for pair in tiling.check(*tile, factor) for side in pair):
         # Else the strips of the tiles would not end where the picture does.
         multiple(f"tile {tuple(tile)}: {side}", side, factor)
-    return tuple(tile)
+    return tile[0], tile[1]
 
 
 def _prompts(facts: Facts, prompt, embeddings, mask) -> tuple[list[str] | None, int]:

@@ -9,8 +9,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from sana_jax import compilation_cache, devices, hosts
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime import devices, hosts
+from sana_jax.runtime.devices import enable_compilation_cache
+from sana_jax.runtime.errors import Retry, UserError
 
 JOIN_SECONDS = 1800
 # What JAX says of a program that is wrong or too large, which no other try makes better.
@@ -37,7 +38,7 @@ def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]],
         if multihost.value:
             join_hosts()
         open_devices(multihost.value)
-        compilation_cache.enable(cache.value)
+        enable_compilation_cache(cache.value)
         run(make_training, config.value, workdir.value)
 
     return main

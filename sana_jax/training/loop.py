@@ -17,10 +17,10 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from sana_jax.arguments import at_least
-from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.errors import DoNotRetry, Stopped
-from sana_jax.files import storage
+from sana_jax.runtime.checks import at_least
+from sana_jax.runtime.errors import DoNotRetry, Stopped
+from sana_jax.runtime.files import storage
+from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.prefetch import Prefetch, Taken

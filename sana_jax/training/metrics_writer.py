@@ -15,9 +15,9 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from sana_jax.files import is_local, storage, write_whole
-from sana_jax.hosts import from_first, say
 from sana_jax.pictures import Picture, make_grid
+from sana_jax.runtime.files import is_local, storage, write_whole
+from sana_jax.runtime.hosts import from_first, say
 
 # tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
 _torch = sys.modules.get("torch")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 PyTree = Any
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from sana_jax import sharding
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 POLL_SECONDS = 0.002
 

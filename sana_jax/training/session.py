@@ -15,12 +15,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sana_jax import hosts
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import Checkpoint
-from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.errors import UserError
-from sana_jax.files import replace_folder, storage
+from sana_jax.runtime import hosts
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import replace_folder, storage
+from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.state import TrainState

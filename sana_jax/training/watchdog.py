@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 
-from sana_jax.cli import EXIT_RETRY
+from sana_jax.runtime.cli import EXIT_RETRY
 
 FIRST_SECONDS = 7200.0
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import SanaPipeline, checkpoints, denoise
+from sana_jax import SanaPipeline, checkpoints
 from sana_jax.batch import draw as batch
 from sana_jax.batch import outputs
 from sana_jax.batch.draw import draw
 from sana_jax.batch.settings import Options
 from sana_jax.batch.tasks import make_tasks
-from sana_jax.errors import Retry, UserError
-from sana_jax.pipeline import request
+from sana_jax.pipeline import denoise, request
+from sana_jax.runtime.errors import Retry, UserError
 from tests import mini
 
 COMMON = {"negative_prompt": "", "num_steps": 2, "guidance_scale": 4.5, "height": 32, "width": 32}

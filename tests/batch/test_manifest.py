@@ -8,7 +8,7 @@ from etils import epath
 
 from sana_jax.batch import manifest
 from sana_jax.batch.manifest import Manifest, key_of
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 
 def line(i: int) -> dict:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import files as whole_files
 from sana_jax.batch import manifest, outputs
 from sana_jax.batch.manifest import key_of
 from sana_jax.batch.outputs import OutputFolder
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime import files as whole_files
+from sana_jax.runtime.errors import Retry, UserError
 
 NOTES = {"checkpoint": "a name"}
 STRANGE = "../../etc/x\0\n🎨 שלום \ud83c end"

@@ -5,7 +5,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sana_jax.batch.outputs import OutputFolder
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 from tests.batch.test_outputs import (
     NOTES,
     contents,

@@ -10,8 +10,8 @@ from sana_jax.batch import draw
 from sana_jax.batch.manifest import key_of
 from sana_jax.batch.settings import Options, settings_of, with_requests
 from sana_jax.batch.tasks import Task, make_batches, make_tasks
-from sana_jax.data import buckets
-from sana_jax.errors import UserError
+from sana_jax.models import buckets
+from sana_jax.runtime.errors import UserError
 from tests import mini
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sana_jax.batch.tasks import Task, check_fields, make_batches, make_tasks, read_rows, with_sizes
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 COMMON = {"negative_prompt": "", "num_steps": 20, "guidance_scale": 4.5}
 

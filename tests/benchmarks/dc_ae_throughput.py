@@ -19,11 +19,11 @@ import numpy as np
 from absl import flags
 
 from configs import dc_ae_shapes
-from sana_jax import cli
-from sana_jax.data import shapes
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.orders import GlobalOrder
-from sana_jax.training.dc_ae_phases import AutoencoderTraining
+from sana_jax.runtime import cli
+from sana_jax.shapes.dataset import prepare
+from sana_jax.training.autoencoder.run import AutoencoderTraining
 from sana_jax.training.loop import jit_step
 from sana_jax.training.prefetch import Prefetch
 from sana_jax.training.state import on_mesh
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     config = dc_ae_shapes.get_config()
     config.data.data_dir = DATA_DIR.value
     config.phases.low_resolution.batch_size = BATCH.value
-    shapes.prepare(DATA_DIR.value, 128, *(dict(config.data.shapes.train)[128], 1000, 0))
+    prepare(DATA_DIR.value, 128, *(dict(config.data.shapes.train)[128], 1000, 0))
     training = AutoencoderTraining(config, "/nonexistent")
     task = training.tasks["low_resolution"]
     abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), training.mesh)

@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 
 from sana_jax.checkpoints import diffusers  # noqa: E402
 from sana_jax.checkpoints.components import module_for, place  # noqa: E402
-from sana_jax.models.tiling import tiled_decode  # noqa: E402
+from sana_jax.pipeline.tiling import tiled_decode  # noqa: E402
 from sana_jax.sharding import make_mesh  # noqa: E402
 
 

@@ -17,14 +17,14 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from sana_jax import cli
 from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.precomputed import INDEX, Precomputed, ShardWriter, write_json
-from sana_jax.data.shapes_builder import record
 from sana_jax.data.text_image import CaptionTokens, TextImageTransform
-from sana_jax.data.tokenizer import train_tokenizer
 from sana_jax.data.transforms import ImageTransform, StoredLatents
+from sana_jax.runtime import cli
+from sana_jax.shapes.builder import record
+from sana_jax.text.tokenizers import train_tokenizer
 
 SECONDS = flags.DEFINE_float("seconds", 2.0, "that each case is measured for")
 RECORDS, BATCH, ROWS = 512, 32, 64

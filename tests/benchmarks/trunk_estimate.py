@@ -18,8 +18,10 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from sana_jax import cli, flops, tpu_estimate
+from sana_jax.measure import tpu_estimate
+from sana_jax.models import flops
 from sana_jax.models.dit import PRESETS, REMAT, Block
+from sana_jax.runtime import cli
 
 MODELS = {"0.6B": ("sana_600m_1024", 16), "1.6B": ("sana_1600m_1024", 8)}
 TOPOLOGIES = {"v5e": "2x2", "v6e": "2x2", "v5p": "2x2x1"}

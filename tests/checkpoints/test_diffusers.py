@@ -13,11 +13,12 @@ from diffusers import SanaPipeline as TheirPipeline
 from flax import traverse_util
 from safetensors.torch import load_file, save_file
 
-from sana_jax import checkpoints, text
 from sana_jax.checkpoints import diffusers, native
-from sana_jax.checkpoints.fingerprint import fingerprint
-from sana_jax.errors import UserError
+from sana_jax.checkpoints.find import fingerprint
+from sana_jax.checkpoints.load import load, open_checkpoint
+from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import make_mesh
+from sana_jax.text import prompts
 from tests import toy
 
 
@@ -39,8 +40,8 @@ def folder(written, tmp_path):
     return shutil.copytree(written, tmp_path / "checkpoint")
 
 
-def load(folder, dtype="float32", **kwargs):
-    return checkpoints.load(str(folder), dtype, make_mesh(devices=toy.devices(1)), **kwargs)
+def load_on_one_device(folder, dtype="float32", **kwargs):
+    return load(str(folder), dtype, make_mesh(devices=toy.devices(1)), **kwargs)
 
 
 def flat(checkpoint) -> dict:
@@ -57,7 +58,7 @@ def assert_same(found, expected):
 
 
 def test_single_files(theirs, written):
-    checkpoint = load(written)
+    checkpoint = load_on_one_device(written)
     for name, module in (
         ("dit", theirs.transformer),
         ("vae", theirs.vae),
@@ -72,7 +73,7 @@ def test_single_files(theirs, written):
 def test_shards(theirs, written, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("transformer/*-of-*.safetensors"))) > 2
-    assert_same(load(tmp_path), load(written))
+    assert_same(load_on_one_device(tmp_path), load_on_one_device(written))
 
 
 def test_variants(theirs, written, folder):
@@ -82,19 +83,19 @@ def test_variants(theirs, written, folder):
         getattr(half, name).to(torch.bfloat16)
     half.save_pretrained(folder, variant="bf16")
     half.save_pretrained(folder, variant="fp16", max_shard_size="100KB")
-    assert_same(load(folder), load(written))
-    whole, shards = (load(folder, variant=v) for v in ("bf16", "fp16"))
+    assert_same(load_on_one_device(folder), load_on_one_device(written))
+    whole, shards = (load_on_one_device(folder, variant=v) for v in ("bf16", "fp16"))
     assert_same(whole, shards)
     kernel = "dit/patch_embed/kernel"
-    assert (flat(whole)[kernel] != flat(load(written))[kernel]).any()
+    assert (flat(whole)[kernel] != flat(load_on_one_device(written))[kernel]).any()
     with pytest.raises(UserError, match="no files of variant 'int8'"):
-        load(folder, variant="int8")
+        load_on_one_device(folder, variant="int8")
 
 
 def test_only_a_variant(theirs, tmp_path):
     theirs.save_pretrained(tmp_path, variant="fp16")
     with pytest.raises(UserError, match="has no .* there are files of variant fp16"):
-        load(tmp_path)
+        load_on_one_device(tmp_path)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
@@ -102,7 +103,7 @@ def test_only_a_variant(theirs, tmp_path):
 def test_types(written, folder, stored, dtype):
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({n: t.to(stored) for n, t in load_file(path).items()}, path)
-    found = load(folder, dtype).params["dit"]["proj_out"]["kernel"]
+    found = load_on_one_device(folder, dtype).params["dit"]["proj_out"]["kernel"]
     exact = load_file(path)["proj_out.weight"].float().numpy().T
     assert found.dtype == dtype
     np.testing.assert_array_equal(np.asarray(found), exact.astype(jnp.dtype(dtype)))
@@ -125,16 +126,16 @@ def test_spellings_of_transformers_4(written, folder):
     tensors = {f"model.{name}": tensor for name, tensor in load_file(path).items()}
     save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, path)
     edit_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="GemmaTokenizerFast")
-    found = load(folder)
-    assert_same(found, load(written))
-    assert found.text_encoder == load(written).text_encoder
-    assert found.tokenizer.encode("a cat") == load(written).tokenizer.encode("a cat")
+    found = load_on_one_device(folder)
+    assert_same(found, load_on_one_device(written))
+    assert found.text_encoder == load_on_one_device(written).text_encoder
+    assert found.tokenizer.encode("a cat") == load_on_one_device(written).tokenizer.encode("a cat")
 
 
 def test_older_transformer_config(written, folder):
     config = folder / "transformer" / "config.json"
     edit_json(config, guidance_embeds=..., guidance_embeds_scale=..., timestep_scale=...)
-    assert load(folder).dit == load(written).dit
+    assert load_on_one_device(folder).dit == load_on_one_device(written).dit
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_older_transformer_config(written, folder):
 )
 def test_schedulers(folder, caplog, scheduler, shift):
     edit_json(folder / "scheduler" / "scheduler_config.json", **scheduler)
-    assert load(folder).flow_shift == shift
+    assert load_on_one_device(folder).flow_shift == shift
     assert ("sampler=flow_euler" in caplog.text) == ("_class_name" in scheduler)
 
 
@@ -155,7 +156,7 @@ def test_batch_norm_counters_are_not_read(theirs, folder):
     vae.save_pretrained(folder / "vae")
     names = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert any(name.endswith("num_batches_tracked") for name in names)
-    checkpoint = load(folder)
+    checkpoint = load_on_one_device(folder)
     jax.tree.map(
         np.testing.assert_array_equal, checkpoint.params["vae"], toy.params(vae, checkpoint.vae)
     )
@@ -202,7 +203,7 @@ def poison(value):
 def test_wrong_tensors_are_named(folder, change, words):
     spoil(folder, change)
     with pytest.raises(UserError) as error:
-        load(folder)
+        load_on_one_device(folder)
     for word in [*words, "transformer"]:
         assert word in str(error.value), error.value
     assert "\n" not in str(error.value)
@@ -210,9 +211,9 @@ def test_wrong_tensors_are_named(folder, change, words):
 
 def test_values_beyond_float16_are_named(folder):
     spoil(folder, poison(1e6))
-    load(folder, "bfloat16")
+    load_on_one_device(folder, "bfloat16")
     with pytest.raises(UserError, match="conv_depth.weight overflows float16"):
-        load(folder, "float16")
+        load_on_one_device(folder, "float16")
 
 
 def truncate(path):
@@ -233,7 +234,7 @@ def truncate(path):
 def test_damaged_files_are_named(folder, change, words):
     change(folder / WEIGHTS)
     with pytest.raises(UserError, match="transformer.*" + words):
-        load(folder)
+        load_on_one_device(folder)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_damaged_indices_are_named(theirs, folder, change, words):
     theirs.transformer.save_pretrained(folder / "transformer", max_shard_size="100KB")
     change(folder / f"{WEIGHTS}.index.json")
     with pytest.raises(UserError, match=words):
-        load(folder)
+        load_on_one_device(folder)
 
 
 @pytest.mark.parametrize(
@@ -312,24 +313,24 @@ def test_damaged_indices_are_named(theirs, folder, change, words):
 def test_other_kinds_are_refused_by_name(folder, file, changes, words):
     edit_json(folder / file, **changes)
     with pytest.raises(UserError, match=words):
-        load(folder)
+        load_on_one_device(folder)
 
 
 def test_missing_and_broken_configs(folder):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(UserError, match="tokenizer is missing"):
-        load(folder)
+        load_on_one_device(folder)
     (folder / "vae" / "config.json").write_text("{")
     with pytest.raises(UserError, match="vae/config.json is not JSON"):
-        load(folder)
+        load_on_one_device(folder)
     (folder / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match="vae/config.json is missing"):
-        load(folder)
+        load_on_one_device(folder)
 
 
 def test_an_autoencoder_alone(written, tmp_path):
     """As DC-AE is published: config and weights, no pipeline around them."""
-    alone, whole = load(written / "vae"), load(written)
+    alone, whole = load_on_one_device(written / "vae"), load_on_one_device(written)
     assert alone.configs() == {"vae": whole.vae}
     assert_same(alone, dataclasses.replace(whole, params={"vae": whole.params["vae"]}))
     copy = shutil.copytree(written / "vae", tmp_path / "vae")
@@ -337,52 +338,52 @@ def test_an_autoencoder_alone(written, tmp_path):
     edit_json(copy / "config.json", scaling_factor=2.0)
     assert fingerprint(copy) != fingerprint(written / "vae")
     with pytest.raises(UserError, match="SanaTransformer2DModel checkpoint; only SanaPipeline"):
-        load(written / "transformer")
+        load_on_one_device(written / "transformer")
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="native folder, a diffusers folder, a bundled name"):
-        load("no_such_model")
+        load_on_one_device("no_such_model")
     with pytest.raises(UserError, match="neither model.json"):
-        load(tmp_path)
+        load_on_one_device(tmp_path)
     with pytest.raises(UserError, match="some/model is no folder here"):
-        load("some/model")  # tests are offline
+        load_on_one_device("some/model")  # tests are offline
 
 
 def test_native_round_trip(written, tmp_path):
     """diffusers -> native -> diffusers: the same weights to the bit, and diffusers loads them."""
-    first = load(written)
+    first = load_on_one_device(written)
     native.save(first, tmp_path / "native", max_shard_bytes=100_000)
     assert (tmp_path / "native" / "dit.safetensors.index.json").is_file()
-    second = load(tmp_path / "native")
+    second = load_on_one_device(tmp_path / "native")
     assert_same(second, first)
     for name in ("dit", "vae", "text_encoder", "flow_shift", "text_rows", "instruction"):
         assert getattr(second, name) == getattr(first, name), name
     diffusers.save(second, tmp_path / "diffusers", max_shard_bytes=100_000)
-    assert_same(load(tmp_path / "diffusers"), first)
+    assert_same(load_on_one_device(tmp_path / "diffusers"), first)
     their = TheirPipeline.from_pretrained(tmp_path / "diffusers")
     again = toy.params(their.transformer, first.dit)
     jax.tree.map(np.testing.assert_array_equal, again, first.params["dit"])
 
 
 def test_damaged_native_folder(written, tmp_path):
-    native.save(load(written), tmp_path / "native")
+    native.save(load_on_one_device(written), tmp_path / "native")
     weights = tmp_path / "native" / "dit.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
     with pytest.raises(UserError, match="dit.safetensors is damaged"):
-        load(tmp_path / "native")
-    native.save(load(written), tmp_path / "other")
+        load_on_one_device(tmp_path / "native")
+    native.save(load_on_one_device(written), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "dit.safetensors", weights)
-    load(tmp_path / "native")
+    load_on_one_device(tmp_path / "native")
     shutil.copy(weights, tmp_path / "native" / "extra.safetensors")
     with pytest.raises(UserError, match="extra.safetensors is not in model.json"):
-        load(tmp_path / "native")
+        load_on_one_device(tmp_path / "native")
     (tmp_path / "native" / "extra.safetensors").unlink()
     edit_json(tmp_path / "native" / "model.json", version=2)
     with pytest.raises(UserError, match="version 2"):
-        load(tmp_path / "native")
+        load_on_one_device(tmp_path / "native")
 
 
 @pytest.mark.parametrize(
@@ -403,21 +404,21 @@ def test_damaged_native_folder(written, tmp_path):
     ],
 )
 def test_broken_model_json(written, tmp_path, changes):
-    native.save(load(written), tmp_path / "native")
+    native.save(load_on_one_device(written), tmp_path / "native")
     edit_json(tmp_path / "native" / "model.json", **changes)
     with pytest.raises(UserError, match="model.json"):
-        load(tmp_path / "native")
+        load_on_one_device(tmp_path / "native")
 
 
 def test_instruction_of_a_diffusers_folder(written, tmp_path, monkeypatch, caplog):
     """From the file given, else from the installed diffusers; without either one line says so."""
-    assert load(written).instruction.source.startswith("diffusers/")
+    assert load_on_one_device(written).instruction.source.startswith("diffusers/")
     file = tmp_path / "instruction.txt"
     file.write_text("draw: ")
-    assert load(written, instruction_file=str(file)).instruction.text == "draw: "
-    monkeypatch.setattr(text, "_diffusers_instruction", lambda: None)
+    assert load_on_one_device(written, instruction_file=str(file)).instruction.text == "draw: "
+    monkeypatch.setattr(prompts, "_diffusers_instruction", lambda: None)
     with caplog.at_level("WARNING"):
-        assert load(written).instruction is None
+        assert load_on_one_device(written).instruction is None
     (line,) = [r.getMessage() for r in caplog.records if "instruction" in r.getMessage()]
     assert "--instruction_file" in line and "\n" not in line
 
@@ -437,11 +438,11 @@ def test_weights_trained_in_float16_are_told_of(written, tmp_path, caplog, name,
     """Of a folder that was converted too, which has another name."""
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).symlink_to(written)
-    found = load(tmp_path / name, **options)
+    found = load_on_one_device(tmp_path / name, **options)
     assert ("was trained in float16" in caplog.text) == told
     caplog.clear()
     native.save(found, tmp_path / "native")
-    load(tmp_path / "native", options.get("dtype", "float32"))
+    load_on_one_device(tmp_path / "native", options.get("dtype", "float32"))
     assert ("was trained in float16" in caplog.text) == told
 
 
@@ -450,7 +451,7 @@ def test_where_a_checkpoint_is_from(written, tmp_path):
     shutil.copytree(written, folder)
     for weights in folder.glob("transformer/*.safetensors"):
         weights.rename(weights.with_suffix(".bf16.safetensors"))
-    assert checkpoints.open_checkpoint(str(folder), "bf16").provenance == {
+    assert open_checkpoint(str(folder), "bf16").provenance == {
         "source": "org/name-diffusers",
         "commit": "0123abc",
         "layout": "diffusers",

@@ -18,10 +18,11 @@ from tests import toy
 NAME, COMMIT = "someone/toy-sana", "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import sys
-from sana_jax import checkpoints, cli
+from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.runtime import cli
 from absl import app, flags
 def main(argv):
-    found = checkpoints.open_checkpoint("{name}", {variant!r}, {revision!r})
+    found = open_checkpoint("{name}", {variant!r}, {revision!r})
     print(found.dit.depth if found.dit else sorted(found.params))
 cli.run(main)
 """

@@ -11,8 +11,8 @@ import torch
 
 from sana_jax.checkpoints.components import param_shapes
 from sana_jax.checkpoints.nvlabs import dit_entries, load_dit, open_checkpoint
-from sana_jax.errors import UserError
 from sana_jax.models.dit import PRESETS, SanaTransformer
+from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import make_mesh
 from tests import toy
 from tests.models.test_dit import inputs, reference

@@ -16,7 +16,7 @@ import torch
 
 from sana_jax.checkpoints import pth
 from sana_jax.checkpoints.pth import PthReader
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 
 SPELLINGS = {
     torch.float64: "F64",

@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from sana_jax.data.counts import Counts, Rejection
 from sana_jax.data.loader import attempt_record
+from sana_jax.data.rejections import Counts, Rejection
 
 WIDTH, HEIGHT = 48, 40
 TURNED_RIGHT = 6  # EXIF: to be turned by 90 degrees clockwise

@@ -8,8 +8,8 @@ import pytest
 
 from sana_jax.data.captions import KINDS, CaptionChoice
 from sana_jax.data.images import BadImage
-from sana_jax.data.shapes_builder import record as shapes_record
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
+from sana_jax.shapes.builder import record as shapes_record
 
 SCORES = [27.1, 31.5, 24.9, 25.0]
 

@@ -7,7 +7,7 @@ import pytest
 
 from sana_jax.data.folder import Folder
 from sana_jax.data.images import BadImage
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime.errors import Retry, UserError
 from tests.data.bad_files import encode, picture
 
 PNG = encode(picture(), "PNG")

@@ -11,12 +11,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sana_jax.data.counts import Budget, Counts
 from sana_jax.data.images import REASONS, BadImage, cover_crop, decode
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
+from sana_jax.data.rejections import Budget, Counts
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import ImageTransform
-from sana_jax.errors import DoNotRetry, Retry, UserError
+from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
 from tests.data import bad_files
 from tests.data.bad_files import encode, picture
 from tests.data.test_folder import make

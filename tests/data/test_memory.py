@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from sana_jax.data.counts import Budget
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.memory import InMemory
+from sana_jax.data.rejections import Budget
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import ImageTransform
 from tests.data import bad_files

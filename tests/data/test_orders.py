@@ -7,12 +7,12 @@ import logging
 import numpy as np
 import pytest
 
-from sana_jax.data.buckets import assign, training_buckets
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.orders import BucketOrder, GlobalOrder, bucket_order
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import BucketTransform
-from sana_jax.errors import UserError
+from sana_jax.models.buckets import assign, training_buckets
+from sana_jax.runtime.errors import UserError
 from tests.data.bad_files import encode, picture, unusable
 from tests.data.test_folder import make
 from tests.data.test_loader import ANY, Number, Numbers

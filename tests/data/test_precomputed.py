@@ -14,7 +14,7 @@ from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import INDEX, Precomputed, ShardWriter, finished_shard, write_json
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import StoredLatents
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime.errors import Retry, UserError
 from tests.data import bad_files
 
 SHAPES = [(4, 4, 3)] * 5 + [(2, 8, 3)] * 4 + [(4, 4, 3)] * 3

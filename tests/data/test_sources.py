@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from sana_jax.data import shapes
 from sana_jax.data.images import decode
-from sana_jax.data.sources import Record, fingerprint, open_source
-from sana_jax.errors import UserError
+from sana_jax.data.records import Record, fingerprint
+from sana_jax.data.sources import open_source
+from sana_jax.runtime.errors import UserError
+from sana_jax.shapes.dataset import prepare
 from tests.data.bad_files import encode, picture
 from tests.data.test_folder import PNG, make
 
@@ -76,7 +77,7 @@ def test_the_fingerprint_of_many_reads_few():
 def test_shapes_is_read_from_where_it_was_prepared(tmp_path):
     with pytest.raises(UserError, match="is not there; make it with python -m"):
         open_source("shapes", "train", str(tmp_path), size=32)
-    shapes.prepare(tmp_path, size=32, train=6, test=3)
+    prepare(tmp_path, size=32, train=6, test=3)
     train, test = (open_source("shapes", split, str(tmp_path), 32) for split in ("train", "test"))
     assert (len(train), len(test)) == (6, 3) and train.fingerprint != test.fingerprint
     assert set(train[0]) == Record.__required_keys__ | {"image"}

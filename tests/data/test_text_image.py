@@ -13,9 +13,9 @@ from sana_jax.data.loader import EvaluationLoader, TrainingLoader
 from sana_jax.data.sources import open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
 from sana_jax.data.transforms import BucketTransform, ImageTransform
-from sana_jax.errors import UserError
-from sana_jax.text import tokenize
-from sana_jax.toy_tokenizer import toy_tokenizer
+from sana_jax.runtime.errors import UserError
+from sana_jax.text.prompts import tokenize
+from sana_jax.text.tokenizers import toy_tokenizer
 from tests.data.bad_files import encode, picture
 from tests.data.test_folder import make
 from tests.data.test_loader import ANY

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from sana_jax.data.images import BadImage, decode
 from sana_jax.data.sources import open_source
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime.errors import Retry, UserError
 from tests.data.bad_files import encode, picture
 
 COUNT = 5

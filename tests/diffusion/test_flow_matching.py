@@ -26,7 +26,7 @@ from sana_jax.diffusion.flow_matching import (
     reference_grid,
     row_errors,
 )
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 from sana_jax.training.microbatches import mean_over_microbatches
 
 ROWS = 20_000

@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from sana_jax import random_weights
-from sana_jax.checkpoints import native
+from sana_jax.checkpoints import native, random_weights
 from sana_jax.models.gemma2 import Gemma2Config
 from tests import test_same_as_before as test
 from tests import xla

@@ -107,7 +107,7 @@ def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20, d
 
 def tpu_mesh(chip):
     pytest.importorskip("libtpu")
-    from sana_jax import tpu_estimate
+    from sana_jax.measure import tpu_estimate
 
     axes = dict.fromkeys(MESH_AXES, 1)
     return tpu_estimate.tpu_mesh("2x2x1" if chip == "v5p" else "2x2", axes, chip)
@@ -115,7 +115,7 @@ def tpu_mesh(chip):
 
 def compile_for_tpu(name, chip, **sizes):
     mesh = tpu_mesh(chip)
-    from sana_jax import tpu_estimate
+    from sana_jax.measure import tpu_estimate
 
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     fn, args = operations(sharding, **sizes)[name]

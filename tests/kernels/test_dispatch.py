@@ -46,7 +46,7 @@ def test_lowering_for_cuda(name):
 def test_split_tokens_compile_for_tpu(name, kind, moved):
     """The kernels on a quarter of the tokens, and what they exchange: states, or halo rows."""
     pytest.importorskip("libtpu")
-    from sana_jax import tpu_estimate
+    from sana_jax.measure import tpu_estimate
 
     mesh = tpu_estimate.tpu_mesh("2x2", dict(zip(MESH_AXES, (1, 1, 4, 1), strict=True)))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -5,9 +5,8 @@ import math
 import jax
 import pytest
 
-from sana_jax import tpu_estimate
 from sana_jax.checkpoints.components import param_shapes
-from sana_jax.measure import inputs, memory
+from sana_jax.measure import inputs, memory, tpu_estimate
 from sana_jax.measure.inputs import Settings
 from sana_jax.sharding import MESH_AXES
 

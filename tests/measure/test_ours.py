@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from sana_jax import flops
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import Ours, count, make_pipeline
+from sana_jax.models import flops
 
 
 def settings(part, **changes):

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from sana_jax.errors import UserError
 from sana_jax.measure import worker
 from sana_jax.measure.inputs import Settings
 from sana_jax.measure.worker import Worker
+from sana_jax.runtime.errors import UserError
 
 TINY = Settings("tiny", "trunk", 1, 32, "float32", 1)
 

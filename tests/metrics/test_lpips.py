@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from sana_jax.errors import UserError
 from sana_jax.metrics import lpips
+from sana_jax.runtime.errors import UserError
 from tests.toy import assert_close, randomise
 
 WIDTHS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}

@@ -12,8 +12,8 @@ from flax import linen as nn
 
 from sana_jax import sharding
 from sana_jax.checkpoints.components import abstract_params
-from sana_jax.errors import UserError
 from sana_jax.models.dit import PRESETS, SanaConfig, SanaTransformer
+from sana_jax.runtime.errors import UserError
 from tests import toy
 
 TIMESTEPS = (999, 847, 562, 249, 13)

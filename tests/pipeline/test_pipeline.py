@@ -13,10 +13,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from sana_jax import SanaPipeline, denoise
+from sana_jax import SanaPipeline
 from sana_jax.diffusion.dpm_solver import flow_dpm_solver
-from sana_jax.errors import Retry, UserError
-from sana_jax.pipeline import pipeline, programs, request
+from sana_jax.pipeline import denoise, pipeline, programs, request
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.sharding import make_mesh
 from tests import toy
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sana_jax import SanaPipeline
-from sana_jax.errors import UserError
 from sana_jax.pipeline import request
 from sana_jax.pipeline.request import Facts, Request
+from sana_jax.runtime.errors import UserError
 from tests.pipeline.test_pipeline import (  # noqa: F401 (fixtures)
     PROMPTS,
     draw,

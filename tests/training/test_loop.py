@@ -14,9 +14,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sana_jax import sharding
-from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.errors import DoNotRetry, Retry, UserError
+from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
 from sana_jax.training import command, state
+from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig, _Profile, fit, jit_step
 from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter

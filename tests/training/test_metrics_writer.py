@@ -10,9 +10,9 @@ from etils import epath
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from sana_jax.errors import Retry, Stopped
-from sana_jax.files import storage
 from sana_jax.pictures import make_grid
+from sana_jax.runtime.errors import Retry, Stopped
+from sana_jax.runtime.files import storage
 from sana_jax.training import metrics_writer
 from sana_jax.training.metrics_writer import MetricsWriter
 

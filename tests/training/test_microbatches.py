@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax.errors import UserError
+from sana_jax.runtime.errors import UserError
 from sana_jax.training import microbatches
 
 

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax import sharding
 from sana_jax.checkpoints import native
-from sana_jax.checkpoints.training import Checkpoints
-from sana_jax.errors import Retry, UserError
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.training import session as session_module
+from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.session import Session, export
 from tests.training import toy_run

@@ -8,7 +8,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import sharding
-from sana_jax.training import optimizers, state
+from sana_jax.training import state
+from sana_jax.training.optimizers import optimizers
 
 
 def make():

@@ -102,7 +102,8 @@ def model(settings, mesh):
     import optax
     from flax import linen as nn
 
-    from sana_jax.training import microbatches, optimizers, state
+    from sana_jax.training import microbatches, state
+    from sana_jax.training.optimizers import optimizers
 
     class Net(nn.Module):
         @nn.compact
@@ -150,7 +151,7 @@ def main(argv):
     import jax
 
     from sana_jax import sharding
-    from sana_jax.checkpoints.training import Checkpoints
+    from sana_jax.training.checkpoints.manager import Checkpoints
     from sana_jax.training.loop import LoopConfig, fit, jit_step
     from sana_jax.training.metrics_writer import MetricsWriter
 
@@ -173,7 +174,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from sana_jax import cli
+    from sana_jax.runtime import cli
 
     arguments, sys.argv = sys.argv, sys.argv[:1]
     cli.run(lambda _: main(arguments))

@@ -1,0 +1,146 @@
+"""Finds the folder that a checkpoint's name leads to: native, diffusers, bundled, or on the hub."""
+
+import hashlib
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+from sana_jax.checkpoints import diffusers
+from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.runtime.files import is_full, sha256_of
+
+ASSETS = Path(__file__).parent.parent / "assets"
+# One of them is in every checkpoint: native, diffusers, an autoencoder alone.
+MARKERS = "model.json", "model_index.json", "config.json"
+# What a hub repository holds that we read beside weights, which are fetched by their variant.
+HUB_FILES = ["*.json", "tokenizer/*"]
+
+
+def fingerprint(folder: Path, variant: str | None = None) -> str:
+    """The hash of what a native or a diffusers folder draws with.
+
+    Native: of model.json, which holds the hash of every other file. Diffusers: of every file that
+    is read for that variant, byte for byte; the hub's cache has hashed its large files already.
+    """
+    folder = Path(folder)
+    if (folder / "model.json").is_file():
+        return file_sha256(folder / "model.json")
+    digest = hashlib.sha256()
+    for file in diffusers.files(folder, variant):
+        digest.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file; a large file in the hub's cache is a link to one with that name."""
+    target = path.resolve().name
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", target):
+        return target
+    return sha256_of(path)
+
+
+def find(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a checkpoint; downloads it where `name` is a hub id.
+
+    Raises UserError, and Retry where the hub does not answer.
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"a checkpoint is named by a text, not by {name!r}")
+    name = os.fspath(name)
+    if "://" in name:
+        raise UserError(f"{name}: checkpoints are read from local folders; copy it to one first")
+    path = Path(os.path.expanduser(name))
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UserError(f"no checkpoint {name!r:.60}: {error.strerror}") from None
+    if is_file and path.suffix == ".pth":
+        command = f"python -m sana_jax.convert --source={name} --rest=DIR --out=NATIVE_DIR"
+        raise UserError(f"{name} has to be converted before it is used: {command}")
+    if is_file:
+        raise UserError(f"{name} is a file; name the folder of the checkpoint that it belongs to")
+    if is_folder:
+        if revision:
+            raise UserError(f"{name} is a folder, which has no revision {revision!r}")
+        if any((path / marker).is_file() for marker in MARKERS):
+            return path
+        if name in bundled():  # a folder of that name holds something else, such as the data set
+            return bundled()[name]
+        lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"
+        if (path / "model" / "model.json").is_file():  # where a training puts it
+            lacks += f": give {os.path.join(name, 'model')}"
+        raise UserError(lacks)
+    if name in bundled():
+        return bundled()[name]
+    mistyped = path.parent != Path(".") and path.parent.is_dir()  # its parent is a folder here
+    if name.count("/") == 1 and not (path.is_absolute() or name.startswith(".") or mistyped):
+        return _download(name, revision, variant)
+    names = " or ".join(bundled()) or "none yet"
+    no_hub = f"; {path.parent} is a folder here, so that it is no hub id" if mistyped else ""
+    raise UserError(
+        f"no checkpoint {name!r}: give a native folder, a diffusers folder, "
+        f"a bundled name ({names}) or a hub id (org/name){no_hub}"
+    )
+
+
+def bundled() -> dict[str, Path]:
+    """The checkpoints that come with the package."""
+    return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/model.json"))}
+
+
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    """A hub repository in the local cache: its configs and the weights that will be read."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # we say ourselves what is missing
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    fetch = partial(huggingface_hub.snapshot_download, name, revision=revision)
+    # A variant's files have its name between two dots, where plain files have one dot.
+    plain = dict(allow_patterns=["*.safetensors"], ignore_patterns=["*.*.safetensors"])
+    try:
+        folder = Path(fetch(allow_patterns=HUB_FILES))
+        if not any((folder / marker).is_file() for marker in MARKERS):
+            raise UserError(
+                f"{name} has no {' or '.join(MARKERS)}; of NVlabs' repositories give the one whose"
+                " name ends in _diffusers, or convert a .pth file of it"
+            )
+        if not (folder / "model.json").is_file():
+            diffusers.component_names(folder)  # raises for other kinds, before gigabytes are here
+        # The commit that it is of: a branch may move on before the next call.
+        fetch = partial(huggingface_hub.snapshot_download, name, revision=folder.name)
+        if variant:
+            fetch(allow_patterns=[f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"])
+            files = folder.rglob(f"*.{variant}*.safetensors")
+            there = {path.relative_to(folder).parent.as_posix() for path in files}
+            if not there:
+                raise UserError(f"{name} has no files of variant {variant!r}")
+            if "." in there:  # an autoencoder alone: they are all that it has
+                return folder
+            plain["allow_patterns"] = [
+                f"{part}/*.safetensors" for part, *_ in diffusers.COMPONENTS.values()
+            ]
+            plain["ignore_patterns"] += [f"{part}/*" for part in there]
+        fetch(**plain)
+        return folder
+    except Exception as error:  # what carries the bytes raises errors of its own
+        away = _is_away(error) and not huggingface_hub.constants.HF_HUB_OFFLINE
+        if not (away or isinstance(error, HfHubHTTPError | HFValidationError | OSError)):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        message = f"{name} is no folder here, and fetching it from the hub failed: {reason}"
+        raise (Retry if away else UserError)(message) from error
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the same download may succeed later."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return status is None or status in (408, 429) or status >= 500
+    # httpx' errors of the transport are no OSErrors; hf_xet raises RuntimeError.
+    lost = isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError)
+    lost = lost or (isinstance(error, OSError) and is_full(error))
+    return lost or type(error) is RuntimeError or type(error).__module__.startswith("httpx")

@@ -1,0 +1,113 @@
+"""What arguments and figures may be. Everything here raises UserError, naming the argument."""
+
+import dataclasses
+import numbers
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sana_jax.runtime.errors import UserError
+
+MAX_SEED = 2**32 - 1  # jax.random.key keeps 32 bits
+MAX_STEPS = 1000
+# The least that numbers of every recipe may be which belong to no group with a dataclass.
+LEAST = {
+    "seed": 0,
+    "data.shapes.seed": 0,
+    "keep": 1,  # or the step that was just saved would go too
+}
+
+
+class BadArgument(UserError):
+    """`name`: the argument's, for a caller whose user knows where it was given."""
+
+    def __init__(self, name: str, wrong: str):
+        self.name = name
+        super().__init__(f"{name} {wrong}")
+
+
+def whole(name: str, value, low: int, high: int) -> int:
+    """A whole number in low .. high; numpy's are numbers too, truth values are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise BadArgument(name, f"{value!r} is not a whole number in {low} .. {high}")
+    if not low <= int(value) <= high:
+        raise BadArgument(name, f"{value} is not a whole number in {low} .. {high}")
+    return int(value)
+
+
+def number(name: str, value, low: float, high: float) -> float:
+    """A finite number in low .. high."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not low <= value <= high:
+        raise BadArgument(name, f"{value!r} is not a number in {low:g} .. {high:g}")
+    return float(value)
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Raises unless `value` is `least` or more; None, which stands for a default, passes."""
+    if value is not None and not value >= least:
+        raise UserError(f"{name}={value}: it is at least {least}")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raises unless `value` is in low .. high."""
+    if not low <= value <= high:
+        raise UserError(f"{name}={value}: give {low} to {high}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raises unless `value` is above 0 and finite."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={value}: give a positive number")
+
+
+def multiple(given: str, side: int, step: int) -> None:
+    """Raises unless `side`, in pixels, is a multiple of `step`; `given`: how the caller put it."""
+    if side % step:
+        raise UserError(f"{given} is not a multiple of {step}: try {near(side, step)}")
+
+
+def near(side: int, step: int) -> str:
+    """The multiples of `step` on both sides of `side`, in words."""
+    low = side // step * step
+    return f"{low} or {low + step}" if low else str(step)
+
+
+def choice(name: str, value, choices: Collection[str]) -> str:
+    if value not in list(choices):
+        raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
+    return value
+
+
+def read_group(kind: Any, fields: Mapping[str, Any], key: str) -> Any:
+    """Reads a group of a recipe's keys into its dataclass, and the groups in it into theirs.
+
+    Args:
+      kind: the dataclass; its `__post_init__` begins a message with the name of the field.
+      fields: the group, a plain dict.
+      key: what the user calls the group, such as "config.loop", for messages.
+    """
+    fields = dict(fields)
+    for field in dataclasses.fields(kind):
+        group: Any = field.type
+        if dataclasses.is_dataclass(group) and field.name in fields:
+            fields[field.name] = read_group(group, fields[field.name], f"{key}.{field.name}")
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise UserError(f"{key}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
+
+
+def as_group(values: Any, *but: str) -> dict[str, Any]:
+    """Returns a dataclass as a group of a recipe's keys, without the fields named in `but`."""
+    return {name: x for name, x in dataclasses.asdict(values).items() if name not in but}
+
+
+def check_least(config: Any, more: Mapping[str, int]) -> None:
+    """Raises for numbers of a recipe below LEAST, or below those of `more`."""
+    for key, least in (LEAST | dict(more)).items():
+        at_least(f"config.{key}", operator.attrgetter(key)(config), least)
+    if config.seed > MAX_SEED:
+        raise UserError(f"config.seed={config.seed}: it is at most {MAX_SEED}")

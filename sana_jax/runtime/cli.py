@@ -1,0 +1,234 @@
+"""What every command shares: flags, `--help`, and exit statuses that a script can rely on.
+
+    if __name__ == "__main__":
+        cli.run(main)  # main(argv) as for absl's app.run; argv holds the program's name alone
+
+0 done; 1 a bug, with its traceback; 2 the user's input (`UserError`); 75 retry me (`Retry`);
+76 do not retry (`DoNotRetry`); 130 Ctrl-C; 143 SIGTERM, and 75 for both in a training. From 2 on,
+stderr gets one line. Ctrl-C and SIGTERM unwind `main`, so `finally` blocks run; a second SIGTERM
+kills at once.
+"""
+
+import contextlib
+import difflib
+import os
+import re
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+
+from absl import app, flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from sana_jax.runtime.errors import DoNotRetry, Retry, Stopped, UserError
+
+FLAGS = flags.FLAGS
+EXIT_USER_ERROR, EXIT_RETRY, EXIT_DO_NOT_RETRY = 2, 75, 76
+GRACE_SECONDS = 5.0  # for threads that read, once the status is known
+
+# Complaints of absl that leave the remedy out, and what to say instead.
+_REMEDIES = {
+    r"Flag (--\S+) must have a value other than None": r"\1 is missing; --help says what it takes",
+    r"Missing value for flag (--\S+)": r"\1 has no value; write \1=VALUE",
+    r"Found ([^\s=]+).* in argv before a value for (--\S+)": r"\1 needs \2=FILE before it",
+    r"flag (--.* should be one of .*)": r"\1",
+    r"flag (--\S+): \('Non-boolean": r"\1: it takes true or false",
+    r"Type <class '(\w+)'> of field (\S+)": r"--\2 is a \1; change it in the config's file",
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; no `except Exception` swallows it."""
+
+
+def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
+    """Parses the flags, calls main(argv) and exits; `main` returns None or a status.
+
+    `resumes`: the same command goes on where a signal has ended it.
+    """
+    if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
+        sys.exit(print(_help()))
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.unraisablehook = _raise_again
+    if any(re.match("--?(no)?jax_", argument) for argument in sys.argv[1:]):
+        import jax  # takes seconds, which a command without such flags may not need
+
+        jax.config.config_with_absl()
+    try:
+        app.run(main, flags_parser=_parse)
+    except SystemExit:
+        _flush(BrokenPipeError)
+        raise
+    except UserError as error:
+        status, line = EXIT_USER_ERROR, f"error: {error}"
+    except Stopped as error:
+        status, line = EXIT_RETRY, f"{error}"
+    except Retry as error:
+        status, line = EXIT_RETRY, f"error: {error}"
+    except DoNotRetry as error:
+        status, line = EXIT_DO_NOT_RETRY, f"error: {error}"
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted"
+    except _Terminated:
+        status, line = 143, "terminated"
+    signalled = status > 128
+    if signalled and resumes:
+        status, line = EXIT_RETRY, f"{line}; the same command goes on from what is saved"
+    with contextlib.suppress(OSError):
+        print(" ".join(line.split()), file=sys.stderr)
+    _flush(OSError)
+    if signalled:  # do not wait, as the interpreter would, for what devices still do
+        os._exit(status)
+    # It waits for threads too, one of which may read from a disk that never answers.
+    timer = threading.Timer(GRACE_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    sys.exit(status)
+
+
+def _flush(lost: type[OSError]) -> None:
+    """Drops what cannot be printed for this reason; Python would end with 120 of its own."""
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except lost:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _raise_again(ignored) -> None:
+    """Python drops what is raised in a callback of its garbage collector, and JAX has one there.
+
+    Ctrl-C and SIGTERM are raised once more, when the callback is over.
+    """
+    if not issubclass(ignored.exc_type, KeyboardInterrupt | _Terminated):
+        return sys.__unraisablehook__(ignored)
+
+    def again(signum, frame):
+        raise ignored.exc_type
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _on_sigterm(signum, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise _Terminated
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parsing, with every complaint turned into a UserError."""
+    # Shells leave the ~ of --out=~/pictures alone; a folder of that name would be made.
+    home = re.compile(r"(--?(?!(?:negative_)?prompt=)[\w.]+=)(~(?:/.*)?)", re.DOTALL)
+    argv = [f"{m[1]}{os.path.expanduser(m[2])}" if (m := home.fullmatch(a)) else a for a in argv]
+    try:
+        rest = FLAGS(argv)
+        for flag in _config_flags():
+            getattr(flag.value, "items", None)  # raises the OSError of a file that did not load
+            _check_tuples(flag)
+    except flags.UnrecognizedFlagError as error:
+        name, config = error.flagname, error.flagname.partition(".")[0]
+        hint = f"give --{config}=FILE before it" if config in FLAGS else _closest(name, FLAGS)
+        raise UserError(f"unknown flag --{name}; {hint or '--help lists the flags'}") from error
+    except flags.Error as error:
+        raise UserError(_explain(str(error))) from error
+    except OSError as error:
+        raise UserError(f"--config: {_last_line(error)}; give it a file of configs/") from error
+    except SyntaxError as error:
+        where = f"{error.filename} line {error.lineno}"
+        raise UserError(f"--config: {where} is not Python: {error.msg}") from error
+    except (AttributeError, LookupError):
+        for flag in _config_flags():
+            _check_keys(flag, argv)
+        raise
+    if rest[1:]:
+        raise UserError(f"unexpected {rest[1]!r}; write --flag=VALUE and quote values with spaces")
+    if FLAGS["verbosity"].using_default_value:
+        FLAGS.verbosity = -1  # warnings; app.run would show every library's notes
+    return rest
+
+
+def _explain(message: str) -> str:
+    for pattern, remedy in _REMEDIES.items():
+        if found := re.search(pattern, message):
+            return found.expand(remedy)
+    if "Traceback" in message:  # get_config refused its argument, as in --config=FILE:ARGUMENT
+        reason = re.sub(r"^[\w.]+: ", "", _last_line(message))
+        return f"--config: {reason}; correct the file, or the argument after its colon"
+    name = message.removeprefix("flag --").partition("=")[0]
+    takes = FLAGS[name].flag_type() if name in FLAGS else ""
+    return f"{message.removeprefix('flag ')}; " + (f"it takes {takes}" if takes else "see --help")
+
+
+def _last_line(error) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _closest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean --{close[0]}?" if close else ""
+
+
+def _config_flags() -> list[flags.Flag]:
+    return [FLAGS[name] for name in FLAGS if config_flags.is_config_flag(FLAGS[name])]
+
+
+def _check_keys(flag: flags.Flag, argv: list[str]) -> None:
+    """Names the first override on the command line that the config has no key for."""
+    text = "\n".join(argv)
+    files = re.findall(rf"^--?{flag.name}[=\n](.*)$", text, re.M)
+    config = flag.parser.parse(files[-1]) if files else ConfigDict()
+    keys = list(_keys(config))
+    for key in re.findall(rf"^--?(?:no)?{flag.name}\.([^=\n]+)", text, re.M):
+        if re.sub(r"\[-?\d+\]", "", key) not in keys:
+            near = _nearest(config, key.split("."))
+            hint = f"did you mean --{flag.name}.{near}?" if near else f"it has {', '.join(config)}"
+            raise UserError(f"unknown key --{flag.name}.{key}; {hint}")
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _nearest(config: ConfigDict, parts: list[str], prefix: str = "") -> str | None:
+    """The known key that a misspelt one stands for: level by level, or else by its last name."""
+    first, *rest = parts
+    close = [first] if first in config else difflib.get_close_matches(first, config, n=1)
+    if not close:  # a level too few, or one of another name
+        keys = sorted(_keys(config, prefix), key=lambda key: key.count("."), reverse=True)
+        by_name = {key.rpartition(".")[2]: key for key in keys}  # the one nearest the top
+        close = difflib.get_close_matches(parts[-1], by_name, n=1)
+        return by_name[close[0]] if close else None
+    key, below = prefix + close[0], config[close[0]]
+    if rest and isinstance(below, ConfigDict):
+        return _nearest(below, rest, f"{key}.")
+    return key
+
+
+def _check_tuples(flag: flags.Flag) -> None:
+    """ml_collections takes any elements for a tuple; these keep the type of the default's."""
+    for key, value in flag.override_values.items() if flag.value is not None else ():
+        default = FLAGS[f"{flag.name}.{key}"].default
+        kinds = {type(element) for element in default} if isinstance(value, tuple) else set()
+        if len(kinds) == 1 and any(type(element) not in kinds | {int} for element in value):
+            raise UserError(f"--{flag.name}.{key}={value}: give it elements as in {default}")
+
+
+def _help() -> str:
+    """The command's docstring and its flags; those of JAX and absl are taken but not listed."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip()]
+    package = __name__.partition(".")[0] + "."
+    for module, group in FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.startswith(package):
+            lines += ["", "flags:" if module == sys.argv[0] else f"flags of {module}:"]
+            for flag in group:
+                required = any("other than None" in check.message for check in flag.validators)
+                note = "required" if required else f"default {flag.default_as_str or 'none'}"
+                text = f"--{flag.name}: {flag.help} ({note})"
+                lines.append(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""One writer at a time in a folder, by a file that is never anybody else's.
+
+A mounted object store keeps no locks: there two machines may write, and neither is refused.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+
+from etils import epath
+
+from sana_jax.runtime.errors import UserError
+
+NAME = ".sana_jax.lock"
+OURS = re.compile(rb"sana_jax: (pid \d+, .*)", re.DOTALL)
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
+    """Refuses a folder that another process has locked; the system unlocks for one that dies.
+
+    `flag` is what names the folder on the command line. Raises UserError, also where a file of the
+    lock's name is not this program's; OSError.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield
+        return
+    path = folder / NAME
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = _open(path)
+            stack.callback(os.close, file)
+            owner = _owner(path, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run ({owner}) writes to {flag}={folder}") from None
+            except OSError:
+                pass  # a file system without locks
+            # The run before may have removed the file between our opening and our locking it.
+            if _is_at(path, file):
+                break
+        _owner(path, file)  # what was written before we held the lock
+        try:
+            with contextlib.suppress(OSError):  # a full disk: it is locked, though without a name
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"sana_jax: pid {os.getpid()}, {socket.gethostname()}".encode(), 0)
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a mount that went away: what ended us says more
+                if _is_at(path, file):
+                    os.unlink(path)
+
+
+def _open(path: epath.Path) -> int:
+    if os.path.islink(path):
+        raise _foreign(path)
+    # O_NONBLOCK: or a pipe of that name would keep us waiting.
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def _owner(path: epath.Path, file: int) -> str:
+    """Who wrote the file. Raises UserError where that was another program."""
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise _foreign(path)
+    content = os.pread(file, 1000, 0)
+    found = OURS.fullmatch(content)
+    if content and not found:
+        raise _foreign(path)
+    return found[1].decode(errors="replace") if found else "just started"
+
+
+def _foreign(path: epath.Path) -> UserError:
+    return UserError(f"{path} is not of this program, which needs the name; move it away")
+
+
+def _is_at(path: epath.Path, file: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), os.lstat(path))
+    return False

@@ -1,0 +1,180 @@
+"""Tokenizers: those that transformers wrote, one trained on captions, and a toy for tests.
+
+The two that are made here behave as Gemma's does: `<bos>` comes first, nothing comes last.
+"""
+
+import json
+import logging as standard_logging
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+from sana_jax.runtime.errors import UserError
+from sana_jax.text.prompts import clean_prompt
+
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+SPACE = "▁"
+ALPHABET = SPACE + "\n" + "".join(chr(c) for c in range(0x21, 0x7F))
+SMALLEST = len(SPECIAL) + len(BYTES) + len(ALPHABET)  # vocabulary of train_tokenizer
+WORDS = """
+a an the of and with in on above below left right inside between
+red green blue yellow orange purple pink black white gray
+circle square triangle star ring line dot shape
+small large big two three dark light striped
+cat dog bird tree house car sun sky sea city photo painting
+""".split()
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path):
+    """Trains on the captions, writes to `folder`, and returns the tokenizer (of transformers).
+
+    Byte-pair encoding inside words; a word holds the space before it, and a punctuation mark
+    stands alone. `<bos>` comes first and nothing last, padding is on the right. Letters are
+    printable ASCII; all others are bytes, so that any text can be encoded. White space is one
+    space; captions are lower-cased as prompts are (text.clean_prompt). The same captions, in any
+    order, give the same files. `len()` of it is `vocab_size`, or less where all words are known.
+
+    Raises UserError where `vocab_size` has no room for letters and bytes.
+    """
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
+
+    if vocab_size < SMALLEST:
+        raise UserError(f"vocab_size={vocab_size}: letters and bytes alone are {SMALLEST}")
+
+    def around(model):
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+        words = pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=True)
+        marks = pre_tokenizers.Punctuation("isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, marks])
+        return tokenizer
+
+    merging = around(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL) - len(BYTES),
+        initial_alphabet=list(ALPHABET),
+        limit_alphabet=len(ALPHABET),
+        show_progress=False,
+    )
+    merging.train_from_iterator(map(clean_prompt, captions), trainer)
+    learned = sorted(merging.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(merging.to_str())["model"]["merges"]
+    # Bytes must not be special: a prompt may hold the text "<0x41>".
+    vocabulary = [*SPECIAL, *BYTES, *(token for token, _ in learned)]
+    tokenizer = around(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(vocabulary)},
+            merges=[tuple(pair) for pair in merges],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    fast = as_gemma(tokenizer)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def import_transformers():
+    """The transformers package, without its advice that PyTorch is missing. Takes a second."""
+
+    def is_other(record):
+        return "PyTorch was not found" not in record.getMessage()
+
+    logger = standard_logging.getLogger("transformers")
+    logger.addFilter(is_other)
+    try:
+        import transformers
+    finally:
+        logger.removeFilter(is_other)
+    return transformers
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer in a folder that transformers wrote. Raises UserError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: it should hold the tokenizer")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{folder} has no tokenizer.json")
+    transformers = import_transformers()
+    # transformers raises all kinds, bare Exception among them.
+    try:
+        config = folder / "tokenizer_config.json"
+        name = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+        # By its name, because AutoTokenizer imports torch where that is installed.
+        known = getattr(transformers, str(name), None) if "Token" in str(name) else None
+        kind = known or transformers.AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{folder} holds no tokenizer that transformers reads: {reason}") from error
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def toy_tokenizer():
+    """Byte-pair encoding with a space as the first letter of a word, and bytes for the rest.
+
+    As with Gemma, `<bos>` comes first, nothing comes last, and a space before a word merges into
+    it. A known word is one token, any other its longest known beginning and then letters.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    # Every merge adds a letter to the beginning of a word.
+    merges = {}
+    for word in (SPACE, *string.ascii_lowercase, *WORDS):
+        for end in range(1, len(word) + 1):
+            merges[SPACE + word[:end]] = (SPACE + word[: end - 1], word[end - 1])
+    vocabulary = [*SPECIAL, *BYTES, *ALPHABET, *merges]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(vocabulary)},
+            merges=list(merges.values()),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return as_gemma(tokenizer)
+
+
+def as_gemma(tokenizer):
+    """A tokenizer of transformers from one of `tokenizers` that has the tokens of SPECIAL.
+
+    As with Gemma, `<bos>` comes first, nothing comes last, and padding is on the right.
+    """
+    from tokenizers import AddedToken, processors
+
+    bos = ("<bos>", SPECIAL.index("<bos>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[bos])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side="right",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )

@@ -1,0 +1,67 @@
+"""A small tokenizer of our own, trained on captions, that behaves as Gemma's does.
+
+    python -m sana_jax.train_tokenizer --out=DIR                    # of the built-in data set
+    python -m sana_jax.train_tokenizer --out=DIR --data=PHOTOS --vocab_size=8192
+
+It reads the captions of the first records, and draws nothing for shapes.
+"""
+
+from collections.abc import Iterable
+
+from absl import flags
+
+from sana_jax.data.images import BadImage
+from sana_jax.runtime import cli
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import check_new, new_folder
+from sana_jax.text.tokenizers import (
+    SMALLEST,
+    train_tokenizer,
+)
+
+if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", None, "new or empty folder", required=True)
+    _DATA = flags.DEFINE_string("data", "shapes", "shapes, a folder of images, or tfds:NAME")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps a tfds:NAME")
+    _SPLIT = flags.DEFINE_string("split", "train", "of the data")
+    _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "tokens, at most", SMALLEST)
+    _RECORDS = flags.DEFINE_integer("records", 10_000, "whose captions are read, at most", 1)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    out = check_new(_OUT.value)
+    found = _captions()
+    with new_folder(out):
+        tokenizer = train_tokenizer(found, _VOCAB_SIZE.value, out)
+    print(f"{out}: {len(tokenizer)} tokens")
+
+
+def _captions() -> Iterable[str]:
+    """Those of the records that the flags name. Nothing is drawn for shapes."""
+    if _DATA.value == "shapes":
+        from sana_jax.shapes.captions import captions
+        from sana_jax.shapes.scene import scene
+
+        scenes = (scene((0, index), _SPLIT.value) for index in range(_RECORDS.value))
+        return (said.text for drawn in scenes for said in captions(drawn))
+    from sana_jax.data.sources import open_source
+
+    source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value)
+    count = min(len(source), _RECORDS.value)
+    found = [text for index in range(count) for text in _read(source, index)]
+    if not found:
+        raise UserError(f"--data={_DATA.value}: the first {count} records have no captions")
+    return found
+
+
+def _read(source, index: int) -> list[str]:
+    """A record's captions; none of a bad one."""
+    try:
+        return source[index]["captions"]
+    except BadImage:
+        return []
+
+
+if __name__ == "__main__":
+    cli.run(main)

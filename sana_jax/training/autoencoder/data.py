@@ -1,0 +1,112 @@
+"""The images of an autoencoder's training: of each phase, and held out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sana_jax import sharding
+from sana_jax.data.loader import EvaluationLoader, TrainingLoader
+from sana_jax.data.memory import InMemory
+from sana_jax.data.records import Source
+from sana_jax.data.rejections import Budget
+from sana_jax.data.sources import open_source
+from sana_jax.data.transforms import ImageTransform
+from sana_jax.runtime import hosts
+from sana_jax.runtime.errors import UserError
+from sana_jax.training.autoencoder.task import Phase
+
+
+class AutoencoderData:
+    """The data of a config. What shapes needs is drawn when it is first asked for."""
+
+    def __init__(self, config: ConfigDict, folder: Path, mesh: Mesh, phases: Mapping[str, Phase]):
+        """Raises UserError where the data lacks what any phase needs; nothing is written.
+
+        Args:
+          config: of the whole training.
+          folder: where data is that the config gives no place.
+          mesh: a batch is split over it.
+          phases: those that run, by name.
+        """
+        self._config, self._folder, self._mesh = config, folder, mesh
+        self._sources: dict[tuple[str, int], Source] = {}
+        self._check(phases)
+
+    def loader(self, phase: Phase, number: int) -> TrainingLoader:
+        """Batches for the phase that is the `number`th to run; this host's rows of them."""
+        options = self._config.loader.to_dict()
+        source = self._source(self._config.data.train_split, phase.image_size)
+        return TrainingLoader(
+            InMemory(source, int(options.pop("cache_gib") * 2**30)),
+            transform(phase),
+            batch_size=phase.batch_size,
+            seed=self._config.seed + number,
+            rows=sharding.batch_rows(self._mesh, phase.batch_size),
+            budget=Budget(options.pop("bad_fraction")),
+            **options,
+        )
+
+    def held_out(self, size: int) -> EvaluationLoader:
+        """Every host evaluates all of it, on its own copy of the images."""
+        evaluation = self._config.evaluation
+        return EvaluationLoader(
+            self._source(self._config.data.test_split, size),
+            ImageTransform(size, size),
+            batch_size=evaluation.batch_size,
+            limit=evaluation.images,
+        )
+
+    def _source(self, split: str, size: int) -> Source:
+        if (split, size) not in self._sources:
+            data = self._config.data
+            folder = data.data_dir or str(self._folder)
+            if data.source == "shapes":
+                from sana_jax.shapes.dataset import (
+                    prepare,  # what draws is not needed for other sources
+                )
+
+                wanted = dict(data.shapes.train)[size], data.shapes.test, data.shapes.seed
+                hosts.from_first(prepare, folder, size, *wanted)
+            self._sources[split, size] = open_source(data.source, split, folder, size)
+        return self._sources[split, size]
+
+    def _check(self, phases: Mapping[str, Phase]) -> None:
+        """Raises UserError where the data lacks what any phase needs; nothing is written."""
+        data, evaluation = self._config.data, self._config.evaluation
+        if data.source.startswith("precomputed:"):
+            raise UserError(f"config.data.source={data.source}: these are latents; give images")
+        if data.source == "shapes":
+            sizes = {size: 1 for size in evaluation.sizes}
+            for phase in phases.values():
+                size = phase.image_size
+                sizes[size] = max(sizes.get(size, 1), phase.batch_size)
+            for size, least in sizes.items():
+                if dict(data.shapes.train).get(size, 0) < least:
+                    more = f", COUNT {least} or more" if least > 1 else ""
+                    raise UserError(
+                        f"config.data.shapes.train={data.shapes.train}: give ({size}, COUNT)"
+                        f" too{more}"
+                    )
+            return
+        for size in evaluation.sizes:
+            self._source(data.test_split, size)
+        for name, phase in phases.items():
+            key = f"config.phases.{name}"
+            source = self._source(data.train_split, phase.image_size)
+            if len(source) < phase.batch_size:
+                raise UserError(
+                    f"{key}.batch_size={phase.batch_size}: the data has {len(source)} records,"
+                    " less than a batch; lower it, or give more data"
+                )
+            try:
+                EvaluationLoader(source, transform(phase), batch_size=1)
+            except UserError as error:
+                raise UserError(f"{key}.image_size={phase.image_size}: {error}") from None
+
+
+def transform(phase: Phase) -> ImageTransform:
+    """How a phase cuts its images out of records. Raises UserError."""
+    side = phase.image_size
+    return ImageTransform(side, side, crop=phase.crop, flip=phase.flip)

@@ -1,0 +1,307 @@
+"""The phases of an autoencoder's training, one after the other, each in a folder of its own.
+
+    WORKDIR/PHASE/checkpoints, metrics.jsonl, tensorboard/, images/    while it trains
+    WORKDIR/PHASE/model/          its moving average when it is over: a native folder
+    WORKDIR/PHASE/results.json    held-out figures before and after, the training time
+    WORKDIR/model/                that of the last phase
+
+A phase whose results are there is over; the others resume from their newest checkpoint.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from sana_jax import sharding
+from sana_jax.checkpoints.components import Checkpoint, place
+from sana_jax.checkpoints.find import find, fingerprint
+from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.data.loader import EvaluationLoader, TrainingLoader
+from sana_jax.metrics.reconstruction import to_uint8
+from sana_jax.metrics.reconstruction_figures import figures
+from sana_jax.models.dc_ae import DCAE
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.runtime import devices, hosts
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import local, read_json, replace_folder, sha256_of, storage, write_whole
+from sana_jax.training.autoencoder.data import AutoencoderData
+from sana_jax.training.autoencoder.discriminator import Discriminator
+from sana_jax.training.autoencoder.perceptual import make_perceptual
+from sana_jax.training.autoencoder.recipe import check_figures, check_phase, read_phase
+from sana_jax.training.autoencoder.task import AutoencoderTask, Phase
+from sana_jax.training.checkpoints.manager import Checkpoints
+from sana_jax.training.loop import LoopConfig
+from sana_jax.training.metrics_writer import MetricsWriter
+from sana_jax.training.session import Session, export
+from sana_jax.training.state import TrainState, on_mesh
+from sana_jax.training.watchdog import Watchdog
+
+SHOWN = 8  # images in a sheet of reconstructions
+# What may change from one run in a folder to the next. Not the steps: schedules depend on them.
+# What `start` and `perceptual.weights` name may move: it is told by its content.
+FREE = (
+    *("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir"),
+    *("start", "perceptual.weights"),
+)
+
+
+class AutoencoderTraining:
+    """A config made ready: what it names is there and fits together; nothing is written yet."""
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        """Raises UserError, naming the key, for what cannot be trained."""
+        self.config, self.workdir = config, local(workdir)
+        try:
+            self.network = DCAEConfig(**config.network.to_dict())
+            dtype = jnp.dtype(config.dtype)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--config: {error}") from None
+        phases = {
+            name: read_phase(fields, f"config.phases.{name}")
+            for name, fields in config.phases.to_dict().items()
+        }
+        if not config.run or set(config.run) - set(phases):
+            known = ", ".join(phases)
+            raise UserError(f"config.run={config.run}: name some of its phases, {known}")
+        check_figures(config)
+        self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
+        distance, weights = make_perceptual(**config.perceptual, dtype=dtype)
+        self.perceptual_params = jax.tree.map(self._everywhere, weights)
+        files = config.perceptual.weights  # as lpips.load reads them
+        self._loss_sha256 = files and [sha256_of(Path(file)) for file in files.split(",")]
+        self.model = DCAE(self.network, dtype, jnp.float32, remat=config.remat)
+        discriminator = Discriminator(**config.discriminator, dtype=dtype)
+        self.tasks = {}
+        sizes = config.evaluation.sizes
+        if not sizes or any(size % self.network.factor for size in sizes):
+            factor = self.network.factor
+            raise UserError(f"config.evaluation.sizes={sizes}: give multiples of {factor}")
+        for name in config.run:
+            check_phase(name, phases[name], self.network, self.mesh)
+            try:
+                self.tasks[name] = AutoencoderTask(
+                    self.model, discriminator, phases[name], distance
+                )
+            except (ValueError, UserError) as error:  # ValueError: of a network that is traced
+                raise UserError(f"config.phases.{name}: {error}") from None
+        running = {name: phases[name] for name in config.run}
+        self.data = AutoencoderData(config, self.workdir / "data", self.mesh, running)
+        self._given: tuple[Checkpoint | None, str | None] = None, None
+        if config.start:
+            self._given = self._open(find(config.start))
+
+        def apply(params: Any, images: Array, method: str = "__call__") -> Array:
+            return self.model.apply({"params": params}, images, method=method)
+
+        self._encode = jax.jit(partial(apply, method="encode"))
+        # Whole on every host: each computes the same figures of it.
+        self._reconstruct = jax.jit(apply, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    def run(self) -> None:
+        """Does what is left to do. Raises what `loop.fit` does."""
+        before, parent = self._given
+        for number, (name, task) in enumerate(self.tasks.items()):
+            folder = self.workdir / name
+            about = self._about(number, task.phase, parent)
+            if hosts.from_first((folder / "results.json").exists):
+                # What is free now may not have been then.
+                then = _fixed(read_json(folder / "results.json").get("about", {}))
+                now = _fixed(about)
+                if changed := [key for key in now | then if then.get(key) != now.get(key)]:
+                    raise UserError(
+                        f"{folder} was trained by another config, or from another model than is"
+                        f" there now: {', '.join(changed)} changed; remove it to train it anew"
+                    )
+                logging.warning("phase %s is over; remove %s to repeat it", name, folder)
+            else:
+                with jax.set_mesh(self.mesh), self._precision():
+                    self._run_phase(name, number, task, before, about)
+            before, parent = self._open(folder / "model")
+        if _is_first():
+            with storage(self.workdir):
+                _copy_model(folder / "model", self.workdir / "model")
+
+    def _everywhere(self, array: np.ndarray) -> Array:
+        """On every device, once: as an argument from the host it would go there with every step."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
+
+    def _about(self, number: int, phase: Phase, parent: str | None) -> dict[str, Any]:
+        """The config with one phase, and the model that it starts from, as JSON gives it back."""
+        about = {key: value for key, value in self.config.to_dict().items() if key != "phases"}
+        about |= {"run": self.config.run[: number + 1], "from": parent}
+        if self._loss_sha256:
+            about["perceptual_weights"] = self._loss_sha256
+        phase = dataclasses.asdict(phase)
+        if not phase["l2"]:  # runs that began before it was there have none
+            del phase["l2"]
+        return json.loads(json.dumps(about | {"phase": phase}))
+
+    def _open(self, folder: Path) -> tuple[Checkpoint, str]:
+        """A model that a phase starts from, and its fingerprint."""
+        checkpoint = open_checkpoint(str(folder))
+        known = dataclasses.replace(self.network, scaling_factor=checkpoint.vae.scaling_factor)
+        if checkpoint.vae != known:
+            raise UserError(f"{folder} is of another config.network; use it there")
+        return checkpoint, fingerprint(folder)
+
+    def _run_phase(
+        self,
+        name: str,
+        number: int,
+        task: AutoencoderTask,
+        before: Checkpoint | None,
+        about: dict[str, Any],
+    ) -> None:
+        config, folder, phase = self.config, self.workdir / name, task.phase
+        loader = self.data.loader(phase, number)
+        held_out = {size: self.data.held_out(size) for size in config.evaluation.sizes}
+        loop = LoopConfig(steps=phase.steps, **config.loop)
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        abstract, create = on_mesh(lambda: task.init(key), self.mesh)
+        sheet = next(iter(held_out[min(held_out)]))["image"][:SHOWN]
+
+        def draw(writer: MetricsWriter, state: TrainState, step: int) -> None:
+            pairs = sheet, self._reconstruct(state.ema, sheet)
+            rows = [list(np.asarray(to_uint8(images))) for images in pairs]
+            writer.images(step, "reconstructions", rows)
+
+        with Checkpoints(folder, about, loader.fingerprint, config.keep, free=FREE) as checkpoints:
+            called = {"key": f"config.phases.{name}.steps", "name": name}
+            session = Session(checkpoints, loader, self.mesh, loop, **called)
+            state = session.begin(abstract, lambda: self._start(create, before))
+            # One of a run that was cut short before its first checkpoint may be of another model.
+            if not session.first or not hosts.from_first((folder / "before.json").exists):
+                hosts.say(f"{name}: measuring the held-out images")
+                _write(folder / "before.json", self._figures(state.ema, held_out))
+            state = session.fit(
+                state,
+                task.step,
+                lambda: (self.perceptual_params,),
+                on_images=draw,
+                images_at_end=True,
+            )
+            hosts.say(f"{name}: measuring the latents and the held-out images")
+            factor = before.vae.scaling_factor if before else self.network.scaling_factor
+            if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
+                factor = self._scaling_factor(state.ema, loader)
+            results = {
+                "phase": name,
+                "about": _fixed(about),
+                "steps": phase.steps,
+                "images": phase.steps * phase.batch_size,
+                "skipped_updates": int(state.skipped),
+                "training_seconds": round(hosts.from_first(_training_seconds, folder, phase)),
+                "devices": devices.describe(),
+                "scaling_factor": factor,
+                "before": read_json(folder / "before.json"),
+                "after": self._figures(state.ema, held_out),
+            }
+            with Watchdog(loop.watchdog_seconds):
+                self._export(folder, state.ema, results, before)
+            _write(folder / "results.json", results)
+            if _is_first():
+                for size, row in results["after"].items():
+                    print(
+                        f"{name}, {row['count']} held-out images at {size} px:"
+                        f" PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
+                    )
+                print(f"{folder / 'model'}", flush=True)
+
+    def _precision(self):
+        """Products of float32 numbers in full, where the config asks for float32."""
+        narrow = self.config.dtype != "float32"
+        return jax.default_matmul_precision(None if narrow else "float32")
+
+    def _start(self, create, before: Checkpoint | None) -> TrainState:
+        """The state of step 0, with the autoencoder of the phase before."""
+        state = create()
+        if before is None:
+            return state
+        params = place(before.params["vae"], before.vae, "float32", self.mesh)
+        return state.replace(
+            params={**state.params, "autoencoder": params}, ema=jax.tree.map(jnp.copy, params)
+        )
+
+    def _figures(self, params: Any, held_out: dict[int, EvaluationLoader]) -> dict[str, Any]:
+        """Held-out figures by image size."""
+        reconstruct = partial(self._reconstruct, params)
+        values = self.network.latent_channels / self.network.factor**2
+
+        def row(loader: EvaluationLoader) -> dict[str, Any]:
+            # One for each size: what compiles is before the first beat.
+            with Watchdog(self.config.loop.watchdog_seconds) as dog:
+                return figures(reconstruct, loader, values, on_batch=lambda count: dog.beat())
+
+        return {str(size): row(loader) for size, loader in held_out.items()}
+
+    def _scaling_factor(self, params: Any, loader: TrainingLoader) -> float:
+        """1 / root mean square of the latents of training images, as the phase sees them."""
+        squares = []
+        with Watchdog(self.config.loop.watchdog_seconds) as dog:
+            for step in range(max(1, self.config.scale_images // loader.batch_size)):
+                rows = sharding.put_batch(loader.batch(step)["image"], self.mesh)
+                squares.append(float(jnp.mean(jnp.square(self._encode(params, rows)))))
+                dog.beat()
+        return float(1 / np.sqrt(np.mean(squares)))
+
+    def _export(self, folder: Path, params: Any, results: dict, before: Checkpoint | None) -> None:
+        """The parameters as a native folder, which says what they went through."""
+        network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
+        made = before.provenance if before else {}
+        history = made.get("autoencoder", made).get("phases", [])  # of a whole model, or of this
+        provenance = {"trained": True, "phases": [*history, results]}
+        model = Checkpoint(network, params={"vae": hosts.whole(params)}, provenance=provenance)
+        export(model, folder / "model")
+
+
+def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """`about` without what is FREE."""
+    return {
+        key: _fixed(value, f"{above}{key}.") if isinstance(value, dict) else value
+        for key, value in about.items()
+        if not any(fnmatch.fnmatch(above + key, glob) for glob in FREE)
+    }
+
+
+def _copy_model(model: Path, target: Path) -> None:
+    """Puts `model` at `target` as a whole, unless it is there."""
+    if (target / "model.json").exists() and fingerprint(target) == fingerprint(model):
+        return
+    with replace_folder(target) as part:
+        shutil.copytree(model, part, dirs_exist_ok=True)
+
+
+def _training_seconds(folder: Path, phase: Phase) -> float:
+    """The time of all steps, those before a restart too, without pauses, by the metrics."""
+    seconds, last = 0.0, 0
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if rate := row.get("images_per_second"):
+            seconds += (row["step"] - last) * phase.batch_size / rate
+        last = row["step"]
+    return seconds
+
+
+def _write(path: Path, contents: dict[str, Any]) -> None:
+    """JSON that is there as a whole or not at all."""
+    content = (json.dumps(contents, indent=2) + "\n").encode()
+    with storage(path):
+        hosts.from_first(write_whole, epath.Path(path), content)
+
+
+def _is_first() -> bool:
+    return jax.process_index() == 0

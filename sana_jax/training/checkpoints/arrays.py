@@ -1,0 +1,117 @@
+"""The arrays of a checkpoint: read as they are wanted now, and believed only when they verify."""
+
+import contextlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sana_jax.runtime.errors import Retry
+from sana_jax.runtime.hosts import jointly
+from sana_jax.training.checkpoints.checksums import fingerprints
+from sana_jax.training.checkpoints.document import Document, brief, some
+
+# TensorStore's codes for a storage that does not answer.
+_AWAY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
+
+
+class Damaged(Exception):
+    """A step that cannot be restored; the message says what of it."""
+
+
+@contextlib.contextmanager
+def damage(what: str):
+    """Makes a Damaged of what is raised for bytes that are not as they were written."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise Damaged(f"{what}: {brief(error)}") from error
+    except OSError as error:
+        raise Retry(f"the checkpoints cannot be read: {error}") from error
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # readers raise anything for bytes that make no sense
+        if _AWAY.search(str(error)):
+            raise Retry(f"the checkpoints cannot be read: {brief(error)}") from error
+        raise Damaged(f"{what}: {brief(error)}") from error
+
+
+def read_arrays(folder: epath.Path, document: Document, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a step, verified; collective.
+
+    Args:
+      folder: of the step.
+      document: that of the step.
+      wanted: the leaves to read by their names, as arrays or ShapeDtypeStructs.
+
+    Raises:
+      Damaged: where they are not as they were when they were saved.
+      Retry: where the storage does not answer.
+    """
+    abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+    saved = {name: leaf[2] for name, leaf in document["leaves"].items()}
+
+    def read():
+        with damage("its arrays"):
+            return jax.block_until_ready(_restore(folder / "state", abstract))
+
+    arrays = jointly(read)
+    found = fingerprints(arrays)
+
+    def compare():
+        wrong = [name for name in found if found[name] != saved[name]]
+        if wrong:
+            raise Damaged(f"its fingerprints: {some(wrong)}")
+
+    jointly(compare)
+    return arrays
+
+
+def _restore(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+    args = ocp.args.PyTreeRestore(
+        abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    # Without a Checkpointer around it, which waits for hosts that may have failed.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=args)
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """A tree's leaves by their "/"-joined paths, and how to put them together again."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), treedef
+
+
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def unwrapped(leaf):
+    """PRNG keys are saved as their data."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if not _is_key(leaf):
+        return leaf
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def wrapped(arrays: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
+    """Leaves in the order of `wanted`; where that has a PRNG key, a key of the array's data."""
+
+    def wrap(array, leaf):
+        return jax.random.wrap_key_data(array, impl=_impl(leaf)) if _is_key(leaf) else array
+
+    return [wrap(arrays[name], leaf) for name, leaf in wanted.items()]
+
+
+def _impl(leaf) -> str:
+    return str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else leaf.dtype._impl.name

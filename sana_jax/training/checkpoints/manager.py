@@ -1,0 +1,370 @@
+"""Checkpoints of a training run: saved beside the training, believed only when they verify.
+
+Orbax writes and restores the arrays. It neither detects bit rot nor goes back to an older step, so
+each step holds a document besides: the config, the data it was trained on, the state of every
+host's data iterator, and the fingerprint of every leaf (document.py, checksums.py).
+
+    workdir/checkpoints/1200/state   arrays, under their "/"-joined paths
+    workdir/checkpoints/1200/run     the document
+    workdir/checkpoints/1400.bad     a step that did not verify when 1200 did
+"""
+
+import contextlib
+import fnmatch
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import traverse_util
+
+from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
+from sana_jax.runtime.files import UNREACHABLE, is_local, reason_of
+from sana_jax.runtime.hosts import from_first, gathered, jointly
+from sana_jax.runtime.lock import locked
+from sana_jax.training.checkpoints.arrays import (
+    Damaged,
+    damage,
+    flatten,
+    read_arrays,
+    unwrapped,
+    wrapped,
+)
+from sana_jax.training.checkpoints.checksums import fingerprints
+from sana_jax.training.checkpoints.document import (
+    ABSENT,
+    FREE,
+    Document,
+    brief,
+    decode,
+    encode,
+    keys,
+    sha256,
+    show,
+    some,
+)
+
+State = TypeVar("State")
+
+SAVE_ATTEMPTS = 3  # failures in a row before the run gives up
+
+_TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax'
+
+
+class Checkpoints:
+    """The checkpoints of a folder, in a context in which no other run writes there.
+
+    Raises UserError where another run does; an object store has no locks, mounted or not. All
+    methods but `steps` are collective, and what is in the folder is for the first host to say:
+    others may see it later.
+    """
+
+    def __init__(
+        self,
+        workdir: str | epath.Path,
+        config: Document,
+        data: Document,
+        keep: int = 3,
+        keep_every: int | None = None,
+        free: Sequence[str] = FREE,
+    ):
+        """
+        Args:
+          workdir: the folder of the run, made if missing; it may be remote.
+          config: all that decides the run, as JSON; a run of another is not resumed.
+          data: what stands for the data set (files, sizes, hashes, seed); likewise.
+          keep: how many of the latest steps stay.
+          keep_every: steps that are multiples of it stay for good.
+          free: globs of keys of the config that may change, dots between levels.
+        """
+        self.workdir, self.folder = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
+        self._remote = not is_local(workdir)
+        self._about = json.loads(json.dumps({"config": config, "data": data}))
+        self._free = [f"config.{glob}" for glob in free]
+        self._keep, self._keep_every = keep, keep_every
+        self._manager: ocp.CheckpointManager | None = None
+        self._stack, self._failures = contextlib.ExitStack(), 0
+        self._saving: tuple[int, bool] | None = None
+        self.last_good: int | None = None  # newest step saved outside a streak of NaN
+
+    def __enter__(self) -> "Checkpoints":
+        about = {key: x for key, x in keys(self._about).items() if not self._may_change(key)}
+        first, *others = gathered(sha256(about))
+        if wrong := [host for host, found in enumerate(others, 1) if found != first]:
+            raise UserError(
+                f"hosts {some([str(host) for host in wrong])} have another config, or other data,"
+                " than host 0: give all of them the same"
+            )
+        with contextlib.ExitStack() as stack:
+            from_first(self._enter, stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _enter(self, stack: contextlib.ExitStack) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._remote:
+                stack.enter_context(locked(self.workdir, "--workdir"))
+        except UNREACHABLE as error:
+            raise UserError(f"--workdir={self.workdir}: {reason_of(error)}") from None
+        self._sweep()
+
+    def __exit__(self, kind, *error) -> None:
+        with self._stack:
+            try:
+                if kind is None:  # or other hosts may not come here
+                    self.wait()
+            finally:
+                self._close()
+
+    def steps(self) -> list[int]:
+        """The steps that are there, in order, whether they verify or not."""
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        return sorted(int(p.name) for p in paths if p.name.isdecimal() and self._is_finished(p))
+
+    def _is_finished(self, path: epath.Path) -> bool:
+        """Whether a save came to its end: it renames its folder, or marks it on an object store."""
+        return not self._remote or (path / _FINISHED).exists()
+
+    def restore(self, abstract: State, batches: Any = None) -> State | None:
+        """The newest state that verifies, or None where there is no checkpoint at all.
+
+        Args:
+          abstract: a tree of ShapeDtypeStructs with the shardings that are wanted now; the mesh
+            may differ from the one that saved.
+          batches: the data iterator of this host; its `set_state` is given what was saved, or
+            what its `share` makes of all hosts' states where there were more hosts, or fewer.
+
+        Raises:
+          UserError: where the config, the data or the shapes are not those of the checkpoint.
+          DoNotRetry: where no checkpoint verifies.
+          Retry: where the storage does not answer.
+        """
+        wanted, treedef = flatten(abstract)
+        bad: dict[int, str] = {}
+        for step in reversed(from_first(self.steps)):
+            try:
+                document = from_first(self._document, step)
+                jointly(self._check, step, document, wanted)
+                arrays = read_arrays(self.folder / str(step), document, wanted)
+            except Damaged as error:
+                bad[step] = str(error)
+                continue
+            from_first(self._set_aside, bad, step)
+            if batches is not None:
+                batches.set_state(self._position(step, document, batches))
+            self.last_good = from_first(self._last_good, step, document)
+            return jax.tree.unflatten(treedef, wrapped(arrays, wanted))
+        if bad:
+            reasons = ", ".join(f"{step} ({reason})" for step, reason in bad.items())
+            raise DoNotRetry(
+                f"none of the checkpoints in {self.folder} is whole: {reasons};"
+                " bring one back, or start anew in another --workdir"
+            )
+        return None
+
+    def save(self, step: int, state: Any, iterator: Any = None, good: bool = True) -> None:
+        """Starts to save; returns when the arrays may change. Waits for the save before it.
+
+        Args:
+          step: of the state; one that is there already is not saved again.
+          state: a tree of arrays.
+          iterator: what `get_state` of this host's data iterator gave after that step.
+          good: whether the last update was applied.
+
+        Raises:
+          Retry: when saving failed SAVE_ATTEMPTS times in a row; one failure is a warning.
+        """
+        self.wait()
+        if step in from_first(self.steps):
+            return
+        flat, _ = flatten(state)
+        arrays = {name: unwrapped(leaf) for name, leaf in flat.items()}
+        sums = fingerprints(arrays)
+        leaves = {n: [str(a.dtype), list(a.shape), sums[n]] for n, a in arrays.items()}
+        document = {
+            "step": step,
+            "good": good,
+            **self._about,
+            "leaves": leaves,
+            "iterators": gathered(encode(iterator)),
+        }
+        document["sha256"] = sha256(document)
+        self._saving = step, good
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(document)
+        )
+        self._forgive(lambda: self._open().save(step, args=args, force=True))
+
+    def save_surely(self, step: int, state: Any, iterator: Any = None, good: bool = True) -> None:
+        """Saves what no later save makes up for, and waits. Raises Retry as `save` does."""
+        while step not in from_first(self.steps):
+            self.save(step, state, iterator, good)
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the save that was started is on disk. Raises Retry as `save` does."""
+        if self._saving is None:
+            return
+        step, good = self._saving
+
+        def finish():
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+            if jax.process_index() == 0 and step not in self.steps():
+                raise OSError("it is not there after it was saved")
+
+        if self._forgive(finish):
+            self._saving, self._failures = None, 0
+            self.last_good = step if good else self.last_good
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            policy = ocp.checkpoint_managers
+            kept = [policy.LatestN(self._keep)]
+            if self._keep_every:
+                kept.append(policy.EveryNSteps(self._keep_every))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policy.AnyPreservationPolicy(kept), save_root_metadata=False
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def _sweep(self) -> None:
+        """Removes what saves that were cut short left behind."""
+        for path in self.folder.iterdir() if jax.process_index() == 0 else ():
+            unfinished = path.name.isdecimal() and not self._is_finished(path)
+            if unfinished or _TEMPORARY in path.name:
+                path.rmtree()
+
+    def _close(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):  # of a save that failed, or is given up
+                manager.close()
+
+    def _forgive(self, action: Callable[[], Any]) -> bool:
+        """Whether a part of a save succeeds on all hosts; raises Retry as `save` does.
+
+        What a manager remembers after a failure cannot be trusted.
+        """
+        try:
+            jointly(action)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise what they like for a full disk
+            step, _ = self._saving
+            self._saving, self._failures = None, self._failures + 1
+            self._close()
+            with contextlib.suppress(OSError):
+                self._sweep()
+            reason = f"step {step} could not be saved to {self.folder}: {brief(error)}"
+            if self._failures >= SAVE_ATTEMPTS:
+                newest = max(self.steps(), default="none")
+                raise Retry(f"{reason}; the newest checkpoint is {newest}") from error
+            logging.error("%s", reason)
+            return False
+        return True
+
+    def _document(self, step: int) -> Document:
+        with damage("its document"):
+            document = json.loads((self.folder / str(step) / "run" / "metadata").read_text())
+            if document.pop("sha256") != sha256(document):
+                raise ValueError("a wrong hash")
+        return document
+
+    def _check(self, step: int, document: Document, wanted: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint is of another run."""
+        then = keys({name: document[name] for name in ("config", "data")})
+        now = keys(self._about)
+        changed = [key for key in now | then if now.get(key, ABSENT) != then.get(key, ABSENT)]
+        changed = [key for key in changed if not self._may_change(key)]
+        if changed:
+            lines = [f"{k}: {show(then, k)} -> {show(now, k)}" for k in changed]
+            raise UserError(
+                f"--workdir={self.workdir} is of another run: {some(lines)};"
+                " use another folder, or what is before the arrows (free to change are"
+                f" {', '.join(glob.removeprefix('config.') for glob in self._free)})"
+            )
+        then = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in document["leaves"].items()}
+        raw = {name: jax.eval_shape(unwrapped, leaf) for name, leaf in wanted.items()}
+        now = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in raw.items()}
+        changed = [n for n in now | then if now.get(n) != then.get(n)]
+        if changed:
+            lines = [f"{n}: {show(then, n)} -> {show(now, n)}" for n in changed]
+            raise UserError(
+                f"{self.folder / str(step)} is of another model: {some(lines)};"
+                " use another --workdir"
+            )
+
+    def _may_change(self, key: str) -> bool:
+        return any(fnmatch.fnmatch(key, glob) for glob in self._free)
+
+    def _position(self, step: int, document: Document, batches: Any) -> Any:
+        """The state of this host's data iterator."""
+        states, hosts = [decode(state) for state in document["iterators"]], jax.process_count()
+        if len(states) == hosts:
+            return states[jax.process_index()]
+        if not hasattr(batches, "share"):
+            raise UserError(
+                f"{self.folder / str(step)} was saved by {len(states)} hosts, whose data does not"
+                f" split over {hosts}; use as many as then"
+            )
+        return batches.share(states)
+
+    def _set_aside(self, bad: dict[int, str], step: int) -> None:
+        """Renames the steps that were found damaged, now that an older one is not."""
+        for damaged, reason in bad.items():
+            line = f"checkpoint {damaged} is damaged ({reason}); going back to step {step}"
+            logging.error("%s", line)
+            print(line, file=sys.stderr, flush=True)
+            number, path = 0, self.folder / f"{damaged}.bad"
+            while path.exists():
+                number += 1
+                path = self.folder / f"{damaged}.bad{number}"
+            (self.folder / str(damaged)).rename(path)
+
+    def _last_good(self, step: int, document: Document) -> int | None:
+        for older in reversed([s for s in self.steps() if s <= step]):
+            with contextlib.suppress(Damaged):
+                if (document if older == step else self._document(older))["good"]:
+                    return older
+        return None
+
+
+def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:
+    """The newest good checkpoint that verifies: its document, and one part of its state.
+
+    Nothing is changed in the folder, where a run may be going on.
+
+    Args:
+      workdir: the folder of the run.
+      part: a field of the state, which is returned as nested dicts of NumPy arrays.
+
+    Raises:
+      UserError: where there is no checkpoint, or none that is whole and good.
+      Retry: where the storage does not answer.
+    """
+    checkpoints, bad = Checkpoints(workdir, {}, {}), []
+    for step in reversed(from_first(checkpoints.steps)):
+        try:
+            document = from_first(checkpoints._document, step)
+            if not document["good"]:
+                raise Damaged("its last update was not finite")
+            leaves = {n: x for n, x in document["leaves"].items() if n.startswith(f"{part}/")}
+            wanted = {n: np.empty(shape, dtype) for n, (dtype, shape, _) in leaves.items()}
+            arrays = read_arrays(checkpoints.folder / str(step), document, wanted)
+        except Damaged as error:
+            bad.append(f"{step} ({error})")
+            continue
+        if bad:
+            logging.warning("checkpoints left out: %s; step %d is used", ", ".join(bad), step)
+        flat = {name.removeprefix(f"{part}/"): array for name, array in arrays.items()}
+        return document, traverse_util.unflatten_dict(flat, sep="/")
+    found = f"none of {', '.join(bad)} can be used" if bad else "there are none"
+    raise UserError(f"{checkpoints.folder}: {found}; name the --workdir of a training")

@@ -1,0 +1,95 @@
+"""A text-to-image training by shapes alone: what compiles ahead, and the FLOPs of it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sana_jax import sharding
+from sana_jax.checkpoints.components import Checkpoint, abstract_placed
+from sana_jax.models import flops
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.text.prompts import TokenizedPrompts
+from sana_jax.training.loop import compile_step
+from sana_jax.training.state import on_mesh
+from sana_jax.training.text_to_image.networks import READER, frozen_dtype, make_task, read_network
+from sana_jax.training.text_to_image.task import Frozen, TextToImageTask
+
+# Tokens of SANA's instruction by Gemma's tokenizer, about: only what is compiled ahead needs it.
+INSTRUCTION_TOKENS = 240
+
+
+def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool) -> int:
+    """FLOPs that a step needs for one image of `size` pixels a side.
+
+    `images`, `captions`: whether these are encoded in the step, or stored.
+    """
+    side, rows = size // task.vae.config.factor, len(task.captions.window)
+    count = 3 * flops.trunk(task.dit.config, side, side, rows)  # forward, and twice back
+    if images:
+        count += flops.encode(task.vae.config, size, size)
+    if captions:
+        told = len(task.captions.prefix)  # after an instruction the first row is that of it
+        read = flops.text(task.text_encoder.config, rows - bool(told), told)
+        count += (3 if "text_encoder" in task.trained else 1) * read
+    return count
+
+
+def abstract_training(
+    config: ConfigDict, mesh: Mesh
+) -> tuple[Any, Any, Any, tuple[Any, ...], int, int]:
+    """What is compiled, before any checkpoint is there: (step, state, batch, inputs, size, flops).
+
+    `step` is under jit: step.lower(state, batch, *inputs) with `mesh` set. The next three are
+    ShapeDtypeStructs with shardings; then pixels a side, and the FLOPs of an image. Named
+    checkpoints are not looked at: the autoencoder is SANA's, the text encoder
+    config.text_encoder.network after an instruction as long as SANA's.
+    """
+    encoder, rows = config.text_encoder, config.text_encoder.rows
+    base = Checkpoint(
+        vae=DCAEConfig(),
+        dit=read_network(SanaConfig, config, "network"),
+        text_encoder=read_network(Gemma2Config, config, READER),
+    )
+    told = encoder.instruction and not encoder.train
+    tokens = rows - 1 if told else rows
+    none = np.zeros((1, rows), np.int32)
+    empty = TokenizedPrompts((), none, np.arange(rows), none.astype(bool))
+    prefix = (0,) * INSTRUCTION_TOKENS if told else ()
+    window = np.maximum(np.arange(rows) - (rows - tokens), 0)
+    captions = SimpleNamespace(prefix=prefix, window=window, empty=empty)
+    task = make_task(config, base, captions)
+    state, _ = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
+
+    def placed(shape, dtype):
+        where = sharding.batch_sharding(mesh)
+        return jax.ShapeDtypeStruct((task.recipe.batch_size, *shape), dtype, sharding=where)
+
+    side = size = config.data.size or base.dit.sample_size * base.vae.factor
+    batch = {"tokens": placed((tokens,), jnp.int32), "mask": placed((rows,), jnp.bool_)}
+    if config.data.source.startswith("precomputed:"):
+        side //= base.vae.factor
+        batch["latents"] = placed((side, side, base.vae.latent_channels), jnp.float32)
+    else:
+        batch["image"] = placed((side, side, 3), jnp.float32)
+    vae = abstract_placed(base.vae, frozen_dtype("vae", config.dtype), mesh)
+    if encoder.train:
+        frozen = Frozen(vae)
+    else:
+        dtype = frozen_dtype("text_encoder", config.dtype)
+        params = abstract_placed(base.text_encoder, dtype, mesh)
+        everywhere = NamedSharding(mesh, P())
+        constants = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            jax.eval_shape(task.read_constants, params),
+        )
+        frozen = Frozen(vae, params, *constants)
+    count = flops_of_row(task, size, "image" in batch, captions=True)
+    return compile_step(task.step, state), state, batch, (frozen,), size, count

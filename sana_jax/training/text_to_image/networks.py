@@ -1,0 +1,178 @@
+"""The networks of a text-to-image training: those that it is given, and its task with them.
+
+A config names checkpoints for what does not train; their weights stay in their folders, and the
+training's checkpoints know these by fingerprint.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from sana_jax.checkpoints import native
+from sana_jax.checkpoints.components import (
+    Checkpoint,
+    Config,
+    abstract_params,
+    check_fit,
+    module_for,
+)
+from sana_jax.checkpoints.find import find, fingerprint
+from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.kernels.dispatch import IMPLEMENTATIONS
+from sana_jax.models.dit import REMAT, SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.runtime import checks
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import sha256_of
+from sana_jax.text.tokenizers import load_tokenizer
+from sana_jax.training.text_to_image.recipe import read_recipe
+from sana_jax.training.text_to_image.task import CaptionWindow, TextToImageTask
+
+READER = "text_encoder.network"
+
+
+def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint that the training completes, and the fingerprints of where it is from.
+
+    It lacks the weights of what trains. Raises UserError.
+    """
+    encoder, prints = config.text_encoder, {}
+    opened: dict[str, Checkpoint] = {}
+
+    def open_named(key: str, name: str, *parts: str) -> Checkpoint:
+        folder = find(name)
+        opened[name] = found = opened.get(name) or open_checkpoint(name)
+        for part in parts:
+            if getattr(found, part) is None:
+                raise UserError(f"config.{key}={name}: this checkpoint has no {part}")
+        prints[key] = fingerprint(folder)
+        return found
+
+    if not config.autoencoder:
+        raise UserError("config.autoencoder is missing: name a checkpoint, such as shapes")
+    base = open_named("autoencoder", config.autoencoder, "vae")
+    # Of a whole model, such as the bundled one, each part's own history counts.
+    made = {"autoencoder": base.provenance.get("autoencoder", base.provenance)}
+    if config.start:  # a name: step 0 alone needs the folder
+        made["start"] = Path(config.start).name
+    base = Checkpoint(vae=base.vae, params={"vae": base.params["vae"]}, provenance=made)
+    if encoder.checkpoint:
+        parts = "text_encoder", "tokenizer"
+        found = open_named("text_encoder.checkpoint", encoder.checkpoint, *parts)
+        base.text_encoder, base.tokenizer = found.text_encoder, found.tokenizer
+        made["text_encoder"] = {k: v for k, v in found.provenance.items() if k != "autoencoder"}
+        base.instruction = found.instruction if encoder.instruction else None
+        # Beside a diffusers folder it depends on the machine.
+        prints["text_encoder.instruction"] = base.instruction.sha256 if base.instruction else ""
+        if encoder.train and base.instruction:
+            raise UserError(
+                "config.text_encoder.instruction: a text encoder that trains reads none; give"
+                " config.text_encoder.instruction=False"
+            )
+        if encoder.tokenizer:
+            raise UserError(
+                "config.text_encoder.tokenizer is for a new text encoder; .checkpoint has its own,"
+                " give one of the two"
+            )
+        if not encoder.train:
+            base.params["text_encoder"] = found.params["text_encoder"]
+        else:
+            then, now = vars(base.text_encoder), vars(read_network(Gemma2Config, config, READER))
+            if differing := [key for key in now if now[key] != then[key]]:
+                raise UserError(
+                    ", ".join(f"config.{READER}.{key}={now[key]}" for key in differing)
+                    + f": of config.text_encoder.checkpoint={encoder.checkpoint}, which is trained"
+                    f" on, it is {', '.join(str(then[key]) for key in differing)}"
+                )
+    else:
+        if not encoder.train or not encoder.tokenizer:
+            raise UserError(
+                "config.text_encoder.checkpoint is missing: name one, or train a new text encoder"
+                " with config.text_encoder.train=True and .tokenizer=FOLDER"
+            )
+        base.text_encoder = read_network(Gemma2Config, config, READER)
+        folder = Path(encoder.tokenizer).expanduser()
+        base.tokenizer = load_tokenizer(folder)
+        names = "tokenizer.json", "tokenizer.model"  # one is there
+        file = next(path for path in map(folder.joinpath, names) if path.is_file())
+        prints["text_encoder.tokenizer"] = sha256_of(file)
+    if len(base.tokenizer) > base.text_encoder.vocab_size:
+        raise UserError(
+            f"config.text_encoder.network.vocab_size={base.text_encoder.vocab_size}: the tokenizer"
+            f" has {len(base.tokenizer)} tokens"
+        )
+    base.dit = read_network(SanaConfig, config, "network")
+    base.text_rows = checks.whole("config.text_encoder.rows", encoder.rows, 2, 2**16)
+    base.flow_shift = float(config.recipe.noise.shift)
+    check_fit(base)
+    return base, prints
+
+
+def open_start(config: ConfigDict) -> Any:
+    """The transformer's weights that config.start names, which step 0 alone needs."""
+    found, network = open_checkpoint(config.start), read_network(SanaConfig, config, "network")
+    if found.dit is None:
+        raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
+    theirs, ours = (nn.unbox(abstract_params(c)) for c in (found.dit, network))
+    if theirs != ours:
+        raise UserError(f"config.start={config.start} does not have the weights of config.network")
+    for key in ("head_dim", "cross_heads", "timestep_scale", "clip_attention"):  # of no shape
+        then, now = getattr(found.dit, key), getattr(network, key)
+        if then != now:
+            logging.warning("config.network.%s=%s, but %s of %s", key, now, then, config.start)
+    return found.params["dit"]
+
+
+def open_encoder(config: ConfigDict) -> Any:
+    """The weights that a text encoder starts from, which trains."""
+    return open_checkpoint(config.text_encoder.checkpoint).params["text_encoder"]
+
+
+def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> TextToImageTask:
+    """The task of a config. Raises UserError naming the key."""
+    if config.remat not in REMAT:
+        raise UserError(f"config.remat={config.remat!r}: give {', '.join(REMAT)}")
+    implementation = config.network.get("implementation", "auto")
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise UserError(f"config.network.implementation={implementation!r}: give {known}")
+    if config.unroll < 1:
+        raise UserError(f"config.unroll={config.unroll}: give 1 or more")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"config.dtype={config.dtype!r}: give float32 or bfloat16")
+    dtype, train, recipe = config.dtype, config.text_encoder.train, read_recipe(config)
+    dit = module_for(base.dit, dtype, "float32")
+    dit = dit.clone(remat=config.remat, unroll=config.unroll, implementation=implementation)
+    encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
+    encoder = dataclasses.replace(encoder, trains=train, unroll=config.unroll)
+    vae = module_for(base.vae, frozen_dtype("vae", dtype))
+    try:
+        return TextToImageTask(recipe, dit, vae, encoder, captions, train)
+    except UserError as error:
+        raise UserError(f"config.recipe: {error}") from None
+
+
+def frozen_dtype(name: str, dtype: str) -> str:
+    """Of a network that does not train, beside a transformer that computes in `dtype`.
+
+    Images are encoded in float32, as by SANA and `precompute`: bfloat16 shifts the latents.
+    """
+    return "float32" if name == "vae" else dtype
+
+
+def read_network(kind: type, config: ConfigDict, key: str) -> Config:
+    """The config of a network, which is at `key` of the training's. Raises UserError."""
+    fields = config
+    for name in key.split("."):
+        fields = fields[name]
+    fields = native.frozen(fields.to_dict())
+    if kind is SanaConfig:
+        fields.pop("implementation", None)  # of the module: make_task
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.{key}: {error}") from None

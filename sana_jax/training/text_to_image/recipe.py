@@ -1,0 +1,168 @@
+"""What the text-to-image files in configs/ start from: a recipe with its defaults."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_dict
+
+from sana_jax import sharding
+from sana_jax.data.captions import CaptionChoice
+from sana_jax.data.loader import LoaderConfig
+from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.runtime import checks
+from sana_jax.runtime.checks import as_group, read_group
+from sana_jax.runtime.errors import UserError
+from sana_jax.training.loop import LoopConfig
+from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_schedule, sqrt_scaled
+from sana_jax.training.text_to_image.task import Recipe
+
+AUTO_LR_BATCH = 256  # what learning rates are stated for, where config.auto_lr is "sqrt"
+
+
+# Of the full-size recipes' validation images.
+PROMPTS = (
+    "a red cube on top of a blue sphere",
+    "a portrait of an old fisherman, soft morning light",
+    "a small wooden house by a lake, mountains behind it, autumn",
+    "a cat that wears a space suit, watercolour",
+    "a bowl of ramen seen from above",
+    "a shop window with the words open late",
+    "an astronaut rides a white horse through a desert",
+    "macro photograph of a dew drop on a leaf",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What the error on held-out data is measured on; runs are compared by it."""
+
+    batch_size: int
+    batches: int = 4
+    seed: int = 0  # of their noise and order
+    captions: CaptionChoice = CaptionChoice()
+    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels
+
+    def __post_init__(self):
+        checks.whole("batches", self.batches, 1, 2**31)
+        checks.whole("seed", self.seed, 0, checks.MAX_SEED)
+        if not self.sigmas or not all(0 < sigma <= 1 for sigma in self.sigmas):
+            raise UserError(f"sigmas={self.sigmas}: give some in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+    """What a run draws as it trains."""
+
+    prompts: tuple[str, ...] = ()
+    num_steps: int = 20
+    guidance_scale: float = 4.5
+    seed: int = 0
+
+    def __post_init__(self):
+        checks.whole("num_steps", self.num_steps, 1, checks.MAX_STEPS)
+        checks.whole("seed", self.seed, 0, checks.MAX_SEED)
+        checks.number("guidance_scale", self.guidance_scale, -1e6, 1e6)
+
+
+def check_figures(config: ConfigDict) -> None:
+    """Raises UserError for figures of a recipe that what uses them would refuse late."""
+    checks.check_least(config, {"keep_every": 1})
+    read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
+    if config.loop.evaluate_every:
+        read_group(EvaluationConfig, config.evaluation.to_dict(), "config.evaluation")
+    if config.loop.images_every:
+        if not config.images.prompts:
+            raise UserError("config.images.prompts is empty: give some, or loop.images_every=0")
+        read_group(ImagesConfig, config.images.to_dict(), "config.images")
+
+
+def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDict:
+    """SANA's training of the transformer (arXiv 2410.10629 and its published configs).
+
+    CAME at 1e-4 for a batch of 256, scaled by the root of the batch; 2,000 steps of warm-up, then
+    constant; gradients clipped at 0.1; a tenth of the captions dropped; logit-normal noise levels,
+    shifted by 3 (the 0.6B at 1024 px: by 4). The moving average is ours: theirs is off by default.
+    """
+    recipe = Recipe(
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=OptimizerConfig("came", learning_rate=1e-4, warmup_steps=2000, clip_norm=0.1),
+    )
+    return ConfigDict(
+        {
+            "seed": 0,
+            # SanaConfig, and which of kernels/dispatch.py's implementations its module takes.
+            "network": as_group(network) | {"implementation": "auto"},
+            # A checkpoint whose transformer is trained on; none: it starts from nothing.
+            "start": config_dict.placeholder(str),
+            "autoencoder": config_dict.placeholder(str),  # the checkpoint that has it
+            "text_encoder": {
+                "checkpoint": config_dict.placeholder(str),
+                "rows": 300,  # of text that the transformer sees
+                "instruction": True,  # the checkpoint's, before every caption, if it has one
+                "train": False,
+                # Of one that trains: its sizes, and where it is new the folder of its tokenizer.
+                "network": as_group(Gemma2Config()),
+                "tokenizer": config_dict.placeholder(str),
+            },
+            "dtype": "bfloat16",  # of activations and the text encoder; what trains is float32
+            "remat": "none",  # models/dit.py's REMAT
+            # Blocks in one turn of their loop: more is faster on CPUs, and longer to compile.
+            "unroll": 1,
+            "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "recipe": as_group(recipe),
+            # "sqrt": learning rates are for a batch of 256 and grow with the root of the batch.
+            "auto_lr": "sqrt",
+            "data": {
+                "source": "shapes",  # or tfds:NAME, precomputed:DIR, a folder of images
+                "data_dir": config_dict.placeholder(str),  # default: WORKDIR/data
+                "train_split": "train",
+                "test_split": "test",
+                "size": config_dict.placeholder(int),  # pixels a side; default: the network's own
+                "buckets": False,  # keep aspect ratios: the published sizes around `size`
+                "crop": "centre",
+                "flip": False,
+                "upscale": False,
+                "captions": as_group(CaptionChoice()),
+                "shapes": {"train": 20_000, "test": 1000, "seed": 0},  # records
+            },
+            "loader": as_group(LoaderConfig()),
+            "evaluation": as_group(EvaluationConfig(batch_size=min(batch_size, 512))),
+            "images": as_group(ImagesConfig()),
+            "loop": as_group(LoopConfig(steps, log_every=20, checkpoint_every=500), "steps"),
+            "keep": 3,  # checkpoints
+            "keep_every": config_dict.placeholder(int),  # steps whose checkpoints stay for good
+            # FLOP/s of a device, for MFU; default: known by its kind (flops.py).
+            "peak_flops": config_dict.placeholder(float),
+        }
+    )
+
+
+def read_recipe(config: ConfigDict) -> Recipe:
+    """config.recipe, its learning rate as config.auto_lr says. Raises UserError."""
+    recipe = read_group(Recipe, config.recipe.to_dict(), "config.recipe")
+    optimizer = recipe.optimizer
+    if config.auto_lr not in ("none", "sqrt"):
+        raise UserError(f"config.auto_lr={config.auto_lr!r}: give none or sqrt")
+    try:
+        make_schedule(optimizer, recipe.steps)
+    except UserError as error:
+        raise UserError(f"config.recipe.optimizer.{error}") from None
+    if config.auto_lr == "sqrt":
+        rate = sqrt_scaled(optimizer.learning_rate, recipe.batch_size, AUTO_LR_BATCH)
+        optimizer = dataclasses.replace(optimizer, learning_rate=rate)
+    return dataclasses.replace(recipe, optimizer=optimizer)
+
+
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError where a batch does not split over the devices and into its parts."""
+    recipe = config.recipe
+    divisor = sharding.batch_divisor(mesh) * recipe.microbatches * recipe.encoder_microbatches
+    for key in ("recipe", "evaluation")[: 2 if config.loop.evaluate_every else 1]:
+        size = config[key].batch_size
+        if size < 1 or size % divisor:
+            raise UserError(
+                f"config.{key}.batch_size={size}: it is a multiple of {divisor}, the devices that"
+                " split it times the microbatches and the encoder's"
+            )

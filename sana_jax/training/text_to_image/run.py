@@ -1,0 +1,204 @@
+"""A text-to-image training, from a config to a model.
+
+    WORKDIR/checkpoints, metrics.jsonl, tensorboard/, images/    while it trains
+    WORKDIR/model/                                               its moving average: a native folder
+
+Everything that a config names is opened, and everything that can be wrong with it is looked at,
+before the first step; and before anything is written but pictures of the data set shapes.
+"""
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sana_jax import sharding
+from sana_jax.checkpoints.components import place
+from sana_jax.data.precomputed import Precomputed
+from sana_jax.data.text_image import CaptionTokens
+from sana_jax.models import flops
+from sana_jax.pipeline import SanaPipeline
+from sana_jax.runtime import checks, hosts
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import is_local, read_json, storage
+from sana_jax.training.checkpoints.manager import Checkpoints
+from sana_jax.training.loop import LoopConfig
+from sana_jax.training.metrics_writer import MetricsWriter
+from sana_jax.training.session import Session, export
+from sana_jax.training.state import TrainState, on_mesh
+from sana_jax.training.text_to_image.abstract import flops_of_row
+from sana_jax.training.text_to_image.data import make_loaders
+from sana_jax.training.text_to_image.networks import (
+    frozen_dtype,
+    make_task,
+    open_base,
+    open_encoder,
+    open_start,
+)
+from sana_jax.training.text_to_image.recipe import check_batches, check_figures
+from sana_jax.training.text_to_image.result import complete
+from sana_jax.training.text_to_image.task import Frozen
+
+# What may change from one run in a folder to the next. Names of checkpoints may, for it is their
+# fingerprints that count; but for that of `start`, which is not needed again.
+FREE = (
+    *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
+    *("unroll", "peak_flops", "data.data_dir", "autoencoder", "text_encoder.checkpoint"),
+    "text_encoder.tokenizer",
+)
+SHEET_COLUMNS = 8
+
+
+class TextToImageTraining:
+    """A config made ready: what it names is there and fits together.
+
+    Nothing is written yet, but the data set shapes and the sizes of images, which come last.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        """Raises UserError, naming the key, for what cannot be trained."""
+        if "phases" in config:
+            raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
+        self.config, self.workdir = config, epath.Path(workdir)
+        self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
+        self.base, self.fingerprints = open_base(config)
+        instruction = self.base.instruction
+        self.captions = CaptionTokens(
+            self.base.tokenizer, self.base.text_rows, instruction and instruction.text
+        )
+        self.task = make_task(config, self.base, self.captions)
+        loop = config.loop.to_dict() | {"steps": config.recipe.steps}
+        self.loop = checks.read_group(LoopConfig, loop, "config.loop")
+        self.size = config.data.size or self.base.dit.sample_size * self.base.vae.factor
+        self._check()
+        if config.start and not any((self.workdir / "checkpoints").glob("[0-9]*")):
+            open_start(config)
+        given = config, self.workdir, self.base, self.captions, self.mesh, self.size
+        self.loader, *self.held_out = make_loaders(*given)
+
+    def run(self) -> None:
+        """Trains what is left to train. Raises what `loop.fit` does."""
+        numbers = "float32" if self.config.dtype == "float32" else None
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(numbers):
+            self._run()
+
+    def _run(self) -> None:
+        config = self.config
+        about = config.to_dict() | {"fingerprints": self.fingerprints}
+        free = FREE + (("recipe.steps",) * (config.recipe.optimizer.schedule == "constant"))
+        given = about, self.loader.fingerprint, config.keep, config.keep_every, free
+        abstract, create = on_mesh(lambda: self.task.init(jax.random.key(config.seed)), self.mesh)
+        with Checkpoints(self.workdir, *given) as checkpoints:
+            session = Session(checkpoints, self.loader, self.mesh, self.loop)
+            state = session.begin(abstract, lambda: self._start(create))
+            state = session.fit(
+                state,
+                self.task.step,
+                lambda: (self._frozen,),
+                on_images=self._draw,
+                on_evaluate=self._evaluate,
+                peak_rate=self._peak_rate(),
+            )
+            self._export(state, session.first)
+
+    def _check(self) -> None:
+        """Raises UserError for figures that do not fit together, or that only hooks would use."""
+        config = self.config
+        check_figures(config)
+        check_batches(config, self.mesh)
+        side = self.base.vae.factor * self.base.dit.patch_size
+        if self.size < 1 or self.size % side:
+            raise UserError(f"config.data.size={self.size}: it is a multiple of {side}")
+
+    @cached_property
+    def _frozen(self) -> Frozen:
+        """What does not train, on the devices."""
+        base, params = self.base, {}
+        for name in base.params:
+            dtype = frozen_dtype(name, self.config.dtype)
+            params[name] = place(base.params[name], getattr(base, name), dtype, self.mesh)
+        if "text_encoder" not in params:
+            return Frozen(params["vae"])
+        everywhere = NamedSharding(self.mesh, P())
+        read = jax.jit(self.task.read_constants, out_shardings=everywhere)
+        return Frozen(params["vae"], params["text_encoder"], *read(params["text_encoder"]))
+
+    def _start(self, create) -> TrainState:
+        """The state of step 0, with the weights that the config names."""
+        state, params = create(), {}
+        if self.config.start:
+            params["dit"] = place(open_start(self.config), self.base.dit, "float32", self.mesh)
+        if self.config.text_encoder.train and self.config.text_encoder.checkpoint:
+            weights = open_encoder(self.config)
+            params["text_encoder"] = place(weights, self.base.text_encoder, "float32", self.mesh)
+        params = state.params | params
+        return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+
+    def _draw(self, writer: MetricsWriter, state: TrainState, step: int) -> None:
+        """The validation prompts' images, by the moving average."""
+        settings = self.config.images.to_dict()
+        prompts, seed = list(settings.pop("prompts")), settings.pop("seed")
+        model = complete(self.base, {**self._frozen_params(), **state.ema}, step, ema=True)
+        pipe = SanaPipeline(model, self.mesh, self.config.dtype)
+        pipe.dit = pipe.dit.clone(implementation=self.task.dit.implementation)
+        size = dict(height=self.size, width=self.size)
+        images, _ = pipe.draw(pipe.request(prompts, seed=seed, **size, **settings))
+        images = list(np.asarray(hosts.whole(images)))
+        rows = [images[i : i + SHEET_COLUMNS] for i in range(0, len(images), SHEET_COLUMNS)]
+        writer.images(step, "samples", rows)
+
+    def _frozen_params(self) -> dict[str, Any]:
+        frozen = {"vae": self._frozen.vae, "text_encoder": self._frozen.text_encoder}
+        return {name: params for name, params in frozen.items() if params is not None}
+
+    def _evaluate(self, writer: MetricsWriter, state: TrainState, step: int) -> None:
+        """The moving average's error on held-out data, at fixed noise levels and noise."""
+        errors = {sigma: [] for sigma in self.config.evaluation.sigmas}
+        for number in range(self.config.evaluation.batches):
+            batch = sharding.put_batch(self.held_out[0].batch(number), self.mesh)
+            key = jax.random.fold_in(jax.random.key(self.config.evaluation.seed), number)
+            for sigma in errors:
+                error = self._error_at(state.ema, batch, self._frozen, sigma, key)
+                errors[sigma].append(float(error))
+        row = {f"held_out_loss_{sigma:g}": np.mean(found) for sigma, found in errors.items()}
+        writer.write(step, {"held_out_loss": np.mean(list(row.values()))} | row)
+
+    @cached_property
+    def _error_at(self):
+        return jax.jit(self.task.error_at)
+
+    def _peak_rate(self) -> float | None:
+        """Images/s of all devices at their peak, by the FLOPs that the networks need."""
+        peak = self.config.peak_flops or flops.peak(jax.devices()[0])
+        if not peak:
+            return None
+        source = self.loader.source
+        stored = isinstance(source, Precomputed)
+        encoded = {"images": not stored, "captions": not (stored and source.rows)}
+        return peak * jax.device_count() / flops_of_row(self.task, self.size, **encoded)
+
+    def _export(self, state: TrainState, first: int) -> None:
+        """WORKDIR/model, unless step `first`, that this run went on from, was the last one."""
+        params, step = hosts.whole(state.ema), int(state.step)
+        if not is_local(self.workdir):
+            line = f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema"
+        else:
+            line = folder = Path(self.workdir / "model")
+            with storage(folder):
+                if first < step or hosts.from_first(_steps_of, folder) != step:
+                    export(complete(self.base, params, step, ema=True), folder)
+        hosts.from_first(partial(print, line, flush=True))
+
+
+def _steps_of(folder: Path) -> int | None:
+    """After how many steps a model was written; None where there is none."""
+    if not (folder / "model.json").exists():
+        return None
+    return read_json(folder / "model.json").get("provenance", {}).get("steps")

@@ -1,0 +1,246 @@
+"""The train step of text to image: flow matching on latents, given text (SANA, arXiv 2410.10629).
+
+A batch is a dict of rows:
+
+    "image" float32 (B, H, W, 3) in [-1, 1], or "latents" (B, h, w, c) as the sampler sees them
+    "tokens" int32 (B, T) and "mask" bool (B, L), or "embeddings" (B, L, C) and "mask"
+
+The transformer trains, the autoencoder never does, the text encoder may. What does not train is
+an input of the step (`Frozen`), so that it is no constant of the compiled program.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from sana_jax.checkpoints.components import init_params
+from sana_jax.diffusion import flow_matching
+from sana_jax.diffusion.flow import NUM_TIMESTEPS
+from sana_jax.diffusion.flow_matching import NoiseConfig
+from sana_jax.models.gemma2 import Prefix
+from sana_jax.pipeline import programs
+from sana_jax.runtime.checks import within
+from sana_jax.runtime.errors import UserError
+from sana_jax.sharding import constrain
+from sana_jax.text.prompts import TokenizedPrompts
+from sana_jax.training.microbatches import (
+    accumulated_gradients,
+    map_microbatches,
+    mean_over_microbatches,
+)
+from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_optimizer
+from sana_jax.training.state import TrainState, advance, all_finite, new_state, update_ema
+
+Batch = dict[str, Array]
+Null = tuple[Float[Array, "L C"], Bool[Array, " L"]]  # the empty prompt's rows and their mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What decides a training besides the networks and the data."""
+
+    steps: int
+    batch_size: int  # of all devices
+    optimizer: OptimizerConfig = OptimizerConfig()
+    noise: NoiseConfig = NoiseConfig()
+    microbatches: int = 1  # a step's batch is computed in so many parts
+    encoder_microbatches: int = 1  # and each part's images and texts are encoded in so many
+    caption_dropout: float = 0.1  # probability of the empty prompt, for classifier-free guidance
+    keep_mask: bool = False  # of a dropped caption; see flow_matching.drop_captions
+    ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        for name in "steps", "batch_size", "microbatches", "encoder_microbatches":
+            within(name, getattr(self, name), 1, 2**31)
+        for name in "caption_dropout", "ema_decay":
+            within(name, getattr(self, name), 0, 1)
+
+
+class CaptionWindow(Protocol):
+    """What all texts of a run share."""
+
+    prefix: tuple[int, ...]  # the instruction's tokens, before those of every caption
+    window: np.ndarray  # the positions among "tokens" of the rows that the transformer sees
+    empty: TokenizedPrompts  # the empty prompt, without the instruction
+
+
+class Frozen(NamedTuple):
+    """What a step reads and leaves alone; all but `vae` None where the text encoder trains."""
+
+    vae: Any  # parameters
+    text_encoder: Any = None  # parameters
+    prefix: Prefix | None = None  # the instruction's keys and values
+    null: Null | None = None
+
+
+class TextToImageTask:
+    """The networks of a training, how their state starts and how a step changes it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dit: nn.Module,
+        vae: nn.Module,
+        text_encoder: nn.Module,
+        captions: CaptionWindow,
+        train_text_encoder: bool = False,
+    ):
+        """
+        Args:
+          dit, text_encoder: with float32 parameters, where they train.
+          captions: of the batches' tokens; data/text_image.py's CaptionTokens.
+
+        Raises UserError where the optimizer's figures are bad, or the text encoder trains and reads
+        an instruction: what it makes of that changes with every step.
+        """
+        if train_text_encoder and captions.prefix:
+            raise UserError("a text encoder that trains reads no instruction; leave it out")
+        self.recipe, self.captions = recipe, captions
+        self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+        self.trained = {"dit": dit}
+        if train_text_encoder:
+            self.trained["text_encoder"] = text_encoder
+        shapes = jax.eval_shape(self._init_params, jax.random.key(0))
+        self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, recipe.steps)
+
+    def init(self, key: Array) -> TrainState:
+        """The state of step 0, its parameters boxed with their logical axes."""
+        params_key, key = jax.random.split(key)
+        params = self._init_params(params_key)
+        return new_state(params, self.tx.init(params), key)
+
+    def read_constants(self, params: Any) -> tuple[Prefix | None, Null]:
+        """What a frozen text encoder makes of the instruction and of the empty prompt."""
+        prefix, empty = None, self.captions.empty
+        if self.captions.prefix:
+            tokens = jnp.array([self.captions.prefix], jnp.int32)
+            prefix = programs.read_prefix(self.text_encoder, params, tokens)
+        return prefix, (self._encode_empty(params), jnp.asarray(empty.mask[0]))
+
+    def step(
+        self, state: TrainState, batch: Batch, frozen: Frozen
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One update, and its metrics."""
+        recipe = self.recipe
+        rows = batch | self._draw(state.step_key(), batch)
+
+        def loss(params: Any, rows: Batch):
+            errors = self._errors(params, rows, frozen)
+            return flow_matching.flow_loss(errors, rows["sigma"], recipe.noise), ()
+
+        (value, _), gradient = accumulated_gradients(loss, state.params, rows, recipe.microbatches)
+        norm = optax.tree.norm(gradient)
+        updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        done = state.step - state.skipped
+        state = advance(
+            state,
+            all_finite((value, norm)),
+            params=params,
+            opt_state=opt_state,
+            ema=update_ema(state.ema, params, recipe.ema_decay, done),
+        )
+        rate = self.schedule(done)
+        return state, {"loss": value, "gradient_norm": norm, "learning_rate": rate}
+
+    def error_at(
+        self, params: Any, batch: Batch, frozen: Frozen, sigma: Float[Array, ""], key: Array
+    ) -> Float[Array, ""]:
+        """The mean squared error of the velocity at one noise level, with all captions."""
+        rows = batch | self._draw(key, batch)
+        levels = jnp.full_like(rows["sigma"], sigma)
+        fixed = {
+            "sigma": levels,
+            "timestep": NUM_TIMESTEPS * levels,
+            "dropped": jnp.zeros_like(rows["dropped"]),
+        }
+
+        def error(rows):
+            return self._errors(params, rows, frozen).mean()
+
+        return mean_over_microbatches(error, rows | fixed, self.recipe.microbatches)
+
+    def _draw(self, key: Array, batch: Batch) -> Batch:
+        """All that is random about a step: for the whole batch, whatever the microbatches."""
+        of_levels, of_noise, of_dropout = jax.random.split(key, 3)
+        latents, recipe = jax.eval_shape(self._latent_shape, batch), self.recipe
+        count = latents.shape[0]
+        sigma, timestep = flow_matching.draw_levels(of_levels, count, recipe.noise)
+        noise = flow_matching.draw_noise(of_noise, latents)
+        return {
+            "sigma": sigma,
+            "timestep": timestep,
+            "noise": constrain(noise, "batch", None, None, None),
+            "dropped": flow_matching.draw_dropped(of_dropout, count, recipe.caption_dropout),
+        }
+
+    def _errors(self, params: Any, rows: Batch, frozen: Frozen) -> Float[Array, " B"]:
+        """The mean squared error of each row's velocity."""
+        latents = self._latents(rows, frozen)
+        embeddings, mask = self._text(params, rows, frozen)
+        noisy = flow_matching.interpolate(latents, rows["noise"], rows["sigma"])
+        timestep = rows["timestep"] * self.dit.config.timestep_scale
+        velocity = self.dit.apply({"params": params["dit"]}, noisy, timestep, embeddings, mask)
+        return flow_matching.row_errors(velocity, latents, rows["noise"])
+
+    def _latents(self, rows: Batch, frozen: Frozen) -> Float[Array, "B h w c"]:
+        if "latents" in rows:
+            return rows["latents"]
+
+        def encode(images):
+            return self.vae.apply({"params": frozen.vae}, images, method="encode")
+
+        latents = map_microbatches(encode, rows["image"], self.recipe.encoder_microbatches)
+        return latents.astype(jnp.float32) * self.vae.config.scaling_factor
+
+    def _text(
+        self, params: Any, rows: Batch, frozen: Frozen
+    ) -> tuple[Float[Array, "B L C"], Bool[Array, "B L"]]:
+        """What the transformer reads of the captions, after dropout."""
+        recipe, mask = self.recipe, rows["mask"]
+        if "embeddings" in rows:
+            (null, null_mask), embeddings = frozen.null, rows["embeddings"].astype(jnp.float32)
+        elif "text_encoder" in self.trained:
+            encoder = params["text_encoder"]
+            null, null_mask = self._encode_empty(encoder), self.captions.empty.mask[0]
+            embeddings = self._encode(encoder, (rows["tokens"], mask))
+        else:
+            null, null_mask = frozen.null
+            encode = partial(self._encode, frozen.text_encoder, prefix=frozen.prefix)
+            embeddings = map_microbatches(
+                encode, (rows["tokens"], mask), recipe.encoder_microbatches
+            )
+        return flow_matching.drop_captions(
+            rows["dropped"], embeddings, mask, null, null_mask, recipe.keep_mask
+        )
+
+    def _encode(
+        self, params: Any, texts: tuple[Array, Array], prefix: Prefix | None = None
+    ) -> Float[Array, "B L C"]:
+        tokens, mask = texts
+        window = self.captions.window
+        return programs.encode_text(self.text_encoder, params, tokens, prefix, window, mask)
+
+    def _encode_empty(self, params: Any) -> Float[Array, "L C"]:
+        empty = self.captions.empty
+        rows = empty.tokens, None, empty.window, empty.mask
+        return programs.encode_text(self.text_encoder, params, *rows)[0]
+
+    def _latent_shape(self, batch: Batch) -> Float[Array, "B h w c"]:
+        if "latents" in batch:
+            return batch["latents"]
+        factor, channels = self.vae.config.factor, self.vae.config.latent_channels
+        rows, height, width, _ = batch["image"].shape
+        return jnp.zeros((rows, height // factor, width // factor, channels))
+
+    def _init_params(self, key: Array) -> Any:
+        keys = jax.random.split(key, len(self.trained))
+        networks = zip(self.trained.items(), keys, strict=True)
+        return {name: init_params(module, key) for (name, module), key in networks}

@@ -1,0 +1,52 @@
+"""A file or a folder that cannot be written leaves the one that was there."""
+
+import os
+
+import pytest
+from etils import epath
+
+from sana_jax.runtime.files import replace_folder, write_whole
+
+
+def test_write_whole_leaves_no_part(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "a")
+    write_whole(path, b"old")
+    monkeypatch.setattr(type(path), "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        write_whole(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"old"
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    path, synced = epath.Path(tmp_path / "a"), []
+
+    def fsync(number):
+        synced.append((os.fstat(number).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(path, b"whole")
+    assert synced == [(5, False)] and path.read_bytes() == b"whole"
+
+
+def test_two_writers_do_not_share_a_part(tmp_path):
+    path = epath.Path(tmp_path / "a")
+    (tmp_path / "a.part").write_text("another's")
+    write_whole(path, b"ours", ".1.part")
+    assert path.read_bytes() == b"ours" and (tmp_path / "a.part").read_text() == "another's"
+
+
+def test_a_folder_stays_until_the_next_is_whole(tmp_path):
+    folder = tmp_path / "model"
+    (tmp_path / "model.part").mkdir()
+    (tmp_path / "model.part" / "half").touch()  # of a process that was killed
+    with replace_folder(folder) as part:
+        (part / "a").touch()
+        assert not folder.exists()
+    with pytest.raises(OSError), replace_folder(folder) as part:
+        (part / "b").touch()
+        raise OSError("full")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["model", "model/a"]
+    with replace_folder(folder) as part:
+        (part / "b").touch()
+        assert [p.name for p in folder.iterdir()] == ["a"]
+    assert [p.name for p in folder.iterdir()] == ["b"]

@@ -1,0 +1,37 @@
+"""One host among several gets what the first one found, or raises what any of them did."""
+
+import jax
+import pytest
+
+from sana_jax.runtime import hosts
+from sana_jax.runtime.errors import Retry, UserError
+
+
+def fail(error):
+    raise error
+
+
+def test_one_host_is_alone():
+    assert hosts.gathered({"a": (1, b"2")}) == [{"a": (1, b"2")}]
+    assert hosts.jointly(max, 1, 2) == hosts.from_first(max, 1, 2) == 2
+    error = UserError("no such folder")
+    for call in hosts.jointly, hosts.from_first:
+        with pytest.raises(UserError) as caught:
+            call(fail, error)
+        assert caught.value is error and error.__cause__ is None
+
+
+def test_what_others_raise(monkeypatch):
+    """On the second of three hosts; the first that failed decides."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    told = [None, None, (Retry, "the disk is away")]
+    monkeypatch.setattr(hosts, "gathered", lambda mine: [told[0], mine, told[2]])
+    with pytest.raises(Retry, match="^the disk is away$"):
+        hosts.jointly(max, 1, 2)
+    with pytest.raises(UserError, match="mine"):
+        hosts.jointly(fail, UserError("mine"))
+    told[0] = UserError, "the first's"
+    with pytest.raises(UserError, match="^the first's$"):
+        hosts.jointly(fail, Retry("mine"))
+    with pytest.raises(UserError, match="^the first's$"):
+        hosts.from_first(lambda: pytest.fail("only the first acts"))

@@ -1,0 +1,557 @@
+"""A tiny autoencoder's whole training, as a command: phases, kills, resumes, refusals."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from sana_jax.checkpoints import native
+from sana_jax.checkpoints.find import fingerprint
+from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.runtime.files import read_json
+from sana_jax.training.autoencoder import run as autoencoder_run
+from sana_jax.training.autoencoder.run import (
+    AutoencoderTraining,
+    _copy_model,
+    _fixed,
+    _training_seconds,
+)
+from tests import xla
+
+ROOT = Path(__file__).parents[3]
+CONFIG = """
+from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.training.autoencoder.recipe import autoencoder
+
+BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
+
+def get_config():
+    config = autoencoder(DCAEConfig(
+        latent_channels=4, attention_head_dim=8, encoder_blocks=BLOCKS, decoder_blocks=BLOCKS,
+        encoder_channels=(8, 8, 16), decoder_channels=(8, 8, 16), encoder_layers=(0, 1, 1),
+        decoder_layers=(0, 1, 1), encoder_qkv_multiscales=((),) * 3,
+        decoder_qkv_multiscales=((),) * 3, decoder_norms=("rms_norm",) * 3,
+        decoder_activations=("silu",) * 3))
+    config.data.source = PHOTOS
+    config.dtype = "float32"
+    config.perceptual.name = "laplacian"
+    config.discriminator.update(width=8, layers=2)
+    config.evaluation.update(images=6, batch_size=4, sizes=(32, 48))
+    config.scale_images = 8
+    config.loader.update(threads=1, prefetch=1)
+    config.loop.update(log_every=2, checkpoint_every=3, images_every=5)
+    for phase, size in zip(config.run, (32, 48, 32)):
+        config.phases[phase].update(steps=10, batch_size=4, image_size=size)
+        config.phases[phase].autoencoder.learning_rate = 3e-3
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config on a folder of pictures that are smooth enough to be learnt from."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        (folder / split).mkdir()
+        for i in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+            small.resize((64, 56), Image.BICUBIC).save(folder / split / f"{i}.png")
+    path = folder / "config.py"
+    path.write_text(CONFIG.replace("PHOTOS", repr(str(folder))))
+    return path
+
+
+def command(config, workdir, *arguments):
+    cache = config.parent / "cache"
+    module = [sys.executable, "-m", "sana_jax.train_dc_ae", f"--compilation_cache={cache}"]
+    return [*module, f"--config={config}", f"--workdir={workdir}", *arguments]
+
+
+# One device, where the tests' own process has eight.
+ENVIRONMENT = os.environ | {"XLA_FLAGS": xla.flags(devices=1)}
+
+
+def run(config, workdir, *arguments, **environment):
+    return subprocess.run(
+        command(config, workdir, *arguments),
+        cwd=ROOT,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    result = run(config, workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+PHASES = ("low_resolution", "latent_adaptation", "local_refinement")
+
+
+def last_document(workdir, phase):
+    """What the last checkpoint says of itself: a fingerprint of every leaf, the data's place."""
+    checkpoints = workdir / phase / "checkpoints"
+    step = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+    return json.loads((checkpoints / str(step) / "run" / "metadata").read_text())
+
+
+def weights(folder):
+    return load_file(folder / "vae.safetensors")
+
+
+def test_each_phase_trains_what_it_says(unbroken):
+    steps = [weights(unbroken / phase / "model") for phase in PHASES]
+    changed = [
+        {name for name in new if old[name].tobytes() != new[name].tobytes()}
+        for old, new in itertools.pairwise(steps)
+    ]
+    middle = {"encoder/conv_out/kernel", "encoder/conv_out/bias"}
+    middle |= {"decoder/conv_in/kernel", "decoder/conv_in/bias"}
+    assert changed[0] == middle & steps[0].keys()
+    assert changed[1] == {"decoder/conv_out/kernel", "decoder/conv_out/bias"}
+
+
+def test_results_are_there_and_add_up(unbroken):
+    for phase in PHASES:
+        results = json.loads((unbroken / phase / "results.json").read_text())
+        assert results["images"] == 40 and results["skipped_updates"] == 0
+        for when, size in itertools.product(("before", "after"), ("32", "48")):
+            assert results[when][size]["count"] == 6
+            assert np.isfinite(results[when][size]["psnr"])
+        assert list((unbroken / phase / "images").glob("*_00000010.png"))
+    first = json.loads((unbroken / PHASES[0] / "results.json").read_text())
+    assert first["after"]["32"]["psnr"] > first["before"]["32"]["psnr"] + 0.5
+    # A phase starts from where the one before has ended.
+    second = json.loads((unbroken / PHASES[1] / "results.json").read_text())
+    np.testing.assert_allclose(
+        second["before"]["48"]["psnr"], first["after"]["48"]["psnr"], rtol=1e-5
+    )
+
+
+def test_training_seconds_are_those_of_all_steps(tmp_path):
+    """Saved at step 6, resumed there: row 8 is of two steps, whose rate goes for four."""
+    rows = [(2, 4.0), (4, 8.0), (8, 16.0)]
+    lines = [json.dumps({"step": step, "images_per_second": rate}) for step, rate in rows]
+    lines.insert(2, json.dumps({"step": 4, "validation_loss": 0.5}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    seconds = _training_seconds(tmp_path, SimpleNamespace(batch_size=10))
+    assert seconds == 2 * 10 / 4 + 2 * 10 / 8 + 4 * 10 / 16
+
+
+def test_the_model_is_an_autoencoder_that_says_where_it_is_from(unbroken):
+    model = native.open_folder(unbroken / "model")
+    assert model.provenance["trained"] is True
+    assert [phase["phase"] for phase in model.provenance["phases"]] == list(PHASES)
+    assert weights(unbroken / "model").keys() == weights(unbroken / PHASES[2] / "model").keys()
+
+
+def test_scaling_factor_makes_latents_of_unit_size(unbroken, config):
+    """Measured after phase 2, whose encoder phase 3 keeps."""
+    from sana_jax.checkpoints.components import module_for, place
+    from sana_jax.data.loader import TrainingLoader
+    from sana_jax.data.sources import open_source
+    from sana_jax.data.transforms import ImageTransform
+    from sana_jax.sharding import make_mesh
+
+    factors = {}
+    for phase in PHASES:
+        model = native.open_folder(unbroken / phase / "model")
+        factors[phase] = model.vae.scaling_factor
+    assert factors[PHASES[0]] != factors[PHASES[1]] == factors[PHASES[2]]
+    source = open_source(str(config.parent), "train")
+    loader = TrainingLoader(
+        source, ImageTransform(48, 48, crop="random", flip=True), batch_size=4, seed=1
+    )
+    params = place(model.params["vae"], model.vae, "float32", make_mesh(devices=jax.devices()[:1]))
+    images = np.concatenate([loader.batch(step)["image"] for step in range(2)])
+    latents = module_for(model.vae, "float32").apply({"params": params}, images, method="encode")
+    size = np.sqrt(np.mean(np.square(latents))) * model.vae.scaling_factor
+    np.testing.assert_allclose(size, 1, rtol=1e-3)
+
+
+def test_killed_at_any_moment_it_ends_as_the_unbroken_run(unbroken, config, tmp_path):
+    """SIGKILL in two phases, at moments that nothing fixes: every leaf ends with the same bits."""
+    workdir = tmp_path / "run"
+    for phase, rows in ((PHASES[0], 2), (PHASES[2], 3)):
+        process = subprocess.Popen(
+            command(config, workdir),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        metrics = workdir / phase / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (workdir / "model").exists()
+    result = run(config, workdir)
+    assert result.returncode == 0, result.stderr
+    for phase in PHASES:
+        ours, theirs = last_document(workdir, phase), last_document(unbroken, phase)
+        assert ours["leaves"].keys() == theirs["leaves"].keys()
+        assert ours["leaves"] == theirs["leaves"], phase
+        assert ours["iterators"] == theirs["iterators"], phase
+    leaves = last_document(workdir, PHASES[2])["leaves"]
+    for part in ("params/autoencoder", "params/discriminator", "opt_state", "ema", "key"):
+        assert any(name.startswith(part) for name in leaves), part
+    ours, theirs = weights(workdir / "model"), weights(unbroken / "model")
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+def test_a_second_run_does_nothing(unbroken, config):
+    before = {path: path.stat().st_ctime_ns for path in unbroken.rglob("*.*")}
+    assert unbroken / "model" / "model.json" in before
+    free = "--config.loop.log_every=1", "--config.evaluation.batch_size=2"
+    result = run(config, unbroken, *free)
+    assert result.returncode == 0, result.stderr
+    assert {path: path.stat().st_ctime_ns for path in unbroken.rglob("*.*")} == before
+
+
+def test_phases_that_are_over_are_of_this_config(unbroken, config):
+    result = run(config, unbroken, "--config.seed=1", "--config.evaluation.images=5")
+    assert result.returncode == 2, result.stderr
+    assert "low_resolution was trained by another config" in result.stderr
+    assert "evaluation, seed changed" in result.stderr
+
+
+def test_a_model_left_half_copied_or_of_another_run_is_replaced(unbroken, tmp_path):
+    (tmp_path / "model.part").mkdir()
+    (tmp_path / "model.part" / "half").touch()
+    for phase in PHASES:
+        _copy_model(unbroken / phase / "model", tmp_path / "model")
+        assert fingerprint(tmp_path / "model") == fingerprint(unbroken / phase / "model")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
+    training = AutoencoderTraining(load(config), "/nonexistent")
+    found = []
+    for cache in (4.0, 0.0):
+        training.config.loader.cache_gib = cache
+        loader = training.data.loader(training.tasks[PHASES[0]].phase, 0)
+        images = [loader.batch(step)["image"] for step in range(4)]  # 12 images: some come again
+        found.append((loader.fingerprint, np.stack(images)))
+        assert len(loader.source._kept) == (12 if cache else 0)
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+STARTED = ("--config.run=('low_resolution',)", "--config.phases.low_resolution.steps=2")
+
+
+def test_a_training_starts_from_a_checkpoint(unbroken, config, tmp_path):
+    result = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / 'model'}")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run" / PHASES[0]
+    after = read_json(unbroken / PHASES[2] / "results.json")["after"]
+    before = read_json(folder / "before.json")
+    for size in ("32", "48"):
+        for name in ("psnr", "ssim", "high_frequency_ratio"):
+            np.testing.assert_allclose(before[size][name], after[size][name], rtol=1e-6)
+    lineage = native.open_folder(tmp_path / "run" / "model").provenance["phases"]
+    assert [phase["phase"] for phase in lineage] == [*PHASES, PHASES[0]]
+    # The same command finds its work done; one that starts from other weights is another training.
+    again = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / 'model'}")
+    assert again.returncode == 0 and "phase low_resolution is over" in again.stderr
+    other = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / PHASES[0]}/model")
+    assert other.returncode == 2 and "from another model" in other.stderr
+
+
+def test_the_history_of_a_whole_model_goes_on(unbroken, config, tmp_path):
+    training = AutoencoderTraining(load(config), str(tmp_path))
+    params = native.open_folder(unbroken / "model").params["vae"]
+    whole = SimpleNamespace(provenance={"autoencoder": {"phases": [{"phase": "earlier"}]}})
+    training._export(tmp_path, params, {"phase": "now", "scaling_factor": 1.0}, whole)
+    lineage = native.open_folder(tmp_path / "model").provenance["phases"]
+    assert [phase["phase"] for phase in lineage] == ["earlier", "now"]
+
+
+def test_progress_is_told_before_each_silence(unbroken, config, tmp_path):
+    result = run(config, tmp_path / "run", *STARTED)
+    said = [line for line in result.stderr.splitlines() if line.startswith(PHASES[0])]
+    assert said == [
+        f"{PHASES[0]}: {what}"
+        for what in (
+            "measuring the held-out images",
+            "compiling the step",
+            "measuring the latents and the held-out images",
+        )
+    ]
+    (tmp_path / "run" / PHASES[0] / "results.json").unlink()
+    result = run(config, tmp_path / "run", *STARTED)
+    assert result.returncode == 0 and f"{PHASES[0]}: resumed at step 2 of 2" in result.stderr
+
+
+HOST = """
+import json, sys
+import jax
+from sana_jax import train_dc_ae
+from sana_jax.runtime import cli
+from sana_jax.training.autoencoder import run
+
+host, port = int(sys.argv.pop(1)), sys.argv.pop(1)
+jax.distributed.initialize(f"localhost:{port}", 2, host)
+write = run._write
+
+def show(path, contents):  # what every host has found, though one writes
+    print("found", path.name, json.dumps(contents))
+    write(path, contents)
+
+run._write = show
+cli.run(train_dc_ae.main, resumes=True)
+"""
+
+
+@pytest.mark.slow  # a minute
+def test_two_hosts_train_as_one_does(config, tmp_path):
+    """Two processes of one device, beside a process of two: the same batches, losses, figures."""
+    phases = [f"--config.phases.{phase}.steps=3" for phase in PHASES]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    workdir, alone, cache = tmp_path / "two", tmp_path / "one", config.parent / "cache"
+    arguments = [f"--config={config}", f"--compilation_cache={cache}", *phases]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(host), port, *arguments, f"--workdir={workdir}"],
+            env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in (0, 1)
+    ]
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    first, second = (re.findall("^found .*", output, re.M) for output, _ in outputs)
+    assert first == second and len(first) == 2 * len(PHASES)
+    assert not outputs[1][1].strip(), "the second host is silent"
+
+    two_devices = {"XLA_FLAGS": xla.flags(devices=2)}
+    single = run(config, alone, *phases, **two_devices)
+    assert single.returncode == 0, single.stderr
+    for phase in PHASES:
+        ours, theirs = (read_json(w / phase / "results.json") for w in (workdir, alone))
+        assert ours["after"].keys() == theirs["after"].keys()
+        for when, size in itertools.product(("before", "after"), ("32", "48")):
+            for name in ("count", "psnr", "ssim"):
+                values = ours[when][size][name], theirs[when][size][name]
+                np.testing.assert_allclose(*values, rtol=1e-4)
+        np.testing.assert_allclose(ours["scaling_factor"], theirs["scaling_factor"], rtol=1e-4)
+        rows = [(w / phase / "metrics.jsonl").read_text().splitlines() for w in (workdir, alone)]
+        for our, their in zip(*[map(json.loads, part) for part in rows], strict=True):
+            assert our["step"] == their["step"]
+            np.testing.assert_allclose(our["loss"], their["loss"], rtol=1e-4)
+    ours, theirs = weights(workdir / "model"), weights(alone / "model")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        # Adam makes a step of the learning rate, 3e-3, of the smallest gradient's sign.
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-3, err_msg=name)
+
+
+def load(config):
+    namespace = {}
+    exec(config.read_text(), namespace)
+    loaded = namespace["get_config"]()
+    for phase in loaded.phases.values():
+        phase.batch_size = 8  # for eight devices
+    return loaded
+
+
+SHAPES = {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 20))}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"phases.low_resolution.image_size": 33}, "image_size=33: it is a multiple of 4"),
+        ({"phases.low_resolution.batch_size": 0}, "batch_size=0: it is a multiple of 8"),
+        ({"phases.low_resolution.microbatches": 3}, "batch_size=8: it is a multiple of 24"),
+        ({"phases.low_resolution.trainable": ("decoder/none",)}, "matches no parameter"),
+        (
+            {"phases.low_resolution.autoencoder.name": "sgd"},
+            "autoencoder.name 'sgd' is unknown",
+        ),
+        ({"phases.low_resolution.steps": 0}, "steps=0"),
+        (
+            {"phases.low_resolution.image_size": 0},
+            "low_resolution.image_size=0: it is at least 1",
+        ),
+        ({"phases.low_resolution.microbatches": 0}, "microbatches=0: it is at least 1"),
+        ({"phases.low_resolution.ema_decay": 1.5}, "low_resolution.ema_decay=1.5: give 0 to 1"),
+        (
+            {"phases.local_refinement.crop": "middle", **SHAPES},
+            "config.phases.local_refinement.crop='middle'",
+        ),
+        ({"phases.local_refinement.crop": "middle"}, "config.phases.local_refinement.crop="),
+        ({"seed": -1, **SHAPES}, "config.seed=-1: it is at least 0"),
+        ({"data.source": "precomputed:here"}, "precomputed:here: these are latents; give images"),
+        ({"keep": 0}, "config.keep=0: it is at least 1"),
+        ({"loop.watchdog_seconds": -1.0}, "config.loop.watchdog_seconds=-1.0: it is at least 0"),
+        ({"phases.local_refinement.crop": "centre"}, "local_refinement.flip=True: crop='centre'"),
+        ({"evaluation.batch_size": 0, **SHAPES}, "config.evaluation.batch_size=0"),
+        ({"evaluation.images": 0, **SHAPES}, "config.evaluation.images=0"),
+        ({"data.shapes.test": 0, **SHAPES}, "config.data.shapes.test=0"),
+        ({"network.latent_channels": 5}, "autoencoder encoder_channels"),
+        ({"perceptual.name": "lpips_vgg"}, "lpips_vgg needs its published weights"),
+        ({"perceptual.name": "vgg"}, "'vgg' is not one of lpips_vgg"),
+        ({"run": ("low_resolution", "third")}, "name some of its phases"),
+        ({"mesh.replica": 3, "mesh.fsdp": 1}, "does not fit 8 devices"),
+        ({"data.source": "nowhere"}, "nowhere: there is no such folder"),
+        ({"discriminator.norm": "batch"}, "norm 'batch' is not one of"),
+        ({"dtype": "float99"}, "float99"),
+        ({"evaluation.sizes": (30,)}, "sizes=(30,)"),
+        (
+            {"phases.low_resolution.autoencoder.warmup_steps": 11},
+            "config.phases.low_resolution.autoencoder.warmup_steps=11: give 0 to steps=10",
+        ),
+        (
+            {"phases.local_refinement.discriminator.schedule": "step"},
+            "config.phases.local_refinement.discriminator.schedule 'step'",
+        ),
+        # What only a later phase lacks.
+        (
+            {"data.source": "shapes", "data.shapes.train": ((32, 20),)},
+            "config.data.shapes.train=((32, 20),): give (48, COUNT) too",
+        ),
+        (
+            {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 7))},
+            "give (48, COUNT) too, COUNT 8 or more",
+        ),
+        (
+            {"phases.local_refinement.batch_size": 16},
+            "config.phases.local_refinement.batch_size=16: ",
+        ),
+        (
+            {"phases.latent_adaptation.image_size": 64},
+            "config.phases.latent_adaptation.image_size=64: none of the first records",
+        ),
+        ({"start": "shapes"}, "is of another config.network"),
+    ],
+    ids=str,
+)
+def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, changes, message):
+    changed = load(config)
+    changed.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        AutoencoderTraining(changed, str(tmp_path / "run")).run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_worth_a_retry(config, tmp_path, monkeypatch):
+    training = AutoencoderTraining(load(config), str(tmp_path / "run"))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "save", full)
+    with pytest.raises(Retry, match="No space left"):
+        training._export(tmp_path, {}, {"scaling_factor": 1.0}, None)
+    monkeypatch.setattr(autoencoder_run, "write_whole", full)
+    with pytest.raises(Retry, match="results.json: No space left"):
+        autoencoder_run._write(tmp_path / "results.json", {})
+
+
+def test_weights_of_the_loss_are_told_by_their_content(config, tmp_path, monkeypatch):
+    """The file may move; where there is none, nothing is told of it."""
+    make = autoencoder_run.make_perceptual
+    monkeypatch.setattr(
+        autoencoder_run, "make_perceptual", lambda name, weights, dtype: make(name, None, dtype)
+    )
+    monkeypatch.setattr(
+        autoencoder_run, "AutoencoderTask", lambda *args: SimpleNamespace(phase=args[2])
+    )
+
+    def about(name, content=None):
+        changed = load(config)
+        if name:
+            (tmp_path / name).write_bytes(content)
+            changed.perceptual.weights = str(tmp_path / name)
+        training = AutoencoderTraining(changed, str(tmp_path / "run"))
+        return training, training._about(0, training.tasks[PHASES[0]].phase, None)
+
+    (_, first), (_, moved), (_, other) = about("a", b"1"), about("b", b"1"), about("a", b"2")
+    assert first != moved and _fixed(first) == _fixed(moved) != _fixed(other)
+    training, without = about(None)
+    assert "perceptual_weights" not in without
+    # Of a phase that was over when the name of the file was not free yet.
+    (tmp_path / "run" / PHASES[0]).mkdir(parents=True)
+    (tmp_path / "run" / PHASES[0] / "results.json").write_text(json.dumps({"about": without}))
+    with pytest.raises(UserError, match=f"{PHASES[0]}/model"):  # it is taken to be over
+        training.run()
+
+
+def test_each_batch_that_is_measured_is_a_beat(monkeypatch):
+    marks = []
+
+    class Dog:
+        def __init__(self, seconds):
+            marks.append(seconds)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            marks.append("end")
+
+        def beat(self):
+            marks.append("beat")
+
+    def figures(reconstruct, loader, values, on_batch):
+        for count in loader:
+            on_batch(count)
+
+    monkeypatch.setattr(autoencoder_run, "Watchdog", Dog)
+    monkeypatch.setattr(autoencoder_run, "figures", figures)
+    training = SimpleNamespace(
+        network=SimpleNamespace(latent_channels=4, factor=4),
+        config=SimpleNamespace(loop=SimpleNamespace(watchdog_seconds=7)),
+        _reconstruct=lambda params, images: images,
+    )
+    AutoencoderTraining._figures(training, {}, {32: [4, 2], 48: [4]})
+    assert marks == [7, "beat", "beat", "end", 7, "beat", "end"]
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.seeds=1", "unknown key --config.seeds"),
+        ("--workdir=gs://bucket/run", "gs://bucket/run"),
+    ],
+)
+def test_bad_flag_is_one_line_and_status_2(config, tmp_path, argument, message):
+    result = run(config, tmp_path / "run", argument)
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(
+    unbroken, config, tmp_path
+):
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    (workdir / "low_resolution" / "results.json").unlink()
+    result = run(config, workdir, "--config.phases.low_resolution.perceptual=0.5")
+    assert result.returncode == 2, result.stderr
+    assert "phase.perceptual: 0.25 -> 0.5" in result.stderr

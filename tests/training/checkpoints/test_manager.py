@@ -1,0 +1,351 @@
+"""Only whole checkpoints of the same run are resumed."""
+
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sana_jax import sharding
+from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
+from sana_jax.training import state
+from sana_jax.training.checkpoints import arrays as checkpoint_arrays
+from sana_jax.training.checkpoints import manager
+from sana_jax.training.checkpoints.manager import Checkpoints
+
+CONFIG = {"steps": 10, "model": {"width": 64}, "rate": 0.5, "sizes": (1, 2), "log_every": 3}
+DATA = {"files": ["a"], "seed": 3}
+
+
+class Position:
+    """A data iterator that knows only where it is."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def set_state(self, value):
+        self.value = value
+
+
+def make(seed=0, mesh=None):
+    """A state whose arrays compress badly, so that the files hold their bits."""
+    w = jax.random.normal(jax.random.key(seed), (64, 128))
+    params = {"net": {"w": w, "b": w[0].astype(jnp.bfloat16)}}
+    moments = jax.tree.map(jnp.copy, params)
+    made = state.new_state(params, {"mu": moments}, jax.random.key(seed))
+    if mesh is None:
+        return made
+    where = {2: NamedSharding(mesh, P("fsdp", "tensor")), 1: NamedSharding(mesh, P("fsdp"))}
+    return jax.tree.map(
+        lambda x: jax.device_put(x, where.get(x.ndim, NamedSharding(mesh, P()))), made
+    )
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def same(a, b):
+    def bits(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x).tobytes()
+
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        jax.tree.leaves(jax.tree.map(lambda x, y: bits(x) == bits(y), a, b))
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+        for step in 1, 2, 3:
+            checkpoints.save(step, make(step), {"row": step})
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def restore(folder, config=CONFIG, data=DATA, like=None):
+    position = Position()
+    with Checkpoints(folder, config, data) as checkpoints:
+        found = checkpoints.restore(abstract(like or make()), position)
+        return found, position.value, checkpoints
+
+
+def test_new_folder_has_nothing(tmp_path):
+    found, position, _ = restore(tmp_path / "new" / "run")
+    assert found is None and position is None
+
+
+def test_newest_is_restored(folder):
+    found, position, checkpoints = restore(folder)
+    assert same(found, make(3)) and position == {"row": 3}
+    assert checkpoints.steps() == [1, 2, 3] and checkpoints.last_good == 3
+
+
+def flip_bit(step):
+    largest = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+
+
+def truncate(step):
+    largest = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def change_document(step):
+    path = step / "run" / "metadata"
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+
+
+def cut_document(step):
+    path = step / "run" / "metadata"
+    path.write_text(path.read_text()[:-20])
+
+
+def lose_manifest(step):
+    for path in step.rglob("manifest.ocdbt"):
+        path.unlink()
+
+
+DAMAGES = [flip_bit, truncate, empty, change_document, cut_document, lose_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_newest_is_set_aside(folder, damage, capsys):
+    damage(folder / "checkpoints" / "3")
+    found, position, checkpoints = restore(folder)
+    assert same(found, make(2)) and position == {"row": 2}
+    line = capsys.readouterr().err
+    assert line.startswith("checkpoint 3 is damaged (its ") and "back to step 2" in line
+    assert checkpoints.steps() == [1, 2] and (folder / "checkpoints" / "3.bad").is_dir()
+    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+        checkpoints.restore(abstract(make()))
+        checkpoints.save(3, make(3), {"row": 3})
+    assert same(restore(folder)[0], make(3))
+
+
+def test_flipped_bits_never_pass(folder):
+    """At random places of the arrays' file: noticed, or without effect on the arrays."""
+    random, step = np.random.default_rng(0), folder / "checkpoints" / "3"
+    largest = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    sound, noticed = largest.read_bytes(), 0
+    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+        wanted, _ = checkpoint_arrays.flatten(abstract(make()))
+        document = checkpoints._document(3)
+        for place in random.integers(0, len(sound), 12):
+            content = bytearray(sound)
+            content[place] ^= 1 << random.integers(8)
+            largest.write_bytes(content)
+            try:
+                arrays = checkpoint_arrays.read_arrays(step, document, wanted)
+            except checkpoint_arrays.Damaged:
+                noticed += 1
+            else:
+                assert same([*arrays.values()], [*checkpoint_arrays.flatten(make(3))[0].values()])
+    assert noticed >= 9
+
+
+def test_none_whole_is_no_new_start(folder):
+    for step in (folder / "checkpoints").iterdir():
+        flip_bit(step)
+    with pytest.raises(DoNotRetry, match="none of the checkpoints .* 3 .its .* 1 .its .* anew"):
+        restore(folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("no answer"),
+        OSError(errno.ESTALE, "no answer"),
+        ValueError("UNAVAILABLE: no answer"),  # TensorStore's
+    ],
+)
+def test_unreadable_storage_is_to_be_tried_again(folder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint_arrays, "_restore", fail)
+    with pytest.raises(Retry, match="no answer"):
+        restore(folder)
+    assert Checkpoints(folder, CONFIG, DATA).steps() == [1, 2, 3]
+
+
+def test_another_number_of_hosts(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, Checkpoints(tmp_path, CONFIG, DATA) as checkpoints:
+        patch.setattr(manager, "gathered", lambda state: [state, state])  # of two hosts
+        checkpoints.save(1, make(1), {"row": 1})
+    with pytest.raises(UserError, match="1 was saved by 2 hosts, whose data does not split over 1"):
+        restore(tmp_path)
+
+    class Shared(Position):
+        def share(self, states):
+            return {"rows": [state["row"] for state in states]}
+
+    with Checkpoints(tmp_path, CONFIG, DATA) as checkpoints:
+        checkpoints.restore(abstract(make()), position := Shared())
+    assert position.value == {"rows": [1, 1]}
+
+
+def test_hosts_that_differ_do_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(manager, "gathered", lambda found: [found, found, "another"])
+    with pytest.raises(UserError, match="hosts 2 have another config, or other data, than host 0"):
+        with Checkpoints(tmp_path, CONFIG, DATA):
+            pass
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("sana_jax.runtime.lock._open", fail)
+    with pytest.raises(UserError, match="--workdir=.*: Read-only file system"):
+        with Checkpoints(tmp_path, CONFIG, DATA):
+            pass
+
+
+def test_other_config_is_refused_with_the_difference(folder):
+    config = CONFIG | {"model": {"width": 65}, "rate": 0.25, "new": [1], "steps": 20}
+    message = "config.model.width: 64 -> 65, config.rate: 0.5 -> 0.25, config.new: absent -> "
+    with pytest.raises(UserError) as error:
+        restore(folder, config | {"log_every": 7})
+    assert message in str(error.value) and "steps," in str(error.value)
+    assert "log_every:" not in str(error.value) and "config.steps" not in str(error.value)
+    with pytest.raises(UserError, match="data.seed: 3 -> 4"):
+        restore(folder, data=DATA | {"seed": 4})
+    assert restore(folder, CONFIG | {"steps": 20, "log_every": 7})[0] is not None
+
+
+def test_other_shapes_are_refused(folder):
+    other = make().replace(params={"net": {"w": jnp.ones((64, 64)), "c": jnp.ones(1)}})
+    with pytest.raises(UserError) as error:
+        restore(folder, like=other)
+    for text in (
+        "params/net/w: float32[64, 128] -> float32[64, 64]",
+        "params/net/b: bfloat16[128] -> absent",
+        "params/net/c: absent -> float32[1]",
+    ):
+        assert text in str(error.value)
+
+
+def test_other_meshes(tmp_path):
+    """8 -> 4 -> 1 devices, sharded in another way each time."""
+    devices, want = jax.devices(), make()
+    meshes = [
+        sharding.make_mesh(fsdp=4, tensor=2, devices=devices),
+        sharding.make_mesh(replica=2, fsdp=2, devices=devices[4:]),
+        sharding.make_mesh(devices=devices[:1]),
+    ]
+    with Checkpoints(tmp_path, CONFIG, DATA) as checkpoints:
+        checkpoints.save(1, make(mesh=meshes[0]))
+        for step, mesh in enumerate(meshes, 1):
+            checkpoints.wait()
+            like = make(mesh=mesh)
+            found = checkpoints.restore(abstract(like))
+            assert same(found, want)
+            assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(
+                lambda x: x.sharding, like
+            )
+            checkpoints.save(step + 1, found)
+
+
+def test_latest_stay_and_multiples(tmp_path):
+    with Checkpoints(tmp_path, CONFIG, DATA, keep=2, keep_every=4) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, make(), b"bytes", good=step < 7)
+        checkpoints.save(7, make())  # there already
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 6, 7] and checkpoints.last_good == 6
+    _, position, checkpoints = restore(tmp_path)
+    assert position == b"bytes" and checkpoints.last_good == 6
+
+
+def test_what_a_killed_run_left_is_removed(folder):
+    left = folder / "checkpoints" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "checkpoints" / "3", left)
+    _, _, checkpoints = restore(folder)
+    assert not left.exists() and checkpoints.steps() == [1, 2, 3]
+
+
+def test_an_object_store_has_no_renaming(folder):
+    """There Orbax writes into the step's own folder, and marks it last."""
+    (folder / "checkpoints/3/commit_success.txt").unlink()
+    checkpoints = Checkpoints(folder, CONFIG, DATA)
+    assert checkpoints.steps() == [1, 2, 3]
+    checkpoints._remote = True
+    assert checkpoints.steps() == [1, 2]
+    with checkpoints:
+        assert same(checkpoints.restore(abstract(make())), make(2))
+    assert not (folder / "checkpoints/3").exists()
+
+
+def test_saved_while_the_next_steps_run(tmp_path):
+    """The arrays are donated at once; what is saved is what was given."""
+    advance = jax.jit(
+        lambda s: s.replace(params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0
+    )
+    current = make()
+    with Checkpoints(tmp_path, CONFIG, DATA, keep=9) as checkpoints:
+        for step in 1, 2, 3:
+            checkpoints.save(step, current)
+            for _ in range(4):
+                current = advance(current)
+    assert restore(tmp_path)[2].steps() == [1, 2, 3] and not list(tmp_path.glob("*/*.bad"))
+    found, _, _ = restore(tmp_path)
+    moved = found.params["net"]["w"] - make().params["net"]["w"]
+    np.testing.assert_allclose(moved, 8, rtol=1e-5)
+
+
+def test_failing_disk_is_forgiven_twice(folder, monkeypatch):
+    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+
+        def fail(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.ocp.CheckpointManager, "save", fail)
+            checkpoints.save(4, make(4))
+            checkpoints.save(5, make(5))
+            with pytest.raises(Retry, match="step 6 .*No space left.*newest checkpoint is 3"):
+                checkpoints.save(6, make(6))
+        checkpoints.save(7, make(7))
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3, 7] and checkpoints.last_good == 7
+
+
+def test_second_run_is_refused(folder):
+    with Checkpoints(folder, CONFIG, DATA):
+        with pytest.raises(UserError, match=r"another run \(pid \d+, .*writes to --workdir="):
+            restore(folder)
+    assert restore(folder)[0] is not None
+
+
+def test_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir=.*file: Not a directory"):
+        restore(tmp_path / "file")
+
+
+def test_document_is_plain(saved):
+    document = json.loads((saved / "checkpoints" / "3" / "run" / "metadata").read_text())
+    assert document["config"]["sizes"] == [1, 2] and document["step"] == 3
+    assert document["leaves"]["params/net/b"][:2] == ["bfloat16", [128]]

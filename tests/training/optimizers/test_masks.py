@@ -1,0 +1,29 @@
+"""Parameters by name, boxed with their axes or not."""
+
+import jax
+from flax import linen as nn
+
+from sana_jax.training.optimizers import masks
+from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_optimizer
+from tests.training.optimizers.test_optimizers import params
+
+
+def test_stop_frozen():
+    mask = {"a": True, "b": False}
+    grads = jax.grad(lambda p: sum(jax.tree.leaves(masks.stop_frozen(p, mask))))(
+        {"a": 1.0, "b": 2.0}
+    )
+    assert grads == {"a": 1.0, "b": 0.0}
+
+
+def test_boxed_parameters_have_the_same_masks():
+    boxed = jax.tree.map(lambda p: nn.LogicallyPartitioned(p, ("embed", None)), params())
+    assert masks.decay_mask(boxed) == masks.decay_mask(params())
+    patterns = [r".*/norm/\w+", "decoder/head/kernel"]
+    mask = masks.trainable_mask(boxed, patterns)
+    assert mask == masks.trainable_mask(params(), patterns)
+    assert sum(jax.tree.leaves(mask)) == 2
+    tx, _ = make_optimizer(OptimizerConfig(weight_decay=0.1), boxed, 10, patterns)
+    plain, _ = make_optimizer(OptimizerConfig(weight_decay=0.1), params(), 10, patterns)
+    a, b = nn.unbox(tx.init(boxed)), plain.init(params())
+    assert jax.tree.structure(a) == jax.tree.structure(b)

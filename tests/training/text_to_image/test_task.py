@@ -1,0 +1,257 @@
+"""The train step of text to image, on networks that compile in seconds."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from sana_jax import sharding
+from sana_jax.checkpoints.components import init_params, module_for
+from sana_jax.diffusion import flow_matching
+from sana_jax.diffusion.flow_matching import NoiseConfig
+from sana_jax.models.dit import REMAT, SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.runtime.errors import UserError
+from sana_jax.text.prompts import tokenize
+from sana_jax.text.tokenizers import toy_tokenizer
+from sana_jax.training.loop import jit_step
+from sana_jax.training.optimizers.optimizers import OptimizerConfig
+from sana_jax.training.state import on_mesh
+from sana_jax.training.text_to_image.task import Frozen, Recipe, TextToImageTask
+
+DIT = SanaConfig(
+    depth=1, width=64, head_dim=16, latent_channels=4, cross_heads=4, caption_channels=32
+)
+GEMMA = Gemma2Config(
+    vocab_size=640,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    query_pre_attn_scalar=8,
+)
+ROWS = 8
+CAPTIONS = ["a red cat", "two dogs", "", "blue", "a b c d e f g h i j", "x", "house", "sky"]
+ADAMW = OptimizerConfig(learning_rate=1e-3, eps=1e-6, clip_norm=1.0)
+TOKENIZER = toy_tokenizer()
+
+
+def captions(instruction=None):
+    told = tokenize(TOKENIZER, CAPTIONS, ROWS, instruction, True)
+    empty = tokenize(TOKENIZER, [""], ROWS, None, True)
+    return told, SimpleNamespace(prefix=told.prefix, window=told.window, empty=empty)
+
+
+def make_task(recipe, train=True, instruction=None, remat="none", unroll=1):
+    dit = dataclasses.replace(module_for(DIT, "float32"), remat=remat, unroll=unroll)
+    encoder = dataclasses.replace(module_for(GEMMA, "float32"), trains=train, unroll=unroll)
+    return TextToImageTask(recipe, dit, None, encoder, captions(instruction)[1], train)
+
+
+def make_batch(instruction=None):
+    told, _ = captions(instruction)
+    latents = np.random.default_rng(0).standard_normal((8, 4, 4, 4)).astype(np.float32)
+    return {"latents": latents, "tokens": told.tokens, "mask": told.mask}
+
+
+def run(task, steps, batch, frozen, mesh=None):
+    """(the state, the losses) after so many steps on one batch."""
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
+        put = sharding.batch_sharding(mesh)
+        batch = jax.tree.map(lambda x: jax.device_put(x, put), batch)
+        step, state, losses = jit_step(task.step, abstract, frozen), create(), []
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return state, np.array(losses)
+
+
+def test_overfits_eight_images(monkeypatch):
+    """Fixed noise and levels: to 5 % of the first loss."""
+    recipe = Recipe(300, 8, OptimizerConfig(learning_rate=3e-3), caption_dropout=0.0)
+    task = make_task(recipe)
+    draw = task._draw
+    monkeypatch.setattr(task, "_draw", lambda key, batch: draw(jax.random.key(1), batch))
+    _, losses = run(task, 300, make_batch(), Frozen(None))
+    assert losses[-1] <= 0.05 * losses[0], losses[[0, -1]]
+
+
+MESHES = [
+    dict(replica=2),
+    dict(replica=2, fsdp=2),
+    dict(fsdp=1, tensor=4),
+    dict(replica=1, fsdp=8),
+    dict(sequence=4),
+    dict(replica=2, fsdp=2, tensor=2),
+    dict(fsdp=2, sequence=2, tensor=2),
+]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The first ten losses on one device; both networks train."""
+    return run(make_task(Recipe(10, 8, ADAMW)), 10, make_batch(), Frozen(None))[1]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_losses_are_the_same_on_every_mesh(alone, axes):
+    count = int(np.prod(list(axes.values())))
+    mesh = sharding.make_mesh(**{"replica": 1, **axes}, devices=jax.devices()[:count])
+    state, losses = run(make_task(Recipe(10, 8, ADAMW)), 10, make_batch(), Frozen(None), mesh)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    used = {n for x in jax.tree.leaves(state) for axis in x.sharding.spec if axis for n in [axis]}
+    assert used >= {name for name in ("fsdp", "tensor") if axes.get(name, 1) > 1}
+
+
+def test_microbatches_equal_the_batch(alone):
+    _, losses = run(make_task(Recipe(10, 8, ADAMW, microbatches=4)), 10, make_batch(), Frozen(None))
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
+def test_remat_changes_no_loss(alone, remat):
+    _, losses = run(make_task(Recipe(10, 8, ADAMW), remat=remat), 3, make_batch(), Frozen(None))
+    np.testing.assert_allclose(losses, alone[:3], rtol=1e-5)
+
+
+def test_remat_keeps_what_its_name_says():
+    """In the program of a step: how many products it has, and what waits on the host."""
+    products, host = {}, {}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    for remat in REMAT:
+        task = make_task(Recipe(10, 8, ADAMW), remat=remat)
+        with jax.set_mesh(mesh):
+            state, _ = on_mesh(lambda task=task: task.init(jax.random.key(0)), mesh)
+            program = str(jax.make_jaxpr(task.step)(state, make_batch(), Frozen(None)))
+        products[remat] = program.count("dot_general[")
+        host[remat] = f"f32<host>[{DIT.depth},8,16,{DIT.width}]" in program
+    assert products["none"] < products["dots"] < products["full"] == products["offload"]
+    assert [remat for remat in REMAT if host[remat]] == ["offload"]
+
+
+def test_the_average_follows_the_new_parameters():
+    task = make_task(Recipe(10, 8, dataclasses.replace(ADAMW, learning_rate=0.1), ema_decay=0.75))
+    first, second = (run(task, steps, make_batch(), Frozen(None))[0] for steps in (3, 4))
+    weight = 1 - min(0.75, (1 + 3) / (10 + 3))
+    expected = jax.tree.map(lambda a, p: a + weight * (p - a), first.ema, second.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), second.ema, expected)
+
+
+def test_unrolled_blocks_change_no_loss(monkeypatch):
+    """Of the transformer two in a turn and one left; of the text encoder fewer than a turn has."""
+    monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, depth=3))
+    losses = [
+        run(make_task(Recipe(10, 8, ADAMW), unroll=unroll), 3, make_batch(), Frozen(None))[1]
+        for unroll in (1, 2)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():
+    """One step's loss, put together anew from what the step draws."""
+    told = "describe the picture: "
+    recipe = Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0), caption_dropout=0.5)
+    task, batch = make_task(recipe, train=False, instruction=told), make_batch(told)
+    params = nn.unbox(init_params(task.text_encoder, jax.random.key(5)))
+    frozen = Frozen(None, params, *jax.jit(task.read_constants)(params))
+    state, (loss,) = run(task, 1, batch, frozen)
+    assert state.params.keys() == {"dit"}
+
+    start = nn.unbox(task.init(jax.random.key(0)))
+    drawn = task._draw(start.step_key(), batch)
+    dropped, sigma = np.asarray(drawn["dropped"]), np.asarray(drawn["sigma"])
+    assert 0 < dropped.sum() < 8
+    whole = tokenize(TOKENIZER, CAPTIONS, ROWS, told)
+    sequences = [[*whole.prefix, *row] for row in whole.tokens]
+    rows = task.text_encoder.apply({"params": params}, np.array(sequences))
+    window = np.where(np.arange(ROWS) == 0, 0, whole.window + len(whole.prefix))
+    rows = np.where(whole.mask[..., None], rows[:, window], 0)
+    empty = tokenize(TOKENIZER, [""], ROWS, None)
+    null = task.text_encoder.apply({"params": params}, empty.tokens)[0, empty.window]
+    null = np.where(empty.mask[0][:, None], null, 0)
+    rows = np.where(dropped[:, None, None], null, rows)
+    mask = np.where(dropped[:, None], empty.mask, whole.mask)
+    data, noise = batch["latents"], np.asarray(drawn["noise"])
+    s = sigma[:, None, None, None]
+    velocity = task.dit.apply(
+        {"params": start.params["dit"]}, (1 - s) * data + s * noise, 1000 * sigma, rows, mask
+    )
+    expected = np.mean((np.asarray(velocity, np.float64) - (noise - data)) ** 2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_stored_embeddings_train_as_their_captions():
+    """With dropped ones among them; the encoder is frozen."""
+    recipe = Recipe(3, 8, ADAMW, caption_dropout=0.5)
+    task, batch = make_task(recipe, train=False), make_batch()
+    params = nn.unbox(init_params(task.text_encoder, jax.random.key(5)))
+    frozen = Frozen(None, params, *jax.jit(task.read_constants)(params))
+    _, read = run(task, 3, batch, frozen)
+    embeddings = task._encode(params, (batch["tokens"], batch["mask"]))
+    batch = {"latents": batch["latents"], "embeddings": embeddings, "mask": batch["mask"]}
+    _, stored = run(task, 3, batch, frozen)
+    np.testing.assert_allclose(stored, read, rtol=1e-5)
+    _, others = run(task, 3, batch | {"embeddings": embeddings[::-1]}, frozen)
+    assert abs(others[0] / read[0] - 1) > 1e-4
+
+
+def test_a_row_s_draws_do_not_depend_on_the_batch():
+    task, batch = make_task(Recipe(5, 8, ADAMW)), make_batch()
+    whole = task._draw(jax.random.key(1), batch)
+    half = task._draw(jax.random.key(1), jax.tree.map(lambda x: x[:4], batch))
+    for name, rows in half.items():
+        np.testing.assert_array_equal(rows, whole[name][:4])
+
+
+def test_error_at_a_level_drops_nothing_and_repeats():
+    task, batch = make_task(Recipe(5, 8, ADAMW, caption_dropout=1.0, microbatches=2)), make_batch()
+    params = nn.unbox(task.init(jax.random.key(0))).params
+    at = jax.jit(task.error_at)
+    key = jax.random.key(2)
+    first, again = (float(at(params, batch, Frozen(None), 0.5, key)) for _ in range(2))
+    assert first == again
+    other = dict(batch, tokens=np.roll(batch["tokens"], 1, 0), mask=np.roll(batch["mask"], 1, 0))
+    assert float(at(params, other, Frozen(None), 0.5, key)) != first
+    for sigma in (0.5, 0.9):
+        levels = np.full(8, sigma, np.float32)
+        fixed = {"sigma": levels, "timestep": 1000 * levels, "dropped": np.zeros(8, bool)}
+        errors = task._errors(params, {**batch, **task._draw(key, batch), **fixed}, Frozen(None))
+        expected = np.mean(np.asarray(errors, np.float64))
+        np.testing.assert_allclose(at(params, batch, Frozen(None), sigma, key), expected, rtol=1e-5)
+
+
+def test_a_batch_with_nan_changes_nothing():
+    task, batch = make_task(Recipe(5, 8, ADAMW)), make_batch()
+    batch["latents"][3, 0, 0, 0] = np.nan
+    state, _ = run(task, 2, batch, Frozen(None))
+    start = nn.unbox(task.init(jax.random.key(0)))
+    assert int(state.skipped) == int(state.streak) == int(state.step) == 2
+    for name in "params", "opt_state", "ema":
+        ours, before = (jax.tree.leaves(getattr(s, name)) for s in (state, start))
+        for x, y in zip(ours, before, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_an_encoder_that_trains_reads_no_instruction():
+    with pytest.raises(UserError, match="reads no instruction"):
+        make_task(Recipe(5, 8, ADAMW), train=True, instruction="describe: ")
+
+
+def test_weighting_by_level():
+    """The hook is that of flow_matching: the weighted mean of the rows' errors."""
+    recipe = Recipe(5, 8, ADAMW, NoiseConfig(weighting="cosmap"))
+    task, batch = make_task(recipe), make_batch()
+    _, (weighted,) = run(task, 1, batch, Frozen(None))
+    start = nn.unbox(task.init(jax.random.key(0)))
+    drawn = task._draw(start.step_key(), batch)
+    errors = task._errors(start.params, {**batch, **drawn}, Frozen(None))
+    weights = flow_matching.WEIGHTINGS["cosmap"](drawn["sigma"])
+    np.testing.assert_allclose(weighted, jnp.mean(weights * errors), rtol=1e-5)
