@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import reason_of, write_whole
+from sana_jax.runtime.files import reason_of, write_atomically
 
 Picture = UInt8[np.ndarray, "H W 3"]
 
@@ -55,7 +55,7 @@ def encode_png(picture: Picture, **options: Any) -> bytes:
 def save_png(path: Path, picture: Picture) -> None:
     """Writes a picture whole or not at all. Raises UserError."""
     try:
-        write_whole(epath.Path(path), encode_png(picture))
+        write_atomically(epath.Path(path), encode_png(picture))
     except OSError as error:
         raise UserError(f"--out={path}: {reason_of(error)}") from None
 

@@ -10,7 +10,7 @@ from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
 from sana_jax.batch.settings import Options, settings_of, shows_steps, with_requests
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
-from sana_jax.checkpoints.find import find, fingerprint
+from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint, place_all
 from sana_jax.pipeline import SanaPipeline, tiling
 from sana_jax.pipeline.pipeline import NOT_FINITE
@@ -34,7 +34,7 @@ def draw(tasks: list[Task], options: Options) -> None:
     tasks = with_sizes(tasks, pipe.native_size, options.max_pixels)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
     batches = with_requests(batches, pipe, options)
-    wanted = settings_of(batches, pipe, options, fingerprint(folder, options.variant))
+    wanted = settings_of(batches, pipe, options, checkpoint_hash(folder, options.variant))
     notes = {"checkpoint": options.checkpoint}
     with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid) as out:
         if out.missing:

@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import is_local, write_whole
+from sana_jax.runtime.files import is_local, write_atomically
 
 UPLOAD_SECONDS = 10  # between two uploads, where a file cannot be appended to
 
@@ -48,7 +48,7 @@ class Manifest:
         """Makes the file hold `lines` and nothing else."""
         content = b"".join(map(_encode, self.lines.values()))
         if content != self._content:
-            write_whole(self._path, content)
+            write_atomically(self._path, content)
             self._content = content
 
     def sort(self) -> None:

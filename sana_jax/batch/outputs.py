@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from sana_jax.batch.manifest import Line, Manifest, key_of
 from sana_jax.pictures import encode_png, in_rows, make_grid
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import is_local, reason_of, write_whole
+from sana_jax.runtime.files import is_local, reason_of, write_atomically
 from sana_jax.runtime.lock import locked
 
 LEFTOVER = re.compile(r"(\d{6,}_\d+\.png|manifest\.jsonl|grid\.png|probe)\.part")
@@ -101,7 +101,7 @@ class OutputFolder:
         """Writes a wanted picture, then its line of the manifest. Threads may call it."""
         content = _encode_png(pixels, self._wanted[file])
         with self._errors(Retry):
-            write_whole(self.path / file, content)
+            write_atomically(self.path / file, content)
             self._manifest.append(self._line(file, content))
             self._done.add(file)
 
@@ -116,7 +116,7 @@ class OutputFolder:
             columns = math.ceil(math.sqrt(len(images)))
             sheet = make_grid(in_rows(images, columns), gap=0)
             content = encode_png(sheet, pnginfo=_texts({"sana_jax": OF_GRID}))
-            write_whole(self.path / "grid.png", content)
+            write_atomically(self.path / "grid.png", content)
 
     @contextlib.contextmanager
     def _errors(self, kind: type[Exception] = UserError) -> Iterator[None]:

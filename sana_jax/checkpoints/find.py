@@ -17,7 +17,7 @@ MARKERS = "model.json", "model_index.json", "config.json"
 HUB_FILES = ["*.json", "tokenizer/*"]
 
 
-def fingerprint(folder: Path, variant: str | None = None) -> str:
+def checkpoint_hash(folder: Path, variant: str | None = None) -> str:
     """The hash of what a native or a diffusers folder draws with.
 
     Native: of model.json, which holds the hash of every other file. Diffusers: of every file that

@@ -27,7 +27,7 @@ from flax import serialization
 from sana_jax.data.images import BadImage
 from sana_jax.data.records import Record
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import check_readable, write_whole
+from sana_jax.runtime.files import check_readable, write_atomically
 
 FORMAT = 1
 INDEX = "index.json"
@@ -176,7 +176,7 @@ def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, (json.dumps(value, sort_keys=True) + "\n").encode())
+    write_atomically(path, (json.dumps(value, sort_keys=True) + "\n").encode())
 
 
 def weights_sha256(config: Any, params: Any) -> str:

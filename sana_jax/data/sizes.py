@@ -16,7 +16,7 @@ from sana_jax.data.images import REASONS, BadImage, size_of
 from sana_jax.data.records import Source, thread_pool
 from sana_jax.data.rejections import Counts, Rejection
 from sana_jax.runtime import hosts
-from sana_jax.runtime.files import unwritten, write_whole
+from sana_jax.runtime.files import unwritten, write_atomically
 from sana_jax.runtime.progress import Progress
 
 CODES = (None, *REASONS)  # why there is no size, as the file has it
@@ -37,15 +37,15 @@ def image_sizes(
     The counts say why images cannot be used; pixels are not decoded, so more may turn out bad.
     """
     path = Path(cache) / f"sizes-{source.fingerprint}.npz" if cache is not None else None
-    kept = hosts.jointly(_load, path, len(source)) if path is not None else None
-    if not all(hosts.gathered(kept is not None)):
+    kept = hosts.raise_together(_load, path, len(source)) if path is not None else None
+    if not all(hosts.gather_values(kept is not None)):
         share = -(-len(source) // jax.process_count())
         first = share * jax.process_index()
-        mine = hosts.jointly(_read, source, range(first, first + share), threads)
+        mine = hosts.raise_together(_read, source, range(first, first + share), threads)
         # Every share has the same length: the last ones may hold zeros beyond the source.
-        kept = tuple(array[: len(source)] for array in hosts.whole(mine))
+        kept = tuple(array[: len(source)] for array in hosts.gather_arrays(mine))
         if path is not None:
-            hosts.from_first(_save, path, *kept)
+            hosts.on_first_host(_save, path, *kept)
     sizes, codes = kept
     counts = Counts(read=len(sizes), used=int((codes == 0).sum()))
     for code, count in zip(*np.unique(codes[codes > 0], return_counts=True), strict=True):
@@ -105,6 +105,6 @@ def _save(path: Path, sizes: np.ndarray, codes: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Other hosts may write the same.
-        write_whole(epath.Path(path), data.getvalue(), f".{uuid.uuid4().hex}.part")
+        write_atomically(epath.Path(path), data.getvalue(), f".{uuid.uuid4().hex}.part")
     except OSError as error:
         raise unwritten(f"cache {path.parent}", error) from None

@@ -19,10 +19,10 @@ from sana_jax.runtime.checks import (
     MAX_STEPS,
     BadArgument,
     choice,
+    integer,
     multiple,
     near,
     number,
-    whole,
 )
 from sana_jax.runtime.errors import UserError
 
@@ -120,7 +120,7 @@ class Request:
     ) -> "Request":
         """Arguments as SanaPipeline's, of a checkpoint with these facts."""
         height, width, crop = sizes(facts, height, width, use_resolution_binning)
-        each = whole("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
+        each = integer("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
         prompts, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
         negatives = texts("negative_prompt", negative_prompt or "")
         if len(negatives) not in (1, count):
@@ -146,7 +146,7 @@ class Request:
             interval=interval("guidance_interval", guidance_interval),
             sequential=sequential_guidance,
             sampler=choice("sampler", sampler, dpm_solver.SAMPLERS),
-            num_steps=whole("num_steps", num_steps, 1, MAX_STEPS),
+            num_steps=integer("num_steps", num_steps, 1, MAX_STEPS),
             flow_shift=number("flow_shift", shift, 1e-3, 1e3),
         )
 
@@ -166,8 +166,8 @@ def sizes(
 ) -> tuple[int, int, tuple[int, int] | None]:
     """(height, width) to sample at, and the size to resize and crop to, or None."""
     native = facts.native_size
-    height = whole("height", native if height is None else height, 1, MAX_SIDE)
-    width = whole("width", native if width is None else width, 1, MAX_SIDE)
+    height = integer("height", native if height is None else height, 1, MAX_SIDE)
+    width = integer("width", native if width is None else width, 1, MAX_SIDE)
     if not binning:
         step = facts.factor * facts.patch_size
         for name, side in ("height", height), ("width", width):
@@ -248,9 +248,9 @@ def interval(name: str, value) -> tuple[np.float32, np.float32] | None:
 def seeds(value, count: int) -> np.ndarray:
     """One seed an image, or the first image's, which the others count up from; uint32 (count,)."""
     if isinstance(value, numbers.Integral) or np.ndim(value) == 0:
-        first = whole("seed", value, 0, MAX_SEED)
+        first = integer("seed", value, 0, MAX_SEED)
         return np.asarray([(first + i) % (MAX_SEED + 1) for i in range(count)], np.uint32)
-    values = [whole("seed", seed, 0, MAX_SEED) for seed in value]
+    values = [integer("seed", seed, 0, MAX_SEED) for seed in value]
     if len(values) != count:
         raise UserError(f"{len(values)} seeds for {count} images")
     return np.asarray(values, np.uint32)

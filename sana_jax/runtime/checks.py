@@ -26,7 +26,7 @@ class BadArgument(UserError):
         super().__init__(f"{name} {wrong}")
 
 
-def whole(name: str, value, low: int, high: int) -> int:
+def integer(name: str, value, low: int, high: int) -> int:
     """A whole number in low .. high; numpy's are numbers too, truth values are not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise BadArgument(name, f"{value!r} is not a whole number in {low} .. {high}")

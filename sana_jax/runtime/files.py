@@ -67,7 +67,7 @@ def check_readable(path: os.PathLike) -> None:
         raise Retry(f"{path} cannot be read: {reason_of(error)}") from error
 
 
-def write_whole(path: epath.Path, content: bytes, part: str = ".part") -> None:
+def write_atomically(path: epath.Path, content: bytes, part: str = ".part") -> None:
     """Writes a file whole or not at all; what was there stays until then. Raises OSError.
 
     It is made under its name and `part`, which processes that write the same file must not share.

@@ -14,14 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def say(line: str) -> None:
+def log_first_host(line: str) -> None:
     """On stderr of the first host: what a person waits for, where nothing else shows for long."""
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):  # who listened may have gone
             print(line, file=sys.stderr, flush=True)
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_values(value: Any) -> list[Any]:
     """The values of all hosts, which pickle takes, on all hosts."""
     if jax.process_count() == 1:
         return [value]
@@ -31,14 +31,14 @@ def gathered(value: Any) -> list[Any]:
     return [pickle.loads(row.tobytes()) for row in rows]
 
 
-def whole(tree: Any) -> Any:
+def gather_arrays(tree: Any) -> Any:
     """Arrays that are spread over all hosts, in full on each of them."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def jointly(action: Callable[..., Any], *args: Any) -> Any:
+def raise_together(action: Callable[..., Any], *args: Any) -> Any:
     """action(*args) of this host; all hosts raise what the first of those that fail raises.
 
     An action that is collective itself may keep the others waiting for one that failed.
@@ -50,7 +50,7 @@ def jointly(action: Callable[..., Any], *args: Any) -> Any:
         raise  # a host may be lost, and would never answer
     except Exception as caught:
         error = caught
-    for host, told in enumerate(gathered(error and (type(error), str(error)))):
+    for host, told in enumerate(gather_values(error and (type(error), str(error)))):
         if error and host == jax.process_index():
             raise error
         if told:
@@ -59,7 +59,9 @@ def jointly(action: Callable[..., Any], *args: Any) -> Any:
     return value
 
 
-def from_first(action: Callable[..., Any], *args: Any) -> Any:
+def on_first_host(action: Callable[..., Any], *args: Any) -> Any:
     """action(*args) of the first host alone, its value or what it raises, on all hosts."""
     is_first = jax.process_index() == 0
-    return gathered(jointly(action, *args) if is_first else jointly(lambda: None))[0]
+    return gather_values(
+        raise_together(action, *args) if is_first else raise_together(lambda: None)
+    )[0]

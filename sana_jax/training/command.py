@@ -49,7 +49,7 @@ def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> 
     try:
         with devices.memory_errors(SMALLER):
             training = make_training(config, workdir)
-            hosts.say(f"training on {devices.describe()}")
+            hosts.log_first_host(f"training on {devices.describe()}")
             training.run()
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or any(mark in str(error) for mark in OURS):

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sana_jax.pictures import Picture, make_grid
-from sana_jax.runtime.files import is_local, storage, write_whole
-from sana_jax.runtime.hosts import from_first, say
+from sana_jax.runtime.files import is_local, storage, write_atomically
+from sana_jax.runtime.hosts import log_first_host, on_first_host
 
 # tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
 _torch = sys.modules.get("torch")
@@ -62,7 +62,7 @@ class MetricsWriter:
 
     def __enter__(self) -> "MetricsWriter":
         with storage(self.workdir):
-            self.made = from_first(self._enter)
+            self.made = on_first_host(self._enter)
         return self
 
     def _enter(self) -> set[str]:
@@ -116,7 +116,7 @@ class MetricsWriter:
         shown = {k: f"{v:.4g}" for k, v in row.items() if v is not None and _is_shown(k)}
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
-            say(" ".join([f"step {step}", *map("=".join, shown.items())]))
+            log_first_host(" ".join([f"step {step}", *map("=".join, shown.items())]))
         self._upload_if_due()
 
     def images(self, step: int, name: str, grid: list[list[Picture]]) -> None:
@@ -195,5 +195,5 @@ def _keep(rows: Path, step: int) -> list[dict[str, Any]]:
             if line.endswith("\n") and (row := json.loads(line))["step"] <= step:
                 kept.append(line)
                 last += [row] * (row["step"] == step)
-    write_whole(rows, "".join(kept).encode())
+    write_atomically(rows, "".join(kept).encode())
     return last

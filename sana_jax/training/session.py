@@ -77,7 +77,7 @@ class Session:
                 f" {self._key}={steps}"
             )
         if self.first:
-            hosts.say(f"{self._label}resumed at step {self.first} of {steps}")
+            hosts.log_first_host(f"{self._label}resumed at step {self.first} of {steps}")
         return state
 
     def fit(
@@ -102,7 +102,7 @@ class Session:
         """
         steps, folder = self._loop.steps, self._checkpoints.workdir
         if self.first < steps:
-            hosts.say(f"{self._label}compiling the step")
+            hosts.log_first_host(f"{self._label}compiling the step")
         compiled = jit_step(step, self._abstract, *inputs())
         with MetricsWriter(folder, self.first, steps) as writer:
             state = fit(
@@ -129,4 +129,4 @@ def export(model: Checkpoint, folder: Path) -> None:
         with storage(folder), replace_folder(folder) as part:
             native.save(model, part)
 
-    hosts.from_first(write)
+    hosts.on_first_host(write)

@@ -301,10 +301,10 @@ def test_disk_that_fills_up(checkpoint, unbroken, tmp_path, monkeypatch):
     def write(path, content):
         if path.name.startswith("000012"):
             raise OSError(28, "No space left on device")
-        return write_whole(path, content)
+        return write_atomically(path, content)
 
-    write_whole = outputs.write_whole
-    monkeypatch.setattr(outputs, "write_whole", write)
+    write_atomically = outputs.write_atomically
+    monkeypatch.setattr(outputs, "write_atomically", write)
     with pytest.raises(Retry, match=r"No space left on device; \d+ of 20 images are done"):
         draw(tasks(), options(checkpoint, tmp_path))
     monkeypatch.undo()

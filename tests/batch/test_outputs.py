@@ -266,7 +266,7 @@ def test_remote_storage_has_errors_of_its_own(tmp_path, monkeypatch):
     def away(path, content):
         raise HttpError("503")
 
-    monkeypatch.setattr(outputs, "write_whole", away)
+    monkeypatch.setattr(outputs, "write_atomically", away)
     with pytest.raises(HttpError):
         run(tmp_path)
     for module in manifest, outputs:

@@ -14,7 +14,7 @@ from flax import traverse_util
 from safetensors.torch import load_file, save_file
 
 from sana_jax.checkpoints import diffusers, native
-from sana_jax.checkpoints.find import fingerprint
+from sana_jax.checkpoints.find import checkpoint_hash
 from sana_jax.checkpoints.load import load, open_checkpoint
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import make_mesh
@@ -334,9 +334,9 @@ def test_an_autoencoder_alone(written, tmp_path):
     assert alone.configs() == {"vae": whole.vae}
     assert_same(alone, dataclasses.replace(whole, params={"vae": whole.params["vae"]}))
     copy = shutil.copytree(written / "vae", tmp_path / "vae")
-    assert fingerprint(copy) == fingerprint(written / "vae")
+    assert checkpoint_hash(copy) == checkpoint_hash(written / "vae")
     edit_json(copy / "config.json", scaling_factor=2.0)
-    assert fingerprint(copy) != fingerprint(written / "vae")
+    assert checkpoint_hash(copy) != checkpoint_hash(written / "vae")
     with pytest.raises(UserError, match="SanaTransformer2DModel checkpoint; only SanaPipeline"):
         load_on_one_device(written / "transformer")
 

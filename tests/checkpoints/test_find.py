@@ -7,7 +7,7 @@ import pytest
 
 from sana_jax import random_checkpoint
 from sana_jax.checkpoints import diffusers
-from sana_jax.checkpoints.find import file_sha256, fingerprint
+from sana_jax.checkpoints.find import checkpoint_hash, file_sha256
 from tests import mini
 
 
@@ -22,7 +22,7 @@ def test_native_folder(tmp_path):
     for seed in 0, 1:
         mini.save(tmp_path / str(seed), seed)
     shutil.copytree(tmp_path / "0", tmp_path / "copy")
-    found = [fingerprint(tmp_path / name) for name in ("0", "1", "copy")]
+    found = [checkpoint_hash(tmp_path / name) for name in ("0", "1", "copy")]
     assert found[0] == found[2] != found[1]
 
 
@@ -30,41 +30,41 @@ def test_every_file_of_a_diffusers_folder_counts(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "README.md").write_text("a page")
-    seen = {fingerprint(folder)}
-    assert fingerprint(copy) in seen
+    seen = {checkpoint_hash(folder)}
+    assert checkpoint_hash(copy) in seen
     files = [p for p in sorted(folder.rglob("*.*")) if p.name != "model_index.json"]
     assert {p.suffix for p in files} == {".json", ".safetensors"} and len(files) >= 8
     for i, path in enumerate(files, 1):
         content = np.frombuffer(path.read_bytes(), np.uint8).copy()
         content[-64:] ^= 1  # of the last tensor
         (copy / path.relative_to(folder)).write_bytes(content.tobytes())
-        seen.add(fingerprint(copy))
+        seen.add(checkpoint_hash(copy))
         assert len(seen) == i + 1, path
 
 
 def test_every_byte_counts(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before, weights = fingerprint(copy), copy / "vae" / "diffusion_pytorch_model.safetensors"
+    before, weights = checkpoint_hash(copy), copy / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 3] ^= 1
     weights.write_bytes(content)
-    assert fingerprint(copy) != before
+    assert checkpoint_hash(copy) != before
 
 
 def test_files_of_another_variant_do_not_count(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before, vae = fingerprint(copy), copy / "vae"
+    before, vae = checkpoint_hash(copy), copy / "vae"
     plain, half = (vae / f"diffusion_pytorch_model{v}.safetensors" for v in ("", ".bf16"))
     half.write_bytes(plain.read_bytes() + b" ")
-    assert fingerprint(copy) == before != fingerprint(copy, "bf16")
+    assert checkpoint_hash(copy) == before != checkpoint_hash(copy, "bf16")
 
 
 def test_shards_count(tmp_path):
     diffusers.save(random_checkpoint.make("tiny"), tmp_path, max_shard_bytes=200_000)
-    before, shards = fingerprint(tmp_path), sorted(tmp_path.glob("transformer/*-of-*"))
+    before, shards = checkpoint_hash(tmp_path), sorted(tmp_path.glob("transformer/*-of-*"))
     assert len(shards) > 1
     shards[-1].write_bytes(shards[-1].read_bytes()[:-1] + b"\x01")
-    assert fingerprint(tmp_path) != before
+    assert checkpoint_hash(tmp_path) != before
 
 
 def test_links_of_the_hub_cache_are_not_read(tmp_path):

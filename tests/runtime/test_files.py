@@ -5,15 +5,15 @@ import os
 import pytest
 from etils import epath
 
-from sana_jax.runtime.files import replace_folder, write_whole
+from sana_jax.runtime.files import replace_folder, write_atomically
 
 
 def test_write_whole_leaves_no_part(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "a")
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
     monkeypatch.setattr(type(path), "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError):
-        write_whole(path, b"new")
+        write_atomically(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"old"
 
 
@@ -24,14 +24,14 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
         synced.append((os.fstat(number).st_size, path.exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    write_whole(path, b"whole")
+    write_atomically(path, b"whole")
     assert synced == [(5, False)] and path.read_bytes() == b"whole"
 
 
 def test_two_writers_do_not_share_a_part(tmp_path):
     path = epath.Path(tmp_path / "a")
     (tmp_path / "a.part").write_text("another's")
-    write_whole(path, b"ours", ".1.part")
+    write_atomically(path, b"ours", ".1.part")
     assert path.read_bytes() == b"ours" and (tmp_path / "a.part").read_text() == "another's"
 
 

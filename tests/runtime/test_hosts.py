@@ -12,10 +12,10 @@ def fail(error):
 
 
 def test_one_host_is_alone():
-    assert hosts.gathered({"a": (1, b"2")}) == [{"a": (1, b"2")}]
-    assert hosts.jointly(max, 1, 2) == hosts.from_first(max, 1, 2) == 2
+    assert hosts.gather_values({"a": (1, b"2")}) == [{"a": (1, b"2")}]
+    assert hosts.raise_together(max, 1, 2) == hosts.on_first_host(max, 1, 2) == 2
     error = UserError("no such folder")
-    for call in hosts.jointly, hosts.from_first:
+    for call in hosts.raise_together, hosts.on_first_host:
         with pytest.raises(UserError) as caught:
             call(fail, error)
         assert caught.value is error and error.__cause__ is None
@@ -25,13 +25,13 @@ def test_what_others_raise(monkeypatch):
     """On the second of three hosts; the first that failed decides."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     told = [None, None, (Retry, "the disk is away")]
-    monkeypatch.setattr(hosts, "gathered", lambda mine: [told[0], mine, told[2]])
+    monkeypatch.setattr(hosts, "gather_values", lambda mine: [told[0], mine, told[2]])
     with pytest.raises(Retry, match="^the disk is away$"):
-        hosts.jointly(max, 1, 2)
+        hosts.raise_together(max, 1, 2)
     with pytest.raises(UserError, match="mine"):
-        hosts.jointly(fail, UserError("mine"))
+        hosts.raise_together(fail, UserError("mine"))
     told[0] = UserError, "the first's"
     with pytest.raises(UserError, match="^the first's$"):
-        hosts.jointly(fail, Retry("mine"))
+        hosts.raise_together(fail, Retry("mine"))
     with pytest.raises(UserError, match="^the first's$"):
-        hosts.from_first(lambda: pytest.fail("only the first acts"))
+        hosts.on_first_host(lambda: pytest.fail("only the first acts"))

@@ -68,7 +68,7 @@ class AutoencoderData:
                 )
 
                 wanted = dict(data.shapes.train)[size], data.shapes.test, data.shapes.seed
-                hosts.from_first(prepare, folder, size, *wanted)
+                hosts.on_first_host(prepare, folder, size, *wanted)
             self._sources[split, size] = open_source(data.source, split, folder, size)
         return self._sources[split, size]
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from sana_jax import sharding
 from sana_jax.checkpoints.components import Checkpoint, place
-from sana_jax.checkpoints.find import find, fingerprint
+from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
 from sana_jax.metrics.reconstruction import to_uint8
@@ -36,7 +36,14 @@ from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.runtime import devices, hosts
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import local, read_json, replace_folder, sha256_of, storage, write_whole
+from sana_jax.runtime.files import (
+    local,
+    read_json,
+    replace_folder,
+    sha256_of,
+    storage,
+    write_atomically,
+)
 from sana_jax.training.autoencoder.data import AutoencoderData
 from sana_jax.training.autoencoder.discriminator import Discriminator
 from sana_jax.training.autoencoder.perceptual import make_perceptual
@@ -116,7 +123,7 @@ class AutoencoderTraining:
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
             about = self._about(number, task.phase, parent)
-            if hosts.from_first((folder / "results.json").exists):
+            if hosts.on_first_host((folder / "results.json").exists):
                 # What is free now may not have been then.
                 then = _fixed(read_json(folder / "results.json").get("about", {}))
                 now = _fixed(about)
@@ -156,7 +163,7 @@ class AutoencoderTraining:
         known = dataclasses.replace(self.network, scaling_factor=checkpoint.vae.scaling_factor)
         if checkpoint.vae != known:
             raise UserError(f"{folder} is of another config.network; use it there")
-        return checkpoint, fingerprint(folder)
+        return checkpoint, checkpoint_hash(folder)
 
     def _run_phase(
         self,
@@ -184,8 +191,8 @@ class AutoencoderTraining:
             session = Session(checkpoints, loader, self.mesh, loop, **called)
             state = session.begin(abstract, lambda: self._start(create, before))
             # One of a run that was cut short before its first checkpoint may be of another model.
-            if not session.first or not hosts.from_first((folder / "before.json").exists):
-                hosts.say(f"{name}: measuring the held-out images")
+            if not session.first or not hosts.on_first_host((folder / "before.json").exists):
+                hosts.log_first_host(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
             state = session.fit(
                 state,
@@ -194,7 +201,7 @@ class AutoencoderTraining:
                 on_images=draw,
                 images_at_end=True,
             )
-            hosts.say(f"{name}: measuring the latents and the held-out images")
+            hosts.log_first_host(f"{name}: measuring the latents and the held-out images")
             factor = before.vae.scaling_factor if before else self.network.scaling_factor
             if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
                 factor = self._scaling_factor(state.ema, loader)
@@ -204,7 +211,7 @@ class AutoencoderTraining:
                 "steps": phase.steps,
                 "images": phase.steps * phase.batch_size,
                 "skipped_updates": int(state.skipped),
-                "training_seconds": round(hosts.from_first(_training_seconds, folder, phase)),
+                "training_seconds": round(hosts.on_first_host(_training_seconds, folder, phase)),
                 "devices": devices.describe(),
                 "scaling_factor": factor,
                 "before": read_json(folder / "before.json"),
@@ -264,7 +271,9 @@ class AutoencoderTraining:
         made = before.provenance if before else {}
         history = made.get("autoencoder", made).get("phases", [])  # of a whole model, or of this
         provenance = {"trained": True, "phases": [*history, results]}
-        model = Checkpoint(network, params={"vae": hosts.whole(params)}, provenance=provenance)
+        model = Checkpoint(
+            network, params={"vae": hosts.gather_arrays(params)}, provenance=provenance
+        )
         export(model, folder / "model")
 
 
@@ -279,7 +288,7 @@ def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def _copy_model(model: Path, target: Path) -> None:
     """Puts `model` at `target` as a whole, unless it is there."""
-    if (target / "model.json").exists() and fingerprint(target) == fingerprint(model):
+    if (target / "model.json").exists() and checkpoint_hash(target) == checkpoint_hash(model):
         return
     with replace_folder(target) as part:
         shutil.copytree(model, part, dirs_exist_ok=True)
@@ -300,7 +309,7 @@ def _write(path: Path, contents: dict[str, Any]) -> None:
     """JSON that is there as a whole or not at all."""
     content = (json.dumps(contents, indent=2) + "\n").encode()
     with storage(path):
-        hosts.from_first(write_whole, epath.Path(path), content)
+        hosts.on_first_host(write_atomically, epath.Path(path), content)
 
 
 def _is_first() -> bool:

@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sana_jax.runtime.errors import Retry
-from sana_jax.runtime.hosts import jointly
-from sana_jax.training.checkpoints.checksums import fingerprints
+from sana_jax.runtime.hosts import raise_together
+from sana_jax.training.checkpoints.checksums import checksums
 from sana_jax.training.checkpoints.document import Document, brief, some
 
 # TensorStore's codes for a storage that does not answer.
@@ -58,15 +58,15 @@ def read_arrays(folder: epath.Path, document: Document, wanted: dict[str, Any]) 
         with damage("its arrays"):
             return jax.block_until_ready(_restore(folder / "state", abstract))
 
-    arrays = jointly(read)
-    found = fingerprints(arrays)
+    arrays = raise_together(read)
+    found = checksums(arrays)
 
     def compare():
         wrong = [name for name in found if found[name] != saved[name]]
         if wrong:
             raise Damaged(f"its fingerprints: {some(wrong)}")
 
-    jointly(compare)
+    raise_together(compare)
     return arrays
 
 

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 
-def fingerprints(tree: Any) -> Any:
+def checksums(tree: Any) -> Any:
     """The fingerprint of every leaf, as a tree of ints; waits for the leaves.
 
     Leaves are arrays of numbers, truth values or PRNG keys, on devices or not, sharded or not.
     """
-    return jax.tree.map(int, jax.device_get(_fingerprints(tree)))
+    return jax.tree.map(int, jax.device_get(_checksums(tree)))
 
 
 @jax.jit
-def _fingerprints(tree: Any) -> Any:
-    return jax.tree.map(_fingerprint, tree)
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(_checksum, tree)
 
 
-def _fingerprint(array: Array) -> UInt32[Array, ""]:
+def _checksum(array: Array) -> UInt32[Array, ""]:
     bits = _bits(array)
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):

@@ -25,7 +25,7 @@ from flax import traverse_util
 
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
 from sana_jax.runtime.files import UNREACHABLE, is_local, reason_of
-from sana_jax.runtime.hosts import from_first, gathered, jointly
+from sana_jax.runtime.hosts import gather_values, on_first_host, raise_together
 from sana_jax.runtime.lock import locked
 from sana_jax.training.checkpoints.arrays import (
     Damaged,
@@ -35,7 +35,7 @@ from sana_jax.training.checkpoints.arrays import (
     unwrapped,
     wrapped,
 )
-from sana_jax.training.checkpoints.checksums import fingerprints
+from sana_jax.training.checkpoints.checksums import checksums
 from sana_jax.training.checkpoints.document import (
     ABSENT,
     FREE,
@@ -94,14 +94,14 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         about = {key: x for key, x in keys(self._about).items() if not self._may_change(key)}
-        first, *others = gathered(sha256(about))
+        first, *others = gather_values(sha256(about))
         if wrong := [host for host, found in enumerate(others, 1) if found != first]:
             raise UserError(
                 f"hosts {some([str(host) for host in wrong])} have another config, or other data,"
                 " than host 0: give all of them the same"
             )
         with contextlib.ExitStack() as stack:
-            from_first(self._enter, stack)
+            on_first_host(self._enter, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -147,18 +147,18 @@ class Checkpoints:
         """
         wanted, treedef = flatten(abstract)
         bad: dict[int, str] = {}
-        for step in reversed(from_first(self.steps)):
+        for step in reversed(on_first_host(self.steps)):
             try:
-                document = from_first(self._document, step)
-                jointly(self._check, step, document, wanted)
+                document = on_first_host(self._document, step)
+                raise_together(self._check, step, document, wanted)
                 arrays = read_arrays(self.folder / str(step), document, wanted)
             except Damaged as error:
                 bad[step] = str(error)
                 continue
-            from_first(self._set_aside, bad, step)
+            on_first_host(self._set_aside, bad, step)
             if batches is not None:
                 batches.set_state(self._position(step, document, batches))
-            self.last_good = from_first(self._last_good, step, document)
+            self.last_good = on_first_host(self._last_good, step, document)
             return jax.tree.unflatten(treedef, wrapped(arrays, wanted))
         if bad:
             reasons = ", ".join(f"{step} ({reason})" for step, reason in bad.items())
@@ -181,18 +181,18 @@ class Checkpoints:
           Retry: when saving failed SAVE_ATTEMPTS times in a row; one failure is a warning.
         """
         self.wait()
-        if step in from_first(self.steps):
+        if step in on_first_host(self.steps):
             return
         flat, _ = flatten(state)
         arrays = {name: unwrapped(leaf) for name, leaf in flat.items()}
-        sums = fingerprints(arrays)
+        sums = checksums(arrays)
         leaves = {n: [str(a.dtype), list(a.shape), sums[n]] for n, a in arrays.items()}
         document = {
             "step": step,
             "good": good,
             **self._about,
             "leaves": leaves,
-            "iterators": gathered(encode(iterator)),
+            "iterators": gather_values(encode(iterator)),
         }
         document["sha256"] = sha256(document)
         self._saving = step, good
@@ -203,7 +203,7 @@ class Checkpoints:
 
     def save_surely(self, step: int, state: Any, iterator: Any = None, good: bool = True) -> None:
         """Saves what no later save makes up for, and waits. Raises Retry as `save` does."""
-        while step not in from_first(self.steps):
+        while step not in on_first_host(self.steps):
             self.save(step, state, iterator, good)
             self.wait()
 
@@ -254,7 +254,7 @@ class Checkpoints:
         What a manager remembers after a failure cannot be trusted.
         """
         try:
-            jointly(action)
+            raise_together(action)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax and TensorStore raise what they like for a full disk
@@ -351,9 +351,9 @@ def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:
       Retry: where the storage does not answer.
     """
     checkpoints, bad = Checkpoints(workdir, {}, {}), []
-    for step in reversed(from_first(checkpoints.steps)):
+    for step in reversed(on_first_host(checkpoints.steps)):
         try:
-            document = from_first(checkpoints._document, step)
+            document = on_first_host(checkpoints._document, step)
             if not document["good"]:
                 raise Damaged("its last update was not finite")
             leaves = {n: x for n, x in document["leaves"].items() if n.startswith(f"{part}/")}

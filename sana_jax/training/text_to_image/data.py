@@ -121,7 +121,7 @@ def _draw_shapes(
             raise UserError(f"config.data.shapes.{name}={records[name]}: a batch has {rows} rows")
     from sana_jax.shapes.dataset import prepare  # what draws is not needed for other sources
 
-    hosts.from_first(prepare, folder, size, records.train, records.test, records.seed)
+    hosts.on_first_host(prepare, folder, size, records.train, records.test, records.seed)
 
 
 def _check_sequence(mesh: Mesh, base: Checkpoint, heights: Iterable[int]) -> None:

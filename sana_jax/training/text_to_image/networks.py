@@ -20,7 +20,7 @@ from sana_jax.checkpoints.components import (
     check_fit,
     module_for,
 )
-from sana_jax.checkpoints.find import find, fingerprint
+from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.models.dit import REMAT, SanaConfig
@@ -49,7 +49,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         for part in parts:
             if getattr(found, part) is None:
                 raise UserError(f"config.{key}={name}: this checkpoint has no {part}")
-        prints[key] = fingerprint(folder)
+        prints[key] = checkpoint_hash(folder)
         return found
 
     if not config.autoencoder:
@@ -106,7 +106,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
             f" has {len(base.tokenizer)} tokens"
         )
     base.dit = read_network(SanaConfig, config, "network")
-    base.text_rows = checks.whole("config.text_encoder.rows", encoder.rows, 2, 2**16)
+    base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
     check_fit(base)
     return base, prints

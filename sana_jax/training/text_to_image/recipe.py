@@ -44,8 +44,8 @@ class EvaluationConfig:
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels
 
     def __post_init__(self):
-        checks.whole("batches", self.batches, 1, 2**31)
-        checks.whole("seed", self.seed, 0, checks.MAX_SEED)
+        checks.integer("batches", self.batches, 1, 2**31)
+        checks.integer("seed", self.seed, 0, checks.MAX_SEED)
         if not self.sigmas or not all(0 < sigma <= 1 for sigma in self.sigmas):
             raise UserError(f"sigmas={self.sigmas}: give some in (0, 1]")
 
@@ -60,8 +60,8 @@ class ImagesConfig:
     seed: int = 0
 
     def __post_init__(self):
-        checks.whole("num_steps", self.num_steps, 1, checks.MAX_STEPS)
-        checks.whole("seed", self.seed, 0, checks.MAX_SEED)
+        checks.integer("num_steps", self.num_steps, 1, checks.MAX_STEPS)
+        checks.integer("seed", self.seed, 0, checks.MAX_SEED)
         checks.number("guidance_scale", self.guidance_scale, -1e6, 1e6)
 
 

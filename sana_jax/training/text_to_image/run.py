@@ -150,7 +150,7 @@ class TextToImageTraining:
         pipe.dit = pipe.dit.clone(implementation=self.task.dit.implementation)
         size = dict(height=self.size, width=self.size)
         images, _ = pipe.draw(pipe.request(prompts, seed=seed, **size, **settings))
-        images = list(np.asarray(hosts.whole(images)))
+        images = list(np.asarray(hosts.gather_arrays(images)))
         rows = [images[i : i + SHEET_COLUMNS] for i in range(0, len(images), SHEET_COLUMNS)]
         writer.images(step, "samples", rows)
 
@@ -186,15 +186,15 @@ class TextToImageTraining:
 
     def _export(self, state: TrainState, first: int) -> None:
         """WORKDIR/model, unless step `first`, that this run went on from, was the last one."""
-        params, step = hosts.whole(state.ema), int(state.step)
+        params, step = hosts.gather_arrays(state.ema), int(state.step)
         if not is_local(self.workdir):
             line = f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema"
         else:
             line = folder = Path(self.workdir / "model")
             with storage(folder):
-                if first < step or hosts.from_first(_steps_of, folder) != step:
+                if first < step or hosts.on_first_host(_steps_of, folder) != step:
                     export(complete(self.base, params, step, ema=True), folder)
-        hosts.from_first(partial(print, line, flush=True))
+        hosts.on_first_host(partial(print, line, flush=True))
 
 
 def _steps_of(folder: Path) -> int | None:

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
-from sana_jax.checkpoints.find import fingerprint
+from sana_jax.checkpoints.find import checkpoint_hash
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import read_json
 from sana_jax.training.autoencoder import run as autoencoder_run
@@ -241,7 +241,7 @@ def test_a_model_left_half_copied_or_of_another_run_is_replaced(unbroken, tmp_pa
     (tmp_path / "model.part" / "half").touch()
     for phase in PHASES:
         _copy_model(unbroken / phase / "model", tmp_path / "model")
-        assert fingerprint(tmp_path / "model") == fingerprint(unbroken / phase / "model")
+        assert checkpoint_hash(tmp_path / "model") == checkpoint_hash(unbroken / phase / "model")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -469,7 +469,7 @@ def test_a_full_disk_is_worth_a_retry(config, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "save", full)
     with pytest.raises(Retry, match="No space left"):
         training._export(tmp_path, {}, {"scaling_factor": 1.0}, None)
-    monkeypatch.setattr(autoencoder_run, "write_whole", full)
+    monkeypatch.setattr(autoencoder_run, "write_atomically", full)
     with pytest.raises(Retry, match="results.json: No space left"):
         autoencoder_run._write(tmp_path / "results.json", {})
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sana_jax import sharding
-from sana_jax.training.checkpoints.checksums import fingerprints
+from sana_jax.training.checkpoints.checksums import checksums
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "float8_e4m3fn"]
 
@@ -22,35 +22,35 @@ def random_bits(shape, dtype, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_flipped_bit_changes_it(dtype):
     array = random_bits((5, 7), dtype)
-    sound = fingerprints(array)
-    assert fingerprints(array.copy()) == sound
+    sound = checksums(array)
+    assert checksums(array.copy()) == sound
     for bit in range(array.nbytes * 8):
         flipped = array.copy()
         flipped.view(np.uint8).reshape(-1)[bit // 8] ^= 1 << bit % 8
-        assert fingerprints(flipped) != sound, bit
+        assert checksums(flipped) != sound, bit
 
 
 def test_several_flipped_bits_change_it():
     """Also the same bit of two elements, on which sums of products cancel."""
     array, random = random_bits((64, 32), "float32"), np.random.default_rng(1)
-    sound = fingerprints(array)
+    sound = checksums(array)
     for count in [2, 2, 2, 3, 10, 1000] * 10:
         flipped = array.copy()
         flipped.view(np.uint32).reshape(-1)[random.choice(2048, count, replace=False)] ^= 1 << 31
-        assert fingerprints(flipped) != sound, count
+        assert checksums(flipped) != sound, count
 
 
 def test_order_and_kind_of_zero_count():
     tree = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([2.0, 1.0]), "c": jnp.zeros(2)}
     tree |= {"d": -jnp.zeros(2), "e": jnp.zeros(3), "f": jnp.zeros((1, 2))}
-    found = fingerprints(tree)
+    found = checksums(tree)
     assert len({*found.values()}) == 5 and found["c"] == found["f"]
 
 
 def test_keys_and_truth_values():
-    assert fingerprints(jax.random.key(0)) != fingerprints(jax.random.key(1))
-    assert fingerprints(jnp.array([True, False])) != fingerprints(jnp.array([False, True]))
-    assert isinstance(fingerprints(jnp.array(True)), int)
+    assert checksums(jax.random.key(0)) != checksums(jax.random.key(1))
+    assert checksums(jnp.array([True, False])) != checksums(jnp.array([False, True]))
+    assert isinstance(checksums(jnp.array(True)), int)
 
 
 def test_is_that_of_the_formula():
@@ -64,7 +64,7 @@ def test_is_that_of_the_formula():
     array = random_bits((3, 2, 5), "bfloat16")
     bits = array.view(np.uint16).reshape(-1).tolist()
     wanted = sum(mix(b ^ mix(i)) for i, b in enumerate(bits)) % 2**32
-    assert fingerprints(array) == wanted
+    assert checksums(array) == wanted
 
 
 def test_mesh_does_not_matter():
@@ -73,4 +73,4 @@ def test_mesh_does_not_matter():
     specs = [("fsdp", None), (None, ("replica", "fsdp")), (None, None), ("replica", "fsdp")]
     for spec in specs:
         where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        assert fingerprints(jax.device_put(array, where)) == fingerprints(array)
+        assert checksums(jax.device_put(array, where)) == checksums(array)

@@ -191,7 +191,7 @@ def test_unreadable_storage_is_to_be_tried_again(folder, monkeypatch, error):
 
 def test_another_number_of_hosts(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, Checkpoints(tmp_path, CONFIG, DATA) as checkpoints:
-        patch.setattr(manager, "gathered", lambda state: [state, state])  # of two hosts
+        patch.setattr(manager, "gather_values", lambda state: [state, state])  # of two hosts
         checkpoints.save(1, make(1), {"row": 1})
     with pytest.raises(UserError, match="1 was saved by 2 hosts, whose data does not split over 1"):
         restore(tmp_path)
@@ -206,7 +206,7 @@ def test_another_number_of_hosts(tmp_path, monkeypatch):
 
 
 def test_hosts_that_differ_do_not_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(manager, "gathered", lambda found: [found, found, "another"])
+    monkeypatch.setattr(manager, "gather_values", lambda found: [found, found, "another"])
     with pytest.raises(UserError, match="hosts 2 have another config, or other data, than host 0"):
         with Checkpoints(tmp_path, CONFIG, DATA):
             pass
