@@ -22,7 +22,10 @@ Picture = UInt8[np.ndarray, "H W 3"]
 
 
 def to_float(images: UInt8[Any, "*B H W 3"]) -> Float[Any, "*B H W 3"]:
-    """0 .. 255 as float32 in [-1, 1]; an array of NumPy gives one, an array of JAX too."""
+    """Returns 0 .. 255 as float32 in [-1, 1]: an array of NumPy for one, of JAX for one of JAX.
+
+    XLA multiplies by a reciprocal, so that the two may differ in the last place.
+    """
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
