@@ -1,5 +1,6 @@
-"""Every test runs on eight CPU devices, in true float32."""
+"""Every test runs on eight CPU devices, in true float32, and checks the shapes in annotations."""
 
+import gc
 import os
 
 from tests import xla
@@ -10,7 +11,22 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests import annotations  # noqa: E402
+
+# Before any test imports them; commands that tests start are not checked.
+jaxtyping.install_import_hook(annotations.MODULES, f"{annotations.__name__}.check_arrays")
 
 jax.config.update("jax_default_matmul_precision", "float32")
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Gives back the memory of the programs that a file of tests has compiled."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 SIGMA, TRUNCATE = 1.5, 3.5  # of SSIM's window: pixels, and where it ends in units of SIGMA
@@ -18,7 +19,7 @@ CUTOFF = 0.25  # cycles a pixel; the finest that a pixel grid holds has 0.5
 
 
 @jax.jit
-def to_uint8(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
+def to_uint8(images: Float[Array | np.ndarray, "B H W C"]) -> UInt8[Array, "B H W C"]:
     """Images in [-1, 1] as they are saved: rounded half up, clipped."""
     return jnp.clip(jnp.floor(images * 127.5 + 128), 0, 255).astype(jnp.uint8)
 
