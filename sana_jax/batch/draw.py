@@ -1,4 +1,4 @@
-"""Draws many images into a folder, and of a run that was cut short only those that are missing."""
+"""Draws many images into a folder; after an interrupted run, only the missing ones."""
 
 import sys
 import time
@@ -24,10 +24,10 @@ HOPELESS = 16  # images that are not finite, where none is: the others will not 
 
 
 def draw(tasks: list[Task], options: Options) -> None:
-    """Writes the picture of every task to `options.out`, where it is not there already.
+    """Writes every task's picture to `options.out`, unless it is there already.
 
-    Progress and a summary go to stderr. Raises UserError; before anything is drawn or written,
-    where the reason can be known by then.
+    Progress and a summary go to stderr. Raises UserError, if possible before anything is drawn or
+    written.
     """
     folder = find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
@@ -48,7 +48,7 @@ def draw(tasks: list[Task], options: Options) -> None:
 
 
 def _open(name: str, options: Options) -> SanaPipeline:
-    """The pipeline, its weights unread."""
+    """Returns the pipeline; its weights are read later."""
     mesh = sharding.make_mesh()
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     checkpoint = open_checkpoint(
@@ -113,7 +113,7 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
 
 
 def _memory(request: Request, pipe: SanaPipeline) -> int:
-    """What a batch needs on a device, up to a factor that is the same for all."""
+    """Returns the memory that a batch needs on a device, up to a common factor."""
     count = request.count // sharding.batch_divisor(pipe.mesh)
     height, width, tile = request.height, request.width, request.tile
     halves = 2 if request.guided and not request.sequential else 1

@@ -1,8 +1,8 @@
-"""manifest.jsonl, the record of a folder of pictures: a JSON object a line, a line a picture.
+"""manifest.jsonl, the record of a folder of pictures: one JSON object a line, one line a picture.
 
-A line is written after its picture is complete, and says what the picture is of: its `key` is a
-hash of everything that decides the pixels, up to rounding. (That differs with the prompts beside it
-in its batch, since the longest decides how many tokens are read, and with the version of JAX.)
+A line is written after its picture is complete. Its `key` is a hash of everything that decides the
+pixels, up to rounding. (Rounding depends on the other prompts of the batch, since the longest
+decides how many tokens are read, and on the version of JAX.)
 """
 
 import errno
@@ -24,16 +24,16 @@ Line = dict[str, Any]
 
 
 def key_of(settings: dict[str, Any]) -> str:
-    """The hash of settings, whatever their order."""
+    """Returns the hash of settings, independent of their order."""
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class Manifest:
-    """The lines of a manifest by the `file` that they are of. Threads may append."""
+    """The lines of a manifest by their `file`. Threads may append."""
 
     def __init__(self, path: epath.Path):
-        """Reads what is there. A torn last line, of a run that was killed, is left out."""
+        """Reads the file, if it exists. A torn last line of a killed run is left out."""
         self._path, self._lock = path, threading.Lock()
         self._uploaded, self._took = time.monotonic(), 0.0  # the last upload, in seconds
         self._content: bytes | None = path.read_bytes() if path.exists() else b""
@@ -45,19 +45,19 @@ class Manifest:
             self.lines[line["file"]] = line
 
     def tidy(self) -> None:
-        """Makes the file hold `lines` and nothing else."""
+        """Rewrites the file so that it holds exactly `lines`."""
         content = b"".join(map(_encode, self.lines.values()))
         if content != self._content:
             write_atomically(self._path, content)
             self._content = content
 
     def sort(self) -> None:
-        """Puts the lines in the order of the pictures: the file of a run that never stopped."""
+        """Sorts the lines by picture, as an uninterrupted run leaves them."""
         self.lines = dict(sorted(self.lines.items()))
         self.tidy()
 
     def append(self, line: Line) -> None:
-        """Adds the line of a picture that is complete. Raises OSError, the file as it was."""
+        """Adds the line of a complete picture. Raises OSError and leaves the file as it was."""
         with self._lock:
             if is_local(self._path):
                 self._content = None  # no longer what the file holds

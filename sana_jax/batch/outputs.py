@@ -1,7 +1,7 @@
-"""The folder that pictures are written to: what is there, what is missing, one writer at a time.
+"""The folder of pictures: which are done, which are missing, with one writer at a time.
 
-A picture is NUMBER_SEED.png. Its header holds the prompt and all settings, and so does its line of
-manifest.jsonl. Only whole files get a name; what a killed run leaves behind is mended by the next.
+A picture is NUMBER_SEED.png. Its header and its line of manifest.jsonl hold the prompt and all
+settings. Only complete files get a name; the next run repairs what a killed run leaves behind.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ OF_GRID = "grid"  # the contact sheet's mark, where pictures have their key
 class OutputFolder:
     """A context in which no other run writes to the folder.
 
-    Raises UserError, naming the folder, and Retry where it fails once pictures are being made.
+    Raises UserError, naming the folder, or Retry if storage fails once pictures are being made.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class OutputFolder:
         Args:
           path: the folder, made if missing; it may be remote.
           wanted: file -> the settings that decide its pixels.
-          notes: what lines of the manifest hold besides.
+          notes: fields that every line of the manifest holds too.
           overwrite: replace pictures of other settings that have a wanted name.
           grid: whether grid.png is wanted too.
         """
@@ -88,7 +88,7 @@ class OutputFolder:
         return self._wanted.keys() - self._done
 
     def probe(self, size: int) -> None:
-        """Writes `size` bytes and removes them: a full disk is found before any work is done."""
+        """Writes `size` bytes and removes them, to find a full disk before any work is done."""
         part = self.path / "probe.part"
         with self._errors():
             try:
@@ -106,7 +106,7 @@ class OutputFolder:
             self._done.add(file)
 
     def write_grid(self) -> None:
-        """grid.png: the wanted pictures, small, side by side; the first 64 of them."""
+        """Writes grid.png: the first 64 wanted pictures, small, side by side."""
         images = []
         with self._errors(Retry), _of_any_size():
             for file in [*self._wanted][:THUMBNAILS]:
@@ -120,7 +120,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def _errors(self, kind: type[Exception] = UserError) -> Iterator[None]:
-        """Makes one line of what storage raises: Retry, once pictures are being made."""
+        """Turns storage's errors into one line: UserError, or Retry once pictures are made."""
         try:
             yield
         except (UserError, Retry):
@@ -153,9 +153,9 @@ class OutputFolder:
                 )
 
     def _survey(self) -> None:
-        """Finds out which pictures are done, and gives those a line that have none.
+        """Finds the pictures that are done, and adds missing lines for them.
 
-        Lines of others stay until the picture that replaces theirs is written.
+        A line for another picture stays until the picture that replaces it is written.
         """
         with _of_any_size(), ThreadPoolExecutor() as pool:
             found = dict(zip(self._wanted, pool.map(self._find, self._wanted), strict=True))
@@ -171,7 +171,7 @@ class OutputFolder:
         self._done = {*done}
 
     def _find(self, file: str) -> Line | str | None:
-        """A done picture's line; None: it is to be drawn; a text: what is there is another's."""
+        """Returns a done picture's line, None if it is missing, or why the file is another's."""
         line, settings = self._manifest.lines.get(file), self._wanted[file]
         key = key_of(settings)
         ours = line is not None and line["key"] == key
@@ -216,7 +216,7 @@ def _texts(texts: dict[str, str]) -> PngInfo:
 
 
 def _read(content: bytes) -> tuple[dict[str, str], bool]:
-    """The texts in a PNG's header, and whether the picture can be read to its end."""
+    """Returns the texts in a PNG's header, and True if the picture can be read to its end."""
     texts = {}
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
@@ -237,7 +237,7 @@ def _parse(text: str) -> Line:
 
 
 def _differences(old: Line, new: Line) -> str:
-    """Which settings are others, such as "batch_size 8 -> 3"."""
+    """Names the settings that differ, such as "batch_size 8 -> 3"."""
     new = json.loads(json.dumps(new))  # tuples are lists there
     changes = [
         f"{name} {reprlib.repr(old[name]) if name in old else 'unknown'} -> {reprlib.repr(value)}"
@@ -249,7 +249,7 @@ def _differences(old: Line, new: Line) -> str:
 
 @contextlib.contextmanager
 def _made(folder: epath.Path) -> Iterator[None]:
-    """Makes a folder, and removes it again where nothing came into it."""
+    """Makes a folder, and removes it again if it stays empty."""
     new = [path for path in (folder, *folder.parents) if is_local(path) and not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Keeps a device busy: while it computes a batch, the next one is prepared and the last one saved.
+"""Keeps the device busy: during a batch the next one is prepared and the last one saved.
 
 JAX dispatches without waiting, so the main thread prepares and dispatches batch k + 1 while the
 device computes batch k and threads save the images of batch k - 1.
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.001
 
 @dataclasses.dataclass
 class Span:
-    """What became of a batch; times are those of time.monotonic."""
+    """When a batch was dispatched, computed and saved, by time.monotonic."""
 
     images: int
     first: bool  # of its shape, so that it was compiled
@@ -34,7 +34,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Of the batches that were not the first of their shape."""
+    """The throughput of all batches that were not the first of their shape."""
 
     images: int
     seconds: float
@@ -42,7 +42,7 @@ class Throughput:
 
     @classmethod
     def of(cls, spans: Sequence[Span], start: float, end: float) -> "Throughput":
-        """`start`: before the first dispatch; `end`: when the last image was saved."""
+        """`start` is the time before the first dispatch, `end` when the last image was saved."""
         images, seconds, device_seconds, before = 0, 0.0, 0.0, start
         for span in spans:
             if not span.first:
@@ -60,7 +60,7 @@ class Throughput:
 
 
 def wait(arrays: Any) -> None:
-    """Until the device has computed them, or until Ctrl-C, which JAX's own wait would not hear."""
+    """Waits for arrays, or until Ctrl-C, which JAX's own wait would not notice."""
     while not _are_ready(arrays):
         time.sleep(POLL_SECONDS)
 
@@ -75,11 +75,11 @@ def overlap(
     """Draws and saves all batches.
 
     Args:
-      dispatch: batch -> its images, or a tree of arrays of which a row is an image's, not waited
-        for, the padding last.
-      save: called as save(task, pixels), or with a tree of its rows, on threads.
+      dispatch: batch -> its images, or a tree of arrays with a row an image, not waited for, the
+        padding last.
+      save: called on threads as save(task, pixels), or with a tree of rows instead of pixels.
 
-    Where anything is raised, images that are not yet being saved are dropped.
+    If anything is raised, images that are not yet being saved are dropped.
     """
     spans, shapes, start = [], set(), time.monotonic()
     in_flight, saving = collections.deque(), collections.deque()

@@ -1,4 +1,4 @@
-"""The options of a run, the requests that it makes, and all that decides each picture's pixels."""
+"""The options of a run, its requests to the pipeline, and the settings that decide a picture."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from sana_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What all images of a run share; the flags of sample.py have the same names."""
+    """The options that all images of a run share, named like the flags of sample.py."""
 
     checkpoint: str
     out: str
@@ -38,9 +38,9 @@ class Options:
 
 
 def with_requests(batches: list[Batch], pipe: SanaPipeline, options: Options) -> list[Batch]:
-    """The batches with what the pipeline is asked for: here sizes, tiles and defaults are resolved.
+    """Gives every batch its request, which resolves sizes, tiles and defaults once.
 
-    Raises UserError naming the line or the flag.
+    Raises UserError, naming the line or the flag.
     """
     return [dataclasses.replace(batch, request=_request(batch, pipe, options)) for batch in batches]
 
@@ -75,7 +75,7 @@ def _request(batch: Batch, pipe: SanaPipeline, options: Options) -> Request:
 def settings_of(
     batches: list[Batch], pipe: SanaPipeline, options: Options, checkpoint_sha256: str
 ) -> dict[str, dict[str, Any]]:
-    """file -> all that decides its pixels, in the order of the tasks; of batches with requests."""
+    """Returns file -> the settings that decide its pixels, in the order of the tasks."""
     shared = _shared(pipe, options, batches[0].request.flow_shift)
     shared["checkpoint_sha256"] = checkpoint_sha256
     shared["step_by_step"] = shows_steps(batches)
@@ -109,5 +109,5 @@ def _shared(pipe: SanaPipeline, options: Options, flow_shift: float) -> dict[str
 
 
 def shows_steps(batches: list[Batch]) -> bool:
-    """Whether to show each step of a run that is slow, and has one batch: so no other progress."""
+    """Returns True for a slow run of one batch, whose only progress is its steps."""
     return jax.default_backend() == "cpu" and len(batches) == 1

@@ -1,4 +1,4 @@
-"""What to draw: prompts and their settings, from flags and files, and how they share batches."""
+"""Tasks: prompts and their settings from flags and files, and their batches."""
 
 import codecs
 import dataclasses
@@ -37,31 +37,31 @@ class Task:
     row: Row = dataclasses.field(default=("", {}), repr=False, compare=False)  # where it came from
 
     def place_of(self, name: str) -> str:
-        """Where a field was given: the line, or the flags."""
+        """Returns where a field was given: its line, or "--" for the flags."""
         where, given = self.row
         return where if name in given else "--"
 
     @property
     def file(self) -> str:
-        """The picture's name, in which no prompt has a say."""
+        """The picture's name, which does not depend on the prompt."""
         return f"{self.number:06d}_{self.seed}.png"
 
     @property
     def shape(self) -> tuple[int | None, int | None, int, bool]:
-        """What a batch must have in common, because it is compiled in."""
+        """The settings that are compiled in, which all tasks of a batch share."""
         return self.height, self.width, self.num_steps, self.guidance_scale > 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Tasks that are drawn together, and the number of images that the device computes."""
+    """Tasks that are drawn together, and the number of images that the devices compute."""
 
     tasks: list[Task]
     size: int
     request: "Request | None" = None  # of so many images, the padding among them
 
     def padded(self) -> list[Task]:
-        """The last task is repeated: a smaller batch would be compiled anew."""
+        """Repeats the last task up to `size`: a smaller batch would be compiled anew."""
         return self.tasks + self.tasks[-1:] * (self.size - len(self.tasks))
 
 
@@ -89,9 +89,9 @@ FIELDS = {
 
 
 def read_rows(path: str) -> list[Row]:
-    """The prompts of a file: .txt, one a line; .jsonl, an object a line with keys of FIELDS.
+    """Reads the prompts of a file: .txt, one a line; .jsonl, an object a line with keys of FIELDS.
 
-    Blank lines are left out. Raises UserError.
+    Blank lines are skipped. Raises UserError.
     """
     file = epath.Path(path)
     if file.suffix not in (".txt", ".jsonl"):
@@ -130,7 +130,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def check_fields(values: dict[str, Any], where: str) -> None:
-    """Raises UserError at the first field that is unknown or out of its range."""
+    """Raises UserError for the first field that is unknown or out of range."""
     for name, value in values.items():
         if name not in FIELDS:
             close = difflib.get_close_matches(name, FIELDS, n=1)
@@ -142,9 +142,10 @@ def check_fields(values: dict[str, Any], where: str) -> None:
 
 
 def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: int) -> list[Task]:
-    """A task an image: `rows` over the flags `common`, those of one prompt in a row.
+    """Makes a task for every image: a row's fields, else the flags `common`.
 
-    Seeds count up from `seed`, or from the row's own. Raises UserError.
+    Images of one prompt follow one another. Seeds count up from `seed`, or from the row's own.
+    Raises UserError.
     """
     check_fields({"seed": seed, **common}, "--")
     if len(rows) * images_each > MAX_IMAGES:
@@ -166,10 +167,10 @@ def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: 
 
 
 def with_sizes(tasks: Iterable[Task], native: int, max_pixels: int) -> list[Task]:
-    """The tasks with their sizes filled in; raises UserError at one that is too large.
+    """Fills in the tasks' sizes. Raises UserError for one that is too large.
 
     Args:
-      native: pixels a side where a task gives none.
+      native: pixels a side for tasks without a size.
       max_pixels: the largest height x width; a side may reach four times its square root.
     """
     return [_with_size(task, native, max_pixels) for task in tasks]
@@ -188,12 +189,12 @@ def _with_size(task: Task, native: int, max_pixels: int) -> Task:
 
 
 def make_batches(tasks: list[Task], batch_size: int, divisor: int) -> list[Batch]:
-    """Batches of tasks of one shape, in order; a function of all tasks and of nothing else.
+    """Groups tasks of one shape into batches, in order; a function of the tasks alone.
 
-    So a run that is resumed computes the batches of the unbroken one, and the same bits.
+    So a resumed run computes the batches of an unbroken one, and the same bits.
 
     Args:
-      batch_size: images in a batch; fewer where a shape has no more.
+      batch_size: images in a batch; fewer if a shape has no more.
       divisor: the devices that share a batch; sizes are rounded up to its multiples.
     """
     groups: dict[tuple, list[Task]] = {}

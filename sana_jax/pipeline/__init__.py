@@ -1,4 +1,4 @@
-"""From prompts to pixels: a request, the programs that it runs, and the pipeline that runs them."""
+"""From prompts to pixels: the request, the jitted programs, and the pipeline that runs them."""
 
 from sana_jax.pipeline.pipeline import SanaPipeline
 

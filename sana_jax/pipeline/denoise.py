@@ -1,8 +1,8 @@
 """The denoising loop: network, guidance and sampler in one dispatch.
 
-Networks are static arguments, parameters are inputs: one compilation a network, a batch, a size
-and a number of steps, shared by all pipelines of a process. What depends on the prompt alone, the
-caption's embedding and the keys and values of cross-attention, is computed before the loop.
+Networks are static arguments and parameters are inputs, so all pipelines of a process share one
+compilation for each network, batch, size and number of steps. The caption's embedding and the keys
+and values of cross-attention depend on the prompt alone and are computed before the loop.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ from sana_jax.diffusion.guidance import guide
 def keys_values_of(
     module: nn.Module, params: Any, captions: Float[Array, "B S L T"]
 ) -> Float[Array, "depth B S L C2"]:
-    """What the cross-attention of all blocks needs of the captions, S of them an image."""
+    """Returns the keys and values of all blocks' cross-attention for S captions an image."""
     halves = captions.shape[1]
     captions = rearrange(captions, "b s l t -> (b s) l t")
     keys_values = module.apply({"params": params}, captions, method="keys_values")
@@ -42,9 +42,10 @@ def sample(
     interval: tuple[Array, Array] | None,
     sequential: bool,
 ) -> Float[Array, "B h w c"]:
-    """Latents from noise. S is 2, without and with the prompt, or 1, which means no guidance.
+    """Returns latents from noise. S is 2 (without and with the prompt), or 1 for no guidance.
 
-    `sequential`: the two one after the other, in less memory. Others: see guidance.py.
+    `sequential`: compute the two one after the other, in less memory. `scale`, `interval`: see
+    diffusion/guidance.py.
     """
     keys_values = keys_values_of(module, params, captions)
     velocity = _guided(module, params, keys_values, masks, scale, interval, sequential)
@@ -52,7 +53,7 @@ def sample(
 
 
 def sample_slowly(on_step, module, params, noise, schedule, captions, *guidance, sequential):
-    """`sample` with one dispatch a step, between which on_step(step, latents) sees the state."""
+    """As `sample`, with one dispatch a step; on_step(step, latents) is called after each."""
     keys_values = keys_values_of(module, params, captions)
     carry = noise, jnp.zeros_like(noise)
     for i in range(len(schedule.sigma)):
@@ -69,10 +70,10 @@ def _step(module, params, carry, row, keys_values, masks, scale, interval, seque
 
 
 def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval, sequential):
-    """The velocity that the sampler follows.
+    """Returns the guided velocity as a function of latents, timestep and sigma.
 
-    The halves of one image sit side by side in the batch, [u_0, c_0, u_1, c_1, ...], so that
-    splitting the batch over devices never parts them.
+    The two halves of an image are neighbours in the batch, [u_0, c_0, u_1, c_1, ...], so that
+    splitting the batch over devices never separates them.
     """
 
     def evaluate(x, timestep, keys_values, masks):

@@ -52,14 +52,14 @@ REMEMBERED = 4  # instructions, and as many negative prompts; 50 MB an instructi
 
 
 class SanaPipeline:
-    """Draws images from prompts. What a call gives depends on its arguments alone.
+    """Draws images from prompts. The result of a call depends on its arguments alone.
 
-    What the text encoder makes of instructions and of negative prompts is kept for later calls, so
-    give other weights of it to another pipeline.
+    The text encoder's output for instructions and negative prompts is cached between calls, so make
+    another pipeline for another text encoder's weights.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):
-        """`checkpoint` as `checkpoints.load` gives it, with its weights on `mesh`."""
+        """`checkpoint` comes from `checkpoints.load.load`, with its weights on `mesh`."""
         if missing := CONFIGS.keys() - checkpoint.configs():
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: it draws nothing")
         check_fit(checkpoint)
@@ -86,16 +86,16 @@ class SanaPipeline:
 
         Args:
           name: the folder, the bundled name, or org/name.
-          dtype: "float32", "bfloat16" or "float16", of weights and activations; beside a float16
+          dtype: of weights and activations, "float32", "bfloat16" or "float16"; beside a float16
             transformer the autoencoder and the text encoder are bfloat16.
-          mesh: of sharding.make_mesh; None: this host's devices, the batch split over them.
+          mesh: from sharding.make_mesh; None: this host's devices, the batch split over them.
           variant: of the weight files in a diffusers folder, such as "bf16".
           revision: branch, tag or commit on the hub.
-          instruction_file: the complex human instruction, where the checkpoint does not hold it.
+          instruction_file: a file with the complex human instruction, for checkpoints without one.
           clip_attention: True for weights that were trained in float16 (Sana 1.0 without BF16 in
-            its name) and are run in another dtype; None: as the checkpoint says, else by dtype.
+            its name) and run in another dtype; None: as the checkpoint says, else by dtype.
 
-        Raises UserError, a ValueError, that says what is wrong with the checkpoint, and Retry where
+        Raises UserError, a ValueError, that says what is wrong with the checkpoint, and Retry if
         the hub does not answer.
         """
         checks.choice("dtype", dtype, DTYPES)
@@ -113,7 +113,7 @@ class SanaPipeline:
         return cls(checkpoint, mesh, dtype)
 
     def save_pretrained(self, path: str | Path, format: str = "native") -> None:
-        """Writes a folder that from_pretrained reads; "diffusers": one that diffusers reads too."""
+        """Writes a folder for from_pretrained; diffusers reads the "diffusers" format too."""
         formats = {"native": native.save, "diffusers": diffusers.save}
         if format not in formats:
             raise UserError(f"format {format!r} is not one of {', '.join(formats)}")
@@ -144,27 +144,27 @@ class SanaPipeline:
         sequential_guidance: bool = False,
         tile: Tile | str | None = "auto",
     ) -> list[Image.Image] | np.ndarray | Array:
-        """Draws `num_images_per_prompt` images of every prompt, those of one prompt in a row.
+        """Draws `num_images_per_prompt` images of every prompt, the images of a prompt together.
 
         Args:
           negative_prompt: one for all, or one a prompt.
           height, width: pixels, multiples of the autoencoder's factor; None: the native size.
           num_steps: evaluations of the network (pairs of them, under guidance).
-          guidance_scale: one for all, or one a prompt; no guidance where it is <= 1.
+          guidance_scale: one for all, or one a prompt; <= 1 means no guidance.
           guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
-          seed: 0 .. 2**32 - 1; one an image, or the first image's, which the others count up from.
+          seed: 0 .. 2**32 - 1; one an image, or the first image's: the next images count up.
           latents: the noise to start from, float32; overrides `seed`.
-          prompt_embeddings, prompt_mask: as `encode_prompt` gives them, instead of prompts.
+          prompt_embeddings, prompt_mask: from `encode_prompt`, instead of prompts.
           sampler: "flow_dpm_solver" or "flow_euler".
-          flow_shift: None: the checkpoint's.
-          instruction: "auto": the checkpoint's own; None: none; or the text.
+          flow_shift: of the noise schedule; None: the checkpoint's.
+          instruction: "auto": the checkpoint's own; None: no instruction; or a text.
           use_resolution_binning: sample at the nearest published size, then resize and crop.
-          on_step: called as on_step(step, latents) after every step; slower than without.
+          on_step: called as on_step(step, latents) after every step; sampling is slower with it.
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]) or "latent".
-          sequential_guidance: the halves of guidance one after the other, in less memory.
-          tile: as in `decode`; "auto": above 2048 x 2048 pixels in tiles of 1024, else at once.
+          sequential_guidance: compute the halves of guidance one after the other, in less memory.
+          tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
 
-        Raises UserError, a ValueError, where an argument is out of range.
+        Raises UserError, a ValueError, if an argument is out of range.
         """
         checks.choice("output", output, OUTPUTS)
         if on_step is not None and not callable(on_step):
@@ -201,21 +201,21 @@ class SanaPipeline:
         return [Image.fromarray(picture) for picture in pictures] if output == "pil" else pictures
 
     def request(self, prompt: str | Sequence[str] | None = None, **arguments) -> Request:
-        """What a call with these arguments draws; all but `on_step` and `output`.
+        """Checks and resolves the arguments of a call, all but `on_step` and `output`.
 
-        Raises UserError, a ValueError, where an argument is out of range.
+        Raises UserError, a ValueError, if an argument is out of range.
         """
         return Request.of(self._facts, prompt, **arguments)
 
     def draw(
         self, request: Request, on_step: Callable[[int, Array], None] | None = None
     ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
-        """A request's pictures and which of them are finite, on the device and not waited for."""
+        """Draws uint8 pictures, and says which are finite: on the device, not waited for."""
         pictures, finite = programs.to_uint8(self._paint(request, on_step))
         return pictures[: request.count], finite[: request.count]
 
     def _paint(self, request: Request, on_step) -> Float[Array, "padded H W 3"]:
-        """Pixels in about [-1, 1]."""
+        """Returns pixels in about [-1, 1]."""
         images = self._decode_padded(self._sample(request, on_step), request.tile)
         return images if request.crop is None else programs.resize_and_crop(images, request.crop)
 
@@ -246,7 +246,7 @@ class SanaPipeline:
             )
 
     def _read(self, request: Request) -> tuple[Float[Array, "B S L T"], Bool[Array, "B S L"]]:
-        """The text of every picture; S is 2, without and with the prompt, or 1, unguided."""
+        """Returns every picture's text; S is 2 (without and with the prompt), or 1 unguided."""
         if request.prompts is not None:
             rows, mask = self._encode_prompts(request.prompts, request.instruction)
         else:  # another pipeline's may be on other devices
@@ -265,7 +265,7 @@ class SanaPipeline:
     def encode_prompt(
         self, prompts: str | Sequence[str], instruction: str | None = "auto"
     ) -> tuple[Float[Array, "B L T"], Bool[Array, "B L"]]:
-        """The text encoder's rows in float32 and which of them count; hidden rows are zeros."""
+        """Returns the text encoder's rows in float32, and a mask; rows that it hides are zeros."""
         return self._encode_prompts(texts("prompt", prompts), instruction_text(instruction))
 
     def _encode_prompts(self, prompts: list[str], instruction: str | None):
@@ -283,7 +283,7 @@ class SanaPipeline:
         return rows[: len(prompts)], mask[: len(prompts)]
 
     def _read_prefix(self, tokens: tuple[int, ...]) -> Prefix | None:
-        """What the text encoder makes of the tokens of an instruction."""
+        """Returns the text encoder's keys and values of an instruction, cached."""
 
         def read():
             with self.context():
@@ -293,9 +293,9 @@ class SanaPipeline:
         return _remembered(self._prefixes, tokens, read) if tokens else None
 
     def _encode_negative(self, prompts: list[str]) -> tuple[Array, Array]:
-        """As `encode_prompt`, without an instruction; one row where all prompts are the same.
+        """As `encode_prompt`, without an instruction; one row if all prompts are the same.
 
-        That one is encoded alone, so that its bits do not depend on the batch that came first.
+        A single prompt is encoded alone, so that its bits do not depend on the first batch.
         """
         if len(set(prompts)) > 1:
             return self._encode_prompts(prompts, None)
@@ -309,7 +309,7 @@ class SanaPipeline:
         embeddings: Float[Array, "B L T"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
-        """The network once, without guidance; `timestep` in 0 .. 1000, used as given."""
+        """Evaluates the network once, without guidance; `timestep` in 0 .. 1000, used as given."""
         patch, rows = self._facts.patch_size, "text rows"
         batch = array("latents", latents, ("B", "h", "w", self.latent_channels)).shape[0]
         if latents.shape[1] % patch or latents.shape[2] % patch:
@@ -329,10 +329,10 @@ class SanaPipeline:
     def decode(
         self, latents: Float[Array, "B h w c"], tile: Tile | str | None = None
     ) -> Float[Array, "B H W 3"]:
-        """Pixels in [-1, 1], not clamped, from the sampler's latents (which it unscales).
+        """Returns pixels in [-1, 1], not clamped, from the sampler's latents, which it unscales.
 
-        `tile`: (size, stride) in pixels, for pictures too large to decode at once; "auto": as in a
-        call.
+        `tile`: (size, stride) in pixels, for pictures too large to decode at once; "auto": as
+        `__call__` does.
         """
         array("latents", latents, ("B", "h", "w", self.latent_channels))
         height, width = (side * self.factor for side in latents.shape[1:3])
@@ -342,7 +342,7 @@ class SanaPipeline:
     def encode(
         self, images: Float[Array, "B H W 3"], tile: Tile | str | None = None
     ) -> Float[Array, "B h w c"]:
-        """Latents as the sampler sees them (scaled), from pixels in [-1, 1]."""
+        """Returns latents as the sampler sees them (scaled), from pixels in [-1, 1]."""
         channels = self.checkpoint.vae.in_channels
         array("images", images, ("B", "H", "W", channels))
         for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
@@ -359,7 +359,7 @@ class SanaPipeline:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of a latent."""
+        """Pixels along a side of one latent."""
         return self._facts.factor
 
     @property
@@ -381,7 +381,7 @@ class SanaPipeline:
             return tiling.tiled_decode(run, latents, size, stride, self.factor)
 
     def _spread(self, x) -> Array:
-        """`x` with its batch split over the mesh; padded with copies of the last row to fit."""
+        """Splits the batch of `x` over the mesh, padded with copies of the last row to fit."""
         x = np.asarray(x) if not isinstance(x, jax.Array) else x
         missing = -x.shape[0] % sharding.batch_divisor(self.mesh)
         if missing:
@@ -390,7 +390,7 @@ class SanaPipeline:
 
     @contextlib.contextmanager
     def context(self):
-        """Inside, networks know the mesh, and float32 means float32 on every device."""
+        """Sets the mesh for the networks; with it float32 means float32 on every device."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.mesh))
             if self.dtype == "float32":
@@ -399,7 +399,7 @@ class SanaPipeline:
 
 
 def _remembered(cache: OrderedDict, key: Hashable, compute: Callable[[], Any]) -> Any:
-    """What `compute` gave for this key, or gives now; the least recently used entry is dropped."""
+    """Returns the cached result of `compute` for this key; drops the least recently used entry."""
     value = cache.pop(key, None) or compute()
     cache[key] = value
     if len(cache) > REMEMBERED:

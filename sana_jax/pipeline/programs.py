@@ -1,7 +1,7 @@
-"""The jitted programs that drawing, encoding of data and training share: pure functions.
+"""Pure jitted functions that drawing, encoding data, training and measuring share.
 
-A network is a static argument, its parameters are inputs: one compilation a network and a shape.
-Inside another jit they add no boundary. Latents are scaled, as the sampler sees them.
+A network is a static argument and its parameters are inputs: one compilation for each network and
+shape. Inside another jit they add no boundary. Latents are scaled, as the sampler sees them.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from sana_jax.text.prompts import gather_window
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def read_prefix(module: nn.Module, params: Any, tokens: Int32[Array, "1 P"]) -> Prefix:
-    """What the text encoder makes of an instruction's tokens, for all texts that begin so."""
+    """Returns the text encoder's keys and values of tokens that many texts begin with."""
     return module.apply({"params": params}, tokens, method="read_prefix")
 
 
@@ -33,7 +33,7 @@ def encode_text(
     window: Int32[Array, " rows"],
     mask: Bool[Array, "B rows"],
 ) -> Float[Array, "B rows C"]:
-    """The rows that the transformer sees of texts after `prefix`, float32; see gather_window."""
+    """Returns the transformer's rows of texts after `prefix`, float32; see gather_window."""
     hidden = module.apply({"params": params}, tokens, prefix)
     return gather_window(hidden, window, mask, prefix and prefix.first)
 
@@ -42,7 +42,7 @@ def encode_text(
 def encode_images(
     module: nn.Module, params: Any, images: Float[Array, "B H W 3"]
 ) -> Float[Array, "B h w c"]:
-    """Latents of pixels in [-1, 1], in the autoencoder's dtype."""
+    """Returns the latents of pixels in [-1, 1], in the autoencoder's dtype."""
     latents = module.apply({"params": params}, images, method="encode")
     return latents * module.config.scaling_factor
 
@@ -56,7 +56,7 @@ def predict_velocity(
     captions: Float[Array, "B L C"],
     mask: Bool[Array, "B L"],
 ) -> Float[Array, "B h w c"]:
-    """The transformer once, text from its embeddings on."""
+    """Evaluates the transformer once, from the text's embeddings on."""
     keys_values = module.apply({"params": params}, captions, method="keys_values")
     return module.apply({"params": params}, latents, timestep, keys_values, mask, method="denoise")
 
@@ -65,10 +65,10 @@ def predict_velocity(
 def decode_latents(
     module: nn.Module, params: Any, latents: Float[Array, "B h w c"], devices: int = 1
 ) -> Float[Array, "B H W 3"]:
-    """Pixels in about [-1, 1], of a batch that is split over `devices`.
+    """Returns pixels in about [-1, 1]. The batch is split over `devices`.
 
-    Each device decodes as many pictures at once as have LARGE pixels, or one: the autoencoder needs
-    ten times the memory of the transformer for a pixel.
+    Each device decodes as many pictures at once as have LARGE pixels, or one: for each pixel the
+    autoencoder needs ten times the memory of the transformer.
     """
     decode = partial(module.apply, {"params": params}, method="decode")
     latents = latents / module.config.scaling_factor
@@ -78,9 +78,9 @@ def decode_latents(
 
 @partial(jax.jit, static_argnums=1)
 def draw_noise(seeds: UInt32[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
-    """Standard normal noise, each image from its own key.
+    """Draws standard normal noise, each image from its own key.
 
-    The generator is named, or the environment's default would decide about the picture.
+    The generator is named here, or the environment's default would change the picture.
     """
 
     def draw(seed):
@@ -92,7 +92,7 @@ def draw_noise(seeds: UInt32[Array, " B"], shape: tuple[int, ...]) -> Float[Arra
 
 @jax.jit
 def to_float(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """From [-1, 1] to [0, 1], clamped."""
+    """Maps [-1, 1] to [0, 1], clamped."""
     return jnp.clip(images * 0.5 + 0.5, 0, 1)
 
 
@@ -100,7 +100,7 @@ def to_float(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
 def to_uint8(
     images: Float[Array, "B H W 3"],
 ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
-    """From [-1, 1] to 0 .. 255, and which images were finite, which these do not tell."""
+    """Maps [-1, 1] to 0 .. 255; also says which images were finite, which uint8 cannot show."""
     finite = jnp.isfinite(images).all(axis=(1, 2, 3))
     return jnp.round(to_float(images) * 255).astype(jnp.uint8), finite
 
@@ -109,9 +109,9 @@ def to_uint8(
 def resize_and_crop(
     images: Float[Array, "B H W 3"], size: tuple[int, int]
 ) -> Float[Array, "B H2 W2 3"]:
-    """Bilinear resize to cover `size`, without smoothing, then the middle: what diffusers does.
+    """Resizes to cover `size`, bilinear without smoothing, and crops the centre: as diffusers.
 
-    Its rounding error that can lose a row is not repeated.
+    diffusers' rounding error, which can lose a row, is not repeated.
     """
     batch, height, width, channels = images.shape
     scale = max(size[0] / height, size[1] / width)

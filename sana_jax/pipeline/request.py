@@ -1,6 +1,6 @@
-"""What is to be drawn: all arguments of a call of SanaPipeline, checked and resolved once.
+"""A request: the arguments of a call of SanaPipeline, checked and resolved once.
 
-Everything here raises UserError, a ValueError, naming the argument.
+All checks raise UserError, a ValueError, naming the argument.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ Tile = tuple[tiling.Size, tiling.Size]  # size, stride
 
 
 class BadSide(BadArgument):
-    """A height or width that is not a multiple of `step`; `near`: what may be tried instead."""
+    """A height or width that is not a multiple of `step`; `near` names the nearest multiples."""
 
     def __init__(self, name: str, side: int, step: int):
         self.side, self.step, self.near = side, step, near(side, step)
@@ -47,7 +47,7 @@ class BadSide(BadArgument):
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a request has to know of a checkpoint."""
+    """The properties of a checkpoint that a request depends on."""
 
     factor: int  # pixels a side of a latent
     patch_size: int  # latents a side of a token
@@ -73,7 +73,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """P prompts and `images_each` pictures of each, B in all. Nothing is left to a default."""
+    """P prompts and `images_each` pictures of each, B in all; no default is left to resolve."""
 
     prompts: list[str] | None  # None: embeddings and their mask are given
     embeddings: Float[Array, "P L T"] | None
@@ -118,7 +118,7 @@ class Request:
         sequential_guidance: bool = False,
         tile: Tile | str | None = "auto",
     ) -> "Request":
-        """Arguments as SanaPipeline's, of a checkpoint with these facts."""
+        """Makes a request from SanaPipeline's arguments, for a checkpoint with these facts."""
         height, width, crop = sizes(facts, height, width, use_resolution_binning)
         each = integer("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
         prompts, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
@@ -152,19 +152,19 @@ class Request:
 
     @property
     def count(self) -> int:
-        """Pictures."""
+        """The number of pictures, B."""
         return len(self.scale) * self.images_each
 
     @property
     def guided(self) -> bool:
-        """Whether any picture is: the others are then computed with both halves too."""
+        """True if any picture is guided; the others are then computed with both halves too."""
         return bool((self.scale > 1).any())
 
 
 def sizes(
     facts: Facts, height: int | None, width: int | None, binning: bool
 ) -> tuple[int, int, tuple[int, int] | None]:
-    """(height, width) to sample at, and the size to resize and crop to, or None."""
+    """Returns (height, width) to sample at, and the size to resize and crop to, or None."""
     native = facts.native_size
     height = integer("height", native if height is None else height, 1, MAX_SIDE)
     width = integer("width", native if width is None else width, 1, MAX_SIDE)
@@ -179,7 +179,7 @@ def sizes(
 
 
 def tiles(factor: int, tile: Tile | str | None, height: int, width: int) -> Tile | None:
-    """(size, stride) as tiling.py takes them, or None for the whole picture at once."""
+    """Returns (size, stride) for tiling.py, or None to decode the whole picture at once."""
     if isinstance(tile, str) and tile == "auto":
         return LARGE_TILE if height * width > LARGE else None
     if tile is None:
@@ -193,7 +193,7 @@ def tiles(factor: int, tile: Tile | str | None, height: int, width: int) -> Tile
 
 
 def _prompts(facts: Facts, prompt, embeddings, mask) -> tuple[list[str] | None, int]:
-    """The prompts, None where embeddings stand for them, and their number."""
+    """Returns the prompts (None if embeddings replace them) and their number."""
     if prompt is not None:
         if embeddings is not None or mask is not None:
             raise UserError("give prompt or prompt_embeddings, not both")
@@ -208,7 +208,7 @@ def _prompts(facts: Facts, prompt, embeddings, mask) -> tuple[list[str] | None, 
 
 
 def texts(name: str, value) -> list[str]:
-    """One text, or a list of some."""
+    """Returns a text or a list of texts as a list."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
         raise UserError(f"{name} {value!r} is neither a text nor a list of texts")
@@ -218,14 +218,14 @@ def texts(name: str, value) -> list[str]:
 
 
 def instruction_text(value) -> str | None:
-    """A text, "auto" among them, or None."""
+    """Checks that an instruction is a text ("auto" is one) or None."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"instruction {value!r} is neither a text nor None")
     return value
 
 
 def per_prompt(name: str, value, count: int) -> np.ndarray:
-    """A finite number, or one a prompt, as float32 (count,)."""
+    """Returns a number for all prompts, or one a prompt, as float32 (count,)."""
     one = isinstance(value, numbers.Real)
     values = [value] * count if one else value
     if not isinstance(values, Sequence | np.ndarray) or len(values) != count:
@@ -234,7 +234,7 @@ def per_prompt(name: str, value, count: int) -> np.ndarray:
 
 
 def interval(name: str, value) -> tuple[np.float32, np.float32] | None:
-    """(low, high) with low < high, or None."""
+    """Checks an interval (low, high) with low < high, or None."""
     if value is None:
         return None
     if not isinstance(value, Sequence) or len(value) != 2:
@@ -246,7 +246,7 @@ def interval(name: str, value) -> tuple[np.float32, np.float32] | None:
 
 
 def seeds(value, count: int) -> np.ndarray:
-    """One seed an image, or the first image's, which the others count up from; uint32 (count,)."""
+    """Returns uint32 (count,) from one seed an image, or from the first image's by counting up."""
     if isinstance(value, numbers.Integral) or np.ndim(value) == 0:
         first = integer("seed", value, 0, MAX_SEED)
         return np.asarray([(first + i) % (MAX_SEED + 1) for i in range(count)], np.uint32)
@@ -257,8 +257,10 @@ def seeds(value, count: int) -> np.ndarray:
 
 
 def array(name: str, value, shape: tuple[int | str, ...], kind=np.floating):
-    """An array whose axes have the sizes in `shape`; a word there stands for any size, one twice
-    for the same."""
+    """Checks an array's shape and kind.
+
+    Integers must match; a name matches any size, the same size wherever it is repeated.
+    """
     axes = ", ".join(map(str, shape))
     found = getattr(value, "shape", None)
     sizes = {}

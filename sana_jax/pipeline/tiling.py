@@ -1,4 +1,4 @@
-"""Large images through the autoencoder one tile at a time, and large batches in groups.
+"""Encodes and decodes large images one tile at a time, and large batches in groups.
 
 Tiles start every `stride` pixels and are up to `tile` pixels large. Where two overlap, the later
 one fades in linearly over `tile - stride` pixels: first from the tile above, then from the tile to
@@ -29,12 +29,13 @@ def tiled_encode(
     stride: Size,
     factor: int,
 ) -> Float[Array, "B h w c"]:
-    """`encode(images)` by tiles; simply that where the images are no larger than a tile.
+    """Computes `encode(images)` by tiles; at once if the images are no larger than a tile.
 
-    `encode` is best jitted: it meets a few shapes only. `factor` is the pixels along a side of one
-    latent. Tiles that are no multiple of it are filled up with zeros, and a stride that is none
-    gives latents of another size than h, w, both as in diffusers. Raises ValueError where a side of
-    the images is no multiple of `factor`, or a stride is not between `factor` and the tile.
+    `encode` should be jitted: it meets only a few shapes. `factor` is the number of pixels along a
+    side of one latent. Tiles that are no multiple of `factor` are padded with zeros, and a stride
+    that is no multiple of it gives latents of another size than h, w, both as in diffusers. Raises
+    ValueError if a side of the images is no multiple of `factor`, or a stride is not between
+    `factor` and the tile.
     """
     tile, stride = check(tile, stride, factor)
     height, width = images.shape[1:3]
@@ -59,10 +60,10 @@ def tiled_decode(
     stride: Size,
     factor: int,
 ) -> Float[Array, "B H W 3"]:
-    """`decode(latents)` by tiles; simply that where the latents are no larger than a tile.
+    """Computes `decode(latents)` by tiles; at once if the latents are no larger than a tile.
 
-    As `tiled_encode`: tile and stride are in pixels here too, and a stride that is no multiple of
-    `factor` gives images of another size than H, W.
+    Tile and stride are in pixels, as in `tiled_encode`; a stride that is no multiple of `factor`
+    gives images of another size than H, W.
     """
     tile, stride = check(tile, stride, factor)
     small = _divide(tile, factor)
@@ -75,9 +76,9 @@ def tiled_decode(
 def decode_in_groups(
     decode: Callable[[Array], Array], latents: Float[Array, "B h w c"], devices: int, most: int
 ) -> Float[Array, "B H W 3"]:
-    """`decode(latents)`, of a batch split over `devices`; on each of them `most` rows at a time.
+    """Computes `decode(latents)` with at most `most` rows at a time on each of `devices`.
 
-    Under jit. The batch is a multiple of the devices.
+    It runs under jit. The batch is a multiple of the devices.
     """
     each = latents.shape[0] // devices
     groups = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= most)
@@ -89,7 +90,7 @@ def decode_in_groups(
 
 
 def check(tile: Size, stride: Size, factor: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Both as (height, width). Raises UserError."""
+    """Returns tile and stride as (height, width) each. Raises UserError."""
     pairs = [(s, s) if isinstance(s, int) else s for s in (tile, stride)]
     for pair in pairs:
         if not isinstance(pair, tuple | list) or [type(side) for side in pair] != [int, int]:
@@ -107,14 +108,14 @@ def _divide(size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 
 def _cut(x: Array, tile: tuple[int, int], stride: tuple[int, int]) -> Iterator[Iterator[Array]]:
-    """The tiles of x, row by row, each made when it is asked for."""
+    """Yields the tiles of x, row by row, each cut when it is needed."""
     for top in range(0, x.shape[1], stride[0]):
         rows = x[:, top : top + tile[0]]
         yield (rows[:, :, left : left + tile[1]] for left in range(0, x.shape[2], stride[1]))
 
 
 def _join(rows: Iterable[Iterable[Array]], tile: tuple[int, int], stride: tuple[int, int]) -> Array:
-    """Blends the tiles and lays them side by side; holds two rows of them at most."""
+    """Blends the tiles and joins them, keeping at most two rows of tiles in memory."""
     strips, above = [], []
     for row in rows:
         blended = []
@@ -134,7 +135,7 @@ def _join(rows: Iterable[Iterable[Array]], tile: tuple[int, int], stride: tuple[
 
 @partial(jax.jit, static_argnames=("extent", "axis"))
 def _blend(before: Array, current: Array, extent: int, axis: int) -> Array:
-    """`current`, whose first `extent` rows (axis 1) or columns (2) fade in over `before`'s last."""
+    """Fades the first `extent` rows (axis 1) or columns (2) of `current` in over `before`."""
     extent = min(before.shape[axis], current.shape[axis], extent)
     weight = jnp.arange(extent, dtype=jnp.float32) / extent
     weight = jnp.expand_dims(weight, [a for a in range(4) if a != axis])

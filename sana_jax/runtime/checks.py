@@ -1,4 +1,4 @@
-"""What arguments and figures may be. Everything here raises UserError, naming the argument."""
+"""Checks of arguments and of a recipe's figures. Each raises UserError, naming the argument."""
 
 import dataclasses
 import numbers
@@ -19,7 +19,7 @@ LEAST = {
 
 
 class BadArgument(UserError):
-    """`name`: the argument's, for a caller whose user knows where it was given."""
+    """A bad argument; `name` lets a caller say where its user gave it."""
 
     def __init__(self, name: str, wrong: str):
         self.name = name
@@ -27,7 +27,7 @@ class BadArgument(UserError):
 
 
 def integer(name: str, value, low: int, high: int) -> int:
-    """A whole number in low .. high; numpy's are numbers too, truth values are not."""
+    """Returns `value` as an int in low .. high. NumPy's integers count, truth values do not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise BadArgument(name, f"{value!r} is not a whole number in {low} .. {high}")
     if not low <= int(value) <= high:
@@ -36,7 +36,7 @@ def integer(name: str, value, low: int, high: int) -> int:
 
 
 def number(name: str, value, low: float, high: float) -> float:
-    """A finite number in low .. high."""
+    """Returns `value` as a float in low .. high."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not low <= value <= high:
         raise BadArgument(name, f"{value!r} is not a number in {low:g} .. {high:g}")
@@ -44,31 +44,31 @@ def number(name: str, value, low: float, high: float) -> float:
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Raises unless `value` is `least` or more; None, which stands for a default, passes."""
+    """Checks that `value` is `least` or more. None, which stands for a default, passes."""
     if value is not None and not value >= least:
         raise UserError(f"{name}={value}: it is at least {least}")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
-    """Raises unless `value` is in low .. high."""
+    """Checks that `value` is in low .. high."""
     if not low <= value <= high:
         raise UserError(f"{name}={value}: give {low} to {high}")
 
 
 def positive(name: str, value: float) -> None:
-    """Raises unless `value` is above 0 and finite."""
+    """Checks that `value` is above 0 and finite."""
     if not 0 < value < float("inf"):
         raise UserError(f"{name}={value}: give a positive number")
 
 
 def multiple(given: str, side: int, step: int) -> None:
-    """Raises unless `side`, in pixels, is a multiple of `step`; `given`: how the caller put it."""
+    """Checks that `side`, in pixels, is a multiple of `step`; `given` is the caller's spelling."""
     if side % step:
         raise UserError(f"{given} is not a multiple of {step}: try {near(side, step)}")
 
 
 def near(side: int, step: int) -> str:
-    """The multiples of `step` on both sides of `side`, in words."""
+    """Returns the multiples of `step` on both sides of `side`, in words."""
     low = side // step * step
     return f"{low} or {low + step}" if low else str(step)
 
@@ -80,7 +80,7 @@ def choice(name: str, value, choices: Collection[str]) -> str:
 
 
 def read_group(kind: Any, fields: Mapping[str, Any], key: str) -> Any:
-    """Reads a group of a recipe's keys into its dataclass, and the groups in it into theirs.
+    """Reads a group of a recipe's keys into its dataclass, and nested groups into theirs.
 
     Args:
       kind: the dataclass; its `__post_init__` begins a message with the name of the field.
@@ -106,7 +106,7 @@ def as_group(values: Any, *but: str) -> dict[str, Any]:
 
 
 def check_least(config: Any, more: Mapping[str, int]) -> None:
-    """Raises for numbers of a recipe below LEAST, or below those of `more`."""
+    """Checks the numbers of a recipe against LEAST and against `more`, a table of the same kind."""
     for key, least in (LEAST | dict(more)).items():
         at_least(f"config.{key}", operator.attrgetter(key)(config), least)
     if config.seed > MAX_SEED:

@@ -1,7 +1,7 @@
-"""What every command shares: flags, `--help`, and exit statuses that a script can rely on.
+"""Runs a command: its flags, `--help`, and exit statuses that a script can rely on.
 
     if __name__ == "__main__":
-        cli.run(main)  # main(argv) as for absl's app.run; argv holds the program's name alone
+        cli.run(main)  # main(argv) as in absl's app.run; argv holds only the program's name
 
 0 done; 1 a bug, with its traceback; 2 the user's input (`UserError`); 75 retry me (`Retry`);
 76 do not retry (`DoNotRetry`); 130 Ctrl-C; 143 SIGTERM, and 75 for both in a training. From 2 on,
@@ -41,13 +41,13 @@ _REMEDIES = {
 
 
 class _Terminated(BaseException):
-    """SIGTERM arrived; no `except Exception` swallows it."""
+    """Raised when SIGTERM arrives; no `except Exception` swallows it."""
 
 
 def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     """Parses the flags, calls main(argv) and exits; `main` returns None or a status.
 
-    `resumes`: the same command goes on where a signal has ended it.
+    `resumes`: the same command, run again, goes on where a signal ended it.
     """
     if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
         sys.exit(print(_help()))
@@ -90,7 +90,7 @@ def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
 
 
 def _flush(lost: type[OSError]) -> None:
-    """Drops what cannot be printed for this reason; Python would end with 120 of its own."""
+    """Drops output that cannot be printed because of `lost`; Python would exit with 120."""
     for stream in sys.stdout, sys.stderr:
         try:
             stream.flush()
@@ -99,9 +99,9 @@ def _flush(lost: type[OSError]) -> None:
 
 
 def _raise_again(ignored) -> None:
-    """Python drops what is raised in a callback of its garbage collector, and JAX has one there.
+    """Raises Ctrl-C and SIGTERM again that arrived in a callback of the garbage collector.
 
-    Ctrl-C and SIGTERM are raised once more, when the callback is over.
+    Python drops exceptions that are raised there, and JAX has such a callback.
     """
     if not issubclass(ignored.exc_type, KeyboardInterrupt | _Terminated):
         return sys.__unraisablehook__(ignored)
@@ -119,7 +119,7 @@ def _on_sigterm(signum, frame):
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parsing, with every complaint turned into a UserError."""
+    """Parses the flags as absl does, and turns every complaint into a UserError."""
     # Shells leave the ~ of --out=~/pictures alone; a folder of that name would be made.
     home = re.compile(r"(--?(?!(?:negative_)?prompt=)[\w.]+=)(~(?:/.*)?)", re.DOTALL)
     argv = [f"{m[1]}{os.path.expanduser(m[2])}" if (m := home.fullmatch(a)) else a for a in argv]
@@ -196,7 +196,7 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(config: ConfigDict, parts: list[str], prefix: str = "") -> str | None:
-    """The known key that a misspelt one stands for: level by level, or else by its last name."""
+    """Returns the known key nearest to a misspelt one: level by level, or else by its last name."""
     first, *rest = parts
     close = [first] if first in config else difflib.get_close_matches(first, config, n=1)
     if not close:  # a level too few, or one of another name
@@ -211,7 +211,7 @@ def _nearest(config: ConfigDict, parts: list[str], prefix: str = "") -> str | No
 
 
 def _check_tuples(flag: flags.Flag) -> None:
-    """ml_collections takes any elements for a tuple; these keep the type of the default's."""
+    """Checks that a tuple's elements have the type of the default's: ml_collections takes any."""
     for key, value in flag.override_values.items() if flag.value is not None else ():
         default = FLAGS[f"{flag.name}.{key}"].default
         kinds = {type(element) for element in default} if isinstance(value, tuple) else set()
@@ -220,7 +220,7 @@ def _check_tuples(flag: flags.Flag) -> None:
 
 
 def _help() -> str:
-    """The command's docstring and its flags; those of JAX and absl are taken but not listed."""
+    """Returns the command's docstring and flags. JAX's and absl's own flags are not listed."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip()]
     package = __name__.partition(".")[0] + "."
     for module, group in FLAGS.flags_by_module_dict().items():

@@ -1,4 +1,4 @@
-"""What JAX says of its devices, for the user to act on: there are none, or too little memory."""
+"""The devices, errors about them that a user can act on, and the cache of compiled programs."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from sana_jax.runtime.files import is_local
 
 
 def find(all_hosts: bool = False) -> list[jax.Device]:
-    """This host's devices, or those of all hosts. Raises UserError where JAX cannot open any."""
+    """Returns this host's devices, or all hosts'. Raises UserError where JAX cannot open any."""
     try:
         return jax.devices() if all_hosts else jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS=cuda without CUDA
@@ -26,14 +26,14 @@ def find(all_hosts: bool = False) -> list[jax.Device]:
 
 
 def describe() -> str:
-    """Those of all hosts, as in "256 x TPU v5 lite of 64 hosts"."""
+    """Returns all hosts' devices in words, such as "256 x TPU v5 lite of 64 hosts"."""
     hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}{hosts}"
 
 
 @contextlib.contextmanager
 def memory_errors(remedies: str) -> Iterator[None]:
-    """Makes a UserError of XLA's complaint about too little memory, with what to try."""
+    """Turns XLA's complaint about too little memory into a UserError that says what to try."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -51,12 +51,14 @@ def memory_errors(remedies: str) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/sana_jax, or ~/.cache/sana_jax. RuntimeError where there is no home."""
+    """Returns $XDG_CACHE_HOME/sana_jax or ~/.cache/sana_jax. Raises RuntimeError without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sana_jax")
 
 
 def enable_compilation_cache(folder: str | None = None) -> None:
-    """Keeps what takes a second to compile in `folder`, for the next run; call it before the first.
+    """Keeps programs that take a second or more to compile in `folder`, for later runs.
+
+    Call it before the first program is compiled.
 
     None: $XDG_CACHE_HOME/sana_jax, or ~/.cache/sana_jax, or what JAX_COMPILATION_CACHE_DIR says. A
     default that cannot be written is left alone with a warning. "": no cache. Raises UserError.

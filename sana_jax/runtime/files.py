@@ -1,4 +1,4 @@
-"""Where files are, and files and folders that are there as a whole or not at all."""
+"""Local and remote paths, and files and folders that exist completely or not at all."""
 
 import contextlib
 import errno
@@ -18,12 +18,12 @@ from sana_jax.runtime.errors import Retry, UserError
 
 
 def is_local(path: str | os.PathLike) -> bool:
-    """Whether `path` is on a disk, which can rename, append and lock."""
+    """Returns True if `path` is on a disk, which can rename, append and lock."""
     return not re.match(r"\w+:/", os.fspath(path))  # pathlib leaves one slash of gs://bucket
 
 
 def local(folder: str | os.PathLike) -> Path:
-    """`folder`, unless it is an address: a path such as gs://bucket would be made beside us."""
+    """Returns `folder` as a Path. Raises UserError for an address such as gs://bucket."""
     if not is_local(folder):
         raise UserError(f"{folder}: this is written to local folders only; copy it from there")
     return Path(folder)
@@ -34,24 +34,26 @@ UNREACHABLE = OSError, ImportError
 
 
 def reason_of(error: Exception) -> str:
-    """Why a path could not be read or written, without the path."""
+    """Returns the reason why a path could not be read or written, without the path."""
     return str(getattr(error, "strerror", None) or error)
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a disk, or what a user may have of it, was full: the same may succeed later."""
+    """Returns True if a disk or a quota was full: the same may succeed later."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def unwritten(what: str, error: OSError) -> Exception:
-    """What to raise of a file that cannot be written: Retry of a full disk, UserError otherwise."""
+    """Returns the error for an unwritten file: Retry if the disk is full, else UserError."""
     return (Retry if is_full(error) else UserError)(f"{what}: {reason_of(error)}")
 
 
 @contextlib.contextmanager
 def storage(path: os.PathLike | None) -> Iterator[None]:
-    """Turns an OSError of what is written to `path` into Retry, whatever its reason: a training
-    must not be given up because of a disk."""
+    """Turns every OSError from writing to `path` into Retry.
+
+    A training must not be given up because of a disk.
+    """
     try:
         yield
     except OSError as error:
@@ -59,7 +61,7 @@ def storage(path: os.PathLike | None) -> Iterator[None]:
 
 
 def check_readable(path: os.PathLike) -> None:
-    """Raises Retry where a file that was there cannot be read: its storage is away."""
+    """Raises Retry if a file that existed before cannot be read: its storage is away."""
     try:
         with epath.Path(path).open("rb") as file:
             file.read(1)
@@ -68,9 +70,10 @@ def check_readable(path: os.PathLike) -> None:
 
 
 def write_atomically(path: epath.Path, content: bytes, part: str = ".part") -> None:
-    """Writes a file whole or not at all; what was there stays until then. Raises OSError.
+    """Writes a file completely or not at all; the old one stays until then. Raises OSError.
 
-    It is made under its name and `part`, which processes that write the same file must not share.
+    The content goes to a file named `path` + `part` first. Processes that write the same file must
+    not share `part`.
     """
     if not is_local(path):
         path.write_bytes(content)  # an object store shows no half of it
@@ -88,9 +91,9 @@ def write_atomically(path: epath.Path, content: bytes, part: str = ".part") -> N
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder, which takes the place of `folder` when the block has filled it.
+    """Yields an empty folder, which replaces `folder` when the block ends.
 
-    What was there stays until then, and where the block raises. Raises OSError.
+    The old folder stays until then, and also if the block raises. Raises OSError.
     """
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -104,7 +107,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError."""
+    """Returns the JSON object in a file. Raises UserError."""
     try:
         contents = json.loads(path.read_text())
     except OSError:
@@ -117,13 +120,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, all of them read."""
+    """Returns the sha256 of a file, read to its end."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_new(out: str) -> Path:
-    """The path of --out, which must be missing or an empty folder. Raises UserError."""
+    """Returns the path of --out. Raises UserError unless it is missing or an empty folder."""
     if not out:
         raise UserError("--out is empty: name a folder")
     path = Path(out).expanduser()
@@ -141,10 +144,10 @@ def _refuse_used(path: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Makes the folder; where the block raises, removes what is in it, and it if it is new.
+    """Makes a folder for the block to fill; if the block raises, the folder is as it was before.
 
-    Raises UserError where something is in it already, or another process writes to it. Errors of
-    the disk become UserErrors, and Retry where it is full.
+    Raises UserError if the folder is not empty or another process writes to it. Errors of the disk
+    become UserErrors, or Retry if it is full.
     """
     made = []
     try:

@@ -1,6 +1,6 @@
-"""Several hosts that act as one: what one of them cannot do, none goes on without.
+"""Multi-host helpers: an error on one host is raised on all of them.
 
-All but `say` are collective, every host must call them; with one host they cost nothing.
+All but `log_first_host` are collective: every host must call them. With one host they cost nothing.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from jax.experimental import multihost_utils
 
 
 def log_first_host(line: str) -> None:
-    """On stderr of the first host: what a person waits for, where nothing else shows for long."""
+    """Prints a line to stderr, on the first host only."""
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):  # who listened may have gone
             print(line, file=sys.stderr, flush=True)
 
 
 def gather_values(value: Any) -> list[Any]:
-    """The values of all hosts, which pickle takes, on all hosts."""
+    """Returns the values of all hosts, in their order. They travel pickled."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -32,16 +32,16 @@ def gather_values(value: Any) -> list[Any]:
 
 
 def gather_arrays(tree: Any) -> Any:
-    """Arrays that are spread over all hosts, in full on each of them."""
+    """Returns a tree of arrays that are sharded over the hosts, complete on each of them."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def raise_together(action: Callable[..., Any], *args: Any) -> Any:
-    """action(*args) of this host; all hosts raise what the first of those that fail raises.
+    """Returns action(*args). If it fails on any host, all hosts raise the first one's error.
 
-    An action that is collective itself may keep the others waiting for one that failed.
+    `action` should not be collective itself, or the other hosts may wait for one that failed.
     """
     value = error = None
     try:
@@ -60,7 +60,7 @@ def raise_together(action: Callable[..., Any], *args: Any) -> Any:
 
 
 def on_first_host(action: Callable[..., Any], *args: Any) -> Any:
-    """action(*args) of the first host alone, its value or what it raises, on all hosts."""
+    """Calls action(*args) on the first host; all hosts return its value or raise its error."""
     is_first = jax.process_index() == 0
     return gather_values(
         raise_together(action, *args) if is_first else raise_together(lambda: None)

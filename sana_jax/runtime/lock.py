@@ -1,6 +1,6 @@
-"""One writer at a time in a folder, by a file that is never anybody else's.
+"""Lets one process at a time write to a folder, by a lock file.
 
-A mounted object store keeps no locks: there two machines may write, and neither is refused.
+A mounted object store has no locks: there two machines may write, and neither is refused.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ OURS = re.compile(rb"sana_jax: (pid \d+, .*)", re.DOTALL)
 
 @contextlib.contextmanager
 def locked(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
-    """Refuses a folder that another process has locked; the system unlocks for one that dies.
+    """Locks a folder for the block. The system releases the lock of a process that dies.
 
-    `flag` is what names the folder on the command line. Raises UserError, also where a file of the
-    lock's name is not this program's; OSError.
+    `flag` names the folder on the command line. Raises UserError if another process holds the lock,
+    or a file of the lock's name is not this program's, and OSError.
     """
     try:
         import fcntl
@@ -65,7 +65,7 @@ def _open(path: epath.Path) -> int:
 
 
 def _owner(path: epath.Path, file: int) -> str:
-    """Who wrote the file. Raises UserError where that was another program."""
+    """Returns who wrote the file. Raises UserError if another program did."""
     if not stat.S_ISREG(os.fstat(file).st_mode):
         raise _foreign(path)
     content = os.pread(file, 1000, 0)

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, and lines in a job's log."""
+"""Progress of long work: a bar on a terminal, lines in the log of a job."""
 
 import contextlib
 import sys
@@ -11,10 +11,10 @@ LINE_SECONDS = 60.0
 
 
 class Progress(tqdm):
-    """tqdm's bar; where stderr is no terminal, a line a minute."""
+    """tqdm's bar, or a line a minute where stderr is no terminal."""
 
     def __init__(self, total: int, unit: str, desc: str = "", **options: Any):
-        """`unit` is the singular of what is counted."""
+        """`unit` is the singular noun for what is counted."""
         super().__init__(total=total, unit=f" {unit}", desc=desc, disable=None, **options)
         self._line = f"{desc}{': ' * bool(desc)}{{}} of {{}} {unit}s"
         self._due = time.monotonic() + LINE_SECONDS

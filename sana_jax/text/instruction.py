@@ -15,7 +15,7 @@ from sana_jax.runtime.files import UNREACHABLE, reason_of
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """The complex human instruction of a checkpoint, and where it was found."""
+    """A complex human instruction, and where it was found."""
 
     text: str
     source: str
@@ -26,10 +26,10 @@ class Instruction:
 
 
 def find_instruction(instruction_file: str | Path | None = None) -> Instruction | None:
-    """The complex human instruction: of a file, or of the installed diffusers; None without either.
+    """Returns the instruction in a file, else that of the installed diffusers, else None.
 
-    The file is a plain text, or a .yaml of NVlabs' with a list `text_encoder.chi_prompt`. diffusers
-    is read as a file and not imported. Raises UserError where the file cannot be used.
+    The file is a plain text, or one of NVlabs' .yaml files with a list `text_encoder.chi_prompt`.
+    diffusers is read as a file and not imported. Raises UserError if the file cannot be used.
     """
     if instruction_file is None:
         return _diffusers_instruction()
@@ -52,7 +52,7 @@ def find_instruction(instruction_file: str | Path | None = None) -> Instruction 
 
 
 def _diffusers_instruction() -> Instruction | None:
-    """The default of `complex_human_instruction` in SanaPipeline.__call__."""
+    """Reads the default of `complex_human_instruction` in diffusers' SanaPipeline.__call__."""
     package = importlib.util.find_spec("diffusers")
     if package is None or package.origin is None:
         return None

@@ -1,11 +1,12 @@
 """Prompt -> tokens -> the window of rows that the transformer attends to.
 
 SANA (arXiv 2410.10629, section 2.4) puts a long instruction before the prompt, the "complex human
-instruction", so that Gemma thinks about pictures. Gemma reads both; the transformer sees the first
-row and the last `rows` - 1 of a sequence of fixed length, which are those of the prompt. The tokens
-of the instruction stand apart here: what Gemma makes of them is the same for every prompt.
+instruction", so that Gemma thinks about pictures. Gemma reads both. The transformer attends to the
+first row and the last `rows` - 1 rows of a sequence of fixed length, which are those of the prompt.
+The instruction's tokens are kept apart, because Gemma's keys and values for them are the same for
+every prompt.
 
-Everything here runs on the host, except `gather_window`. Nothing downloads.
+Everything here runs on the host, except `gather_window`. Nothing is downloaded.
 """
 
 import dataclasses
@@ -20,9 +21,9 @@ SHORTEST = 16  # lengths are rounded up to this times a power of two, so that fe
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPrompts:
-    """What the text encoder reads, and which of its rows the transformer then sees.
+    """The tokens for the text encoder, and the rows of its output that the transformer attends to.
 
-    After a prefix the first row of the window is that of the prefix.
+    Where there is a prefix, the first row of the window is the prefix's first row.
     """
 
     prefix: tuple[int, ...]  # the tokens before those of every prompt
@@ -32,7 +33,7 @@ class TokenizedPrompts:
 
 
 def clean_prompt(prompt: str) -> str:
-    """Lower case, without the white space around it: what the released models are prompted with."""
+    """Lower-cases and strips a prompt, as the released models expect."""
     return prompt.lower().strip()
 
 
@@ -43,13 +44,14 @@ def tokenize(
     instruction: str | None,
     fixed_width: bool = False,
 ) -> TokenizedPrompts:
-    """The tokens of `prompts` and their window, as diffusers' SanaPipeline has them.
+    """Tokenizes prompts and finds their window, as diffusers' SanaPipeline does.
 
-    With an instruction of n tokens the sequence ends at n + rows - 2: its first token stands apart,
-    and the space that ends it merges into the first word of the prompt. What is longer is cut.
+    With an instruction of n tokens the sequence ends at n + rows - 2: its first token is counted
+    apart, and the space at its end merges into the first word of the prompt. Longer sequences are
+    cut.
 
-    `fixed_width`: as wide as the longest prompt needs, so that one program reads all batches; what
-    is cut goes unsaid.
+    `fixed_width`: pad to the longest possible prompt, so that one program reads all batches, and
+    do not warn about cuts.
     """
     before = mend(instruction or "")
     texts = [before + clean_prompt(mend(prompt)) for prompt in prompts]
@@ -87,9 +89,9 @@ def gather_window(
     mask: Bool[Array, "B rows"],
     first: Float[Array, "1 C"] | None = None,
 ) -> Float[Array, "B rows C"]:
-    """The rows that the transformer sees, in float32; those that the mask hides are zeros.
+    """Returns the rows that the transformer attends to, in float32; masked rows are zeros.
 
-    `first`: the first of them, where it is not among `hidden`.
+    `first`: the first row, if it is not in `hidden`.
     """
     rows = jnp.take(hidden, window, axis=1)
     if first is not None:
@@ -98,12 +100,12 @@ def gather_window(
 
 
 def mend(text: str) -> str:
-    """Half surrogates, which no tokenizer takes, become U+FFFD; pairs become their character."""
+    """Replaces half surrogates, which no tokenizer takes, by U+FFFD, pairs by characters."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _warn_of_cuts(tokenizer, texts: list[str], lengths: np.ndarray, limit: int, rows: int) -> None:
-    """Says in one line how many tokens of the prompts of a batch are kept, of how many given."""
+    """Logs one line that says how many tokens of each cut prompt are kept, of how many."""
     full = (len(tokenizer.encode(t)) for t, n in zip(texts, lengths, strict=True) if n == limit)
     cuts = [f"{rows}/{n - limit + rows}" for n in full if n > limit]
     if cuts:

@@ -1,6 +1,6 @@
-"""Tokenizers: those that transformers wrote, one trained on captions, and a toy for tests.
+"""Tokenizers: loaded from a transformers folder, trained on captions, or a toy for tests.
 
-The two that are made here behave as Gemma's does: `<bos>` comes first, nothing comes last.
+The two that are made here behave like Gemma's: `<bos>` comes first, nothing comes last.
 """
 
 import json
@@ -27,15 +27,16 @@ cat dog bird tree house car sun sky sea city photo painting
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path):
-    """Trains on the captions, writes to `folder`, and returns the tokenizer (of transformers).
+    """Trains a tokenizer on captions, writes it to `folder` and returns it (of transformers).
 
-    Byte-pair encoding inside words; a word holds the space before it, and a punctuation mark
-    stands alone. `<bos>` comes first and nothing last, padding is on the right. Letters are
-    printable ASCII; all others are bytes, so that any text can be encoded. White space is one
-    space; captions are lower-cased as prompts are (text.clean_prompt). The same captions, in any
-    order, give the same files. `len()` of it is `vocab_size`, or less where all words are known.
+    Byte-pair encoding inside words; a word includes the space before it, and a punctuation mark is
+    a word. `<bos>` comes first and nothing last, padding is on the right. Letters are printable
+    ASCII; all other characters are bytes, so that any text can be encoded. Runs of white space
+    count as one space; captions are cleaned as prompts are (`clean_prompt`). The same captions, in
+    any order, give the same files. The tokenizer has `vocab_size` tokens, or fewer if all words
+    are known.
 
-    Raises UserError where `vocab_size` has no room for letters and bytes.
+    Raises UserError if `vocab_size` has no room for letters and bytes.
     """
     from tokenizers import (
         Regex,
@@ -93,7 +94,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: str | Path
 
 
 def import_transformers():
-    """The transformers package, without its advice that PyTorch is missing. Takes a second."""
+    """Imports transformers without its advice that PyTorch is missing. Takes a second."""
 
     def is_other(record):
         return "PyTorch was not found" not in record.getMessage()
@@ -108,7 +109,7 @@ def import_transformers():
 
 
 def load_tokenizer(folder: str | Path):
-    """The tokenizer in a folder that transformers wrote. Raises UserError."""
+    """Loads the tokenizer in a folder that transformers wrote. Raises UserError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: it should hold the tokenizer")
@@ -131,10 +132,10 @@ def load_tokenizer(folder: str | Path):
 
 
 def toy_tokenizer():
-    """Byte-pair encoding with a space as the first letter of a word, and bytes for the rest.
+    """Makes a tokenizer for tests: byte-pair encoding, with bytes for unknown characters.
 
     As with Gemma, `<bos>` comes first, nothing comes last, and a space before a word merges into
-    it. A known word is one token, any other its longest known beginning and then letters.
+    the word. A known word is one token, any other its longest known beginning and then letters.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -161,7 +162,7 @@ def toy_tokenizer():
 
 
 def as_gemma(tokenizer):
-    """A tokenizer of transformers from one of `tokenizers` that has the tokens of SPECIAL.
+    """Wraps a tokenizer of `tokenizers`, which has the tokens of SPECIAL, for transformers.
 
     As with Gemma, `<bos>` comes first, nothing comes last, and padding is on the right.
     """
