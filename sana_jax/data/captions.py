@@ -1,9 +1,9 @@
-"""Which of an image's captions a batch has: by place, by style, or by how well they fit.
+"""Chooses the caption of an image for a batch: by place, by style, or by alignment score.
 
 With scores c_i in points, 0 .. 100 as CLIP scores are given, and a temperature tau, caption i is
 drawn with a probability proportional to
 
-    score     c_i^(1 / max(tau, 0.01)) over captions with c_i >= threshold; where there is none, the
+    score     c_i^(1 / max(tau, 0.01)) over captions with c_i >= threshold; if there is none, the
               best caption is taken (SANA's code: threshold 25, tau 0.1)
     softmax   exp(c_i / tau) over all captions (arXiv 2410.10629, section 2.3)
 
@@ -31,10 +31,10 @@ class CaptionChoice:
 
     Attributes:
       kind: one of KINDS.
-      temperature, threshold: in points, whatever the data's scores are in.
-      full_score: what 100 points are in the data: 100, or 1 where scores are cosines.
-      proportions: for "proportion", the weight of each caption by its number, or by its style where
-        the record's `truth` has one: {"captions": [{"style": "short"}, ...]}.
+      temperature, threshold: in points, whatever unit the data's scores have.
+      full_score: the data's score for 100 points: 100, or 1 if scores are cosines.
+      proportions: for "proportion", the weight of each caption by its number, or by its style if
+        the record's `truth` names one: {"captions": [{"style": "short"}, ...]}.
     """
 
     kind: str = "first"
@@ -69,12 +69,12 @@ class CaptionChoice:
         return {"kind": self.kind} | values
 
     def __call__(self, record: Record, rng: np.random.Generator) -> int:
-        """The number of a caption. Raises BadImage where there is none to choose."""
+        """Returns the number of a caption. Raises BadImage if there is none to choose."""
         probabilities = self.probabilities(record)
         return int(rng.choice(len(probabilities), p=probabilities))
 
     def probabilities(self, record: Record) -> Float[np.ndarray, " captions"]:
-        """That of each caption; of empty ones 0."""
+        """Returns the probability of each caption, 0 for empty ones."""
         there = np.array([bool(caption.strip()) for caption in record["captions"]], float)
         if not there.any():
             raise BadImage("bad_caption", "it has no caption")
@@ -127,7 +127,7 @@ class CaptionChoice:
 
 
 def _styles(truth: str) -> list[str]:
-    """The styles of the captions, as far as a record's `truth` names them."""
+    """Returns the captions' styles that a record's `truth` names."""
     try:
         return [str(caption["style"]) for caption in json.loads(truth)["captions"]]
     except (ValueError, TypeError, KeyError):

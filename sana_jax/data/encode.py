@@ -34,13 +34,13 @@ SETTINGS = "settings.json"  # of a folder that may not be finished
 
 
 class Encoder:
-    """The autoencoder, and perhaps the text encoder, of a checkpoint; batches of one size.
+    """Encodes batches of one size by a checkpoint's autoencoder and, if asked, its text encoder.
 
     Args:
       checkpoint: with its weights on `mesh`.
-      dtype: that the networks compute in.
-      batch: rows that are encoded at once, filled up to a multiple of the mesh's batch axes.
-      tokens: whose captions are to be encoded; None: no captions are.
+      dtype: of the networks' activations.
+      batch: rows that are encoded at once, padded to a multiple of the mesh's batch axes.
+      tokens: makes the tokens of captions; None: no captions are encoded.
     """
 
     def __init__(
@@ -69,18 +69,18 @@ class Encoder:
             self._read = read
 
     def latents(self, images: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B h w c"]:
-        """Scaled latents of pixels in [-1, 1]; B is any number."""
+        """Returns the scaled latents of pixels in [-1, 1], for any batch size B."""
         return self._run(self._encode, images)
 
     def embeddings(
         self, tokens: Int32[np.ndarray, "B L"], mask: Bool[np.ndarray, "B rows"]
     ) -> list[Float[np.ndarray, "n T"]]:
-        """For each text the rows that its mask shows."""
+        """Returns, for each text, the rows that its mask shows."""
         rows = self._run(self._read, tokens, mask)
         return [found[shown] for found, shown in zip(rows, mask, strict=True)]
 
     def _run(self, function: Callable, *inputs: np.ndarray) -> np.ndarray:
-        """function(*inputs), batch by batch, the last one padded with copies of its last row."""
+        """Calls `function` batch by batch; the last batch is padded with copies of its last row."""
         results = []
         for start in range(0, len(inputs[0]), self._batch):
             parts = [x[start : start + self._batch] for x in inputs]
@@ -92,7 +92,7 @@ class Encoder:
 
 
 class WithTokens:
-    """A transform to what is encoded: a record, its pixels (uint8), and all captions' tokens."""
+    """Turns a record into the encoder's input: its pixels (uint8) and all captions' tokens."""
 
     def __init__(self, image: Transform, tokens: CaptionTokens | None = None):
         self._image, self._tokens = image, tokens
@@ -115,9 +115,9 @@ class WithTokens:
 def precompute(
     source: Source, transform: WithTokens, encoder: Encoder, folder: Path, settings: dict
 ) -> dict[str, Any]:
-    """Writes the shards that are missing, and at last the index, which it returns.
+    """Writes the missing shards and then the index, which it returns.
 
-    Raises UserError where the folder was begun with other settings, or no image can be used.
+    Raises UserError if the folder was begun with other settings, or if no image can be used.
     """
     _check_resume(folder, settings)
     size, total, shards = settings["shard"], Counts(), []
@@ -143,7 +143,7 @@ def precompute(
 
 
 def _read_ahead(source: Source, transform: WithTokens, records: range, seed: int) -> Iterator:
-    """In order, what the transform makes of each record, or why it makes nothing."""
+    """Yields each record's transformed example or its rejection, in order."""
 
     def read(index: int):
         return attempt_record(source, index, transform, np.random.default_rng((seed, index)))
@@ -154,7 +154,7 @@ def _read_ahead(source: Source, transform: WithTokens, records: range, seed: int
 
 
 def _encode(found: Iterator, writer, encoder: Encoder, settings: dict, done: Callable) -> Counts:
-    """Writes a shard's records, a batch of one size after the other."""
+    """Writes a shard's records in batches of one size, and counts them."""
     counts = Counts()
     waiting: dict[tuple[int, int], list[dict]] = {}  # by the size of the image
 
@@ -178,7 +178,7 @@ def _encode(found: Iterator, writer, encoder: Encoder, settings: dict, done: Cal
 
 
 def _records(examples: list[dict], encoder: Encoder, store: str) -> Iterator[dict]:
-    """Records as they are stored, of a batch of what WithTokens makes."""
+    """Encodes a batch of WithTokens' examples, and yields the records to store."""
     latents = encoder.latents(to_float(np.stack([example["image"] for example in examples])))
     if not np.isfinite(latents).all():
         raise UserError(
@@ -200,7 +200,7 @@ def _records(examples: list[dict], encoder: Encoder, store: str) -> Iterator[dic
 
 
 def _check_resume(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings in a new folder; raises UserError where there are others."""
+    """Writes the settings to a new folder. Raises UserError if the folder has other settings."""
     path = folder / SETTINGS
     try:
         there = json.loads(path.read_bytes())

@@ -1,9 +1,9 @@
 """A folder of images as a source: `a/b.jpg`, its captions in `a/b.txt` or `a/b.json`.
 
 All subfolders are read, in the order of their paths. Names that begin with a dot and `__MACOSX`
-are left out; linked files are followed, linked folders are not. A `.txt` holds a caption a line;
-a `.json` holds {"captions": [...], "scores": [...], "truth": ...}, or "caption" with one; where
-both are there the `.json` counts.
+are skipped; links to files are followed, links to folders are not. A `.txt` holds one caption a
+line; a `.json` holds {"captions": [...], "scores": [...], "truth": ...}, or "caption" with a single
+one. If both files exist, the `.json` is used.
 """
 
 import json
@@ -24,7 +24,7 @@ MAX_CAPTION_BYTES = 1 << 20  # of one file
 
 
 class Folder:
-    """The records of a folder; keys are paths in it. Raises UserError where no image is."""
+    """The records of a folder; keys are paths in it. Raises UserError if there is no image."""
 
     def __init__(self, root: epath.PathLike):
         self.root = epath.Path(root)
@@ -74,7 +74,7 @@ class Folder:
 
 
 def _walk(folder: epath.Path, prefix: str) -> Iterator[tuple[str, int]]:
-    """(path below the root, bytes) of every file."""
+    """Yields (path below the root, bytes) of every file."""
     for path in folder.iterdir():
         name = path.name
         if name.startswith(".") or name == "__MACOSX":
@@ -94,7 +94,7 @@ def _is_number(value) -> bool:
 
 
 def _parse_json(text: str) -> dict:
-    """The fields of a record that a .json file holds; those of others are left out."""
+    """Returns a record's fields from a .json file; other fields are ignored."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""Encoded images to pixels: everything that a folder of found images holds, or a reason why not.
+"""Decodes the images of found folders to pixels, or says why an image cannot be used.
 
-Pixels are sRGB as stored: colour profiles are not applied. Of several frames or pages the first
-counts. 16-bit colour loses its low byte in Pillow's decoder; 16-bit grey is rounded.
+Pixels are sRGB as stored: colour profiles are not applied. Only the first of several frames or
+pages is read. 16-bit colour loses its low byte in Pillow's decoder; 16-bit grey is rounded.
 """
 
 import io
@@ -34,7 +34,7 @@ _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*"
 
 
 class BadImage(ValueError):
-    """A record that cannot be used; `reason` is a key of REASONS, `detail` is for people."""
+    """A record cannot be used; `reason` is a key of REASONS, `detail` is for people."""
 
     key = ""  # the record's, where whoever raises this knows it
 
@@ -46,9 +46,9 @@ class BadImage(ValueError):
 def decode(
     data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image as it is meant to be seen: upright, on white where it is transparent.
+    """Returns the pixels as the image is meant to be seen: upright, transparency on white.
 
-    Sizes are checked in the header, before any pixel is decoded. Raises BadImage.
+    The size in the header is checked before any pixel is decoded. Raises BadImage.
     """
     image = _open(data, max_pixels, min_side)
     try:
@@ -61,7 +61,7 @@ def decode(
 
 
 def size_of(data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> tuple[int, int]:
-    """(height, width) of what `decode` gives, from the header alone. Raises BadImage."""
+    """Returns (height, width) of `decode`'s result from the header alone. Raises BadImage."""
     image = _open(data, max_pixels, min_side)
     width, height = image.size
     return (width, height) if _lies(image, data) else (height, width)
@@ -77,13 +77,13 @@ def cover_crop(
     resize: bool = True,
     upscale: bool = False,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The largest part of the image that has the wanted shape, resized to it.
+    """Crops the largest part of the wanted aspect ratio and resizes it.
 
     Args:
-      rng: where the part lies, and whether it is mirrored; None: the centre, never mirrored.
+      rng: decides where the part lies and whether it is mirrored; None: the centre, not mirrored.
       flip: mirror half of the images.
-      resize: False: a part of exactly height x width, at the scale that the image has.
-      upscale: enlarge an image that is too small; otherwise BadImage("too_small") is raised.
+      resize: False crops exactly height x width, at the image's own scale.
+      upscale: enlarge images that are too small, or else raise BadImage("too_small").
     """
     have_height, have_width = image.shape[:2]
     scale = max(height / have_height, width / have_width) if resize else 1.0
@@ -108,7 +108,7 @@ def cover_crop(
 
 
 def _open(data: bytes, max_pixels: int, min_side: int) -> Image.Image:
-    """Reads the header, and refuses by the size that it claims."""
+    """Opens an image by its header, and refuses one whose claimed size is too large."""
     image = _read_header(data)
     width, height = image.size
     if width * height > max_pixels:
@@ -136,7 +136,7 @@ def _read_header(data: bytes) -> Image.Image:
 
 
 def _broken(data: bytes, error: Exception) -> BadImage:
-    """Tells an image that ends early from one with wrong bytes, as far as its decoder does."""
+    """Tells truncated images from damaged ones, as far as the decoder does."""
     message = f"{error or type(error).__name__}"
     riff_size = 8 + int.from_bytes(data[4:8], "little") if data.startswith(b"RIFF") else 0
     early = isinstance(error, EOFError) or riff_size > len(data)
@@ -144,7 +144,7 @@ def _broken(data: bytes, error: Exception) -> BadImage:
 
 
 def _lies(image: Image.Image, data: bytes) -> bool:
-    """Whether `_upright` will swap the sides of an image that was opened, not loaded."""
+    """Returns True if `_upright` will swap the sides of an image that is opened, not loaded."""
     if image.format == "TIFF":  # Pillow gives the size of what it will load
         return False
     if image.format == "PNG":
@@ -158,7 +158,7 @@ def _lies(image: Image.Image, data: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; an EXIF block that does not parse says nothing."""
+    """Applies the EXIF orientation; an EXIF block that does not parse is ignored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:
@@ -167,7 +167,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits, whatever the image has."""
+    """Converts any image to three channels of 8 bits."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -1,11 +1,11 @@
-"""Batches for training and for evaluation, by grain.
+"""Loads batches for training and evaluation, by grain.
 
-A training batch is a pure function of (source, transform, seed, batch size, step). Which record is
-at global position step * batch_size + row is the order's affair (orders.py): a shuffle of all
-records, another one every epoch, or one aspect ratio a batch. All else that is random about it
-comes from (seed, position). A record that cannot be used is replaced by one drawn from (seed,
-position, attempt), and counted when its batch is delivered. So threads, hosts, restarts and what is
-read ahead change nothing, counts included.
+A training batch is a pure function of (source, transform, seed, batch size, step). The order
+(orders.py) decides which record is at global position step * batch_size + row: a new shuffle of all
+records every epoch, or one aspect ratio a batch. All other randomness comes from (seed, position).
+A record that cannot be used is replaced by one drawn from (seed, position, attempt), and counted
+when its batch is delivered. So the number of threads and hosts, restarts and prefetching change
+nothing, counts included.
 
     source = open_source("photos")
     transform = ImageTransform(height=128, width=128, crop="random", flip=True)
@@ -13,7 +13,7 @@ read ahead change nothing, counts included.
     images = next(batches)["image"]  # float32 (64, 128, 128, 3) in [-1, 1]
     state = batches.get_state()  # plain JSON
 
-What becomes of a record is the transform's affair (transforms.py).
+The transform (transforms.py) turns a record into a row.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ MAX_ATTEMPTS = 100  # records tried for one place in a batch
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """How a run reads its data; no batch depends on it."""
+    """How a run reads its data; batches do not depend on it."""
 
     threads: int | None = 8  # that decode; None: as many as there are cores, up to 16
     prefetch: int = 4  # batches made ready ahead
@@ -54,14 +54,14 @@ class TrainingLoader:
 
     Args:
       batch_size: rows of the global batch.
-      seed: of the order and of all that is random in the transform.
-      order: which record is where; None: a global shuffle from `seed`.
-      rows: of every batch, those that this host loads (sharding.batch_rows); None: all.
-      threads: that decode; None: as many as there are cores, up to 16.
-      prefetch: batches that are made ready ahead.
-      budget: of bad records. Counted for each host by itself, whose `counts` are its own.
+      seed: of the order and of the transform's randomness.
+      order: decides which record is where; None: a global shuffle from `seed`.
+      rows: of every batch that this host loads (sharding.batch_rows); None: all.
+      threads: for decoding; None: as many as there are cores, up to 16.
+      prefetch: batches that are prepared ahead.
+      budget: of bad records. Every host counts for itself.
 
-    Raises UserError where the numbers do not fit.
+    Raises UserError if the numbers do not fit.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TrainingLoader:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides what is in a batch, for a checkpoint to keep and compare."""
+        """Everything that decides a batch, for a checkpoint to keep and compare."""
         return {
             "order": self.order.settings,
             "source": self.source.fingerprint,
@@ -109,11 +109,11 @@ class TrainingLoader:
         }
 
     def batch(self, step: int) -> Example:
-        """This host's rows of batch `step`, as an iterator gives them."""
+        """Returns this host's rows of batch `step`, as the iterator does."""
         return self.load(step)[0]
 
     def load(self, step: int) -> tuple[Example, list[Rejection]]:
-        """A batch, and the records that were replaced in it."""
+        """Returns a batch and the rejections of the records that were replaced in it."""
         first = step * self.batch_size
         examples, rejections = zip(
             *self._pool.map(self._example, [first + row for row in self.rows]), strict=True
@@ -143,15 +143,15 @@ class TrainingLoader:
         return TrainingIterator(self)
 
     def batches(self) -> grain.IterDataset:
-        """The results of `load` for steps 0, 1, ..., made ahead of time."""
+        """Yields `load(step)` for steps 0, 1, ..., prepared ahead."""
         steps = grain.MapDataset.range(sys.maxsize // self.batch_size).map(self.load)
         return steps.to_iter_dataset(grain.ReadOptions(self._prefetch, self._prefetch))
 
 
 class TrainingIterator(grain.DatasetIterator):
-    """A position in the batches of a loader, and what became of the records until there.
+    """A position in a loader's batches, and the counts of records up to it.
 
-    Its state is plain JSON. `next` raises DoNotRetry where the budget of bad records is used up.
+    Its state is plain JSON. `next` raises DoNotRetry if the budget of bad records is used up.
     """
 
     def __init__(self, loader: TrainingLoader):
@@ -175,7 +175,7 @@ class TrainingIterator(grain.DatasetIterator):
         return {"step": self.step, **self.counts.state()}
 
     def share(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A state for this host, of those that another number of hosts had: the first counts on."""
+        """Returns this host's state from those of another number of hosts: the first counts on."""
         first = self._loader.rows[0] == 0
         counts = sum(map(Counts.from_state, states), Counts(hosts=0)) if first else Counts()
         return {"step": states[0]["step"], **counts.state()}
@@ -186,11 +186,11 @@ class TrainingIterator(grain.DatasetIterator):
 
 
 class EvaluationLoader:
-    """One pass in order, in batches of one size; iterate as often as you like.
+    """Passes over the data in order, in batches of one size; it can be iterated many times.
 
-    Every batch also has "valid", bool (rows,), and "index", int64 (rows,): valid is False, and the
-    row zeros, where the data has ended and where a record cannot be used. `counts` are those of the
-    last pass.
+    Every batch also has "valid", bool (rows,), and "index", int64 (rows,). After the end of the
+    data, and for records that cannot be used, valid is False and the row is zeros. `counts` are
+    those of the last pass.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class EvaluationLoader:
             yield batch
 
     def load(self, step: int) -> tuple[Example, list[Rejection]]:
-        """Batch `step`, and the records that are masked out in it."""
+        """Returns batch `step` and the rejections of the records that are masked out in it."""
         indices = [step * self.batch_size + row for row in range(self.batch_size)]
         found = list(self._pool.map(self._example, indices))
         good = [isinstance(example, dict) for example in found]
@@ -248,7 +248,7 @@ class EvaluationLoader:
 def attempt_record(
     source: Source, index: int, transform: Transform, rng: np.random.Generator
 ) -> Example | Rejection:
-    """What the transform makes of record `index`, or why it makes nothing."""
+    """Returns the transformed record `index`, or its rejection."""
     key = f"record {index}"
     try:
         record = source[index]

@@ -1,4 +1,4 @@
-"""Decoded images kept in memory: for small data sets that are read many times."""
+"""Keeps decoded images in memory, for small data sets that are read many times."""
 
 import threading
 
@@ -9,8 +9,8 @@ from sana_jax.data.records import Record, Source
 class InMemory:
     """A source whose records hold pixels, uint8 (H, W, 3), in place of encoded bytes.
 
-    What was read once stays, bad records included, until the pixels fill `max_bytes`; the rest is
-    read and decoded every time. What the loaders give is the same with and without.
+    Records stay after their first read, bad ones included, until the pixels fill `max_bytes`; the
+    rest is read and decoded every time. The loaders' batches are the same with and without.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Which record is at which position of the endless sequence that batches are cut from.
+"""Orders: which record is at which position of the endless sequence that batches are cut from.
 
-An order is a pure function of (seed, position), in constant time and memory: every host, and every
-restart, has the same.
+An order is a pure function of (seed, position), in constant time and memory, so all hosts and
+restarts agree.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from sana_jax.runtime.errors import UserError
 
 
 class Order(Protocol):
-    """What TrainingLoader asks."""
+    """The order of records, as TrainingLoader reads it."""
 
     length: int  # of an epoch, in positions
     settings: Any  # JSON, for a checkpoint to compare
 
     def __getitem__(self, position: int) -> int:
-        """The record there."""
+        """Returns the record at a position."""
 
     def replacement(self, position: int, rng: np.random.Generator) -> int:
-        """Another record that may be there."""
+        """Returns another record for a position."""
 
 
 class GlobalOrder:
-    """All records, another shuffle every epoch."""
+    """All records, in a new shuffle every epoch."""
 
     settings = 1  # version of the rule
 
@@ -51,17 +51,17 @@ class GlobalOrder:
 
 
 class BucketOrder:
-    """Every batch is of one bucket.
+    """Batches of one bucket each.
 
     In an epoch each bucket's records are shuffled and cut into full batches, and the batches of all
-    buckets are shuffled. What is left over is left out, in every epoch something else.
+    buckets are shuffled. Records that do not fill a batch are left out, others in every epoch.
 
     Args:
       bucket_of_record: a number from 0 for each record; -1: never drawn.
       batch_size: of the global batch.
 
-    `left_out` counts the records that are never drawn by their bucket: those of -1, and of buckets
-    with less than a batch. Raises UserError where no bucket holds a batch.
+    `left_out` counts the records that are never drawn, by bucket: those of -1, and of buckets with
+    less than a batch. Raises UserError if no bucket holds a batch.
     """
 
     def __init__(self, bucket_of_record: Int[np.ndarray, " N"], batch_size: int, seed: int = 0):
@@ -109,12 +109,12 @@ class BucketOrder:
         return int(members[self._shuffles[bucket][place]])
 
     def replacement(self, position: int, rng: np.random.Generator) -> int:
-        """One of the same bucket."""
+        """Returns another record of the same bucket."""
         members = self._members[self._batch(position // self.batch_size)[0]]
         return int(members[rng.integers(len(members))])
 
     def _batch(self, step: int) -> tuple[int, int]:
-        """The place of the bucket in `_members`, and which of its batches it is."""
+        """Returns the bucket's place in `_members`, and the number of its batch."""
         number = self._batches[step]
         bucket = int(np.searchsorted(self._ends, number, side="right"))
         return bucket, number - int(self._ends[bucket - 1] if bucket else 0)
@@ -129,10 +129,10 @@ def bucket_order(
     upscale: bool = False,
     cache: str | Path | None = None,
 ) -> BucketOrder:
-    """The order for images that BucketTransform(table, upscale=upscale) fits into buckets.
+    """Makes the order for images that BucketTransform(table, upscale=upscale) puts into buckets.
 
-    Reads the header of every image, once where a folder `cache` is given. Stored latents tell
-    their shapes themselves, and need no table.
+    Reads the header of every image, only once if a folder `cache` is given. Stored latents know
+    their shapes and need no table.
     """
     shapes = getattr(source, "shapes", None)
     if shapes is not None:
@@ -143,7 +143,7 @@ def bucket_order(
 
 
 def _shuffle(count: int, seed) -> grain.MapDataset:
-    """0 .. count - 1 again and again, every time in another order."""
+    """An endless sequence of shuffles of 0 .. count - 1."""
     shuffled = grain.MapDataset.range(count).shuffle(int(seed)).repeat()
     shuffled[0]  # grain sets itself up at the first access, which threads must not share
     return shuffled

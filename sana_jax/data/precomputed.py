@@ -1,15 +1,15 @@
-"""Latents, and embeddings of captions, on disk: what training reads in place of images.
+"""Stored latents and caption embeddings, which training reads in place of images.
 
 A folder holds one split:
 
-    index.json                 what was encoded and how, every shard, what was left out and why
+    index.json                 source and settings, every shard, and records left out by reason
     shard-00000.array_record   records, packed by MessagePack, checked by ArrayRecord when read
     shard-00000.json           the shard's entry of the index, written when the shard is complete
 
-A record has key, captions, scores and truth as every source's (sources.Record); `latents`, (h, w,
-c) in float32 or bfloat16; `scaled`, whether they are multiplied by the autoencoder's scaling factor
-already; and perhaps `embeddings`, for each caption the rows that its mask shows. index.json comes
-last: without it a folder is not finished.
+A record has key, captions, scores and truth as in records.Record; `latents`, (h, w, c) in float32
+or bfloat16; `scaled`, True if they are multiplied by the autoencoder's scaling factor already; and
+optionally `embeddings`, for each caption the rows that its mask shows. index.json is written last:
+a folder without it is unfinished.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ class Precomputed:
     Attributes:
       index: index.json.
       shapes: (h, w) of every record's latents, int (N, 2).
-      rows: text rows of the embeddings; None where there are none.
+      rows: text rows of the embeddings; None without embeddings.
 
-    Raises UserError: no such folder, unfinished, or of another split.
+    Raises UserError if the folder is missing, unfinished, or of another split.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
@@ -97,10 +97,10 @@ class Precomputed:
         return record | {"latents": latents}
 
     def _bytes(self, index: int) -> bytes:
-        """A packed record; read once more from its file, opened anew, before it counts as bad.
+        """Returns a packed record; before it counts as bad, its file is opened and read again.
 
-        ArrayRecord raises the same for damage as for a storage that was away, which is no reason
-        to train on other records. Raises Retry where the file cannot be read at all.
+        ArrayRecord raises the same error for damage and for storage that was away, which is no
+        reason to train on other records. Raises Retry if the file cannot be read at all.
         """
         try:
             return self._data[index]
@@ -112,9 +112,9 @@ class Precomputed:
 
 
 class ShardWriter:
-    """Writes one shard: there when `finish` returns, and not at all before. A context.
+    """A context that writes one shard, which exists only after `finish` returns.
 
-    `add` takes records with `latents` and `scaled`, and perhaps `embeddings`.
+    `add` takes records with `latents`, `scaled` and optionally `embeddings`.
     """
 
     def __init__(self, folder: Path, number: int):
@@ -132,9 +132,9 @@ class ShardWriter:
         self._writer.write(serialization.msgpack_serialize(record))
 
     def finish(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Puts the shard in its place and returns its entry of the index, with `about` in it.
+        """Puts the shard in its place and returns its entry of the index, which includes `about`.
 
-        Raises Retry where a record could not be written, OSError where another file cannot.
+        Raises Retry if a record could not be written, OSError if another file cannot be.
         """
         try:
             self._writer.close()
@@ -162,7 +162,7 @@ class ShardWriter:
 
 
 def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
-    """The index's entry of a shard that is complete, its bytes as they were written; or None."""
+    """Returns the index's entry of a complete, undamaged shard, or None."""
     path = folder / f"shard-{number:05d}.array_record"
     try:
         entry = json.loads(path.with_suffix(".json").read_bytes())
@@ -180,9 +180,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def weights_sha256(config: Any, params: Any) -> str:
-    """A hash of a network: of its config, and of its weights in float32.
+    """Returns a hash of a network's config and of its weights in float32.
 
-    The same for files in bfloat16 and for their copy in float32, whatever the layout.
+    Files in bfloat16 and their copy in float32 have the same hash, whatever their layout.
     """
     digest = hashlib.sha256(repr(config).encode())
     for path, leaf in jax.tree.leaves_with_path(params):

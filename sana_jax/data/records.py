@@ -14,7 +14,7 @@ FINGERPRINTED = 256  # records, evenly spread, whose bytes are part of a fingerp
 
 
 class Record(TypedDict):
-    """One image and what is known of it."""
+    """One image with its captions and metadata."""
 
     key: str  # unique in its source
     image: NotRequired[bytes]  # encoded; memory.InMemory puts pixels there, uint8 (H, W, 3)
@@ -26,7 +26,7 @@ class Record(TypedDict):
 
 
 class Source(Protocol):
-    """What the loaders read."""
+    """A random-access sequence of records, as the loaders read it."""
 
     fingerprint: str
 
@@ -36,7 +36,7 @@ class Source(Protocol):
 
 
 class Fingerprinted:
-    """Records with a fingerprint; one that its file's checksums reject raises BadImage."""
+    """Records with a fingerprint; a record that its file's checksums reject raises BadImage."""
 
     def __init__(self, records, description: str):
         self._records = records
@@ -55,7 +55,7 @@ class Fingerprinted:
 
 
 def fingerprint(records, description: str = "") -> str:
-    """A hash of the description, the number of records and a sample of them."""
+    """Returns a hash of the description, the number of records and a sample of them."""
     digest = hashlib.sha256(f"{len(records)}\n{description}\n".encode())
     step = max(1, -(-len(records) // FINGERPRINTED))
     for index in range(0, len(records), step):
@@ -70,5 +70,5 @@ def fingerprint(records, description: str = "") -> str:
 
 
 def thread_pool(threads: int | None = None) -> ThreadPoolExecutor:
-    """For reading and decoding; None: as many threads as there are cores, up to 16."""
+    """Makes threads for reading and decoding; None: as many as there are cores, up to 16."""
     return ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "decode")

@@ -1,4 +1,4 @@
-"""What became of the records that were read: each was used, or rejected for one reason."""
+"""Counts of the records that were read: each was used, or rejected for one reason."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ NAMED = 1000  # and that are logged: a night has more than anybody reads
 
 
 class Rejection(NamedTuple):
-    """A record that was read in vain."""
+    """A record that cannot be used, and why."""
 
     key: str
     reason: str
@@ -23,9 +23,9 @@ class Rejection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How many bad records a run stands: `minimum` an epoch, or `fraction` of all if that is more.
+    """The bad records that a run tolerates: `minimum` an epoch, or `fraction` of all if more.
 
-    Of several hosts each has this by itself. Records that are only too small do not count here.
+    Every host has this budget for itself. Records that are only too small do not count.
     """
 
     fraction: float = 0.001
@@ -47,7 +47,7 @@ class Counts:
     hosts: int = 1  # whose records these are: more where a run goes on with fewer
 
     def add(self, used: int, rejections: Iterable[Rejection]) -> None:
-        """Counts what a batch took; logs a bad record the first time."""
+        """Counts a batch's records; logs a bad record the first time."""
         self.used += used
         self.read += used
         for key, reason, detail in rejections:
@@ -58,7 +58,7 @@ class Counts:
                 self.examples[key] = detail
 
     def check(self, budget: Budget, epochs: int) -> None:
-        """Raises DoNotRetry where more is bad than the budget allows."""
+        """Raises DoNotRetry if more records are bad than the budget allows."""
         if budget.is_exceeded(self, epochs):
             raise DoNotRetry(
                 f"too many bad records: {self}; the budget is {budget.fraction:.3%} of those read,"
@@ -78,7 +78,7 @@ class Counts:
         return Counts(self.read + other.read, self.used + other.used, rejected, examples, hosts)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: the same keys and types always."""
+        """The counts for a checkpoint, always with the same keys and types."""
         rejected = dict(self.rejected)
         return {"read": self.read, "used": self.used, "rejected": rejected, "hosts": self.hosts}
 

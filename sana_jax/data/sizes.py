@@ -1,4 +1,4 @@
-"""The sizes of all images of a source, which aspect-ratio buckets need before the first batch."""
+"""Reads the sizes of all images of a source, which buckets need before the first batch."""
 
 import io
 import uuid
@@ -25,14 +25,14 @@ CODES = (None, *REASONS)  # why there is no size, as the file has it
 def image_sizes(
     source: Source, cache: str | Path | None = None, threads: int | None = None
 ) -> tuple[Int32[np.ndarray, "N 2"], Counts]:
-    """(height, width) of every image, from its header; (0, 0) where it cannot be used.
+    """Returns (height, width) of every image, from its header; (0, 0) if it cannot be used.
 
-    Of several hosts each reads its share, and all must call this.
+    Every host reads its share, and all hosts must call this.
 
     Args:
       cache: a folder, made if missing, that keeps the result for the next time, in a file named
         after the source's fingerprint, the same one for all hosts; None: nothing is kept.
-      threads: that read; None: as many as there are cores, up to 16.
+      threads: for reading; None: as many as there are cores, up to 16.
 
     The counts say why images cannot be used; pixels are not decoded, so more may turn out bad.
     """
@@ -56,7 +56,7 @@ def image_sizes(
 
 
 def _read(source: Source, share: range, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes and codes of the records of a share, of those that there are."""
+    """Returns sizes and codes of the existing records of a share."""
     sizes = np.zeros((len(share), 2), np.int32)
     codes = np.zeros(len(share), np.uint8)
     indices = range(share.start, min(share.stop, len(source)))
@@ -84,7 +84,7 @@ def _read(source: Source, share: range, threads: int | None) -> tuple[np.ndarray
 
 
 def _load(path: Path, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """What `_save` wrote; None where it did not, or where that is damaged."""
+    """Returns what `_save` wrote, or None if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             sizes, codes = arrays["sizes"], arrays["codes"]

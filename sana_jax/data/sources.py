@@ -1,8 +1,8 @@
-"""Where records come from: `shapes`, a folder of images, a TFDS data set, or stored latents.
+"""Opens a source of records: `shapes`, a folder of images, a TFDS data set, or stored latents.
 
 A source is a random-access sequence of records (`Record`): `len(source)`, `source[i]`, and
 `source.fingerprint`, a short text that changes when the files do. `source[i]` raises BadImage
-where one record cannot be read, Retry where the storage is away; it may be called from threads.
+if one record cannot be read, Retry if the storage is away; it may be called from threads.
 """
 
 from etils import epath
@@ -23,12 +23,12 @@ def open_source(
 
     - `shapes`: the built-in data set at `size` pixels, prepared under `data_dir` before;
     - `tfds:NAME[/CONFIG][:VERSION]`: a prepared TFDS data set under `data_dir`;
-    - `precomputed:DIR`: latents that `python -m sana_jax.precompute` has written of that split to
-      DIR, or to DIR/split;
-    - anything else: a folder of images. Its subfolder `split` is read where there is one; where
-      there is none the whole folder is the split `train`.
+    - `precomputed:DIR`: latents of that split that `python -m sana_jax.precompute` wrote to DIR or
+      to DIR/split;
+    - anything else: a folder of images. Its subfolder `split` is read if there is one; otherwise
+      the whole folder is the split `train`.
 
-    Raises UserError: no such folder, data set or split, or nothing in it.
+    Raises UserError if there is no such folder, data set or split, or nothing in it.
     """
     if spec == "shapes":
         from sana_jax.shapes.dataset import (

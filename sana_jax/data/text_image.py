@@ -1,11 +1,11 @@
-"""Rows of text-to-image batches: pixels or latents, and tokens or embeddings of one caption.
+"""Makes rows of text-to-image batches: pixels or latents, and a caption's tokens or embeddings.
 
     tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, instruction)
     image = ImageTransform(512, 512, crop="random")
     transform = TextImageTransform(image, tokens, CaptionChoice("score"))
 
-gives "image" and, of the caption, "tokens" and "mask"; StoredLatents in place of the image and
-CaptionEmbeddings in place of the tokens read what `python -m sana_jax.precompute` has stored.
+gives "image" and the caption's "tokens" and "mask". StoredLatents instead of the image and
+CaptionEmbeddings instead of the tokens read the output of `python -m sana_jax.precompute`.
 """
 
 import copy
@@ -24,7 +24,7 @@ from sana_jax.text.prompts import TokenizedPrompts, tokenize
 
 
 class CaptionTransform(Protocol):
-    """Makes of one caption of a record what goes into a batch."""
+    """Turns one caption of a record into its part of a batch."""
 
     @property
     def settings(self) -> dict[str, Any]: ...
@@ -34,7 +34,7 @@ class CaptionTransform(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TextImageTransform:
-    """What `image` makes of a record, and what `text` makes of the caption that is chosen."""
+    """Applies `image` to a record, and `text` to the caption that `captions` chooses."""
 
     image: Transform
     text: CaptionTransform
@@ -50,16 +50,16 @@ class TextImageTransform:
 
 
 class CaptionTokens:
-    """{"tokens": int32 (L,), "mask": bool (rows,)}: what sampling would have, in one width.
+    """Makes {"tokens": int32 (L,), "mask": bool (rows,)} as sampling does, in one width.
 
     Attributes:
       prefix: the tokens of the instruction before those of every caption, as a tuple of ints.
-      window: positions of the rows that the transformer sees, as in text.TokenizedPrompts.
+      window: positions of the rows that the transformer sees, as in TokenizedPrompts.
       empty: the tokens of the empty prompt without instruction, for the null embedding: a
-        text.TokenizedPrompts of one row, with a window and a mask of its own.
+        TokenizedPrompts of one row, with a window and a mask of its own.
 
-    A caption that the tokenizer joins with the instruction, so that the prefix is another one, is
-    rejected as a bad caption.
+    A caption that the tokenizer merges with the instruction, which changes the prefix, is rejected
+    as a bad caption.
     """
 
     def __init__(self, tokenizer, rows: int, instruction: str | None = None):
@@ -93,7 +93,7 @@ class CaptionTokens:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionEmbeddings:
-    """{"embeddings": (rows, T) as stored, "mask": bool (rows,)} of a source that has them.
+    """Makes {"embeddings": (rows, T) as stored, "mask": bool (rows,)} from stored embeddings.
 
     Rows that the mask hides are zeros.
     """
@@ -109,7 +109,7 @@ class CaptionEmbeddings:
 
 
 def pad_rows(embeddings: np.ndarray, rows: int) -> Example:
-    """{"embeddings": (rows, T), "mask": (rows,)} of the rows that count, which come first."""
+    """Pads the rows that count to {"embeddings": (rows, T), "mask": (rows,)}."""
     padded = np.zeros((rows, embeddings.shape[1]), embeddings.dtype)
     padded[: len(embeddings)] = embeddings
     return {"embeddings": padded, "mask": np.arange(rows) < len(embeddings)}

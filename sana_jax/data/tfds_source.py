@@ -22,8 +22,8 @@ class TFDSSource:
     """The records of `tfds:NAME[/CONFIG][:VERSION]`.
 
     Captions may be one text, a list of texts, a list of {"text": ...}, or a class label, whose
-    name becomes the caption. Raises UserError: an unknown data set, one that is not prepared here,
-    a split that it lacks, or features without an image.
+    name becomes the caption. Raises UserError for a data set that is unknown or not prepared here,
+    for a split that it lacks, and for features without an image.
     """
 
     def __init__(self, spec: str, split: str, data_dir: str | None = None):
@@ -96,7 +96,7 @@ def _image_name(tfds, spec: str, features) -> str:
 
 
 def _text(value: Any) -> Any:
-    """TFDS gives texts as bytes."""
+    """Decodes a text, which TFDS gives as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 

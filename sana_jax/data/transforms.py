@@ -1,4 +1,4 @@
-"""From a record to what one row of a batch holds."""
+"""Transforms of a record into one row of a batch."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ Example = dict[str, np.ndarray]
 
 
 class Transform(Protocol):
-    """Makes of a record what goes into a batch."""
+    """Turns a record into its row of a batch."""
 
     @property
     def settings(self) -> dict[str, Any]: ...
@@ -25,7 +25,7 @@ class Transform(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """{"image": (height, width, 3)}: decoded, made to cover the size, cropped.
+    """Makes {"image": (height, width, 3)}: decoded, resized to cover the size, cropped.
 
     Attributes:
       crop: "centre"; "random"; or "patch": random and never resized.
@@ -73,10 +73,10 @@ class ImageTransform:
 
 @dataclasses.dataclass(frozen=True)
 class BucketTransform:
-    """{"image": (height, width, 3)} in the size of `table` whose aspect ratio is nearest.
+    """Makes {"image": (height, width, 3)} in the size of `table` with the nearest aspect ratio.
 
-    For batches of orders.bucket_order with the same table and the same `upscale`. Attributes are
-    those of ImageTransform; `crop` is "centre" or "random".
+    It is for batches of orders.bucket_order with the same table and `upscale`. Attributes are those
+    of ImageTransform; `crop` is "centre" or "random".
     """
 
     table: tuple[tuple[int, int], ...]
@@ -110,7 +110,7 @@ class BucketTransform:
 
 @dataclasses.dataclass(frozen=True)
 class StoredLatents:
-    """{"latents": float32 (h, w, c)} of a source that has them, as the sampler sees them."""
+    """Makes {"latents": float32 (h, w, c)} from stored latents, as the sampler sees them."""
 
     settings = {"latents": "stored"}
 

@@ -1,6 +1,6 @@
 """The TFDS builder of `shapes`; `tfds.builder("shapes/256", data_dir=DIR)` finds it once imported.
 
-Record i of a split is scene((seed, i), split), in that order. Held are encoded PNGs, so neither
+Record i of a split is scene((seed, i), split). Images are stored as encoded PNGs, so neither
 writing nor reading needs TensorFlow.
 """
 
@@ -59,7 +59,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     @property
     def settings(self) -> dict:
-        """What decides the records beside the size; stored with them."""
+        """The settings that decide the records besides the size, stored with them."""
         return {**self.counts, "seed": self.seed}
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -98,7 +98,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
 
 def record(seed: tuple[int, ...], split: str, height: int, width: int) -> dict:
-    """One record: the picture as PNG, captions, scores, and as JSON what is true of them."""
+    """Makes one record: the picture as PNG, captions, scores, and their truth as JSON."""
     drawn = scene(seed, split)
     said = captions(drawn)
     about = [{"style": each.style, "wrong": each.wrong, "facts": each.facts} for each in said]
@@ -112,10 +112,10 @@ def record(seed: tuple[int, ...], split: str, height: int, width: int) -> dict:
 
 
 def _in_order(make: Callable[[int], dict], numbers) -> Iterator[dict]:
-    """make(number) for each, on all cores, a bounded number ahead of what was taken.
+    """Yields make(number) for each number, computed on all cores a bounded number ahead.
 
-    Threads do: half of the time goes into PNG compression, which lets other threads run. They
-    need no second interpreter, so that it works from a notebook or a script without a guard.
+    Threads suffice: half of the time goes into PNG compression, which lets other threads run. They
+    need no second interpreter, so this works in a notebook or a script without a guard.
     """
     threads = os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:

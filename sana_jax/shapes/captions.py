@@ -1,8 +1,8 @@
 """Simulated captioners of `shapes`: captions, the facts that each states, and alignment scores.
 
-First the facts of a caption are chosen (`_choose`) and, by the noisy captioner, falsified
-(`_falsify`); then language.py puts them in words. So text and facts agree always, whether
-they are true or not. All objects of a scene are mentioned always, or are missing by error.
+The facts of a caption are chosen (`_choose`) and, by the noisy captioner, falsified (`_falsify`);
+then language.py puts them in words. So text and facts always agree, whether they are true or not.
+Every object of a scene is mentioned, unless it is missing by error.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from sana_jax.shapes.scene import (
 
 @dataclasses.dataclass(frozen=True)
 class Captioner:
-    """How often a captioner states an attribute that can be stated, and its words."""
+    """How often a captioner states an attribute, and which language it writes."""
 
     words: Callable[[dict, np.random.Generator], str]
     colour: float
@@ -41,7 +41,7 @@ class Captioner:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A caption with what it states; `wrong` counts its errors, `score` is like a CLIP score."""
+    """A caption with its facts; `wrong` counts its errors, `score` is like a CLIP score."""
 
     text: str
     style: str
@@ -52,7 +52,7 @@ class Caption:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A caption without errors, and the scene that it was made for, one of many that have it."""
+    """A caption without errors, and the scene that it was made for, one of many that fit."""
 
     text: str
     style: str
@@ -69,17 +69,17 @@ CAPTIONERS = {
 
 
 def captions(scene: Scene) -> list[Caption]:
-    """One caption of every captioner, in the order of CAPTIONERS."""
+    """Returns one caption of every captioner, in the order of CAPTIONERS."""
     rng = np.random.default_rng([2 + SPLITS.index(scene.split), len(scene.seed), *scene.seed])
     known = truth(scene)
     return [_caption(style, known, rng) for style in CAPTIONERS]
 
 
 def prompts(count: int, seed: int = 0, split: str = "test") -> list[Prompt]:
-    """Prompts to evaluate with: a quarter each of 1, 2, 3 and 4 objects, half with a relation.
+    """Makes prompts for evaluation: a quarter each of 1, 2, 3 and 4 objects, half with a relation.
 
-    Every captioner's style in equal parts; colours are stated always, so that of the test split
-    every prompt names a held-out combination; nothing in them contradicts itself.
+    The captioners' styles have equal shares. Colours are always stated, so every prompt of the test
+    split names a held-out combination. No prompt contradicts itself.
     """
     rng = np.random.default_rng([4, seed])
     several = [k for k in range(count) if k % MAX_OBJECTS]
@@ -120,7 +120,7 @@ def _caption(style: str, known: dict, rng: np.random.Generator) -> Caption:
 
 
 def _choose(captioner: Captioner, known: dict, rng: np.random.Generator) -> dict:
-    """The facts that the captioner states, its objects in an order of its own."""
+    """Chooses the facts that the captioner states, the objects in random order."""
     order = rng.permutation(known["count"]).tolist()
     things = [known["objects"][i] for i in order]
     relations = []
@@ -152,7 +152,7 @@ def _choose(captioner: Captioner, known: dict, rng: np.random.Generator) -> dict
 
 
 def _falsify(facts: dict, rng: np.random.Generator) -> tuple[dict, int]:
-    """The facts with one or two errors, of different kinds, and how many."""
+    """Returns the facts with one or two errors of different kinds, and their number."""
     objects, relations = [dict(thing) for thing in facts["objects"]], list(facts["relations"])
     kinds = sorted({name for thing in objects for name in thing})
     kinds += ["count"] + ["relation"] * bool(relations)
@@ -177,7 +177,7 @@ def _falsify(facts: dict, rng: np.random.Generator) -> tuple[dict, int]:
 
 
 def _miscount(objects: list[dict], relations: list, rng: np.random.Generator) -> dict:
-    """One object too many or too few."""
+    """Adds an object to the facts, or leaves one out."""
     if len(objects) == 1 or (len(objects) < MAX_OBJECTS and rng.random() < 0.5):
         objects.append(_unused(objects, {}, rng))
     else:
@@ -190,7 +190,7 @@ def _miscount(objects: list[dict], relations: list, rng: np.random.Generator) ->
 
 
 def _unused(objects: list[dict], keep: dict, rng: np.random.Generator) -> dict:
-    """What no object is and training may show, with the shape or colour of `keep`."""
+    """Picks a combination that no object has, with the shape or colour of `keep`."""
     names = ("shape", "colour") if "colour" in objects[0] else ("shape",)
     taken = [{name: thing[name] for name in names} for thing in objects]
     free = [
@@ -206,9 +206,9 @@ def _unused(objects: list[dict], keep: dict, rng: np.random.Generator) -> dict:
 
 
 def _score(facts: dict, wrong: int, known: dict, rng: np.random.Generator) -> float:
-    """In the range of CLIP scores: up for what is said, down for what is wrong, and uncertain.
+    """Draws a score like CLIP's: higher for more facts, lower for errors, with noise.
 
-    18..32 for everything between all wrong and all said, with a standard deviation of 1.
+    Its mean runs from 18 (all wrong) to 32 (all stated), its standard deviation is 1.
     """
     said = 1 + sum(map(len, facts["objects"])) + len(facts["relations"])
     places = sum(thing["position"] is not None for thing in known["objects"])

@@ -21,14 +21,14 @@ def prepare(
     test: int = 1_000,
     seed: int = 0,
 ) -> epath.Path:
-    """Writes the data set below `data_dir` unless it is there, and returns its folder.
+    """Writes the data set below `data_dir`, unless it exists, and returns its folder.
 
     Args:
       size: pixels, a side or (height, width).
       train, test: the number of records of each split.
 
-    Raises UserError: other counts or another seed are there already; nothing can be written there.
-    Raises Retry: the disk is full.
+    Raises UserError if the data set exists with other counts or another seed, or if nothing can be
+    written there, and Retry if the disk is full.
     """
     import tensorflow_datasets as tfds
 
@@ -78,7 +78,7 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class Records:
-    """A split by number; record i is a dict of
+    """A split, read by number; record i is a dict of
 
     key (str), image (bytes of a PNG), captions (list of str), scores (list of float) and truth
     (str, JSON: `scene.truth`, and `captions`: each one's style, errors and facts).
@@ -106,7 +106,7 @@ class Records:
 def open_split(
     data_dir: epath.PathLike, split: str = "train", size: int | tuple[int, int] = 128
 ) -> Records:
-    """A prepared split, read by number. Raises UserError where it was not prepared."""
+    """Opens a prepared split. Raises UserError if it was not prepared."""
     import tensorflow_datasets as tfds
 
     from sana_jax.shapes.builder import Shapes, config_name
@@ -127,7 +127,7 @@ def open_split(
 
 
 def preview(records: list[dict], width: int = 900) -> Image.Image:
-    """A sheet: each picture, and beside it its captions with their scores."""
+    """Draws a sheet: each picture beside its captions and their scores."""
     font = ImageFont.load_default(13)
     rows = []
     for record in records:

@@ -16,7 +16,7 @@ Distance = Float[np.ndarray, "h w"]
 
 
 def draw(scene: Scene, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture: sRGB."""
+    """Draws a scene, in sRGB."""
     pixels = _background(scene.background, height, width)
     for thing in scene.objects:
         _paint(pixels, thing, scene.light)
@@ -36,7 +36,7 @@ def _paint(pixels: Float[np.ndarray, "H W 3"], thing: Object, light: float) -> N
 
 
 def _span(centre: float, radius: float, limit: int) -> tuple[slice, Float[np.ndarray, " n"]]:
-    """The pixels that the object may touch, and where their centres lie in units of its radius."""
+    """Returns the pixels that an object may touch, and their centres in units of its radius."""
     start = max(0, math.floor(centre - 1.1 * radius - 1))
     stop = min(limit, math.ceil(centre + 1.1 * radius + 1))
     places = np.arange(start, stop, dtype=np.float32) + np.float32(0.5 - centre)
@@ -87,7 +87,7 @@ def _square(x, y) -> Distance:
 
 
 def _triangle(x, y) -> Distance:
-    """Equilateral, one corner up; the centre of its bounding box is the object's."""
+    """An equilateral triangle, one corner up, centred by its bounding box."""
     half = math.sqrt(3) / 2
     return np.maximum(half * np.abs(x) - 0.5 * (y + 0.87), y - 0.87)
 
@@ -97,7 +97,7 @@ def _diamond(x, y) -> Distance:
 
 
 def _star(x, y) -> Distance:
-    """Five points, one up: the plane folded into half a point, where the edge is one line."""
+    """A star of five points, one up: the plane is folded into half a point, with one edge."""
     fold, inner = 2 * math.pi / 5, 0.47
     angle = np.arctan2(x, -y)  # from the upward axis
     angle = np.abs((angle + fold / 2) % fold - fold / 2)

@@ -1,9 +1,9 @@
-"""How well a model of `shapes` draws what held-out prompts state: evaluate --task=shapes.
+"""Measures how well a model of `shapes` draws held-out prompts: evaluate --task=shapes.
 
-Pictures are parsed by parse.py and scored by score.py: the model's own; the ground truth
-of the same prompts, which shows what the parser is worth; and that as the autoencoder gives it
-back, which is the ceiling of what the model can reach. As a control, the model's pictures are
-scored against the prompt of another picture with as many objects.
+Three kinds of pictures are parsed (parse.py) and scored (score.py): the model's; the ground truth
+of the same prompts, which measures the parser; and the ground truth after the autoencoder, which is
+the ceiling for the model. As a control, the model's pictures are scored against the prompt of
+another picture with as many objects.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ GOOD, BAD = (20, 150, 40), (220, 30, 30)  # frames in it
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the figures beside the checkpoint."""
+    """The settings that decide the figures besides the checkpoint."""
 
     count: int = 512  # prompts
     seed: int = 0  # of prompts, and of the first picture; the others count up from it
@@ -53,10 +53,10 @@ class Options:
 
 
 def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
-    """The figures of a checkpoint, for JSON, and a sheet of its first pictures.
+    """Returns a checkpoint's figures, for JSON, and a sheet of its first pictures.
 
-    A checkpoint without a transformer or a text encoder draws nothing: what would need its
-    pictures is None, and the sheet shows reconstructions. Raises UserError.
+    A checkpoint without a transformer or a text encoder draws nothing: figures that need its
+    pictures are None, and the sheet shows reconstructions. Raises UserError.
     """
     checkpoint = open_checkpoint(name, variant=options.variant, revision=options.revision)
     draws = None not in (checkpoint.dit, checkpoint.text_encoder)
@@ -128,7 +128,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
 def _parse_all(
     dispatch: Callable[[Batch], jax.Array], batches: list[Batch], update: Callable[[], Any]
 ) -> tuple[list[list[Found]], list[Picture]]:
-    """What is in the picture of every task, and the first pictures themselves."""
+    """Parses the picture of every task; also returns the first pictures."""
     found, pictures = {}, {}
 
     def keep(task, picture) -> None:
@@ -147,12 +147,12 @@ def figures(
     truth: list[list[Found]],
     restored: list[list[Found]],
 ) -> dict[str, Any]:
-    """What is found in the pictures of the prompts, as figures for JSON.
+    """Turns the objects found in the prompts' pictures into figures for JSON.
 
     Args:
-      drawn: by the model; None where there is none, and so is what depends on it.
-      truth: in pictures of the prompts' scenes.
-      restored: in these after the autoencoder.
+      drawn: objects in the model's pictures; None, and so the figures, without a model.
+      truth: objects in pictures of the prompts' scenes.
+      restored: objects in these pictures after the autoencoder.
     """
 
     def scored(found):
@@ -186,15 +186,15 @@ def figures(
 
 
 def another(k: int, count: int) -> int:
-    """The next of `count` prompts with as many objects as prompt `k`; after the last, the first.
+    """Returns the next of `count` prompts with as many objects as prompt `k`, cyclically.
 
-    Numbers of objects come in turn.
+    The numbers of objects take turns.
     """
     return k + MAX_OBJECTS if k + MAX_OBJECTS < count else k % MAX_OBJECTS
 
 
 def _sheet(pictures: list[Picture], good: list[bool]) -> Picture:
-    """The pictures in frames: green where every stated fact is right, else red."""
+    """Frames the pictures: green if every stated fact is right, else red."""
     framed = []
     for picture, right in zip(pictures, good, strict=True):
         frame = np.full((*(side + 6 for side in picture.shape[:2]), 3), GOOD if right else BAD)
@@ -204,7 +204,7 @@ def _sheet(pictures: list[Picture], good: list[bool]) -> Picture:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures for people, in per cent."""
+    """Formats the figures for people, in per cent."""
     names = ("overall", "facts", *KINDS)
     lines = [" " * 34 + "".join(f"{name:>9}" for name in names)]
     rows = {

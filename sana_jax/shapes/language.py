@@ -7,7 +7,7 @@ Facts are, for JSON,
                  {"shape": "star"}],                    # what is not stated is not there
      "relations": [[0, "left of", 1]]}                  # the ring is left of the star
 
-All is lower case. What the grammar leaves open is chosen by chance.
+All text is lower case. Choices that the grammar leaves open are random.
 """
 
 from collections.abc import Sequence

@@ -42,10 +42,10 @@ Labels = Int[np.ndarray, "h w"]  # 0: background
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An object, in the units of scene.Object.
+    """An object that was found, in the units of scene.Object.
 
-    `misfit` is the part of its mask's energy that its shape does not explain: 0 where it is that
-    shape exactly.
+    `misfit` is the share of its mask's energy that its shape does not explain: 0 for an exact
+    match.
     """
 
     shape: str
@@ -61,7 +61,7 @@ class Found:
 
 
 def parse(picture: UInt8[np.ndarray, "H W 3"]) -> list[Found]:
-    """The objects in a picture, the largest first."""
+    """Returns the objects in a picture, the largest first."""
     pixels = _resized(picture)
     chroma = pixels @ _OPPONENT
     chroma -= np.median(chroma, axis=(0, 1))
@@ -71,7 +71,7 @@ def parse(picture: UInt8[np.ndarray, "H W 3"]) -> list[Found]:
 
 
 def _resized(picture: UInt8[np.ndarray, "H W 3"]) -> Pixels:
-    """sRGB, 0..1, the shorter side SIDE pixels."""
+    """Resizes sRGB in 0..1 so that the shorter side has SIDE pixels."""
     height, width = picture.shape[:2]
     if min(height, width) != SIDE:
         scale = SIDE / min(height, width)
@@ -87,7 +87,7 @@ _STRENGTHS = np.linalg.norm(_CHROMAS, axis=1)
 
 
 def _label(chroma: Chroma) -> Labels:
-    """Numbers the patches of one hue; fringes of another are parts of the patch beside them."""
+    """Numbers the patches of one hue; fringes of another hue join the patch beside them."""
     hue = (chroma @ (_CHROMAS / _STRENGTHS[:, None]).T).argmax(-1)
     covered = np.linalg.norm(chroma, axis=-1) > COVERED * _STRENGTHS[hue]
     patches = []
@@ -110,7 +110,7 @@ def _label(chroma: Chroma) -> Labels:
 
 
 def _grow(seeds: Labels, region: Region) -> Labels:
-    """The label of the nearest seed, all over the region."""
+    """Gives every pixel of the region the label of the nearest seed."""
     rows, columns = ndimage.distance_transform_edt(
         seeds == 0, return_distances=False, return_indices=True
     )
@@ -118,7 +118,7 @@ def _grow(seeds: Labels, region: Region) -> Labels:
 
 
 def _objects(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> list[Found]:
-    """The object of a patch, or the objects of one hue that touch each other there."""
+    """Returns a patch's object, or its touching objects of one hue."""
     whole = _fit(pixels, chroma, labels, k)
     if whole.misfit < POOR:
         return [whole]
@@ -135,7 +135,7 @@ def _objects(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> list[Fou
 
 
 def _fit(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> Found:
-    """The shape and colour that explain a patch best."""
+    """Finds the shape and colour that explain a patch best."""
     box = tuple(
         slice(max(0, side.start - MARGIN), min(limit, side.stop + MARGIN))
         for side, limit in zip(ndimage.find_objects(labels)[k - 1], labels.shape, strict=True)
@@ -158,7 +158,7 @@ def _fit(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> Found:
 
 
 def _match(mask: Mask, shape: str) -> tuple[float, float, float, float, Mask]:
-    """misfit, x, y, radius in pixels, mask of the shape with the sums of this mask."""
+    """Returns misfit, x, y, radius in pixels, and the mask of the shape with this mask's sums."""
     area, below, variance = _unit(shape)
     total, x, y, spread = _sums(mask)
     radius = math.sqrt(total / area)
@@ -180,7 +180,7 @@ def _draw(shape: str, x: float, y: float, radius: float, blur: float, size) -> M
 
 
 def _sums(mask: Mask) -> tuple[float, float, float, float]:
-    """Sum, centre (x, y), and variance along one axis, the mean of both."""
+    """Returns sum, centre (x, y), and the mean of the variances along both axes."""
     down, across = (np.arange(side) + 0.5 for side in mask.shape)
     rows, columns = mask.sum(1), mask.sum(0)
     total = max(rows.sum(), 1e-6)
@@ -191,7 +191,7 @@ def _sums(mask: Mask) -> tuple[float, float, float, float]:
 
 @functools.cache
 def _unit(shape: str) -> tuple[float, float, float]:
-    """Of a shape of radius 1: area, how far its mass is below its centre, variance."""
+    """Returns, for a shape of radius 1: area, offset of its mass below the centre, variance."""
     scale = 200
     places = (np.arange(2.2 * scale) + 0.5) / scale - 1.1
     inside = DISTANCES[shape](places[None], places[:, None]) < 0
@@ -200,7 +200,7 @@ def _unit(shape: str) -> tuple[float, float, float]:
 
 
 def _colour(pixels: Float[np.ndarray, "n 3"], coverage: Float[np.ndarray, " n"]) -> str:
-    """The nearest colour, in CIELAB, where coverage is full."""
+    """Returns the nearest colour, in CIELAB, at full coverage."""
     design = np.stack([coverage, 1 - coverage], 1)
     colour, _ = np.linalg.lstsq(design, pixels, rcond=None)[0]
     distances = np.linalg.norm(_lab(colour.clip(0, 1)) - _LABS, axis=-1)
@@ -208,7 +208,7 @@ def _colour(pixels: Float[np.ndarray, "n 3"], coverage: Float[np.ndarray, " n"])
 
 
 def _lab(colour: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
-    """sRGB in 0..1 to CIELAB, white D65 (IEC 61966-2-1; CIE 15)."""
+    """Converts sRGB in 0..1 to CIELAB, white D65 (IEC 61966-2-1; CIE 15)."""
     linear = np.where(colour > 0.04045, ((colour + 0.055) / 1.055) ** 2.4, colour / 12.92)
     xyz = linear @ _XYZ.T / _XYZ.sum(1)
     root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)

@@ -1,9 +1,9 @@
-"""Scenes of the built-in data set `shapes`: what is in a picture, sampled from a seed.
+"""Samples the scenes of the built-in data set `shapes` from a seed.
 
 A scene is one to four flat objects, no two alike, on a muted background. Its coordinates run from
 0 to 1 (x to the right, y down, each along its side of the picture), and lengths are parts of the
-shorter side: the same scene can be drawn at any size and shape. `truth` is what a caption may
-say of it. Positions and relations have a name only where they are clear by a margin.
+shorter side, so a scene can be drawn at any size and shape. `truth` lists the facts that a caption
+may state. Positions and relations have a name only if they are clear by a margin.
 
 Some combinations of a shape and a colour (`HELD_OUT`) occur in no training scene; every test
 scene has at least one of them.
@@ -83,7 +83,7 @@ class Background:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A picture's content. `light` is the direction of the objects' shading in radians."""
+    """The content of a picture. `light` is the direction of the objects' shading in radians."""
 
     seed: tuple[int, ...]
     split: str
@@ -93,7 +93,7 @@ class Scene:
 
 
 def scene(seed: int | tuple[int, ...], split: str = "train") -> Scene:
-    """The scene of a seed (non-negative integers), the same on every machine.
+    """Returns the scene of a seed (non-negative integers), the same on every machine.
 
     Train and test scenes of a seed are unrelated.
     """
@@ -121,7 +121,7 @@ def scene(seed: int | tuple[int, ...], split: str = "train") -> Scene:
 
 
 def _combinations(rng: np.random.Generator, count: int, split: str) -> list[tuple[str, str]]:
-    """Different (shape, colour); in the test split at least one that is held out."""
+    """Draws different (shape, colour); in the test split at least one is held out."""
     held_out = [kind for kind in COMBINATIONS if kind in HELD_OUT]
     first = [held_out[rng.integers(len(held_out))]] if split == "test" else []
     others = [
@@ -133,7 +133,7 @@ def _combinations(rng: np.random.Generator, count: int, split: str) -> list[tupl
 
 
 def _places(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
-    """Centres, uniform among those that keep the distances: drawn until all of them do."""
+    """Draws centres, uniform among those that keep the distances, by rejection."""
     radius = np.array(radii)
     reach = radius + _BORDER
     apart = radius[:, None] + radius[None] + _GAP - 1e9 * np.eye(len(radii))
@@ -155,7 +155,7 @@ def _background(rng: np.random.Generator) -> Background:
 
 
 def _waves(rng: np.random.Generator, texture: str) -> tuple[tuple[float, float, float, float], ...]:
-    """Broad enough for an autoencoder that keeps 512 numbers of 128 x 128 pixels."""
+    """Draws waves broad enough for an autoencoder that keeps 512 numbers of 128 x 128 pixels."""
     phase, other = rng.uniform(0, 1, 2)
     angle = rng.uniform(0, 2 * math.pi)
     if texture == "plain":
@@ -173,7 +173,7 @@ def _waves(rng: np.random.Generator, texture: str) -> tuple[tuple[float, float, 
 
 
 def position(x: float, y: float) -> str | None:
-    """The name of a place that is clearly there: the corner, else the side, else the centre."""
+    """Names a place that is clear: the corner, else the side, else the centre; or None."""
     for name in ("top left", "top right", "bottom left", "bottom right", *POSITIONS[:4], "centre"):
         if is_at(name, x, y):
             return name
@@ -181,7 +181,7 @@ def position(x: float, y: float) -> str | None:
 
 
 def is_at(name: str, x: float, y: float, slack: float = 0.0) -> bool:
-    """Whether (x, y) is at the place; `left` says nothing of y. `slack` widens the places."""
+    """Returns True if (x, y) is at the place; `left` ignores y. `slack` widens the places."""
     near = _NEAR + slack
     if name == "centre":
         return max(abs(x - 0.5), abs(y - 0.5)) < _MIDDLE + slack
@@ -190,14 +190,14 @@ def is_at(name: str, x: float, y: float, slack: float = 0.0) -> bool:
 
 
 def relation(a: tuple[float, float], b: tuple[float, float]) -> str | None:
-    """Where the point a clearly is, seen from b: "left of", "right of", "above", "below"."""
+    """Names where a clearly is, seen from b: "left of", "right of", "above", "below"; or None."""
     return next((name for name in OPPOSITE if is_related(name, a, b)), None)
 
 
 def is_related(
     name: str, a: tuple[float, float], b: tuple[float, float], slack: float = 0.0
 ) -> bool:
-    """Whether a is `name` b; a slack of 1 asks for the direction alone, 0 for all the margin."""
+    """Returns True if a is `name` b; slack 1 asks for the direction, 0 for the full margin."""
     dx, dy = b[0] - a[0], b[1] - a[1]
     along, across = {
         "left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx),
@@ -206,9 +206,9 @@ def is_related(
 
 
 def truth(scene: Scene) -> dict:
-    """What can be said of the scene, for JSON: count, objects, relations, background.
+    """Returns the facts of a scene, for JSON: count, objects, relations, background.
 
-    Objects hold `position` (None where no name is clear); a relation is [i, name, j]: object i is
+    Objects have a `position` (None if no name is clear). A relation is [i, name, j]: object i is
     left of (right of, above, below) object j; both directions of a pair are listed.
     """
     centres = [(thing.x, thing.y) for thing in scene.objects]

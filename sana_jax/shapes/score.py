@@ -1,10 +1,10 @@
 """Scores parsed pictures of `shapes` against the facts that prompts state.
 
 The objects that a prompt states are assigned to those in its picture, so that as many shapes and
-colours as possible are right, and then as many other facts; whatever is said of an object that is
-not there is wrong. A place may be missed by SLACK, which takes "left" to where "centre" begins; a
-relation needs half the margin that it is stated with (1 would take "left of" for anything with its
-centre further left). A scene's own margins leave captions true by more than this.
+colours as possible are right, and then as many other facts. All facts of an object that is missing
+are wrong. A place may be missed by SLACK, which extends "left" to where "centre" begins. A relation
+needs half the margin that it is stated with (a slack of 1 would accept "left of" for any centre
+further left). A scene's own margins keep captions true by more than this.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ ASSIGNED = 8  # objects of a picture, the largest, that stated ones may be
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How many facts of every kind a prompt states, and how many are right in its picture.
+    """The facts of every kind that a prompt states, and how many are right in its picture.
 
-    `objects` has of every stated object what is stated, and which kinds of it are right.
+    `objects` has, for every stated object, its stated facts and the kinds that are right.
     """
 
     stated: Counter
@@ -37,7 +37,7 @@ class Score:
 
 
 def score(facts: dict, found: Sequence[Found]) -> Score:
-    """`facts` as language.py has them, against the objects of a picture, the largest first."""
+    """Scores facts (see language.py) against the objects of a picture, the largest first."""
     stated = Counter({"count": 1, "relation": len(facts["relations"])})
     for thing in facts["objects"]:
         stated.update(thing.keys())
@@ -55,7 +55,7 @@ def _merit(result: tuple[Counter, tuple]) -> tuple[int, int]:
 
 
 def _right(facts: dict, order: Sequence[Found | None]) -> tuple[Counter, tuple]:
-    """What is right where the stated objects are those of `order`."""
+    """Returns the facts that are right if the stated objects are those of `order`."""
     objects = tuple(
         (thing, frozenset(kind for kind in thing if seen and _holds(kind, thing[kind], seen)))
         for thing, seen in zip(facts["objects"], order, strict=True)
@@ -75,9 +75,8 @@ def _holds(kind: str, value: str, seen: Found) -> bool:
 
 
 def rates(scores: Sequence[Score]) -> dict[str, float | None]:
-    """`overall`: pictures with every stated fact right; `facts`, and each kind: of those stated.
-
-    None where none is stated.
+    """Returns `overall`, the share of pictures with every stated fact right, and the shares of
+    right facts, in all (`facts`) and of each kind; None if none is stated.
     """
     stated = sum((each.stated for each in scores), Counter())
     right = sum((each.right for each in scores), Counter())
@@ -89,7 +88,7 @@ def rates(scores: Sequence[Score]) -> dict[str, float | None]:
 
 
 def overall_by(scores: Sequence[Score], keys: Sequence) -> dict[str, float]:
-    """`overall` of the pictures of each key, for JSON."""
+    """Returns `overall` of the pictures of each key, for JSON."""
     groups = defaultdict(list)
     for each, key in zip(scores, keys, strict=True):
         groups[key].append(each.overall)
@@ -97,7 +96,7 @@ def overall_by(scores: Sequence[Score], keys: Sequence) -> dict[str, float]:
 
 
 def objects_by(scores: Sequence[Score], *names: str) -> dict[str, float]:
-    """The share of stated objects that have all of `names` right, by what these are."""
+    """Returns the share of stated objects with all of `names` right, by their stated values."""
     groups = defaultdict(list)
     for thing, right in (pair for each in scores for pair in each.objects):
         if all(name in thing for name in names):
@@ -106,7 +105,7 @@ def objects_by(scores: Sequence[Score], *names: str) -> dict[str, float]:
 
 
 def held_out(scores: Sequence[Score]) -> dict[str, float]:
-    """Of every combination that training has not, the share with shape and colour right."""
+    """Returns the share with shape and colour right, for every held-out combination."""
     names = {f"{colour} {shape}" for shape, colour in HELD_OUT}
     shares = objects_by(scores, "colour", "shape")
     return {name: share for name, share in shares.items() if name in names}
