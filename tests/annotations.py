@@ -1,13 +1,17 @@
-"""What jaxtyping's import hook checks in the tests: the annotations of arrays.
+"""What jaxtyping's import hook checks in the tests: the annotations of arrays with a shape.
 
 Those of other arguments are promises to callers, and what breaks them is refused by UserErrors
-that have tests of their own.
+that have tests of their own. Where a parameter is an `Array`, JAX takes NumPy's too; what is
+returned is what is written.
 """
 
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin
 
+import jax
+import numpy as np
 from beartype import beartype
 from jaxtyping import AbstractArray
 
@@ -25,13 +29,26 @@ FACE = "SanaPipeline."
 
 def check_arrays(function: Callable) -> Callable:
     """beartype, of the parameters and the result that hold arrays with a shape."""
+    if function.__name__ == "__init__":  # of a tree, which JAX also makes of shapes and shardings
+        return function
     hints = {name: hint for name, hint in function.__annotations__.items() if _has_shape(hint)}
+    returned = {name: hint for name, hint in hints.items() if name == "return"}
     if function.__qualname__.startswith(FACE):
-        hints = {name: hint for name, hint in hints.items() if name == "return"}
-    function.__annotations__ = hints
-    return beartype(function) if hints else function
+        hints = {}
+    function.__annotations__ = {name: _or_numpy(hint) for name, hint in hints.items()} | returned
+    return beartype(function) if function.__annotations__ else function
+
+
+def _is_shaped(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, AbstractArray)
 
 
 def _has_shape(hint: Any) -> bool:
-    is_array = isinstance(hint, type) and issubclass(hint, AbstractArray)
-    return is_array or any(map(_has_shape, get_args(hint)))
+    return _is_shaped(hint) or any(map(_has_shape, get_args(hint)))
+
+
+def _or_numpy(hint: Any) -> Any:
+    if _is_shaped(hint) and hint.array_type is jax.Array:
+        return hint.dtype[jax.Array | np.ndarray, hint.dim_str]
+    origin = Union if isinstance(hint, types.UnionType) else get_origin(hint)
+    return origin[tuple(map(_or_numpy, get_args(hint)))] if origin in (Union, tuple) else hint

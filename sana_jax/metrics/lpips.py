@@ -87,8 +87,8 @@ SMALLEST = {"vgg": 16, "alex": 31}  # pixels a side that leave one feature in th
 
 def lpips(
     params: Any,
-    x: Float[Array | np.ndarray, "B H W 3"],
-    y: Float[Array | np.ndarray, "B H W 3"],
+    x: Float[Array, "B H W 3"],
+    y: Float[Array, "B H W 3"],
     *,
     tower: str,
     dtype: Dtype = jnp.float32,

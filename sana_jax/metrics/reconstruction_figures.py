@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sana_jax.metrics import reconstruction as metrics
 from sana_jax.pictures import to_float
 
-Images = Float[Array | np.ndarray, "B H W 3"]
+Images = Float[Array, "B H W 3"]
 
 
 def figures(

@@ -70,14 +70,14 @@ def test_straight_flow_is_solved_exactly():
     data, noise = rng.standard_normal((2, 1, 3, 3, 2), np.float32)
     for sampler in dpm_solver.SAMPLERS.values():
         schedule = sampler(7, 3.0)
-        start = jnp.asarray((1 - schedule.sigma[0]) * data + schedule.sigma[0] * noise)
+        start = (1 - schedule.sigma[0]) * data + schedule.sigma[0] * noise
         end = dpm_solver.solve(lambda x, t, s: jnp.asarray(noise - data), start, schedule)
         np.testing.assert_allclose(end, data, atol=1e-5)
 
 
 def test_second_order_converges_faster():
     """Halving the steps' size divides the error by about 4, not 2, as a 2M solver should."""
-    noise = jnp.full((1, 1, 1, 1), 0.8, jnp.float32)
+    noise = np.full((1, 1, 1, 1), 0.8, np.float32)
 
     def velocity(x, timestep, sigma):  # a smooth field, without the truncated timestep
         return jnp.sin(3 * x) + sigma * x

@@ -162,7 +162,7 @@ def test_prompts_that_reach_into_the_instruction(tokenizer, encoders):
 def test_hidden_rows_are_zeros_whatever_stands_there():
     hidden = jnp.full((1, 4, 3), jnp.nan, jnp.bfloat16).at[:, [0, 2]].set(1.5)
     mask = np.array([[True, True, False]])
-    rows = gather_window(hidden, np.array([0, 2, 3]), mask)
+    rows = gather_window(hidden, np.array([0, 2, 3], np.int32), mask)
     assert rows.dtype == jnp.float32
     np.testing.assert_array_equal(rows, np.array([[[1.5] * 3, [1.5] * 3, [0] * 3]]))
     first = jnp.full((1, 3), 2, jnp.bfloat16)
