@@ -1,4 +1,4 @@
-"""The training loop: one step in flight while the host reads the metrics of the one before.
+"""The training loop: one step runs while the host reads the metrics of the step before it.
 
 step = jit_step(step, state)
 with Checkpoints(workdir, config, data) as checkpoints:
@@ -32,21 +32,21 @@ Metrics = dict[str, Any]
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Hook = Callable[[TrainState, int], None]
 
-PROFILED = range(10, 15)  # steps of a run, counted from where it starts
+PROFILED = range(10, 15)  # counted from the step that the run starts from; 10 are to warm up
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long to train and what to do how often, in steps; 0: never."""
+    """The length of a training and the intervals of its work, in steps; 0: never."""
 
     steps: int
     log_every: int = 50
     checkpoint_every: int = 1000
     images_every: int = 0
     evaluate_every: int = 0
-    max_streak: int = 20  # updates skipped in a row before the run stops itself
-    watchdog_seconds: float = 1800.0  # without a step or a hook's end, after the first; 0: for ever
-    profile: bool = False  # steps 10 to 15 into workdir/profile
+    max_streak: int = 20  # this many updates skipped in a row end the run; 0: never
+    watchdog_seconds: float = 1800.0  # between the ends of steps or hooks at most; 0: no limit
+    profile: bool = False  # trace the steps of PROFILED into workdir/profile
 
     def __post_init__(self):
         every = "log_every", "checkpoint_every", "images_every", "evaluate_every"
@@ -55,11 +55,13 @@ class LoopConfig:
 
 
 def compile_step(step: Callable[..., Any], state: TrainState) -> Any:
-    """The step under jit, its state donated and left where it is, `skipped` and `streak` reported.
+    """Returns the step under jit, which reports the state's `skipped` and `streak` as metrics too.
+
+    The step's state is donated; the new one has the same shardings.
 
     Args:
       step: (state, batch, *inputs) -> (state, metrics), the metrics scalars.
-      state: one with shardings; abstract will do.
+      state: a state whose leaves have shardings; ShapeDtypeStructs suffice.
     """
 
     def reporting(state: TrainState, batch: Any, *inputs: Any) -> tuple[TrainState, Metrics]:
@@ -71,10 +73,10 @@ def compile_step(step: Callable[..., Any], state: TrainState) -> Any:
 
 
 def jit_step(step: Callable[..., Any], state: TrainState, *inputs: Any) -> Step:
-    """`compile_step` for `fit`.
+    """Returns `compile_step(step, state)` with its last arguments bound to `inputs`, for `fit`.
 
-    `inputs` are trees that no step changes, such as the weights of a frozen network; as arguments
-    they are not constants of the program.
+    `inputs` are trees that no step changes, such as the weights of a frozen network. They are
+    arguments of the program, as constants would be copied into it.
     """
     compiled = compile_step(step, state)
     return lambda state, batch: compiled(state, batch, *inputs)
@@ -92,32 +94,34 @@ def fit(
     on_evaluate: Hook | None = None,
     peak_rate: float | None = None,
 ) -> TrainState:
-    """Trains from `state.step` to `config.steps`.
+    """Trains from `state.step` to `config.steps`, and returns the last state.
 
-    SIGTERM and Ctrl-C end it after the step that runs, with a checkpoint; a second one at once.
+    SIGTERM or Ctrl-C ends the loop after the current step, with a checkpoint; a second signal ends
+    the process at once.
 
     Args:
-      step: of `jit_step`; it consumes its state.
-      state: where to start.
-      batches: this host's rows of each batch, as trees of NumPy arrays, for ever; `get_state`
-        says where it is.
-      mesh: the batch's first axis is split over its batch axes.
-      config: how long and how often.
+      step: made by `jit_step`; it consumes its state.
+      state: the state to start from.
+      batches: an endless iterator over this host's rows of each batch, as trees of NumPy arrays;
+        its `get_state`, where it has one, returns its position.
+      mesh: the batch's first axis is split over the mesh's batch axes.
+      config: how long to train, and what to do how often.
       checkpoints: saves every `checkpoint_every` steps and at the end.
-      writer: takes a row every `log_every` steps: means since the last row of all that the steps
-        returned but those that were skipped; `images_per_second` without pauses for checkpoints
-        and hooks; `data_wait`, the share of time that the device waited for data;
-        `checkpoint_seconds` and `hook_seconds` of pauses; `compile_seconds` where a batch had a
-        new shape.
+      writer: is given a row every `log_every` steps: the mean of each metric since the last row,
+        without skipped updates; `images_per_second` without pauses for checkpoints and hooks;
+        `data_wait`, the share of time that the device waited for data; the length of the pauses
+        as `checkpoint_seconds` and `hook_seconds`, and `compile_seconds` where a batch had a new
+        shape.
       on_images, on_evaluate: called with the state, which they must not keep, and the step;
-        the latter after the last step too, where it is called at all. They write pictures, and a
-        row with `held_out_loss`: a run that goes on calls them where the writer misses these.
+        `on_evaluate` is called after the last step too, unless `evaluate_every` is 0. The hooks
+        write pictures, and a row with `held_out_loss`; a run that resumes calls those hooks whose
+        output for its step the writer did not find.
       peak_rate: images/s of devices that do nothing but the networks' FLOPs at their peak; `mfu` in
-        the rows is the share of it that was reached.
+        the rows is the share of this rate that was reached.
 
     Raises:
-      Stopped: after a signal, when all is saved.
-      Retry: the metrics, the checkpoints or what a hook makes cannot be written.
+      Stopped: after a signal, when everything is saved.
+      Retry: the metrics, the checkpoints or the output of a hook cannot be written.
       DoNotRetry: `max_streak` updates in a row were skipped, or the data has too many bad records.
       UserError: the data ends, or a batch does not split over the devices.
     """
@@ -127,7 +131,7 @@ def fit(
 
 
 class _Run:
-    """A call of `fit`: where it is, and the pieces of its loop in the order of their use."""
+    """The progress of one call of `fit`, and the parts of its loop in the order of their use."""
 
     def __init__(
         self,
@@ -143,7 +147,7 @@ class _Run:
         self._on_images, self._on_evaluate = hooks
         self._meter, self._dog = meter, Watchdog(config.watchdog_seconds)
         self._workdir = writer and writer.workdir
-        # The number, the metrics and the rows of the step in flight.
+        # The number, the metrics and the row count of the step in flight.
         self._pending: tuple[int, Metrics, int] | None = None
 
     def train(self, step: Step, batches: Iterator[Any], mesh: Mesh) -> TrainState:
@@ -154,12 +158,12 @@ class _Run:
             source = stack.enter_context(Prefetch(batches, mesh))
             profile = stack.enter_context(_Profile(config.profile and self._workdir, self._done))
 
-            # Hooks of the step that the run goes on from: a crash may have cut them short.
+            # Hooks of the step that the run resumes from: a crash may have cut them short.
             position = source.position
             if writer and 0 < self._done < config.steps:
                 self._call_hooks(but=writer.made)
 
-            # Steps: one is in flight while the host reads the metrics of the one before.
+            # Steps: one is in flight while the host reads the metrics of the step before it.
             while self._done < config.steps and not stop.agreed():
                 taken = self._take(source, stop)
                 if taken is None:
@@ -167,11 +171,11 @@ class _Run:
                 profile.at(self._done, self._pending)
                 self._dispatch(step, taken)
                 position = taken.position
-                # Before the hooks, which may take minutes, or fail each time.
+                # Save before the hooks, which may take minutes, or fail each time.
                 self._save_if_due(position)
                 self._call_hooks()
 
-            # The end, or a signal; one that comes while the last state is saved counts too.
+            # The end, or a signal; a signal during the last save counts too.
             self._read_pending()
             self._save_last(position)
             if self._done < config.steps or stop.agreed(now=True):
@@ -182,10 +186,10 @@ class _Run:
         return self._state
 
     def _take(self, source: Prefetch, stop: StopSignal) -> Taken | None:
-        """The next batch, or None after a signal."""
+        """Returns the next batch, or None after a signal."""
         try:
             return source.take(self._is_busy, stop)
-        except DoNotRetry as error:  # too many bad records, maybe on this host alone
+        except DoNotRetry as error:  # too many bad records, perhaps on this host alone
             good = _last_good(self._checkpoints, wait=jax.process_count() == 1)
             raise DoNotRetry(f"{error}; {good}") from error
 
@@ -195,7 +199,7 @@ class _Run:
         return not all(x.is_ready() for x in jax.tree.leaves(self._pending[1]))
 
     def _dispatch(self, step: Step, taken: Taken) -> None:
-        """Starts a step, and reads the one before it."""
+        """Starts a step, then reads the metrics of the step before it."""
         began = time.monotonic()
         with jax.profiler.StepTraceAnnotation("train", step_num=self._done):
             self._state, metrics = step(self._state, taken.batch)
@@ -205,7 +209,7 @@ class _Run:
         self._pending = self._done, metrics, taken.rows
 
     def _read_pending(self) -> None:
-        """Waits for the step in flight and takes in what it returned."""
+        """Waits for the step in flight, and takes in the metrics that it returned."""
         if self._pending is None:
             return
         (number, metrics, rows), self._pending = self._pending, None
@@ -227,11 +231,11 @@ class _Run:
         config, checkpoints = self._config, self._checkpoints
         if checkpoints and _due(self._done, config.checkpoint_every) and self._done < config.steps:
             self._read_pending()
-            if not self._meter.streak:  # or the last good one could be pushed out
+            if not self._meter.streak:  # otherwise the last good checkpoint could be pushed out
                 self._pause("checkpoint", checkpoints.save, self._done, self._state, position)
 
     def _call_hooks(self, but: Collection[str] = ()) -> None:
-        """Calls those that are due after the last step, but for what has been made."""
+        """Calls the hooks that are due after the last step, except those named in `but`."""
         config, done = self._config, self._done
         last = bool(config.evaluate_every) and done == config.steps
         for name, hook, due in (
@@ -243,7 +247,7 @@ class _Run:
                 self._pause("hook", hook, self._state, done)
 
     def _pause(self, name: str, action: Callable[..., Any], *args: Any) -> None:
-        """Calls what is no step, and counts its time as such."""
+        """Calls `action`, and counts its time as a pause called `name`."""
         began = time.monotonic()
         with storage(self._workdir):
             action(*args)
@@ -258,7 +262,7 @@ class _Run:
 
 
 class _Profile:
-    """A context that traces the steps of PROFILED, counted from `start`, into a folder."""
+    """A context that traces the steps of PROFILED, counted from `start`, into workdir/profile."""
 
     def __init__(self, workdir: Any, start: int):
         self._folder = workdir and str(workdir / "profile")
@@ -273,7 +277,7 @@ class _Profile:
             self._stop()
 
     def at(self, step: int, pending: Any) -> None:
-        """Before step `step` is dispatched; `pending` is what the one before returns."""
+        """Call before step `step` is dispatched; `pending` is what the step before it returns."""
         if self._folder and step == self._first:
             jax.block_until_ready(pending)
             jax.profiler.start_trace(self._folder)
@@ -283,16 +287,16 @@ class _Profile:
             self._stop()
 
     def _stop(self) -> None:
-        """A trace that cannot be written ends no training, nor hides why one ends."""
+        """Stops the trace; one that cannot be written neither ends the run nor hides its error."""
         self._on = False
         try:
             jax.profiler.stop_trace()
-        except (OSError, RuntimeError) as error:  # XLA writes it, and raises the latter
+        except (OSError, RuntimeError) as error:  # XLA writes the trace and raises RuntimeError
             logging.error("there is no profile in %s: %s", self._folder, error)
 
 
 def _last_good(checkpoints: Checkpoints | None, wait: bool = True) -> str:
-    """`wait` for the one that is being saved, which all hosts have to do."""
+    """Names the last good checkpoint; `wait` for a save that runs, which is collective."""
     if checkpoints and wait:
         checkpoints.wait()
     good = checkpoints.last_good if checkpoints else None

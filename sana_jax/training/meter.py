@@ -1,4 +1,4 @@
-"""What the loop knows of itself: means between two rows, rates, pauses, streaks of NaN."""
+"""The loop's measurements between two rows: means, rates, pauses, and streaks of NaN."""
 
 import time
 from typing import Any
@@ -8,28 +8,32 @@ import numpy as np
 
 
 class Meter:
-    """Gathers what the steps return; `row` gives the means since the row before."""
+    """Gathers the metrics that steps return; `row` gives their means since the row before.
+
+    Attributes:
+      streak: updates skipped in a row, up to the last step that was read.
+    """
 
     def __init__(self, peak_rate: float | None = None):
-        """`peak_rate`: images/s at the devices' peak, for the share of it that is reached."""
+        """`peak_rate`: images/s at the devices' peak; rows then have `mfu`, the share reached."""
         self.streak, self._peak_rate = 0, peak_rate
         self._shapes: set[tuple[Any, ...]] = set()  # of batches, for which a step is compiled
         self._reset()
 
     def dispatched(self, batch: Any, seconds: float, waited: float) -> None:
-        """A step was dispatched, which took `seconds`; the device had `waited` for its batch."""
+        """Notes that dispatching a step took `seconds`, after the device `waited` for `batch`."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if not self._shapes:  # what went before the first step was no training
+        if not self._shapes:  # the time before the first step was no training
             self._reset()
             self._began -= seconds
         else:
             self._waited += waited
-        if shapes not in self._shapes:  # the rate is that of the steps, not of the compiler
+        if shapes not in self._shapes:  # the step compiles, which does not count in the rate
             self._shapes.add(shapes)
             self.paused("compile", seconds)
 
     def read(self, metrics: dict[str, Any], rows: int) -> None:
-        """Waits for what a step returned, a batch of `rows`, and takes it in."""
+        """Waits for the metrics of a step on a batch of `rows` rows, and takes them in."""
         values = jax.device_get(metrics)
         self.streak = int(values.pop("streak"))
         self._skipped = int(values.pop("skipped"))
@@ -39,11 +43,11 @@ class Meter:
                 self._values.setdefault(name, []).append(value)
 
     def paused(self, name: str, seconds: float) -> None:
-        """Something else than steps ran."""
+        """Notes that something other than steps, called `name`, ran for `seconds`."""
         self._pauses[name] = self._pauses.get(name, 0.0) + seconds
 
     def row(self) -> dict[str, float]:
-        """The row; starts a new one."""
+        """Returns the row since the last one, and starts a new one."""
         seconds = max(time.monotonic() - self._began - sum(self._pauses.values()), 1e-9)
         row = {
             name: float(np.mean(values, dtype=np.float64)) for name, values in self._values.items()

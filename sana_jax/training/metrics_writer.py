@@ -1,4 +1,4 @@
-"""What a run shows while it trains: metrics.jsonl, TensorBoard, PNG grids and a progress bar."""
+"""The output of a run while it trains: metrics.jsonl, TensorBoard, PNG grids, a progress bar."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from sana_jax.pictures import Picture, make_grid
 from sana_jax.runtime.files import is_local, storage, write_atomically
 from sana_jax.runtime.hosts import log_first_host, on_first_host
 
-# tensorboardX imports torch where it finds it; that takes seconds, and nothing here is of torch.
+# tensorboardX imports torch where it is installed; that takes seconds, and nothing here needs it.
 _torch = sys.modules.get("torch")
 sys.modules["torch"] = None
 try:
@@ -31,31 +31,35 @@ finally:
     if _torch is not None:
         sys.modules["torch"] = _torch
 
-# Between two copies to a remote folder, where files cannot be appended to; and between two syncs of
-# the rows, which a mounted object store does not have before.
+# Between two copies to a remote folder, whose files cannot be appended to; and between two syncs of
+# the rows, without which a mounted object store does not have them.
 UPLOAD_SECONDS = 60
 
 
 class MetricsWriter:
-    """Writes the rows and pictures of a run into its folder; a context.
+    """Writes the rows and pictures of a run to its folder; a context.
 
-        workdir/metrics.jsonl      a row a line: {"step": 100, "loss": 0.25, ...}
-        workdir/tensorboard/       the same, as event files
+        workdir/metrics.jsonl      one row per line: {"step": 100, "loss": 0.25, ...}
+        workdir/tensorboard/       the rows and pictures as event files
         workdir/images/NAME_STEP.png
 
-    Only the first host writes. To a remote folder all is copied now and then, and at the end.
+    Only the first host writes. To a remote folder everything is copied now and then, and at the
+    end.
+
+    Attributes:
+      made: what there is of the step that the run resumes from: "images", "held_out".
     """
 
     def __init__(self, workdir: str | epath.Path, step: int = 0, steps: int | None = None):
         """
         Args:
           workdir: the folder of the run.
-          step: the step that the run goes on from; rows of later ones are dropped.
-          steps: of the whole run, for the bar.
+          step: the step that the run resumes from; rows of later steps are dropped.
+          steps: the steps of the whole run, for the progress bar.
         """
         self._remote, self._folder = None, Path("/nonexistent")
         self._step, self._steps, self._uploaded = step, steps, time.monotonic()
-        self._copied: dict[Path, tuple[int, int]] = {}  # file -> its time and size then
+        self._copied: dict[Path, tuple[int, int]] = {}  # file -> time and size of its copy
         self.workdir, self._stack = epath.Path(workdir), contextlib.ExitStack()
         self.made: set[str] = set()
         self._on = jax.process_index() == 0
@@ -66,7 +70,7 @@ class MetricsWriter:
         return self
 
     def _enter(self) -> set[str]:
-        """Returns what there is of the step that the run goes on from: "images", "held_out"."""
+        """Opens the files, and returns `made`."""
         made = set()
         with contextlib.ExitStack() as stack:
             if not is_local(self.workdir):
@@ -94,17 +98,17 @@ class MetricsWriter:
         return made
 
     def __exit__(self, kind: type | None = None, *error) -> None:
-        # What ends the run goes before what a full disk says of closing its files.
+        # An error that ends the run must not be hidden by one of closing files on a full disk.
         with storage(self.workdir) if kind is None else contextlib.suppress(Exception):
             self._stack.close()
 
     def tick(self) -> None:
-        """One step is done."""
+        """Moves the progress bar by one step."""
         if self._on:
             self._bar.update()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """A row of numbers; what is not finite becomes null in JSON."""
+        """Writes a row of numbers; a number that is not finite becomes null in JSON."""
         if not self._on:
             return
         row = {name: _number(value) for name, value in row.items()}
@@ -120,7 +124,7 @@ class MetricsWriter:
         self._upload_if_due()
 
     def images(self, step: int, name: str, grid: list[list[Picture]]) -> None:
-        """Rows of pictures as images/NAME_STEP.png and in TensorBoard."""
+        """Writes rows of pictures as images/NAME_STEP.png and to TensorBoard."""
         if not self._on:
             return
         sheet = make_grid(grid)
@@ -137,9 +141,9 @@ class MetricsWriter:
             self._uploaded = time.monotonic()
 
     def _upload(self) -> None:
-        """Copies the files that are not as they were when they were copied last."""
+        """Copies the files that have changed since their last copy."""
         for path in filter(Path.is_file, self._folder.rglob("*")):
-            status = path.stat()  # before it is read: what is appended later is for the next time
+            status = path.stat()  # before reading: what is appended later is copied the next time
             now = status.st_mtime_ns, status.st_size
             if self._copied.get(path) != now:
                 target = self._remote / path.relative_to(self._folder).as_posix()
@@ -149,20 +153,20 @@ class MetricsWriter:
 
 
 class _Board:
-    """An event file of TensorBoard, written at once.
+    """An event file of TensorBoard, written in the calling thread.
 
-    tensorboardX's SummaryWriter has a thread for that, which a full disk ends without a word; what
-    is given to it after that waits for ever.
+    tensorboardX's SummaryWriter has a thread for that, which a full disk ends without a word;
+    whatever is written after that waits for ever.
     """
 
     def __init__(self, folder: Path, step: int):
-        """What is there of steps after `step` is of a run that was killed: it will not be shown."""
+        """Hides what a killed run left of steps after `step`."""
         folder.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, entry: Any) -> None:
-        """Adds a summary of tensorboardX's."""
+        """Adds a summary made by tensorboardX."""
         self._write(step=step, summary=entry)
 
     def flush(self) -> None:
@@ -185,9 +189,9 @@ def _number(value: Any) -> float | int | None:
 
 
 def _keep(rows: Path, step: int) -> list[dict[str, Any]]:
-    """Leaves the whole rows up to `step`, for a killed run may have left half a one.
+    """Drops rows after `step`, and the half row that a killed run may have left.
 
-    Returns those of `step`.
+    Returns the rows of `step`.
     """
     kept, last = [], []
     for line in rows.read_text().splitlines(keepends=True):

@@ -1,4 +1,4 @@
-"""A batch computed in parts, in the memory of one of them."""
+"""Microbatches: a batch computed part by part, in the memory that one part needs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,10 @@ def accumulated_gradients(
     batch: PyTree,
     count: int = 1,
 ) -> tuple[tuple[Float[Array, ""], PyTree], PyTree]:
-    """`jax.value_and_grad(loss, has_aux=True)` by `mean_over_microbatches`."""
+    """Returns `jax.value_and_grad(loss, has_aux=True)(params, batch)`, averaged over microbatches.
+
+    `loss` must be as `mean_over_microbatches` needs it.
+    """
     gradient = jax.value_and_grad(loss, has_aux=True)
     return mean_over_microbatches(lambda rows: gradient(params, rows), batch, count)
 
@@ -26,15 +29,18 @@ def accumulated_gradients(
 def mean_over_microbatches(
     function: Callable[[PyTree], PyTree], batch: PyTree, count: int = 1
 ) -> PyTree:
-    """`function(batch)` in the memory of a batch `count` times smaller.
+    """Returns `function(batch)`, computed in the memory of a batch `count` times smaller.
 
-    Equal to the whole batch where all that `function` returns are means over rows, and sums of
-    such. Noise that is drawn a row has to be in the batch, not drawn in the function.
+    The result equals that of the whole batch where `function` returns only means over rows, and
+    sums of such means. Noise drawn for each row has to be in the batch, not drawn in `function`.
 
     Args:
-      function: of a tree of rows; returns a tree of arrays.
+      function: maps a tree of rows to a tree of arrays.
       batch: a tree of arrays whose first axis is the batch.
-      count: microbatches; must divide the batch.
+      count: the number of microbatches; it must divide the batch.
+
+    Raises:
+      UserError: `count` does not divide the batch.
     """
     if count == 1:
         return function(batch)
@@ -50,7 +56,10 @@ def mean_over_microbatches(
 
 
 def map_microbatches(function: Callable[[PyTree], PyTree], batch: PyTree, count: int = 1) -> PyTree:
-    """`function(batch)`, rows to rows, in the memory of a batch `count` times smaller."""
+    """Returns `function(batch)`, which maps rows to rows, in the memory of a `count`th of a batch.
+
+    Raises UserError where `count` does not divide the batch.
+    """
     if count == 1:
         return function(batch)
     parts = jax.lax.map(function, _split(batch, count))
@@ -58,12 +67,12 @@ def map_microbatches(function: Callable[[PyTree], PyTree], batch: PyTree, count:
 
 
 def _split(batch: PyTree, count: int) -> PyTree:
-    """(B, ...) as (count, B / count, ...)."""
+    """Reshapes (B, ...) to (count, B / count, ...)."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if count < 1 or rows % count:
         raise UserError(f"a batch of {rows} does not split into {count} microbatches")
 
-    def split(x):  # every count-th row: each device's rows stay on it
+    def split(x):  # a part is every count-th row, so that rows stay on their devices
         return x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)

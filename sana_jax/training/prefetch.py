@@ -1,4 +1,4 @@
-"""Batches on devices, one ahead of the step that runs."""
+"""Prefetching: batches are put on the devices one ahead of the step that runs."""
 
 import concurrent.futures
 import time
@@ -11,22 +11,23 @@ from jax.sharding import Mesh
 from sana_jax import sharding
 from sana_jax.runtime.errors import UserError
 
-POLL_SECONDS = 0.002
+POLL_SECONDS = 0.002  # between two looks at the device while it works
 
 
 class Taken(NamedTuple):
-    """A batch, the iterator's state after it, its rows on all hosts, and what the device waited."""
+    """A batch on the devices, and what is known of it."""
 
     batch: Any
-    position: Any
-    rows: int
-    waited: float  # seconds
+    position: Any  # the iterator's state after it
+    rows: int  # on all hosts together
+    waited: float  # seconds that the device waited for it
 
 
 class Prefetch:
-    """Reads the batch after the one that was taken and puts it on the devices, in a thread.
+    """Reads the next batch, and puts it on the devices, in a thread; a context.
 
-    `position` is the iterator's state before the first. A context.
+    Attributes:
+      position: the iterator's state before its first batch.
     """
 
     def __init__(self, batches: Iterator[Any], mesh: Mesh):
@@ -42,9 +43,10 @@ class Prefetch:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def take(self, busy: Callable[[], bool], stop: Callable[[], bool]) -> Taken | None:
-        """The next batch, or None where `stop` becomes true while there is none.
+        """Returns the next batch, or None where `stop` becomes true while there is none.
 
-        `busy` says whether the device has work; the wait counts from when it has not.
+        `busy` says whether the device has work; the wait counts from when it has none. Raises the
+        errors of the iterator, and UserError where it ends or a batch does not split over the mesh.
         """
         self._next = self._next or self._pool.submit(self._read)
         idle = None

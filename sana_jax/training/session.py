@@ -1,4 +1,4 @@
-"""A session of a training: it starts, or goes on where the one before it ended, and trains.
+"""One session of a training: it starts, or resumes from the newest checkpoint, and trains.
 
 abstract, create = on_mesh(init, mesh)
 with Checkpoints(workdir, config, loader.fingerprint) as checkpoints:
@@ -33,7 +33,7 @@ class Session:
     """One run of a training in the folder of its checkpoints.
 
     Attributes:
-      first: the step that it goes on from, 0 for a training that starts; known after `begin`.
+      first: the step that the run resumes from, 0 for a new training; set by `begin`.
     """
 
     def __init__(
@@ -47,22 +47,22 @@ class Session:
     ):
         """
         Args:
-          checkpoints: those of the training, open.
+          checkpoints: the training's checkpoints, open.
           loader: its iterator gives this host's rows of each batch, as `loop.fit` takes them.
           mesh: the devices.
-          loop: how long and how often.
-          key: what the config calls `loop.steps`, for messages.
-          name: of the part of a training that this is, for messages.
+          loop: how long to train, and what to do how often.
+          key: the name of `loop.steps` in the config, for messages.
+          name: the name of this part of the training, such as a phase, for messages.
         """
         self._checkpoints, self._batches = checkpoints, iter(loader)
         self._mesh, self._loop, self._key = mesh, loop, key
         self._label = f"{name}: " if name else ""
 
     def begin(self, abstract: TrainState, start: Callable[[], TrainState]) -> TrainState:
-        """Returns the newest state that was saved, or where there is none that of `start`.
+        """Returns the newest state that was saved or, where there is none, the state of `start`.
 
-        Raises what `Checkpoints.restore` does, and UserError where more steps are done than are
-        wanted.
+        Raises the errors of `Checkpoints.restore`, and UserError where the state has more steps
+        than the run is to have.
 
         Args:
           abstract: the state's shapes, dtypes and shardings.
@@ -90,15 +90,15 @@ class Session:
         peak_rate: float | None = None,
         images_at_end: bool = False,
     ) -> TrainState:
-        """Trains what is left to train. Raises what `loop.fit` does.
+        """Trains the steps that are left. Raises the errors of `loop.fit`.
 
         Args:
-          state: of `begin`.
+          state: the state that `begin` returned.
           step: (state, batch, *inputs) -> (state, metrics), the metrics scalars; not under jit.
           inputs: makes the trees that no step changes, such as the weights of frozen networks.
-          on_images, on_evaluate: the hooks of `loop.fit`, which are given the writer too.
+          on_images, on_evaluate: the hooks of `loop.fit`, called with the writer first.
           peak_rate: images/s at the devices' peak, for `mfu`.
-          images_at_end: whether `on_images` is called after the last step in any case.
+          images_at_end: whether `on_images` is always called after the last step.
         """
         steps, folder = self._loop.steps, self._checkpoints.workdir
         if self.first < steps:
@@ -113,7 +113,8 @@ class Session:
                 peak_rate=peak_rate,
             )
             every = self._loop.images_every
-            if images_at_end and (not every or steps % every):  # else `fit` has called it
+            # Where the last step is a multiple of `images_every`, `fit` has called the hook.
+            if images_at_end and (not every or steps % every):
                 with storage(folder):
                     on_images(writer, state, steps)
         return state
@@ -122,7 +123,8 @@ class Session:
 def export(model: Checkpoint, folder: Path) -> None:
     """Writes `model`, whose weights every host holds in full, as a native folder; collective.
 
-    A model that is there stays until the new one is whole. Raises Retry where it cannot be written.
+    A model already in `folder` stays until the new one is complete. Raises Retry on all hosts where
+    the folder cannot be written.
     """
 
     def write() -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that the loop grants after the step that runs."""
+"""SIGTERM and Ctrl-C as requests that the loop fulfils after the current step."""
 
 import signal
 
@@ -13,7 +13,10 @@ SIGNALS = signal.SIGTERM, signal.SIGINT
 class StopSignal:
     """A context in which a first signal is noted, and a second ends the process at once.
 
-    One host may get the signal alone; `agreed` becomes true on all of them after the same step.
+    One host alone may get the signal; `agreed` becomes true on all hosts after the same step.
+
+    Attributes:
+      name: the signal, for messages; "stopped" where another host got it.
     """
 
     def __init__(self, mesh: Mesh):
@@ -33,14 +36,14 @@ class StopSignal:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """Whether this host, being alone, is to stop."""
+        """Returns whether a signal came to this host, if it is the only one."""
         return self._raised and jax.process_count() == 1
 
     def agreed(self, now: bool = False) -> bool:
-        """Whether to stop before the next step; every host asks before every step.
+        """Returns whether to stop before the next step; every host asks before every step.
 
-        Among several hosts the answer is that of the step before, so that none waits for it; with
-        `now` they wait.
+        With several hosts the answer is that of the step before, so that no host waits; with `now`
+        they wait for the current answer.
         """
         if jax.process_count() == 1:
             return self._raised

@@ -1,4 +1,4 @@
-"""What a step of training carries over to the next, and the guard that keeps NaN out of it."""
+"""The state that one training step hands to the next, and the guard that keeps NaN out of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,15 @@ PyTree = Any
 
 @struct.dataclass
 class TrainState:
-    """Everything that decides the next step, but for the batch.
+    """Everything that decides the next step, except the batch.
 
     Attributes:
-      step: batches consumed, those of skipped updates too.
-      params, opt_state: what trains; several networks are a dict of trees.
+      step: batches consumed, including those of skipped updates.
+      params, opt_state: of the networks that train; of several as a dict of trees.
       ema: the moving average of `params`, or None.
-      skipped: updates left out in all, because something was not finite.
+      skipped: updates left out so far because something was not finite.
       streak: updates left out in a row.
-      key: of the whole run. A step uses `step_key`, so that nothing is kept between two steps.
+      key: the key of the whole run, which never changes; a step uses `step_key`.
     """
 
     step: Int[Array, ""]
@@ -37,14 +37,14 @@ class TrainState:
     key: Array
 
     def step_key(self) -> Array:
-        """The key of this step."""
+        """Returns the key of this step."""
         return jax.random.fold_in(self.key, self.step)
 
 
 def new_state(params: PyTree, opt_state: PyTree, key: Array, ema: bool = True) -> TrainState:
-    """The state before the first step; its average is that of the parameters at the start."""
+    """Returns the state before the first step; its average is a copy of the parameters."""
 
-    def zero():  # one array a field: a donated buffer can be given only once
+    def zero():  # an array for each field, as a buffer can be donated only once
         return jnp.zeros((), jnp.int32)
 
     average = jax.tree.map(jnp.copy, params) if ema else None
@@ -54,16 +54,17 @@ def new_state(params: PyTree, opt_state: PyTree, key: Array, ema: bool = True) -
 def on_mesh(
     init: Callable[[], TrainState], mesh: Mesh
 ) -> tuple[TrainState, Callable[[], TrainState]]:
-    """Where each leaf of a state lives, by the rules of sharding.py.
+    """Places every leaf of a state on a mesh, by the rules of sharding.py.
 
     Args:
       init: makes the state from nothing; its leaves may be boxed with their logical axes, as
-        `module.init` and an optimizer's `init` on such parameters give them.
+        `module.init` returns them, and an optimizer's `init` on such parameters.
       mesh: the devices.
 
     Returns:
-      The abstract state, whose leaves have shape, dtype and sharding (what a restore needs), and a
-      function that makes the state, every leaf on its devices from the start. Neither has boxes.
+      The abstract state, whose leaves have shape, dtype and sharding (as a restore needs them), and
+      a function that makes the state, with every leaf on its devices from the start. Neither state
+      has boxes.
     """
     boxed = jax.eval_shape(init)
     shardings = sharding.shardings_for(boxed, mesh)
@@ -76,24 +77,24 @@ def on_mesh(
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether no number of a tree is NaN or infinite; the whole numbers in it are not looked at."""
+    """Returns whether no number in a tree is NaN or infinite; integers are not looked at."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in leaves] or [jnp.array(True)]).all()
 
 
 def keep_if(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """`new` where `finite` holds, else `old` to the bit; no branch, so it costs no wait."""
+    """Returns `new` where `finite` holds, else `old` to the bit, without a branch or a wait."""
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def advance(state: TrainState, finite: Bool[Array, ""], **new: PyTree) -> TrainState:
-    """The state after a step.
+    """Returns the state after a step.
 
     Args:
-      state: the one before.
+      state: the state before the step.
       finite: whether the losses and the gradients' norms are finite.
-      new: fields with what they become (params=..., opt_state=..., ema=...). They stay as they
-        were, and the step counts as skipped, unless `finite` holds and the parameters are finite.
+      new: the fields' new values (params=..., opt_state=..., ema=...). Unless `finite` holds and
+        the new parameters are finite, the fields stay as they were and the step counts as skipped.
     """
     finite = finite & all_finite(new.get("params", ()))
     kept = {name: keep_if(finite, value, getattr(state, name)) for name, value in new.items()}
@@ -108,11 +109,11 @@ def advance(state: TrainState, finite: Bool[Array, ""], **new: PyTree) -> TrainS
 def update_ema(
     ema: PyTree, params: PyTree, decay: float, step: Int[Array, ""] | None = None
 ) -> PyTree:
-    """The moving average after a step whose new parameters are `params`.
+    """Returns the moving average after a step whose new parameters are `params`.
 
     With `step`, the number of updates before this one, the decay warms up as
-    min(decay, (1 + step) / (10 + step)), so that the start is soon forgotten. A parameter that
-    equals its average leaves it unchanged to the bit.
+    min(decay, (1 + step) / (10 + step)), so that the start is soon forgotten. Where a parameter
+    equals its average, the average stays as it is to the bit.
     """
     rate: Float[Array, ""] | float = 1 - decay
     if step is not None:

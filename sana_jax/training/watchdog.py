@@ -1,4 +1,4 @@
-"""Ends a run that hangs, so that its scheduler can start it again."""
+"""A watchdog that ends a run which hangs, so that its scheduler can start it again."""
 
 import faulthandler
 import os
@@ -7,14 +7,15 @@ import threading
 
 from sana_jax.runtime.cli import EXIT_RETRY
 
-FIRST_SECONDS = 7200.0
+FIRST_SECONDS = 7200.0  # a large step compiles for long, and its weights may be read from afar
 
 
 class Watchdog:
-    """A context in which `beat` is called every `seconds` at least, or the process ends.
+    """A context in which `beat` must be called at least every `seconds`, or the process ends.
 
-    Then the stacks of all threads are printed and the status is 75. The first beat, before which
-    weights are read or a step compiles, has FIRST_SECONDS at least. 0 seconds: no limit.
+    In that case it prints the stacks of all threads, and the exit status is 75 (EXIT_RETRY). The
+    first beat, before which weights are read or a step compiles, has at least FIRST_SECONDS.
+    0 seconds: no limit.
     """
 
     def __init__(self, seconds: float):
@@ -30,7 +31,7 @@ class Watchdog:
         self._beats.set()
 
     def beat(self) -> None:
-        """The run lives."""
+        """Tells the watchdog that the run is alive."""
         self._beats.set()
 
     def _watch(self) -> None:

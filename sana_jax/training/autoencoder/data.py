@@ -1,4 +1,4 @@
-"""The images of an autoencoder's training: of each phase, and held out."""
+"""The data of an autoencoder's training: the images of each phase, and those held out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,23 +19,23 @@ from sana_jax.training.autoencoder.task import Phase
 
 
 class AutoencoderData:
-    """The data of a config. What shapes needs is drawn when it is first asked for."""
+    """The data of a config. Pictures of the data set shapes are drawn when first asked for."""
 
     def __init__(self, config: ConfigDict, folder: Path, mesh: Mesh, phases: Mapping[str, Phase]):
-        """Raises UserError where the data lacks what any phase needs; nothing is written.
+        """Raises UserError where the data does not suffice for a phase; nothing is written.
 
         Args:
-          config: of the whole training.
-          folder: where data is that the config gives no place.
-          mesh: a batch is split over it.
-          phases: those that run, by name.
+          config: the config of the whole training.
+          folder: the data's folder, unless config.data.data_dir is given.
+          mesh: the devices, over which a batch is split.
+          phases: the phases to run, by name.
         """
         self._config, self._folder, self._mesh = config, folder, mesh
         self._sources: dict[tuple[str, int], Source] = {}
         self._check(phases)
 
     def loader(self, phase: Phase, number: int) -> TrainingLoader:
-        """Batches for the phase that is the `number`th to run; this host's rows of them."""
+        """Returns the loader of this host's rows for `phase`, which runs as phase `number`."""
         options = self._config.loader.to_dict()
         source = self._source(self._config.data.train_split, phase.image_size)
         return TrainingLoader(
@@ -49,7 +49,7 @@ class AutoencoderData:
         )
 
     def held_out(self, size: int) -> EvaluationLoader:
-        """Every host evaluates all of it, on its own copy of the images."""
+        """Returns the loader of the held-out images, all of which every host evaluates."""
         evaluation = self._config.evaluation
         return EvaluationLoader(
             self._source(self._config.data.test_split, size),
@@ -63,9 +63,8 @@ class AutoencoderData:
             data = self._config.data
             folder = data.data_dir or str(self._folder)
             if data.source == "shapes":
-                from sana_jax.shapes.dataset import (
-                    prepare,  # what draws is not needed for other sources
-                )
+                # Only this source needs the drawing code.
+                from sana_jax.shapes.dataset import prepare
 
                 wanted = dict(data.shapes.train)[size], data.shapes.test, data.shapes.seed
                 hosts.on_first_host(prepare, folder, size, *wanted)
@@ -73,7 +72,7 @@ class AutoencoderData:
         return self._sources[split, size]
 
     def _check(self, phases: Mapping[str, Phase]) -> None:
-        """Raises UserError where the data lacks what any phase needs; nothing is written."""
+        """Raises UserError where the data does not suffice for a phase; nothing is written."""
         data, evaluation = self._config.data, self._config.evaluation
         if data.source.startswith("precomputed:"):
             raise UserError(f"config.data.source={data.source}: these are latents; give images")
@@ -107,6 +106,6 @@ class AutoencoderData:
 
 
 def transform(phase: Phase) -> ImageTransform:
-    """How a phase cuts its images out of records. Raises UserError."""
+    """Returns how a phase cuts its images out of records. Raises UserError for bad settings."""
     side = phase.image_size
     return ImageTransform(side, side, crop=phase.crop, flip=phase.flip)

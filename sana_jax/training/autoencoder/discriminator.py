@@ -5,10 +5,10 @@ stride 2, each twice as wide as the one before (up to 8 x width), then two of st
 
     3 -> 64, stride 2;  64 -> 128, 2;  128 -> 256, 2;  256 -> 512, 1;  512 -> 1, 1
 
-An output sees 70 x 70 pixels. All convolutions but the first and last are normed. The published
-network has batch norm there, whose running statistics are a state that this one does not have, and
-which ties a logit to the other images of its device. The default, group norm, takes its statistics
-within one image and a few channels of a layer; "rms_norm" within one pixel, which keeps
+An output sees 70 x 70 pixels. All convolutions but the first and last are followed by a norm. The
+published network has batch norm there, which would need running statistics as state, and ties a
+logit to the other images of its device. Here the default is group norm, whose statistics are those
+of one image and a few channels of a layer; those of "rms_norm" are of one pixel, which keeps
 patches independent.
 """
 
@@ -28,7 +28,7 @@ EPSILON = 1e-5
 
 
 class Discriminator(nn.Module):
-    """Images in [-1, 1] to logits, in float32, one for each patch: high where it looks real."""
+    """Maps images in [-1, 1] to float32 logits, one for each patch: high where it looks real."""
 
     width: int = 64  # of the first layer
     layers: int = 3  # of stride 2
@@ -38,7 +38,7 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w 1"]:
-        """Raises ValueError where the images are smaller than 3 * 2 ** layers or norm unknown."""
+        """Raises ValueError for images smaller than 3 * 2 ** layers, and for an unknown norm."""
         smallest = 3 * 2**self.layers
         if min(images.shape[1:3]) < smallest:
             raise ValueError(f"the discriminator needs images of {smallest} pixels a side or more")

@@ -1,15 +1,15 @@
 """The perceptual losses that a config chooses from, by name.
 
-    lpips_vgg   LPIPS on VGG16, what DC-AE was trained with; needs published weights
+    lpips_vgg   LPIPS on VGG16, with which DC-AE was trained; needs published weights
     lpips_alex  LPIPS on AlexNet
-    laplacian   needs no weights: the error in four octaves of detail, finest first
+    laplacian   the error in four octaves of detail, finest first; needs no weights
     none        0
 
     distance, params = make_perceptual("laplacian")
     loss = distance(params, reconstructions, images).mean()  # images in [-1, 1]
 
-`params` is an argument of the distance so that a jitted step takes weights as inputs, not as
-constants in its program. Nothing is ever trained in them.
+`params` is an argument of the distance so that a jitted step takes the weights as inputs, not as
+constants of its program. They are never trained.
 """
 
 from collections.abc import Callable
@@ -33,13 +33,15 @@ BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 def laplacian(
     reconstructions: Float[Array, "B H W C"], images: Float[Array, "B H W C"], levels: int = 4
 ) -> Float[Array, " B"]:
-    """The stand-in for LPIPS: the mean absolute error of every band of a Laplacian pyramid, summed.
+    """Returns the summed mean absolute errors of the bands of a Laplacian pyramid.
 
-    A band is what a binomial blur takes away, the next is of the blurred picture at half the size.
-    With means instead of sums, this is the Lap1 loss of Bojanowski et al. (arXiv 1707.05776,
-    section 3.2). Against L1, it multiplies the weight of detail, which plain L1 blurs; against
-    LPIPS, it knows nothing of textures, and does not forgive that one is drawn a little elsewhere.
-    Sides of fewer than 2 ** levels pixels raise ValueError.
+    A band is the part of the picture that a binomial blur removes; the next band is that of the
+    blurred picture at half the size. With means instead of sums, this is the Lap1 loss of
+    Bojanowski et al. (arXiv 1707.05776, section 3.2). It stands in for LPIPS. Unlike L1, it gives
+    weight to detail, which L1 blurs; unlike LPIPS, it knows nothing of textures, and does not
+    forgive a texture that is drawn a little elsewhere.
+
+    Raises ValueError for sides of fewer than 2 ** levels pixels.
     """
     if min(images.shape[1:3]) < 2**levels:
         raise ValueError(f"a Laplacian pyramid of {levels} levels needs {2**levels} pixels a side")
@@ -53,7 +55,7 @@ def laplacian(
 
 
 def _blur(x: Array, axis: int) -> Array:
-    """With the binomial kernel along an axis, the border repeated."""
+    """Blurs with the binomial kernel along an axis, the border repeated."""
     size = x.shape[axis]
     padding = [(0, 0)] * x.ndim
     padding[axis] = (2, 2)
@@ -72,7 +74,7 @@ def _lpips(tower: str, weights: str | Path | None, dtype: Dtype) -> tuple[Distan
 
 
 def _without_weights(name: str, distance: Distance, weights, dtype) -> tuple[Distance, Any]:
-    del dtype  # both compute in float32
+    del dtype  # the losses without weights compute in float32
     if weights:
         raise UserError(f"perceptual loss {name} takes no weights: leave {weights} out")
     return distance, {}
@@ -95,10 +97,16 @@ PERCEPTUAL = {f"lpips_{tower}": partial(_lpips, tower) for tower in lpips.TOWERS
 def make_perceptual(
     name: str, weights: str | Path | None = None, dtype: Dtype = jnp.float32
 ) -> tuple[Distance, Any]:
-    """(distance, params) of the loss with that name; `weights` as metrics/lpips.py reads them.
+    """Returns the (distance, params) of the loss `name`.
 
-    `dtype`: what LPIPS' convolutions compute in. Raises UserError for an unknown name, and where
-    weights are missing, unfit, or given to a loss that has none.
+    Args:
+      name: a key of PERCEPTUAL.
+      weights: the files of weights, as metrics/lpips.py reads them.
+      dtype: the type that the convolutions of LPIPS compute in.
+
+    Raises:
+      UserError: the name is unknown, or the weights are missing, unfit, or given to a loss that has
+        none.
     """
     if name not in PERCEPTUAL:
         raise UserError(f"perceptual loss {name!r} is not one of {', '.join(PERCEPTUAL)}")

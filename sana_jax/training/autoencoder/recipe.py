@@ -1,4 +1,4 @@
-"""What the autoencoder files in configs/ start from: a recipe with its defaults."""
+"""The autoencoder recipe with its defaults, from which the files in configs/ start."""
 
 import dataclasses
 from typing import Any
@@ -19,14 +19,14 @@ from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_schedu
 
 @dataclasses.dataclass(frozen=True)
 class CachingLoaderConfig(LoaderConfig):
-    """That of a run which keeps decoded images in memory, up to so many GiB of each host's."""
+    """The loader of a run which keeps decoded images in memory."""
 
-    cache_gib: float = 4.0
+    cache_gib: float = 4.0  # at most, on each host
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """The held-out images that a phase is measured on, before and after."""
+    """The held-out images on which a phase is measured, before and after."""
 
     images: int = 1000
     batch_size: int = 32
@@ -38,7 +38,7 @@ class EvaluationConfig:
 
 
 def check_figures(config: ConfigDict) -> None:
-    """Raises UserError for figures of a recipe that what uses them would refuse late."""
+    """Raises UserError for figures of a recipe that would otherwise be refused late in a run."""
     check_least(config, {"data.shapes.test": 1})
     read_group(LoopConfig, {"steps": 0} | config.loop.to_dict(), "config.loop")
     read_group(CachingLoaderConfig, config.loader.to_dict(), "config.loader")
@@ -85,13 +85,12 @@ PHASES = {
 
 
 def autoencoder(network: DCAEConfig) -> ConfigDict:
-    """DC-AE in three phases (arXiv 2410.10733, section 3.3 and appendix A).
+    """Returns DC-AE's recipe of three phases (arXiv 2410.10733, section 3.3 and appendix A).
 
-    The learning rates, decays and betas are the paper's; so is what trains, as far as it says: its
-    "head layers" are taken to be the single convolutions around the latent and before the pixels.
-    Steps, batches, loss weights and the moving average are unpublished, and ours.
+    The learning rates, decays and betas are the paper's. So are the layers that train, as far as it
+    names them: we take its "head layers" to be the single convolutions around the latent and before
+    the pixels. Steps, batches, loss weights and the moving average are unpublished, and ours.
     """
-
     return ConfigDict(
         {
             "seed": 0,
@@ -113,12 +112,12 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
                 "shapes": {"train": ((128, 20_000), (256, 4_000)), "test": 1000, "seed": 0},
             },
             "loader": as_group(CachingLoaderConfig()),
-            # Those to run, in order; each starts from the last one's moving average.
+            # The phases to run, in order; each starts from the moving average of the one before.
             "run": tuple(PHASES),
             "phases": {name: as_group(phase) for name, phase in PHASES.items()},
             "evaluation": as_group(EvaluationConfig()),
-            "scale_images": 2048,  # the latents' scaling factor is measured on so many
-            # Without the steps, which are the phases'.
+            "scale_images": 2048,  # on which the latents' scaling factor is measured
+            # Without `steps`, which each phase has.
             "loop": as_group(LoopConfig(0, images_every=1000), "steps", "evaluate_every"),
             "keep": 3,  # checkpoints
         }
@@ -126,12 +125,12 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
 
 
 def read_phase(fields: dict[str, Any], key: str = "config.phases.*") -> Phase:
-    """A phase from its part of the config. Raises UserError, with `key` before the name."""
+    """Reads a phase from its part of the config. Raises UserError, with `key` before the name."""
     return read_group(Phase, fields, key)
 
 
 def check_phase(name: str, phase: Phase, network: DCAEConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for sizes that do not divide, and options that nothing knows."""
+    """Raises UserError for sizes that do not divide, and for unknown or unfit options."""
     key = f"config.phases.{name}"
     if phase.image_size % network.factor:
         raise UserError(

@@ -3,9 +3,9 @@
     WORKDIR/PHASE/checkpoints, metrics.jsonl, tensorboard/, images/    while it trains
     WORKDIR/PHASE/model/          its moving average when it is over: a native folder
     WORKDIR/PHASE/results.json    held-out figures before and after, the training time
-    WORKDIR/model/                that of the last phase
+    WORKDIR/model/                the model of the last phase
 
-A phase whose results are there is over; the others resume from their newest checkpoint.
+A phase that has results.json is over; the others resume from their newest checkpoint.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.watchdog import Watchdog
 
 SHOWN = 8  # images in a sheet of reconstructions
-# What may change from one run in a folder to the next. Not the steps: schedules depend on them.
-# What `start` and `perceptual.weights` name may move: it is told by its content.
+# Keys that may change from one run in a folder to the next; not the steps, on which schedules
+# depend. The files that `start` and `perceptual.weights` name may move: their content is compared.
 FREE = (
     *("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir"),
     *("start", "perceptual.weights"),
@@ -66,10 +66,10 @@ FREE = (
 
 
 class AutoencoderTraining:
-    """A config made ready: what it names is there and fits together; nothing is written yet."""
+    """A training made ready by its config, whose parts exist and fit; nothing is written yet."""
 
     def __init__(self, config: ConfigDict, workdir: str):
-        """Raises UserError, naming the key, for what cannot be trained."""
+        """Raises UserError, naming the key, for a config that cannot be trained."""
         self.config, self.workdir = config, local(workdir)
         try:
             self.network = DCAEConfig(**config.network.to_dict())
@@ -102,7 +102,7 @@ class AutoencoderTraining:
                 self.tasks[name] = AutoencoderTask(
                     self.model, discriminator, phases[name], distance
                 )
-            except (ValueError, UserError) as error:  # ValueError: of a network that is traced
+            except (ValueError, UserError) as error:  # networks raise ValueError as they are traced
                 raise UserError(f"config.phases.{name}: {error}") from None
         running = {name: phases[name] for name in config.run}
         self.data = AutoencoderData(config, self.workdir / "data", self.mesh, running)
@@ -114,17 +114,21 @@ class AutoencoderTraining:
             return self.model.apply({"params": params}, images, method=method)
 
         self._encode = jax.jit(partial(apply, method="encode"))
-        # Whole on every host: each computes the same figures of it.
+        # Whole on every host, as each computes the same figures from it.
         self._reconstruct = jax.jit(apply, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def run(self) -> None:
-        """Does what is left to do. Raises what `loop.fit` does."""
+        """Runs the phases that are left.
+
+        Raises the errors of `loop.fit`, and UserError where a phase that is over was trained by
+        another config or from another model.
+        """
         before, parent = self._given
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
             about = self._about(number, task.phase, parent)
             if hosts.on_first_host((folder / "results.json").exists):
-                # What is free now may not have been then.
+                # Keys that are free now may not have been free when the phase ran.
                 then = _fixed(read_json(folder / "results.json").get("about", {}))
                 now = _fixed(about)
                 if changed := [key for key in now | then if then.get(key) != now.get(key)]:
@@ -142,23 +146,23 @@ class AutoencoderTraining:
                 _copy_model(folder / "model", self.workdir / "model")
 
     def _everywhere(self, array: np.ndarray) -> Array:
-        """On every device, once: as an argument from the host it would go there with every step."""
+        """Puts an array on every device, lest it be sent from the host with every step."""
         whole = NamedSharding(self.mesh, PartitionSpec())
         return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
 
     def _about(self, number: int, phase: Phase, parent: str | None) -> dict[str, Any]:
-        """The config with one phase, and the model that it starts from, as JSON gives it back."""
+        """Returns the config of one phase and the model it starts from, as read back from JSON."""
         about = {key: value for key, value in self.config.to_dict().items() if key != "phases"}
         about |= {"run": self.config.run[: number + 1], "from": parent}
         if self._loss_sha256:
             about["perceptual_weights"] = self._loss_sha256
         phase = dataclasses.asdict(phase)
-        if not phase["l2"]:  # runs that began before it was there have none
+        if not phase["l2"]:  # runs that began before this loss existed have none
             del phase["l2"]
         return json.loads(json.dumps(about | {"phase": phase}))
 
     def _open(self, folder: Path) -> tuple[Checkpoint, str]:
-        """A model that a phase starts from, and its fingerprint."""
+        """Returns a model that a phase starts from, and its fingerprint."""
         checkpoint = open_checkpoint(str(folder))
         known = dataclasses.replace(self.network, scaling_factor=checkpoint.vae.scaling_factor)
         if checkpoint.vae != known:
@@ -190,7 +194,7 @@ class AutoencoderTraining:
             called = {"key": f"config.phases.{name}.steps", "name": name}
             session = Session(checkpoints, loader, self.mesh, loop, **called)
             state = session.begin(abstract, lambda: self._start(create, before))
-            # One of a run that was cut short before its first checkpoint may be of another model.
+            # A run cut short before its first checkpoint may leave the figures of another model.
             if not session.first or not hosts.on_first_host((folder / "before.json").exists):
                 hosts.log_first_host(f"{name}: measuring the held-out images")
                 _write(folder / "before.json", self._figures(state.ema, held_out))
@@ -203,7 +207,7 @@ class AutoencoderTraining:
             )
             hosts.log_first_host(f"{name}: measuring the latents and the held-out images")
             factor = before.vae.scaling_factor if before else self.network.scaling_factor
-            if any(jax.tree.leaves(task.mask["encoder"])):  # else the latents are as they were
+            if any(jax.tree.leaves(task.mask["encoder"])):  # otherwise the latents have not changed
                 factor = self._scaling_factor(state.ema, loader)
             results = {
                 "phase": name,
@@ -234,7 +238,7 @@ class AutoencoderTraining:
         return jax.default_matmul_precision(None if narrow else "float32")
 
     def _start(self, create, before: Checkpoint | None) -> TrainState:
-        """The state of step 0, with the autoencoder of the phase before."""
+        """Returns the state of step 0, with the autoencoder of the phase before."""
         state = create()
         if before is None:
             return state
@@ -244,19 +248,19 @@ class AutoencoderTraining:
         )
 
     def _figures(self, params: Any, held_out: dict[int, EvaluationLoader]) -> dict[str, Any]:
-        """Held-out figures by image size."""
+        """Returns the figures on held-out images, by image size."""
         reconstruct = partial(self._reconstruct, params)
         values = self.network.latent_channels / self.network.factor**2
 
         def row(loader: EvaluationLoader) -> dict[str, Any]:
-            # One for each size: what compiles is before the first beat.
+            # A watchdog for each size, which compiles before its first beat.
             with Watchdog(self.config.loop.watchdog_seconds) as dog:
                 return figures(reconstruct, loader, values, on_batch=lambda count: dog.beat())
 
         return {str(size): row(loader) for size, loader in held_out.items()}
 
     def _scaling_factor(self, params: Any, loader: TrainingLoader) -> float:
-        """1 / root mean square of the latents of training images, as the phase sees them."""
+        """Returns 1 / root mean square of the latents of the phase's training images."""
         squares = []
         with Watchdog(self.config.loop.watchdog_seconds) as dog:
             for step in range(max(1, self.config.scale_images // loader.batch_size)):
@@ -266,10 +270,10 @@ class AutoencoderTraining:
         return float(1 / np.sqrt(np.mean(squares)))
 
     def _export(self, folder: Path, params: Any, results: dict, before: Checkpoint | None) -> None:
-        """The parameters as a native folder, which says what they went through."""
+        """Writes the parameters as a native folder, whose provenance lists their phases."""
         network = dataclasses.replace(self.network, scaling_factor=results["scaling_factor"])
         made = before.provenance if before else {}
-        history = made.get("autoencoder", made).get("phases", [])  # of a whole model, or of this
+        history = made.get("autoencoder", made).get("phases", [])  # a whole model has it by part
         provenance = {"trained": True, "phases": [*history, results]}
         model = Checkpoint(
             network, params={"vae": hosts.gather_arrays(params)}, provenance=provenance
@@ -278,7 +282,7 @@ class AutoencoderTraining:
 
 
 def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """`about` without what is FREE."""
+    """Returns `about` without the keys that are FREE."""
     return {
         key: _fixed(value, f"{above}{key}.") if isinstance(value, dict) else value
         for key, value in about.items()
@@ -287,7 +291,7 @@ def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _copy_model(model: Path, target: Path) -> None:
-    """Puts `model` at `target` as a whole, unless it is there."""
+    """Copies `model` to `target` as a whole, unless it is there already."""
     if (target / "model.json").exists() and checkpoint_hash(target) == checkpoint_hash(model):
         return
     with replace_folder(target) as part:
@@ -295,7 +299,7 @@ def _copy_model(model: Path, target: Path) -> None:
 
 
 def _training_seconds(folder: Path, phase: Phase) -> float:
-    """The time of all steps, those before a restart too, without pauses, by the metrics."""
+    """Returns the time of all steps, also before restarts, without pauses, by the metrics."""
     seconds, last = 0.0, 0
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -306,7 +310,7 @@ def _training_seconds(folder: Path, phase: Phase) -> float:
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:
-    """JSON that is there as a whole or not at all."""
+    """Writes a JSON file on the first host; it appears as a whole or not at all."""
     content = (json.dumps(contents, indent=2) + "\n").encode()
     with storage(path):
         hosts.on_first_host(write_atomically, epath.Path(path), content)

@@ -2,7 +2,7 @@
 
 DC-AE (arXiv 2410.10733, section 3.3) trains everything at low resolution on reconstruction losses,
 then the middle at high resolution, then the decoder's head at low resolution with an adversarial
-loss beside the others. A phase is a `Phase`: which parameters train, on what losses.
+loss beside the others. A `Phase` says which parameters train, and on what losses.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from sana_jax.training.optimizers.masks import stop_frozen, trainable_mask
 from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_optimizer
 from sana_jax.training.state import TrainState, advance, all_finite, new_state, update_ema
 
-LAST_LAYER = ("decoder", "conv_out")  # what the adaptive weight compares gradients at
+LAST_LAYER = ("decoder", "conv_out")  # whose gradients the adaptive weight compares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Phase:
     autoencoder: OptimizerConfig
     discriminator: OptimizerConfig = OptimizerConfig()
     l1: float = 1.0
-    l2: float = 0.0  # of squares: large errors, as at edges, count for more, small ones for less
+    l2: float = 0.0  # squares give more weight to large errors, as at edges
     perceptual: float = 0.25
     adversarial: float = 0.0  # times the adaptive weight; 0: there is no discriminator
     microbatches: int = 1
@@ -54,13 +54,13 @@ class Phase:
 
 
 class AutoencoderTask:
-    """The networks of a phase, how their state starts and how a step changes it."""
+    """The networks of a phase, the start of their state, and the step that changes it."""
 
     def __init__(self, model: DCAE, discriminator: Discriminator, phase: Phase, distance: Distance):
         """`distance` is a perceptual loss of perceptual.py.
 
-        Raises UserError for a phase whose patterns match nothing, or whose adversarial loss has no
-        last layer to be weighed at.
+        Raises UserError for a phase whose patterns match nothing, or which has an adversarial loss
+        but does not train the last layer, where that loss is weighed.
         """
         self.model, self.discriminator, self.phase = model, discriminator, phase
         self.distance = distance
@@ -79,7 +79,7 @@ class AutoencoderTask:
             self.discriminator_tx, _ = make_optimizer(phase.discriminator, shapes, phase.steps)
 
     def init(self, key: Array) -> TrainState:
-        """The state of step 0, its parameters boxed with their logical axes."""
+        """Returns the state of step 0, its parameters boxed with their logical axes."""
         of_autoencoder, of_discriminator, rest = jax.random.split(key, 3)
         boxed = self._init_autoencoder(of_autoencoder)
         params, opt_state = {"autoencoder": boxed}, {"autoencoder": self.tx.init(boxed)}
@@ -92,9 +92,10 @@ class AutoencoderTask:
     def step(
         self, state: TrainState, batch: dict[str, Array], perceptual_params: Any
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One update on {"image": float32 (B, H, W, 3) in [-1, 1]}, and its metrics.
+        """Returns the state after one update, and the update's metrics.
 
-        `perceptual_params` are those of the distance.
+        `batch` is {"image": float32 (B, H, W, 3) in [-1, 1]}; `perceptual_params` are the
+        parameters of the distance.
         """
         phase, params = self.phase, state.params
         gradients = self._gradients(params, perceptual_params)
@@ -130,7 +131,10 @@ class AutoencoderTask:
         return state, metrics | {"gradient_norm": norm, "learning_rate": self.schedule(done)}
 
     def _gradients(self, params: Any, perceptual_params: Any) -> Callable[[Array], dict]:
-        """What a microbatch gives: means, so that those of all microbatches can be averaged."""
+        """Returns the function of a microbatch that computes metrics and gradients.
+
+        All of them are means over rows, so that they can be averaged over microbatches.
+        """
         phase = self.phase
 
         def reconstruction_loss(reconstructions, images):

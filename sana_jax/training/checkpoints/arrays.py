@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: read as they are wanted now, and believed only when they verify."""
+"""Reads a checkpoint's arrays, with the shardings wanted now, and verifies their fingerprints."""
 
 import contextlib
 import re
@@ -14,17 +14,17 @@ from sana_jax.runtime.hosts import raise_together
 from sana_jax.training.checkpoints.checksums import checksums
 from sana_jax.training.checkpoints.document import Document, brief, some
 
-# TensorStore's codes for a storage that does not answer.
+# TensorStore's codes for storage that does not answer.
 _AWAY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
 
 
 class Damaged(Exception):
-    """A step that cannot be restored; the message says what of it."""
+    """A step cannot be restored; the message names the damaged part."""
 
 
 @contextlib.contextmanager
 def damage(what: str):
-    """Makes a Damaged of what is raised for bytes that are not as they were written."""
+    """A context that turns errors of reading `what` into Damaged, or Retry if storage fails."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -40,16 +40,16 @@ def damage(what: str):
 
 
 def read_arrays(folder: epath.Path, document: Document, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a step, verified; collective.
+    """Returns the arrays of a step, verified; collective.
 
     Args:
-      folder: of the step.
-      document: that of the step.
-      wanted: the leaves to read by their names, as arrays or ShapeDtypeStructs.
+      folder: the step's folder.
+      document: the step's document.
+      wanted: the leaves to read, by name, as arrays or ShapeDtypeStructs.
 
     Raises:
-      Damaged: where they are not as they were when they were saved.
-      Retry: where the storage does not answer.
+      Damaged: on all hosts, where an array differs from the one that was saved.
+      Retry: on all hosts, where the storage does not answer.
     """
     abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
     saved = {name: leaf[2] for name, leaf in document["leaves"].items()}
@@ -76,13 +76,13 @@ def _restore(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Arra
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    # Without a Checkpointer around it, which waits for hosts that may have failed.
+    # Not in a Checkpointer, which would wait for hosts that may have failed.
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(folder, args=args)
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """A tree's leaves by their "/"-joined paths, and how to put them together again."""
+    """Returns a tree's leaves by their "/"-joined paths, and the tree's structure."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), treedef
@@ -93,7 +93,7 @@ def _is_key(leaf) -> bool:
 
 
 def unwrapped(leaf):
-    """PRNG keys are saved as their data."""
+    """Returns the array that is saved for a leaf: of a PRNG key, its data."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
@@ -105,7 +105,7 @@ def _abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def wrapped(arrays: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
-    """Leaves in the order of `wanted`; where that has a PRNG key, a key of the array's data."""
+    """Returns the leaves in the order of `wanted`; the data of a PRNG key becomes a key again."""
 
     def wrap(array, leaf):
         return jax.random.wrap_key_data(array, impl=_impl(leaf)) if _is_key(leaf) else array

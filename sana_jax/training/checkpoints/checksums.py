@@ -1,8 +1,9 @@
-"""Fingerprints of arrays: what tells a damaged checkpoint, which Orbax reads without complaint.
+"""Fingerprints of arrays: they reveal a damaged checkpoint, which Orbax reads without complaint.
 
 The fingerprint of an array is sum_i mix(bits_i ^ mix(i)) mod 2**32 over its elements i, with `mix`
-the finaliser of MurmurHash3, a bijection: any change of one element changes it, and any other
-change but for one in 2**32. Addition has no order, so neither the mesh nor the files matter.
+the finaliser of MurmurHash3, a bijection. Any change of one element changes the fingerprint; of
+other changes, one in 2**32 goes unnoticed. Addition has no order, so the fingerprint depends
+neither on the mesh nor on the files.
 """
 
 from typing import Any
@@ -13,9 +14,9 @@ from jaxtyping import Array, UInt32
 
 
 def checksums(tree: Any) -> Any:
-    """The fingerprint of every leaf, as a tree of ints; waits for the leaves.
+    """Returns the fingerprint of every leaf, as a tree of ints; waits for the leaves.
 
-    Leaves are arrays of numbers, truth values or PRNG keys, on devices or not, sharded or not.
+    Leaves are arrays of numbers, booleans or PRNG keys, on devices or not, sharded or not.
     """
     return jax.tree.map(int, jax.device_get(_checksums(tree)))
 
@@ -35,7 +36,7 @@ def _checksum(array: Array) -> UInt32[Array, ""]:
 
 
 def _bits(array: Array) -> UInt32[Array, "..."]:
-    """The bits of each element; of one with 64, as two along a new last axis."""
+    """The bits of each element; an element of 64 bits becomes two along a new last axis."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:

@@ -1,6 +1,6 @@
-"""The document beside a checkpoint's arrays, which says what run it is of: its parts as JSON.
+"""The JSON document beside a checkpoint's arrays, which identifies the run that saved them.
 
-`keys`, `show` and `some` are for messages about two documents that differ.
+`keys`, `show`, `some` and `brief` are for comparing documents and for messages.
 """
 
 import base64
@@ -10,7 +10,8 @@ from typing import Any
 
 Document = dict[str, Any]
 
-# Keys of a config that may change from one run to the next in the same folder, as globs.
+# Globs of the config's keys that may change between two runs in the same folder, unless the caller
+# of Checkpoints gives its own.
 FREE = (
     "steps",
     "*_every",
@@ -23,30 +24,30 @@ FREE = (
     "loader.*",
 )
 
-ABSENT = object()  # in place of a value, where a document lacks a key
+ABSENT = object()  # stands for the value of a key that a document lacks
 
 
 def sha256(document: Document) -> str:
-    """The hash of a document, whatever the order of its keys."""
+    """Returns the hash of a document, which does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def encode(iterator: Any) -> Any:
-    """An iterator's state as JSON; grain gives a dict or bytes."""
+    """Returns a data iterator's state as JSON; grain's states are dicts or bytes."""
     if isinstance(iterator, bytes):
         return {"base64": base64.b64encode(iterator).decode()}
     return {"json": iterator}
 
 
 def decode(encoded: Document) -> Any:
-    """An iterator's state, of what `encode` made of it."""
+    """Returns the data iterator's state that `encode` was given."""
     if "base64" in encoded:
         return base64.b64decode(encoded["base64"])
     return encoded["json"]
 
 
 def keys(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested document as {"a.b": value}."""
+    """Flattens a nested document to {"a.b": value}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     flat = {}
@@ -56,17 +57,17 @@ def keys(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def show(tree: dict[str, Any], key: str) -> str:
-    """A value of what `keys` gives, for a message."""
+    """Returns the value of `key` in a tree flattened by `keys`, as text for a message."""
     value = tree.get(key, ABSENT)
     return "absent" if value is ABSENT else value if isinstance(value, str) else json.dumps(value)
 
 
 def some(lines: list[str], most: int = 10) -> str:
-    """The first lines, and how many more there are."""
+    """Returns the first `most` lines, and the number of the others, for a message."""
     more = f" and {len(lines) - most} more" if len(lines) > most else ""
     return ", ".join(lines[:most]) + more
 
 
 def brief(error: Exception) -> str:
-    """An error in one line: its kind and the start of its message."""
+    """Returns an error in one line: its type and the start of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.200}"

@@ -1,12 +1,12 @@
-"""Checkpoints of a training run: saved beside the training, believed only when they verify.
+"""Checkpoints of a training run: saved while it trains, restored only when they verify.
 
 Orbax writes and restores the arrays. It neither detects bit rot nor goes back to an older step, so
-each step holds a document besides: the config, the data it was trained on, the state of every
+each step also has a document: the config, a fingerprint of the training data, the state of every
 host's data iterator, and the fingerprint of every leaf (document.py, checksums.py).
 
     workdir/checkpoints/1200/state   arrays, under their "/"-joined paths
     workdir/checkpoints/1200/run     the document
-    workdir/checkpoints/1400.bad     a step that did not verify when 1200 did
+    workdir/checkpoints/1400.bad     a damaged step, renamed when step 1200 was restored instead
 """
 
 import contextlib
@@ -51,17 +51,17 @@ from sana_jax.training.checkpoints.document import (
 
 State = TypeVar("State")
 
-SAVE_ATTEMPTS = 3  # failures in a row before the run gives up
+SAVE_ATTEMPTS = 3  # this many failures in a row end the run
 
-_TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax'
+_TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's namess names
 
 
 class Checkpoints:
-    """The checkpoints of a folder, in a context in which no other run writes there.
+    """The checkpoints of a folder; a context in which no other run writes there.
 
-    Raises UserError where another run does; an object store has no locks, mounted or not. All
-    methods but `steps` are collective, and what is in the folder is for the first host to say:
-    others may see it later.
+    Raises UserError where another run does. (An object store has no locks, mounted or not.) All
+    methods but `steps` are collective. The first host alone lists the folder, since on shared
+    storage other hosts may see a new file later.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Checkpoints:
         """
         Args:
           workdir: the folder of the run, made if missing; it may be remote.
-          config: all that decides the run, as JSON; a run of another is not resumed.
-          data: what stands for the data set (files, sizes, hashes, seed); likewise.
-          keep: how many of the latest steps stay.
-          keep_every: steps that are multiples of it stay for good.
-          free: globs of keys of the config that may change, dots between levels.
+          config: everything that decides the run, as JSON; a run of another config is refused.
+          data: identifies the data set (files, sizes, hashes, seed); other data is refused too.
+          keep: how many of the latest steps are kept.
+          keep_every: steps that are multiples of it are kept for good.
+          free: globs of keys of the config that may change, with dots between levels.
         """
         self.workdir, self.folder = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
         self._remote = not is_local(workdir)
@@ -90,7 +90,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._stack, self._failures = contextlib.ExitStack(), 0
         self._saving: tuple[int, bool] | None = None
-        self.last_good: int | None = None  # newest step saved outside a streak of NaN
+        self.last_good: int | None = None  # newest step that was not saved in a streak of NaN
 
     def __enter__(self) -> "Checkpoints":
         about = {key: x for key, x in keys(self._about).items() if not self._may_change(key)}
@@ -117,33 +117,33 @@ class Checkpoints:
     def __exit__(self, kind, *error) -> None:
         with self._stack:
             try:
-                if kind is None:  # or other hosts may not come here
+                if kind is None:  # after an error other hosts may not come here
                     self.wait()
             finally:
                 self._close()
 
     def steps(self) -> list[int]:
-        """The steps that are there, in order, whether they verify or not."""
+        """Returns the steps in the folder, in order, whether they verify or not."""
         paths = self.folder.iterdir() if self.folder.exists() else ()
         return sorted(int(p.name) for p in paths if p.name.isdecimal() and self._is_finished(p))
 
     def _is_finished(self, path: epath.Path) -> bool:
-        """Whether a save came to its end: it renames its folder, or marks it on an object store."""
+        """A save that ends renames its folder or, on an object store, marks it."""
         return not self._remote or (path / _FINISHED).exists()
 
     def restore(self, abstract: State, batches: Any = None) -> State | None:
-        """The newest state that verifies, or None where there is no checkpoint at all.
+        """Returns the newest state that verifies, or None where there is no checkpoint at all.
 
         Args:
-          abstract: a tree of ShapeDtypeStructs with the shardings that are wanted now; the mesh
-            may differ from the one that saved.
-          batches: the data iterator of this host; its `set_state` is given what was saved, or
-            what its `share` makes of all hosts' states where there were more hosts, or fewer.
+          abstract: a tree of ShapeDtypeStructs with the shardings wanted now; the mesh may differ
+            from that of the run which saved.
+          batches: the data iterator of this host. Its `set_state` is given the saved state; where
+            the number of hosts has changed, the result of `batches.share` on all hosts' states.
 
         Raises:
-          UserError: where the config, the data or the shapes are not those of the checkpoint.
-          DoNotRetry: where no checkpoint verifies.
-          Retry: where the storage does not answer.
+          UserError: the config, the data or the shapes are not those of the checkpoint.
+          DoNotRetry: no checkpoint verifies.
+          Retry: the storage does not answer.
         """
         wanted, treedef = flatten(abstract)
         bad: dict[int, str] = {}
@@ -169,16 +169,16 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: Any, iterator: Any = None, good: bool = True) -> None:
-        """Starts to save; returns when the arrays may change. Waits for the save before it.
+        """Starts to save, after the last save has ended; returns when the arrays may change.
 
         Args:
-          step: of the state; one that is there already is not saved again.
+          step: the state's step; a step that is in the folder is not saved again.
           state: a tree of arrays.
-          iterator: what `get_state` of this host's data iterator gave after that step.
+          iterator: the state of this host's data iterator after that step.
           good: whether the last update was applied.
 
         Raises:
-          Retry: when saving failed SAVE_ATTEMPTS times in a row; one failure is a warning.
+          Retry: saving failed SAVE_ATTEMPTS times in a row; a single failure is logged.
         """
         self.wait()
         if step in on_first_host(self.steps):
@@ -202,13 +202,13 @@ class Checkpoints:
         self._forgive(lambda: self._open().save(step, args=args, force=True))
 
     def save_surely(self, step: int, state: Any, iterator: Any = None, good: bool = True) -> None:
-        """Saves what no later save makes up for, and waits. Raises Retry as `save` does."""
+        """Saves, and tries again until the step is on disk. Raises Retry as `save` does."""
         while step not in on_first_host(self.steps):
             self.save(step, state, iterator, good)
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the save that was started is on disk. Raises Retry as `save` does."""
+        """Waits until the save that was started is on disk. Raises Retry as `save` does."""
         if self._saving is None:
             return
         step, good = self._saving
@@ -236,7 +236,7 @@ class Checkpoints:
         return self._manager
 
     def _sweep(self) -> None:
-        """Removes what saves that were cut short left behind."""
+        """Removes the remains of saves that were cut short."""
         for path in self.folder.iterdir() if jax.process_index() == 0 else ():
             unfinished = path.name.isdecimal() and not self._is_finished(path)
             if unfinished or _TEMPORARY in path.name:
@@ -245,19 +245,19 @@ class Checkpoints:
     def _close(self) -> None:
         manager, self._manager = self._manager, None
         if manager is not None:
-            with contextlib.suppress(Exception):  # of a save that failed, or is given up
+            with contextlib.suppress(Exception):  # the error of a save that failed or was given up
                 manager.close()
 
     def _forgive(self, action: Callable[[], Any]) -> bool:
-        """Whether a part of a save succeeds on all hosts; raises Retry as `save` does.
+        """Returns whether a part of a save succeeds on all hosts; raises Retry as `save` does.
 
-        What a manager remembers after a failure cannot be trusted.
+        After a failure the manager is closed, since its memory cannot be trusted.
         """
         try:
             raise_together(action)
         except jax.errors.JaxRuntimeError:
             raise
-        except Exception as error:  # Orbax and TensorStore raise what they like for a full disk
+        except Exception as error:  # Orbax and TensorStore raise various errors for a full disk
             step, _ = self._saving
             self._saving, self._failures = None, self._failures + 1
             self._close()
@@ -306,7 +306,7 @@ class Checkpoints:
         return any(fnmatch.fnmatch(key, glob) for glob in self._free)
 
     def _position(self, step: int, document: Document, batches: Any) -> Any:
-        """The state of this host's data iterator."""
+        """Returns the state of this host's data iterator."""
         states, hosts = [decode(state) for state in document["iterators"]], jax.process_count()
         if len(states) == hosts:
             return states[jax.process_index()]
@@ -318,7 +318,7 @@ class Checkpoints:
         return batches.share(states)
 
     def _set_aside(self, bad: dict[int, str], step: int) -> None:
-        """Renames the steps that were found damaged, now that an older one is not."""
+        """Renames the damaged steps, now that the older `step` has verified."""
         for damaged, reason in bad.items():
             line = f"checkpoint {damaged} is damaged ({reason}); going back to step {step}"
             logging.error("%s", line)
@@ -338,17 +338,17 @@ class Checkpoints:
 
 
 def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:
-    """The newest good checkpoint that verifies: its document, and one part of its state.
+    """Returns the document and one part of the state of the newest good checkpoint that verifies.
 
-    Nothing is changed in the folder, where a run may be going on.
+    Changes nothing in the folder, where a run may be going on.
 
     Args:
       workdir: the folder of the run.
-      part: a field of the state, which is returned as nested dicts of NumPy arrays.
+      part: a field of the state, which is returned as nested dicts of arrays.
 
     Raises:
-      UserError: where there is no checkpoint, or none that is whole and good.
-      Retry: where the storage does not answer.
+      UserError: there is no checkpoint, or none that is whole and good.
+      Retry: the storage does not answer.
     """
     checkpoints, bad = Checkpoints(workdir, {}, {}), []
     for step in reversed(on_first_host(checkpoints.steps)):

@@ -8,10 +8,10 @@ For a matrix with gradient g, in float32 (the paper's algorithm 2, without bias 
     S  = b3 S + (1 - b3) ((u - m)^2 + eps2)        the instability, kept as V is
     update = m / sqrt(S)
 
-A kept mean stands for the rank-one matrix (mean over columns) (mean over rows) / mean over both.
-As in the reference, what is a matrix is a parameter with two axes (dense layers, fused projections
-as one, modulation tables) or a 1x1 convolution; every other one (biases, norms, filters, depthwise
-or not) keeps V whole and its update is m. Stacked layers: see per_layer.py.
+The two means stand for the rank-one matrix (mean over columns) (mean over rows) / mean over both.
+As in the reference, a matrix is a parameter with two axes (dense layers, fused projections as one,
+modulation tables) or a 1x1 convolution. Every other parameter (biases, norms, filters, depthwise or
+not) keeps V in full, and its update is m. Stacked layers: see per_layer.py.
 """
 
 import math
@@ -24,19 +24,19 @@ from jaxtyping import Array, Float, Int8
 
 PyTree = Any
 
-BLOCK = 256  # at most; numbers that share a scale
+BLOCK = 256  # numbers that share a scale, at most
 MIN_QUANTISED = 16384  # a smaller parameter keeps its momentum in float32, as in the reference
 
 
 class Factored(NamedTuple):
-    """The means of a matrix over its last axis and over its last but one."""
+    """The means of a matrix over its last axis, and over its last axis but one."""
 
     rows: Float[Array, "*K I"]
     columns: Float[Array, "*K O"]
 
 
 class Quantised(NamedTuple):
-    """scale times codes; a scale for each `block_size` numbers along the last axis."""
+    """Numbers as scale times codes; a scale for each `block_size` numbers along the last axis."""
 
     codes: Int8[Array, "*K"]
     scale: Float[Array, "*J blocks"]
@@ -47,7 +47,7 @@ class Moments(NamedTuple):
 
     momentum: Float[Array, "*K"] | Quantised
     square: Float[Array, "*K"] | Factored
-    instability: Factored | tuple[()]  # nothing, where it is no matrix
+    instability: Factored | tuple[()]  # (): the parameter is no matrix
 
 
 def came(
@@ -58,14 +58,14 @@ def came(
     clip: float = 1.0,
     state_bits: int = 32,
 ) -> optax.GradientTransformation:
-    """CAME's direction, to be scaled by the learning rate and subtracted.
+    """Returns CAME; its updates are to be scaled by the learning rate and subtracted.
 
     Args:
-      b1, b2, b3: how slowly momentum, squares and instability are forgotten.
-      eps: what is added to g^2, and to the instability.
+      b1, b2, b3: the decays of momentum, squares and instability.
+      eps: eps1 and eps2 above.
       clip: the largest root mean square of u.
-      state_bits: 8 keeps the momentum of large matrices as int8, a float32 scale a block; the
-        means stay in float32.
+      state_bits: 8 keeps the momentum of large matrices as int8, with a float32 scale for each
+        block; the means stay in float32.
     """
 
     def init(params):
@@ -104,34 +104,34 @@ def came(
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
-    """Whether a parameter has factored moments: (in, out), or the same of a 1x1 convolution."""
+    """Returns whether a parameter has factored moments: (in, out), or a 1x1 convolution."""
     return len(shape) == 2 or (len(shape) == 4 and shape[:2] == (1, 1))
 
 
 def is_quantised(shape: tuple[int, ...]) -> bool:
-    """Whether a parameter's momentum is kept in 8 bits where that is asked for."""
-    # Where the width has no fair divisor the scales would cost more than the codes save.
+    """Returns whether `state_bits=8` keeps this parameter's momentum in 8 bits."""
+    # With blocks below 16 numbers, the scales would cost more than the codes save.
     return is_matrix(shape) and math.prod(shape) > MIN_QUANTISED and block_size(shape[-1]) >= 16
 
 
 def block_size(width: int) -> int:
-    """The largest divisor of the last axis up to BLOCK: a block never spans two rows."""
+    """Returns the largest divisor of the last axis up to BLOCK, so no block spans two rows."""
     return max(size for size in range(1, BLOCK + 1) if width % size == 0)
 
 
 def factor(x: Float[Array, "*K I O"]) -> Factored:
-    """The two means that are kept of a matrix."""
+    """Returns the two means that are kept of a matrix."""
     return Factored(x.mean(-1), x.mean(-2))
 
 
 def average(old: Array | Factored, new: Array, decay: float) -> Array | Factored:
-    """The moving average of a statistic, in the form that `old` has."""
+    """Returns the moving average of a statistic, factored where `old` is."""
     new = factor(new) if isinstance(old, Factored) else new
     return jax.tree.map(lambda o, n: decay * o + (1 - decay) * n, old, new)
 
 
 def inverse_root(x: Array | Factored) -> Array:
-    """x^(-1/2), of the rank-one matrix where x is factored."""
+    """Returns x^(-1/2) by element; a factored x stands for its rank-one matrix."""
     if not isinstance(x, Factored):
         return jax.lax.rsqrt(x)
     rows = jax.lax.rsqrt(x.rows / x.rows.mean(-1, keepdims=True))
@@ -139,7 +139,7 @@ def inverse_root(x: Array | Factored) -> Array:
 
 
 def quantise(x: Float[Array, "*K"]) -> Quantised:
-    """The nearest of 255 steps between plus and minus the largest of each block."""
+    """Rounds x to 255 steps between plus and minus the largest magnitude of each block."""
     size = block_size(x.shape[-1])
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     scale = jnp.abs(blocks).max(-1) / 127
@@ -148,6 +148,6 @@ def quantise(x: Float[Array, "*K"]) -> Quantised:
 
 
 def dequantise(x: Quantised) -> Float[Array, "*K"]:
-    """What the codes stand for, in float32."""
+    """Returns the numbers that the codes stand for, in float32."""
     blocks = x.codes.reshape(*x.scale.shape, -1).astype(jnp.float32)
     return (blocks * x.scale[..., None]).reshape(x.codes.shape)

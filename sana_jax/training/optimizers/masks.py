@@ -1,4 +1,4 @@
-"""Which parameters are trained and which are decayed, by their "/"-joined paths."""
+"""Masks of the parameters that are trained and that are decayed, by their "/"-joined paths."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,12 +16,15 @@ EVERYTHING = (".*",)
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for matrices and filters; norms, biases, tables and embeddings are not decayed."""
+    """Returns True for matrices and filters; norms, biases, tables and embeddings do not decay."""
     return map_with_name(lambda name, _: name.endswith("kernel"), params)
 
 
 def trainable_mask(params: PyTree, patterns: Sequence[str]) -> PyTree:
-    """True where a pattern matches the whole path. Raises UserError for one that never does."""
+    """Returns True where a pattern matches the whole path.
+
+    Raises UserError for a pattern that matches no path, or is no regular expression.
+    """
     unmatched = set(patterns)
 
     def trains(name, _):
@@ -40,12 +43,12 @@ def trainable_mask(params: PyTree, patterns: Sequence[str]) -> PyTree:
 
 
 def stop_frozen(params: PyTree, mask: PyTree) -> PyTree:
-    """Cuts the gradients of what the mask freezes, so that they are not even computed."""
+    """Cuts the gradients of the parameters that the mask freezes, so none are computed."""
     return jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, mask)
 
 
 def map_with_name(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:
-    """Maps over parameters with their "/"-joined paths; a boxed one is one leaf."""
+    """Maps `function` over the "/"-joined paths and parameters; a boxed parameter is one leaf."""
 
     def is_leaf(x):
         return isinstance(x, nn.meta.AxisMetadata | optax.MaskedNode)

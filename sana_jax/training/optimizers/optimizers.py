@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers, by name."""
+"""The optimizers and learning-rate schedules that a config names."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -29,14 +29,14 @@ class OptimizerConfig:
     learning_rate: float = 1e-4  # at the peak
     schedule: str = "constant"
     warmup_steps: int = 0
-    final_fraction: float = 0.0  # of the peak, at the last step, where the schedule falls
+    final_fraction: float = 0.0  # of the peak, left at the last step of a falling schedule
     beta1: float = 0.9
-    beta2: float = 0.999  # not of Adafactor, which has a schedule of its own
+    beta2: float = 0.999  # Adafactor has a schedule of its own instead
     beta3: float = 0.9999  # of CAME's instability
-    eps: float = 1e-8  # of Adam, and where Muon uses it
-    state_bits: int = 32  # 8: of CAME's momentum
+    eps: float = 1e-8  # of Adam, also within Muon
+    state_bits: int = 32  # 8 is possible for CAME's momentum
     weight_decay: float = 0.0
-    clip_norm: float | None = None  # global norm of the gradients of all that trains
+    clip_norm: float | None = None  # of the gradients of all trained parameters together
 
     def __post_init__(self):
         for field, table, name in (
@@ -59,21 +59,21 @@ def make_optimizer(
     steps: int,
     trainable: Sequence[str] = EVERYTHING,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of `params` and its learning rate by update.
+    """Returns the optimizer of `params`, and its learning rate as a function of the update.
 
     A frozen parameter has no state, is not decayed, does not count in the clipped norm, and stays
     as it is to the bit.
 
     Args:
-      config: the optimizer.
-      params: a tree of arrays or shapes; boxed with their logical axes, where any is a stack of
+      config: the optimizer and its schedule.
+      params: a tree of arrays or shapes; boxed with their logical axes, if any is a stack of
         layers.
-      steps: of the whole training.
-      trainable: regular expressions; a parameter whose "/"-joined path one of them matches whole
-        is trained.
+      steps: the updates of the whole training.
+      trainable: regular expressions; a parameter is trained if one of them matches its whole
+        "/"-joined path.
 
     Raises:
-      UserError: a warm-up is longer than `steps`, or a pattern matches nothing.
+      UserError: the warm-up is longer than `steps`, or a pattern matches no parameter.
     """
     schedule = make_schedule(config, steps)
     mask = trainable_mask(params, trainable)
@@ -93,22 +93,23 @@ def make_optimizer(
 
 
 def _stand_still(updates: PyTree, params: PyTree | None) -> PyTree:
-    """-0.0, which leaves every number as it is when added; 0.0 turns -0.0 into 0.0."""
+    """Returns -0.0, which added leaves every number as it is; 0.0 would turn -0.0 into 0.0."""
     return jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
 
 
 def _adamw(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
-    return optax.scale_by_adam(config.beta1, config.beta2, config.eps)  # by number: a stack is fine
+    # Adam works by element, so stacks need no per_layer.
+    return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
 
 def _adafactor(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
-    """With momentum and without parameter scale (Zhai et al., arXiv 2106.04560, section 3.4)."""
+    """Adafactor with momentum, without parameter scale (Zhai et al., arXiv 2106.04560, 3.4)."""
     tx = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=config.beta1)
     return per_layer(optax.chain(tx, optax.scale(-1)), layers)
 
 
 def _muon(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformation:
-    """Its updates have Adam's size (Liu et al., arXiv 2502.16982, section 2.2): AdamW's rates."""
+    """Muon with updates of Adam's size, for AdamW's rates (Liu et al., arXiv 2502.16982, 2.2)."""
     tx = optax.contrib.muon(
         -1.0,
         beta=config.beta1,
@@ -122,10 +123,10 @@ def _muon(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformati
 
 
 def _muon_axes(params: PyTree) -> PyTree:
-    """What Muon makes orthogonal: dense kernels and whole filters, (all inputs, outputs).
+    """The axes that Muon makes orthogonal: dense kernels and whole filters, (all inputs, outputs).
 
-    Fused projections are one matrix, as CAME has them. Adam takes the rest: depthwise kernels are
-    a few numbers for each channel, rows of tables and of embeddings are vectors of their own.
+    Fused projections are one matrix, as for CAME. Adam takes the rest: depthwise kernels are a few
+    numbers for each channel, and rows of tables and of embeddings are vectors of their own.
     """
 
     def axes(name, x):
@@ -141,8 +142,8 @@ def _came(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformati
     return per_layer(tx, layers)
 
 
-# Name -> what makes, of a config and the number of layers in each parameter (per_layer.py), the
-# direction that is scaled by the learning rate and subtracted.
+# Name -> function of a config and each parameter's number of layers (per_layer.py), which makes the
+# optimizer; its updates are scaled by the learning rate and subtracted.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
@@ -164,14 +165,15 @@ def _linear(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.linear_schedule(config.learning_rate, final, max(steps, 1))
 
 
-# Name -> what follows the warm-up, of a config and the number of steps left.
+# Name -> function of a config and the steps after the warm-up, which makes the schedule after it.
 SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear}
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of update 0, 1, ...: linear warm-up to the peak, then the named schedule.
+    """Returns the learning rate of update 0, 1, ...: linear warm-up, then the named schedule.
 
-    Update k < warmup_steps has (k + 1) / warmup_steps of the peak, so that no update is lost.
+    Update k < warmup_steps has (k + 1) / warmup_steps of the peak, so that no update has rate 0.
+    Raises UserError where the warm-up is longer than `steps`.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if not 0 <= warmup <= steps:
@@ -184,5 +186,5 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def sqrt_scaled(learning_rate: float, batch: int, reference_batch: int) -> float:
-    """A rate stated for a batch of `reference_batch`, for one of `batch` (Malladi et al. 2022)."""
+    """Scales a rate stated for `reference_batch` to `batch`, by the root (Malladi et al. 2022)."""
     return learning_rate * (batch / reference_batch) ** 0.5

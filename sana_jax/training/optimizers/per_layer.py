@@ -1,7 +1,7 @@
-"""Optimizers on stacked weights: every layer by itself, every state where its weight is.
+"""Optimizers on stacked weights: each layer is updated alone, each state placed as its weight.
 
 `nn.scan` keeps the layers of a stack as one array with a leading axis named "layers". An optimizer
-that asks how many axes a weight has, or takes a norm over it, would see one large weight there.
+that counts the axes of a weight, or takes a norm over it, would take the stack for one weight.
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ PyTree = Any
 
 
 def is_box(x: Any) -> bool:
-    """Whether x is a parameter with its logical axes."""
+    """Returns whether x is a parameter boxed with its logical axes."""
     return isinstance(x, nn.LogicallyPartitioned)
 
 
 def layer_counts(params: PyTree) -> PyTree:
-    """The number of layers of each stacked parameter, 0 for one that is no stack.
+    """Returns the number of layers of each stacked parameter, and 0 for every other one.
 
-    Known by the name of the first axis, so of boxed parameters only.
+    A stack is known by the name of its first axis, so it has to be boxed.
     """
 
     def count(x):
@@ -33,11 +33,11 @@ def layer_counts(params: PyTree) -> PyTree:
 
 
 def per_layer(tx: optax.GradientTransformation, layers: PyTree) -> optax.GradientTransformation:
-    """`tx` on each layer of the stacks alone, and on all other parameters as it is.
+    """Returns an optimizer that applies `tx` to each layer of a stack as to a parameter.
 
     Args:
-      tx: treats every parameter alone: no norm over all of them in it.
-      layers: as `layer_counts` gives it.
+      tx: an optimizer that treats every parameter alone, so without a norm over all of them.
+      layers: the result of `layer_counts`.
     """
     counts = set(jax.tree.leaves(layers))
     if counts <= {0}:
@@ -54,7 +54,7 @@ def _mapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def with_axes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx`, whose state of boxed parameters is boxed too: each leaf with the axes that it has."""
+    """Returns `tx` with its state boxed as the parameters are: each leaf with its own axes."""
 
     def init(params):
         state = tx.init(jax.tree.map(_unbox, params, is_leaf=is_box))
@@ -65,14 +65,14 @@ def with_axes(tx: optax.GradientTransformation) -> optax.GradientTransformationE
 
 
 def _state_axes(tx, params) -> PyTree:
-    """The logical axes of a state's leaves, such as ("embed",) for a mean over "mlp".
+    """Returns the logical axes of a state's leaves, such as ("embed",) for a mean over "mlp".
 
-    JAX itself tells which axis of a parameter became which of its state: it follows shardings over
-    the axes of a mesh through every operation, and here the mesh has the logical names.
+    JAX itself tells which axis of a parameter became which axis of the state: it follows shardings
+    over the axes of a mesh through every operation, and this mesh has the logical names.
     """
     boxes = [x for x in jax.tree.leaves(params, is_leaf=is_box) if is_box(x)]
     names = tuple(sorted({name for box in boxes for name in box.names if name}))
-    current = jax.sharding.get_abstract_mesh()  # one may be set; JAX wants its size kept
+    current = jax.sharding.get_abstract_mesh()  # JAX wants the size of a mesh that is already set
     sizes = (1 if current.empty else current.size, *(1 for _ in names))
     mesh = AbstractMesh(sizes, ("", *names), axis_types=(AxisType.Explicit,) * len(sizes))
 

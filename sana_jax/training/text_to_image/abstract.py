@@ -1,4 +1,4 @@
-"""A text-to-image training by shapes alone: what compiles ahead, and the FLOPs of it."""
+"""A text-to-image training by shapes alone: its step, to be compiled ahead, and its FLOPs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -22,21 +22,21 @@ from sana_jax.training.state import on_mesh
 from sana_jax.training.text_to_image.networks import READER, frozen_dtype, make_task, read_network
 from sana_jax.training.text_to_image.task import Frozen, TextToImageTask
 
-# Tokens of SANA's instruction by Gemma's tokenizer, about: only what is compiled ahead needs it.
+# About the length of SANA's instruction in Gemma's tokens; used only when compiling ahead.
 INSTRUCTION_TOKENS = 240
 
 
 def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool) -> int:
-    """FLOPs that a step needs for one image of `size` pixels a side.
+    """Returns the FLOPs that a step needs for one image of `size` pixels a side.
 
-    `images`, `captions`: whether these are encoded in the step, or stored.
+    `images`, `captions`: whether the step encodes these; otherwise they are stored encoded.
     """
     side, rows = size // task.vae.config.factor, len(task.captions.window)
-    count = 3 * flops.trunk(task.dit.config, side, side, rows)  # forward, and twice back
+    count = 3 * flops.trunk(task.dit.config, side, side, rows)  # backward costs twice the forward
     if images:
         count += flops.encode(task.vae.config, size, size)
     if captions:
-        told = len(task.captions.prefix)  # after an instruction the first row is that of it
+        told = len(task.captions.prefix)  # with an instruction, the first row is its own
         read = flops.text(task.text_encoder.config, rows - bool(told), told)
         count += (3 if "text_encoder" in task.trained else 1) * read
     return count
@@ -45,12 +45,13 @@ def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool)
 def abstract_training(
     config: ConfigDict, mesh: Mesh
 ) -> tuple[Any, Any, Any, tuple[Any, ...], int, int]:
-    """What is compiled, before any checkpoint is there: (step, state, batch, inputs, size, flops).
+    """Returns a training to compile ahead, without checkpoints: the step and its arguments.
 
-    `step` is under jit: step.lower(state, batch, *inputs) with `mesh` set. The next three are
-    ShapeDtypeStructs with shardings; then pixels a side, and the FLOPs of an image. Named
-    checkpoints are not looked at: the autoencoder is SANA's, the text encoder
-    config.text_encoder.network after an instruction as long as SANA's.
+    Returns (step, state, batch, inputs, size, flops): the step under jit, for
+    step.lower(state, batch, *inputs) with `mesh` set; its arguments as ShapeDtypeStructs with
+    shardings; the pixels a side, and the FLOPs of an image. Checkpoints that the config names are
+    not opened: the autoencoder is SANA's, the text encoder is config.text_encoder.network, with an
+    instruction as long as SANA's.
     """
     encoder, rows = config.text_encoder, config.text_encoder.rows
     base = Checkpoint(

@@ -1,4 +1,4 @@
-"""The batches of a text-to-image training, as config.data asks for them."""
+"""The data loaders of a text-to-image training, by config.data."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ from sana_jax.training.text_to_image.recipe import EvaluationConfig
 
 
 class Split(NamedTuple):
-    """What is asked of a split of the data."""
+    """A split of the data, and the way its batches are read."""
 
     name: str
     batch_size: int
@@ -46,10 +46,10 @@ def make_loaders(
     mesh: Mesh,
     size: int,
 ) -> list[TrainingLoader]:
-    """That of the training split and, if the config evaluates, that of the test split.
+    """Returns the loader of the training split and, if the config evaluates, of the test split.
 
-    Draws the data set shapes, and keeps the sizes of images for buckets below `workdir`, when all
-    else has been looked at. Raises UserError.
+    Raises UserError where the data does not fit the config or the networks. Only after these
+    checks does it write: the data set shapes, and the sizes of images for buckets, below `workdir`.
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
     batch_size = config.recipe.batch_size
@@ -83,7 +83,7 @@ def make_loaders(
     if stored:
         _check_stored(sources, config, base, captions, mesh, size)
 
-    # On an object store there is nowhere to keep the sizes.
+    # The sizes are kept in files of a local disk; an object store has no place for them.
     cache = workdir / "data" / "sizes" if is_local(workdir) else None
     options = read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
     budget, loaders = Budget(options.bad_fraction), []
@@ -113,19 +113,19 @@ def make_loaders(
 def _draw_shapes(
     folder: epath.Path, size: int, records: ConfigDict, splits: Iterable[Split]
 ) -> None:
-    """Prepares the built-in data set, once it is sure to have batches of so many rows."""
+    """Draws the built-in data set. Raises UserError where a split has less than a batch."""
     for name, rows, *_ in splits:
         if name not in ("train", "test"):
             raise UserError(f"shapes has no split {name!r}; it has train and test")
         if records[name] < rows:
             raise UserError(f"config.data.shapes.{name}={records[name]}: a batch has {rows} rows")
-    from sana_jax.shapes.dataset import prepare  # what draws is not needed for other sources
+    from sana_jax.shapes.dataset import prepare  # only this source needs the drawing code
 
     hosts.on_first_host(prepare, folder, size, records.train, records.test, records.seed)
 
 
 def _check_sequence(mesh: Mesh, base: Checkpoint, heights: Iterable[int]) -> None:
-    """Raises UserError where the mesh cannot split the tokens of such images, in pixels."""
+    """Raises UserError where the mesh cannot split the tokens of images of these heights."""
     parts, token = mesh.shape["sequence"], base.vae.factor * base.dit.patch_size
     wrong = [height for height in sorted(heights) if height // token % parts]
     if wrong:
@@ -143,7 +143,7 @@ def _check_stored(
     mesh: Mesh,
     size: int,
 ) -> None:
-    """Raises UserError where the data is of other networks, texts or sizes than the config's."""
+    """Raises UserError where stored data is of other networks, texts or sizes than the config."""
     data, factor, patch = config.data, base.vae.factor, base.dit.patch_size
     autoencoder = weights_sha256(base.vae, base.params["vae"])
     text = json.loads(json.dumps(captions.settings))

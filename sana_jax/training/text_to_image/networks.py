@@ -1,7 +1,7 @@
-"""The networks of a text-to-image training: those that it is given, and its task with them.
+"""Opens the networks that a text-to-image config names, and makes the task that trains them.
 
-A config names checkpoints for what does not train; their weights stay in their folders, and the
-training's checkpoints know these by fingerprint.
+Frozen networks come from checkpoints that the config names. Their weights stay in those folders;
+the training's own checkpoints hold the fingerprints.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ READER = "text_encoder.network"
 
 
 def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint that the training completes, and the fingerprints of where it is from.
+    """Returns the checkpoint without the weights that train, and the fingerprints of its parts.
 
-    It lacks the weights of what trains. Raises UserError.
+    Raises UserError, naming the key, where a part is missing or the parts do not fit together.
     """
     encoder, prints = config.text_encoder, {}
     opened: dict[str, Checkpoint] = {}
@@ -55,9 +55,9 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
     if not config.autoencoder:
         raise UserError("config.autoencoder is missing: name a checkpoint, such as shapes")
     base = open_named("autoencoder", config.autoencoder, "vae")
-    # Of a whole model, such as the bundled one, each part's own history counts.
+    # In a whole model, such as the bundled one, each part has a history of its own.
     made = {"autoencoder": base.provenance.get("autoencoder", base.provenance)}
-    if config.start:  # a name: step 0 alone needs the folder
+    if config.start:  # by name alone, since only step 0 needs the folder
         made["start"] = Path(config.start).name
     base = Checkpoint(vae=base.vae, params={"vae": base.params["vae"]}, provenance=made)
     if encoder.checkpoint:
@@ -66,7 +66,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         base.text_encoder, base.tokenizer = found.text_encoder, found.tokenizer
         made["text_encoder"] = {k: v for k, v in found.provenance.items() if k != "autoencoder"}
         base.instruction = found.instruction if encoder.instruction else None
-        # Beside a diffusers folder it depends on the machine.
+        # A diffusers folder has no instruction: which one is found depends on the machine.
         prints["text_encoder.instruction"] = base.instruction.sha256 if base.instruction else ""
         if encoder.train and base.instruction:
             raise UserError(
@@ -97,7 +97,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         base.text_encoder = read_network(Gemma2Config, config, READER)
         folder = Path(encoder.tokenizer).expanduser()
         base.tokenizer = load_tokenizer(folder)
-        names = "tokenizer.json", "tokenizer.model"  # one is there
+        names = "tokenizer.json", "tokenizer.model"  # a tokenizer has one of these
         file = next(path for path in map(folder.joinpath, names) if path.is_file())
         prints["text_encoder.tokenizer"] = sha256_of(file)
     if len(base.tokenizer) > base.text_encoder.vocab_size:
@@ -113,14 +113,18 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
 
 
 def open_start(config: ConfigDict) -> Any:
-    """The transformer's weights that config.start names, which step 0 alone needs."""
+    """Returns the transformer's weights that config.start names, which only step 0 needs.
+
+    Raises UserError where the checkpoint has no transformer, or one of other shapes.
+    """
     found, network = open_checkpoint(config.start), read_network(SanaConfig, config, "network")
     if found.dit is None:
         raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
     theirs, ours = (nn.unbox(abstract_params(c)) for c in (found.dit, network))
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
-    for key in ("head_dim", "cross_heads", "timestep_scale", "clip_attention"):  # of no shape
+    # No shape shows a difference in these.
+    for key in "head_dim", "cross_heads", "timestep_scale", "clip_attention":
         then, now = getattr(found.dit, key), getattr(network, key)
         if then != now:
             logging.warning("config.network.%s=%s, but %s of %s", key, now, then, config.start)
@@ -128,12 +132,12 @@ def open_start(config: ConfigDict) -> Any:
 
 
 def open_encoder(config: ConfigDict) -> Any:
-    """The weights that a text encoder starts from, which trains."""
+    """Returns the weights that a trained text encoder starts from."""
     return open_checkpoint(config.text_encoder.checkpoint).params["text_encoder"]
 
 
 def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> TextToImageTask:
-    """The task of a config. Raises UserError naming the key."""
+    """Returns the task of a config. Raises UserError, naming the key."""
     if config.remat not in REMAT:
         raise UserError(f"config.remat={config.remat!r}: give {', '.join(REMAT)}")
     implementation = config.network.get("implementation", "auto")
@@ -157,21 +161,21 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
 
 
 def frozen_dtype(name: str, dtype: str) -> str:
-    """Of a network that does not train, beside a transformer that computes in `dtype`.
+    """Returns the dtype of a frozen network beside a transformer that computes in `dtype`.
 
-    Images are encoded in float32, as by SANA and `precompute`: bfloat16 shifts the latents.
+    Images are encoded in float32, as by SANA and `precompute`, since bfloat16 shifts the latents.
     """
     return "float32" if name == "vae" else dtype
 
 
 def read_network(kind: type, config: ConfigDict, key: str) -> Config:
-    """The config of a network, which is at `key` of the training's. Raises UserError."""
+    """Reads the config of a network, at `key` of the training's config. Raises UserError."""
     fields = config
     for name in key.split("."):
         fields = fields[name]
     fields = native.frozen(fields.to_dict())
     if kind is SanaConfig:
-        fields.pop("implementation", None)  # of the module: make_task
+        fields.pop("implementation", None)  # make_task gives it to the module
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:

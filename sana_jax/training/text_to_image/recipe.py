@@ -1,4 +1,4 @@
-"""What the text-to-image files in configs/ start from: a recipe with its defaults."""
+"""The text-to-image recipe with its defaults, from which the files in configs/ start."""
 
 import dataclasses
 
@@ -17,10 +17,9 @@ from sana_jax.training.loop import LoopConfig
 from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_schedule, sqrt_scaled
 from sana_jax.training.text_to_image.task import Recipe
 
-AUTO_LR_BATCH = 256  # what learning rates are stated for, where config.auto_lr is "sqrt"
+AUTO_LR_BATCH = 256  # the batch that learning rates are stated for, if config.auto_lr is "sqrt"
 
-
-# Of the full-size recipes' validation images.
+# The validation prompts of the full-size recipes.
 PROMPTS = (
     "a red cube on top of a blue sphere",
     "a portrait of an old fisherman, soft morning light",
@@ -35,11 +34,11 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What the error on held-out data is measured on; runs are compared by it."""
+    """The batches and noise levels of the held-out error, by which runs are compared."""
 
     batch_size: int
     batches: int = 4
-    seed: int = 0  # of their noise and order
+    seed: int = 0  # of the batches' noise and order
     captions: CaptionChoice = CaptionChoice()
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels
 
@@ -52,7 +51,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-    """What a run draws as it trains."""
+    """The validation images that a run draws as it trains."""
 
     prompts: tuple[str, ...] = ()
     num_steps: int = 20
@@ -66,7 +65,7 @@ class ImagesConfig:
 
 
 def check_figures(config: ConfigDict) -> None:
-    """Raises UserError for figures of a recipe that what uses them would refuse late."""
+    """Raises UserError for figures of a recipe that would otherwise be refused late in a run."""
     checks.check_least(config, {"keep_every": 1})
     read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
     if config.loop.evaluate_every:
@@ -78,7 +77,7 @@ def check_figures(config: ConfigDict) -> None:
 
 
 def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDict:
-    """SANA's training of the transformer (arXiv 2410.10629 and its published configs).
+    """Returns SANA's recipe for the transformer (arXiv 2410.10629 and its published configs).
 
     CAME at 1e-4 for a batch of 256, scaled by the root of the batch; 2,000 steps of warm-up, then
     constant; gradients clipped at 0.1; a tenth of the captions dropped; logit-normal noise levels,
@@ -92,27 +91,27 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
     return ConfigDict(
         {
             "seed": 0,
-            # SanaConfig, and which of kernels/dispatch.py's implementations its module takes.
+            # SanaConfig, and the implementation that its module uses (kernels/dispatch.py).
             "network": as_group(network) | {"implementation": "auto"},
-            # A checkpoint whose transformer is trained on; none: it starts from nothing.
+            # A checkpoint whose transformer is trained further; none: it starts from nothing.
             "start": config_dict.placeholder(str),
-            "autoencoder": config_dict.placeholder(str),  # the checkpoint that has it
+            "autoencoder": config_dict.placeholder(str),  # a checkpoint
             "text_encoder": {
                 "checkpoint": config_dict.placeholder(str),
                 "rows": 300,  # of text that the transformer sees
-                "instruction": True,  # the checkpoint's, before every caption, if it has one
+                "instruction": True,  # put the checkpoint's, if it has one, before every caption
                 "train": False,
-                # Of one that trains: its sizes, and where it is new the folder of its tokenizer.
+                # If it trains: its sizes, and the folder of its tokenizer where it is new.
                 "network": as_group(Gemma2Config()),
                 "tokenizer": config_dict.placeholder(str),
             },
-            "dtype": "bfloat16",  # of activations and the text encoder; what trains is float32
+            "dtype": "bfloat16",  # of activations and a frozen text encoder
             "remat": "none",  # models/dit.py's REMAT
-            # Blocks in one turn of their loop: more is faster on CPUs, and longer to compile.
+            # Blocks in one iteration of their loop: more run faster on CPUs, but compile longer.
             "unroll": 1,
             "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
             "recipe": as_group(recipe),
-            # "sqrt": learning rates are for a batch of 256 and grow with the root of the batch.
+            # "sqrt": the learning rate is for a batch of 256, and grows with the root of the batch.
             "auto_lr": "sqrt",
             "data": {
                 "source": "shapes",  # or tfds:NAME, precomputed:DIR, a folder of images
@@ -120,7 +119,7 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "train_split": "train",
                 "test_split": "test",
                 "size": config_dict.placeholder(int),  # pixels a side; default: the network's own
-                "buckets": False,  # keep aspect ratios: the published sizes around `size`
+                "buckets": False,  # keep aspect ratios, by the published sizes around `size`
                 "crop": "centre",
                 "flip": False,
                 "upscale": False,
@@ -132,15 +131,15 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
             "images": as_group(ImagesConfig()),
             "loop": as_group(LoopConfig(steps, log_every=20, checkpoint_every=500), "steps"),
             "keep": 3,  # checkpoints
-            "keep_every": config_dict.placeholder(int),  # steps whose checkpoints stay for good
-            # FLOP/s of a device, for MFU; default: known by its kind (flops.py).
+            "keep_every": config_dict.placeholder(int),  # its multiples are kept for good
+            # FLOP/s of a device, for MFU; default: by the kind of device (models/flops.py).
             "peak_flops": config_dict.placeholder(float),
         }
     )
 
 
 def read_recipe(config: ConfigDict) -> Recipe:
-    """config.recipe, its learning rate as config.auto_lr says. Raises UserError."""
+    """Returns config.recipe, its learning rate scaled by config.auto_lr. Raises UserError."""
     recipe = read_group(Recipe, config.recipe.to_dict(), "config.recipe")
     optimizer = recipe.optimizer
     if config.auto_lr not in ("none", "sqrt"):

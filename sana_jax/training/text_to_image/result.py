@@ -1,4 +1,4 @@
-"""The checkpoint that comes of a text-to-image training."""
+"""The checkpoint that a text-to-image training results in."""
 
 import dataclasses
 from functools import partial
@@ -20,10 +20,16 @@ from sana_jax.training.text_to_image.networks import open_base
 def open_workdir(
     workdir: str | epath.Path, ema: bool = True, rest: str | None = None
 ) -> Checkpoint:
-    """The model of a training's newest checkpoint that is whole: its average, or what trains.
+    """Returns the model of a training's newest whole checkpoint.
 
-    What did not train is read from the checkpoint `rest`, or else from where the config says, and
-    must be as it was. Raises UserError.
+    Args:
+      workdir: the folder of the training.
+      ema: take the moving average of the trained weights; else the weights themselves.
+      rest: the checkpoint of the networks that did not train, by default where the config says.
+
+    Raises:
+      UserError: there is no such training or checkpoint, or a network that did not train is not
+        what it was in the training.
     """
     document, trained = read_newest(workdir, "ema" if ema else "params")
     settings = document["config"]
@@ -47,7 +53,7 @@ def open_workdir(
 
 
 def complete(base: Checkpoint, trained: Any, step: int, ema: bool) -> Checkpoint:
-    """`base` with what was trained."""
+    """Returns `base` with the trained weights, and a provenance that says so."""
     provenance = {"trained": True, "steps": int(step), "ema": ema, **base.provenance}
     return dataclasses.replace(base, params={**base.params, **trained}, provenance=provenance)
 

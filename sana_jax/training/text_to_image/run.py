@@ -3,8 +3,8 @@
     WORKDIR/checkpoints, metrics.jsonl, tensorboard/, images/    while it trains
     WORKDIR/model/                                               its moving average: a native folder
 
-Everything that a config names is opened, and everything that can be wrong with it is looked at,
-before the first step; and before anything is written but pictures of the data set shapes.
+Before the first step, and before anything but pictures of the data set shapes is written,
+everything that the config names is opened and everything that can be wrong with it is checked.
 """
 
 from functools import cached_property, partial
@@ -46,24 +46,24 @@ from sana_jax.training.text_to_image.recipe import check_batches, check_figures
 from sana_jax.training.text_to_image.result import complete
 from sana_jax.training.text_to_image.task import Frozen
 
-# What may change from one run in a folder to the next. Names of checkpoints may, for it is their
-# fingerprints that count; but for that of `start`, which is not needed again.
+# Keys that may change from one run in a folder to the next. Names of checkpoints may, since their
+# fingerprints are compared; but not the name `start`, whose folder is not opened again.
 FREE = (
     *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
     *("unroll", "peak_flops", "data.data_dir", "autoencoder", "text_encoder.checkpoint"),
     "text_encoder.tokenizer",
 )
-SHEET_COLUMNS = 8
+SHEET_COLUMNS = 8  # images in a row of a sheet of validation images
 
 
 class TextToImageTraining:
-    """A config made ready: what it names is there and fits together.
+    """A training made ready by its config: everything that the config names exists and fits.
 
-    Nothing is written yet, but the data set shapes and the sizes of images, which come last.
+    Nothing is written yet, except the data set shapes and the sizes of images, which come last.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):
-        """Raises UserError, naming the key, for what cannot be trained."""
+        """Raises UserError, naming the key, for a config that cannot be trained."""
         if "phases" in config:
             raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
         self.config, self.workdir = config, epath.Path(workdir)
@@ -84,7 +84,7 @@ class TextToImageTraining:
         self.loader, *self.held_out = make_loaders(*given)
 
     def run(self) -> None:
-        """Trains what is left to train. Raises what `loop.fit` does."""
+        """Trains the steps that are left, and writes the model. Raises the errors of `loop.fit`."""
         numbers = "float32" if self.config.dtype == "float32" else None
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(numbers):
             self._run()
@@ -109,7 +109,7 @@ class TextToImageTraining:
             self._export(state, session.first)
 
     def _check(self) -> None:
-        """Raises UserError for figures that do not fit together, or that only hooks would use."""
+        """Raises UserError for figures that do not fit together, also those that hooks use."""
         config = self.config
         check_figures(config)
         check_batches(config, self.mesh)
@@ -119,7 +119,7 @@ class TextToImageTraining:
 
     @cached_property
     def _frozen(self) -> Frozen:
-        """What does not train, on the devices."""
+        """The frozen networks and what they make of constant text, on the devices."""
         base, params = self.base, {}
         for name in base.params:
             dtype = frozen_dtype(name, self.config.dtype)
@@ -131,7 +131,7 @@ class TextToImageTraining:
         return Frozen(params["vae"], params["text_encoder"], *read(params["text_encoder"]))
 
     def _start(self, create) -> TrainState:
-        """The state of step 0, with the weights that the config names."""
+        """Returns the state of step 0, with the weights that the config names."""
         state, params = create(), {}
         if self.config.start:
             params["dit"] = place(open_start(self.config), self.base.dit, "float32", self.mesh)
@@ -142,7 +142,7 @@ class TextToImageTraining:
         return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
     def _draw(self, writer: MetricsWriter, state: TrainState, step: int) -> None:
-        """The validation prompts' images, by the moving average."""
+        """Draws the images of the validation prompts, by the moving average."""
         settings = self.config.images.to_dict()
         prompts, seed = list(settings.pop("prompts")), settings.pop("seed")
         model = complete(self.base, {**self._frozen_params(), **state.ema}, step, ema=True)
@@ -159,7 +159,7 @@ class TextToImageTraining:
         return {name: params for name, params in frozen.items() if params is not None}
 
     def _evaluate(self, writer: MetricsWriter, state: TrainState, step: int) -> None:
-        """The moving average's error on held-out data, at fixed noise levels and noise."""
+        """Measures the moving average on held-out data, at fixed noise levels and noise."""
         errors = {sigma: [] for sigma in self.config.evaluation.sigmas}
         for number in range(self.config.evaluation.batches):
             batch = sharding.put_batch(self.held_out[0].batch(number), self.mesh)
@@ -175,7 +175,7 @@ class TextToImageTraining:
         return jax.jit(self.task.error_at)
 
     def _peak_rate(self) -> float | None:
-        """Images/s of all devices at their peak, by the FLOPs that the networks need."""
+        """Returns images/s of all devices at their peak, by the FLOPs that the networks need."""
         peak = self.config.peak_flops or flops.peak(jax.devices()[0])
         if not peak:
             return None
@@ -185,7 +185,7 @@ class TextToImageTraining:
         return peak * jax.device_count() / flops_of_row(self.task, self.size, **encoded)
 
     def _export(self, state: TrainState, first: int) -> None:
-        """WORKDIR/model, unless step `first`, that this run went on from, was the last one."""
+        """Writes WORKDIR/model, unless it is there and the run had nothing left from `first`."""
         params, step = hosts.gather_arrays(state.ema), int(state.step)
         if not is_local(self.workdir):
             line = f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema"
@@ -198,7 +198,7 @@ class TextToImageTraining:
 
 
 def _steps_of(folder: Path) -> int | None:
-    """After how many steps a model was written; None where there is none."""
+    """Returns after how many steps a model was written; None where there is none."""
     if not (folder / "model.json").exists():
         return None
     return read_json(folder / "model.json").get("provenance", {}).get("steps")

@@ -5,8 +5,8 @@ A batch is a dict of rows:
     "image" float32 (B, H, W, 3) in [-1, 1], or "latents" (B, h, w, c) as the sampler sees them
     "tokens" int32 (B, T) and "mask" bool (B, L), or "embeddings" (B, L, C) and "mask"
 
-The transformer trains, the autoencoder never does, the text encoder may. What does not train is
-an input of the step (`Frozen`), so that it is no constant of the compiled program.
+The transformer trains, the autoencoder never does, and the text encoder may. Networks that do not
+train are inputs of the step (`Frozen`), so that they are no constants of the compiled program.
 """
 
 import dataclasses
@@ -44,16 +44,16 @@ Null = tuple[Float[Array, "L C"], Bool[Array, " L"]]  # the empty prompt's rows 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What decides a training besides the networks and the data."""
+    """The figures that decide a training, besides the networks and the data."""
 
     steps: int
     batch_size: int  # of all devices
     optimizer: OptimizerConfig = OptimizerConfig()
     noise: NoiseConfig = NoiseConfig()
-    microbatches: int = 1  # a step's batch is computed in so many parts
-    encoder_microbatches: int = 1  # and each part's images and texts are encoded in so many
+    microbatches: int = 1  # a step computes its batch in this many parts
+    encoder_microbatches: int = 1  # and encodes the images and texts of each part in this many
     caption_dropout: float = 0.1  # probability of the empty prompt, for classifier-free guidance
-    keep_mask: bool = False  # of a dropped caption; see flow_matching.drop_captions
+    keep_mask: bool = False  # a dropped caption's own; see flow_matching.drop_captions
     ema_decay: float = 0.9999
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class Recipe:
 
 
 class CaptionWindow(Protocol):
-    """What all texts of a run share."""
+    """The tokens and rows that all texts of a run share."""
 
     prefix: tuple[int, ...]  # the instruction's tokens, before those of every caption
     window: np.ndarray  # the positions among "tokens" of the rows that the transformer sees
@@ -72,7 +72,7 @@ class CaptionWindow(Protocol):
 
 
 class Frozen(NamedTuple):
-    """What a step reads and leaves alone; all but `vae` None where the text encoder trains."""
+    """Inputs that no step changes; all but `vae` are None where the text encoder trains."""
 
     vae: Any  # parameters
     text_encoder: Any = None  # parameters
@@ -81,7 +81,7 @@ class Frozen(NamedTuple):
 
 
 class TextToImageTask:
-    """The networks of a training, how their state starts and how a step changes it."""
+    """The networks of a training, the start of their state, and the step that changes it."""
 
     def __init__(
         self,
@@ -94,11 +94,14 @@ class TextToImageTask:
     ):
         """
         Args:
-          dit, text_encoder: with float32 parameters, where they train.
-          captions: of the batches' tokens; data/text_image.py's CaptionTokens.
+          recipe: the figures of the training.
+          dit, vae, text_encoder: the networks; those that train have float32 parameters.
+          captions: the window of the batches' tokens, as of data/text_image.py's CaptionTokens.
+          train_text_encoder: train the text encoder beside the transformer.
 
-        Raises UserError where the optimizer's figures are bad, or the text encoder trains and reads
-        an instruction: what it makes of that changes with every step.
+        Raises:
+          UserError: the optimizer's figures are bad, or a text encoder that trains reads an
+            instruction, whose keys and values would change with every step.
         """
         if train_text_encoder and captions.prefix:
             raise UserError("a text encoder that trains reads no instruction; leave it out")
@@ -111,13 +114,13 @@ class TextToImageTask:
         self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, recipe.steps)
 
     def init(self, key: Array) -> TrainState:
-        """The state of step 0, its parameters boxed with their logical axes."""
+        """Returns the state of step 0, its parameters boxed with their logical axes."""
         params_key, key = jax.random.split(key)
         params = self._init_params(params_key)
         return new_state(params, self.tx.init(params), key)
 
     def read_constants(self, params: Any) -> tuple[Prefix | None, Null]:
-        """What a frozen text encoder makes of the instruction and of the empty prompt."""
+        """Returns the instruction's keys and values, and the empty prompt's rows and mask."""
         prefix, empty = None, self.captions.empty
         if self.captions.prefix:
             tokens = jnp.array([self.captions.prefix], jnp.int32)
@@ -127,7 +130,7 @@ class TextToImageTask:
     def step(
         self, state: TrainState, batch: Batch, frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One update, and its metrics."""
+        """Returns the state after one update, and the update's metrics."""
         recipe = self.recipe
         rows = batch | self._draw(state.step_key(), batch)
 
@@ -153,7 +156,7 @@ class TextToImageTask:
     def error_at(
         self, params: Any, batch: Batch, frozen: Frozen, sigma: Float[Array, ""], key: Array
     ) -> Float[Array, ""]:
-        """The mean squared error of the velocity at one noise level, with all captions."""
+        """Returns the mean squared error of the velocity at one noise level, with all captions."""
         rows = batch | self._draw(key, batch)
         levels = jnp.full_like(rows["sigma"], sigma)
         fixed = {
@@ -168,7 +171,7 @@ class TextToImageTask:
         return mean_over_microbatches(error, rows | fixed, self.recipe.microbatches)
 
     def _draw(self, key: Array, batch: Batch) -> Batch:
-        """All that is random about a step: for the whole batch, whatever the microbatches."""
+        """Draws all that is random in a step, for the whole batch, whatever the microbatches."""
         of_levels, of_noise, of_dropout = jax.random.split(key, 3)
         latents, recipe = jax.eval_shape(self._latent_shape, batch), self.recipe
         count = latents.shape[0]
@@ -182,7 +185,7 @@ class TextToImageTask:
         }
 
     def _errors(self, params: Any, rows: Batch, frozen: Frozen) -> Float[Array, " B"]:
-        """The mean squared error of each row's velocity."""
+        """Returns the mean squared error of each row's velocity."""
         latents = self._latents(rows, frozen)
         embeddings, mask = self._text(params, rows, frozen)
         noisy = flow_matching.interpolate(latents, rows["noise"], rows["sigma"])
@@ -203,7 +206,7 @@ class TextToImageTask:
     def _text(
         self, params: Any, rows: Batch, frozen: Frozen
     ) -> tuple[Float[Array, "B L C"], Bool[Array, "B L"]]:
-        """What the transformer reads of the captions, after dropout."""
+        """Returns the captions' embeddings and mask for the transformer, after dropout."""
         recipe, mask = self.recipe, rows["mask"]
         if "embeddings" in rows:
             (null, null_mask), embeddings = frozen.null, rows["embeddings"].astype(jnp.float32)
