@@ -1,18 +1,21 @@
 """One session of a training: it starts, or resumes from the newest checkpoint, and trains.
 
-abstract, create = on_mesh(init, mesh)
-with Checkpoints(workdir, config, loader.fingerprint) as checkpoints:
-    session = Session(checkpoints, loader, mesh, loop)
-    state = session.begin(abstract, create)
-    state = session.fit(state, step, on_images=draw)  # draw(writer, state, step number)
-    export(model_of(state), workdir / "model")
+with computing(mesh, dtype):
+    abstract, create = on_mesh(init, mesh)
+    with Checkpoints(workdir, config, loader.fingerprint) as checkpoints:
+        session = Session(checkpoints, loader, mesh, loop)
+        state = session.begin(abstract, create)
+        state = session.fit(state, step, on_images=draw)  # draw(writer, state, step number)
+        export(model_of(state), workdir / "model")
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints import native
@@ -118,6 +121,17 @@ class Session:
                 with storage(folder):
                     on_images(writer, state, steps)
         return state
+
+
+@contextlib.contextmanager
+def computing(mesh: Mesh, dtype: str) -> Iterator[None]:
+    """A context that computes on `mesh`; products of float32 numbers in full for dtype "float32".
+
+    With another `dtype` the precision of such products is the device's default.
+    """
+    precision = "float32" if dtype == "float32" else None
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        yield
 
 
 def export(model: Checkpoint, folder: Path) -> None:

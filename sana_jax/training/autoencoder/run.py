@@ -52,7 +52,7 @@ from sana_jax.training.autoencoder.task import AutoencoderTask, Phase
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
-from sana_jax.training.session import Session, export
+from sana_jax.training.session import Session, computing, export
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.watchdog import Watchdog
 
@@ -138,7 +138,7 @@ class AutoencoderTraining:
                     )
                 logging.warning("phase %s is over; remove %s to repeat it", name, folder)
             else:
-                with jax.set_mesh(self.mesh), self._precision():
+                with computing(self.mesh, self.config.dtype):
                     self._run_phase(name, number, task, before, about)
             before, parent = self._open(folder / "model")
         if _is_first():
@@ -231,11 +231,6 @@ class AutoencoderTraining:
                         f" PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
                     )
                 print(f"{folder / 'model'}", flush=True)
-
-    def _precision(self):
-        """Products of float32 numbers in full, where the config asks for float32."""
-        narrow = self.config.dtype != "float32"
-        return jax.default_matmul_precision(None if narrow else "float32")
 
     def _start(self, create, before: Checkpoint | None) -> TrainState:
         """Returns the state of step 0, with the autoencoder of the phase before."""

@@ -31,7 +31,7 @@ from sana_jax.runtime.files import is_local, read_json, storage
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
-from sana_jax.training.session import Session, export
+from sana_jax.training.session import Session, computing, export
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.text_to_image.abstract import flops_of_row
 from sana_jax.training.text_to_image.data import make_loaders
@@ -85,8 +85,7 @@ class TextToImageTraining:
 
     def run(self) -> None:
         """Trains the steps that are left, and writes the model. Raises the errors of `loop.fit`."""
-        numbers = "float32" if self.config.dtype == "float32" else None
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(numbers):
+        with computing(self.mesh, self.config.dtype):
             self._run()
 
     def _run(self) -> None:
