@@ -4,11 +4,12 @@
         --config.autoencoder=SANA --config.text_encoder.checkpoint=SANA \\
         --config.start=RUN_512/model --config.data.source=PHOTOS --multihost
 
-SANA and PHOTOS are as in sana_600m_512.py; RUN_512 is a training of the 1.6B model at 512 px, whose
-weights this stage starts from. Meant for a v5e 16x16 slice (256 chips of 16 GB): 16 images a chip,
-four copies of the state, each sharded over 64 chips. It has not been run. Optimizer, learning rate,
-warm-up, shift, bfloat16 and the 64 images of a device are those of the authors' config. The number
-of steps, the 64 devices that make the batch and the moving average are ours.
+SANA and PHOTOS are as in sana_600m_512.py; RUN_512 is a training of the 1.6B model at 512 px, from
+whose weights this stage starts. It is meant for a v5e 16x16 slice (256 chips of 16 GB): 16 images
+on each chip, and four copies of the state, each sharded over 64 chips. This config has not been
+run. Optimizer, learning rate, warm-up, shift, bfloat16 and the 64 images per device are those of
+the authors' config. The number of steps, the 64 devices that make up the batch and the moving
+average are ours.
 """
 
 from sana_jax.models.dit import PRESETS
@@ -20,10 +21,10 @@ def get_config():
     config.mesh.update(replica=4, fsdp=64)
     config.remat = "full"
     config.data.buckets = True
-    # 4 images at a time in the autoencoder. The step then takes 9.9 of a v5e's 15.75 GiB, by the
-    # TPU compiler (sana_jax.compile --memory).
+    # The autoencoder encodes 4 images at a time. The step then takes 9.9 of a v5e's 15.75 GiB,
+    # according to the TPU compiler (sana_jax.compile --memory).
     config.recipe.encoder_microbatches = 4
-    config.evaluation.batch_size = 1024  # it splits as the training's does
+    config.evaluation.batch_size = 1024  # splits over the chips as the training's does
     config.loop.update(images_every=500, evaluate_every=500)
     config.images.prompts = PROMPTS
     return config

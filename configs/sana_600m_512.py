@@ -4,12 +4,13 @@
         --config.autoencoder=SANA --config.text_encoder.checkpoint=SANA \\
         --config.data.source=PHOTOS --multihost
 
-SANA is any Sana checkpoint, whose autoencoder, Gemma-2 2B and instruction are used; PHOTOS is a
-folder of images with captions, train/ and test/ in it (or --config.loop.evaluate_every=0), or
-precomputed:DIR. Meant for a v5e 16x16 slice (256 chips of 16 GB): 32 images a chip, four copies of
-the state, each sharded over 64 chips. It has not been run. Optimizer, learning rate, warm-up, shift
-and the 128 images of a device are those of the authors' config; theirs runs in float16. The number
-of steps, the 64 devices that make the batch, bfloat16 and the moving average are ours.
+SANA is any Sana checkpoint, whose autoencoder, Gemma-2 2B and instruction are used. PHOTOS is a
+folder of images with captions, which has train/ and test/ (or add --config.loop.evaluate_every=0),
+or precomputed:DIR. The config is meant for a v5e 16x16 slice (256 chips of 16 GB): 32 images on
+each chip, and four copies of the state, each sharded over 64 chips. This config has not been run.
+Optimizer, learning rate, warm-up, shift and the 128 images per device are those of the authors'
+config, which runs in float16. The number of steps, the 64 devices that make up the batch, bfloat16
+and the moving average are ours.
 """
 
 from sana_jax.models.dit import PRESETS
@@ -21,8 +22,8 @@ def get_config():
     config.mesh.update(replica=4, fsdp=64)
     config.remat = "full"
     config.data.buckets = True
-    # 16 images at a time in the autoencoder. The step then takes 5.8 of a v5e's 15.75 GiB, by the
-    # TPU compiler (sana_jax.compile --memory).
+    # The autoencoder encodes 16 images at a time. The step then takes 5.8 of a v5e's 15.75 GiB,
+    # according to the TPU compiler (sana_jax.compile --memory).
     config.recipe.encoder_microbatches = 2
     config.loop.update(images_every=500, evaluate_every=500)
     config.images.prompts = PROMPTS

@@ -1,25 +1,35 @@
-"""The bundled model on the built-in data set `shapes`, at 128 px: 3.9 M parameters, a 0.9 M reader.
+"""The bundled model on the built-in data set `shapes`, at 128 px: 3.9 M + 0.9 M parameters.
 
     launch/train_shapes DIR
 
-runs the whole chain: autoencoder, tokenizer, stored latents, this, and the evaluation. This step is
+runs the whole chain: the training of autoencoder and tokenizer, the storing of latents, this
+training, and the evaluation. The command of this training alone is
 
     python -m sana_jax.train --config=configs/shapes.py --workdir=DIR \\
         --config.autoencoder=AUTOENCODER --config.text_encoder.tokenizer=TOKENIZER \\
         --config.data.source=precomputed:LATENTS
 
-The text encoder has Gemma 2's architecture, starts from nothing and trains with the transformer.
-Noise levels are shifted by 3, as SANA's are, although there are only 4 x 4 tokens: without it 4 %
-of them are above 0.85, where it is decided what is where, and places are hardly learnt (README).
-Made for two CPU cores: two hours at 155 pictures/s.
+The text encoder (0.9 M parameters) has Gemma 2's architecture, starts from nothing and trains with
+the transformer. Noise levels are shifted by 3, as SANA's are, although there are only 4 x 4 tokens:
+without the shift 4 % of the levels are above 0.85, where the places of objects are decided, and
+places are hardly learnt (README). The config is made for two CPU cores: two hours at 155
+pictures/s.
 
-The bundled weights took this config eight times, each from the last one's moving average: 14,045
-steps of 32 pictures at 1.5e-3, of 16,000 on a cosine, and 14,000 of 64, both without a shift; the
-16,500 below; 3,000 at 1e-3 with seed 7; 15,000 with seed 11; 11,500 at 1.5e-3 with seed 13; 11,000
-at 1.5e-3 with seed 17 on the latents of the autoencoder's last run; and 17,000 with seed 19. The
-last alone chose captions as below: those before took a threshold of 20 and a temperature of 0.25,
-by which 6 % of the captions were wrong, and 39 % of the noisy captioner's; now 0.3 and 3 %.
-To go on from weights that are there, such as the bundled ones:
+The bundled weights were trained with this config in eight runs, each of which started from the
+moving average of the run before:
+
+1. 14,045 of 16,000 steps of 32 pictures, at 1.5e-3 on a cosine, without a shift;
+2. 14,000 steps of 64 pictures, without a shift;
+3. the 16,500 steps below;
+4. 3,000 steps at 1e-3 with seed 7;
+5. 15,000 steps with seed 11;
+6. 11,500 steps at 1.5e-3 with seed 13;
+7. 11,000 steps at 1.5e-3 with seed 17, on the latents of the autoencoder's last run;
+8. 17,000 steps with seed 19.
+
+Only the last run chose captions as below. The runs before it had a threshold of 20 and a
+temperature of 0.25, by which 6 % of the captions were wrong, and 39 % of the noisy captioner's; now
+it is 0.3 % and 3 %. To start from existing weights, such as the bundled ones:
 
     START=shapes AUTOENCODER=shapes bash launch/train_shapes DIR
 """
@@ -46,7 +56,7 @@ NETWORK = SanaConfig(
     cross_heads=6,
     caption_channels=READER["hidden_size"],
     sample_size=4,
-    # So few tokens have to be told where they are.
+    # So few tokens need position embeddings; without this field there are none.
     interpolation_scale=1.0,
     qk_norm=True,
 )
@@ -64,7 +74,7 @@ def get_config():
         name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=200, clip_norm=1.0
     )
     config.recipe.optimizer.update(beta2=0.99, weight_decay=0.01)
-    # A mistake costs a caption about six points: hardly any with one has as many as this.
+    # A mistake costs a caption about six points, so hardly any caption with a mistake scores this.
     for captions in config.data.captions, config.evaluation.captions:
         captions.update(kind="score", temperature=1.0, threshold=27.0)
     config.loader.update(threads=1, prefetch=4)
