@@ -1,11 +1,8 @@
-"""The loop in this process: skipped updates, hooks, rows, signals. test_resume.py has the rest."""
+"""The loop in this process: skipped updates, hooks, rows, profile. test_resume.py has the rest."""
 
 import ctypes
-import json
 import os
-import re
 import signal
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,67 +11,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sana_jax import sharding
-from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
+from sana_jax.runtime.errors import DoNotRetry, Retry
 from sana_jax.training import command, state
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig, _Profile, fit, jit_step
-from sana_jax.training.meter import Meter
 from sana_jax.training.metrics_writer import MetricsWriter
-
-
-class Batches:
-    """Rows whose mean is the number of the batch; those in `nan_at` hold a NaN."""
-
-    def __init__(self, nan_at=(), rows=8, before=lambda number: None, count=10**6):
-        self.number, self.nan_at, self.rows = 0, nan_at, rows
-        self.before, self.count = before, count
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        number, self.number = self.number, self.number + 1
-        self.before(number)
-        if number >= self.count:
-            raise StopIteration
-        x = np.full((self.rows, 4), number, np.float32)
-        if number in self.nan_at:
-            x[-1, -1] = np.nan
-        return {"x": x}
-
-    def get_state(self):
-        return self.number
-
-
-def init():
-    params = {"w": jnp.zeros(4)}
-    return state.new_state(params, {"total": jnp.zeros(4)}, jax.random.key(0))
-
-
-def step(s, batch):
-    """Adds the batch's mean to the parameters."""
-    mean = batch["x"].mean(0)
-    total = s.opt_state["total"] + mean
-    s = state.advance(
-        s, jnp.isfinite(mean).all(), params={"w": s.params["w"] + mean}, opt_state={"total": total}
-    )
-    return s, {"loss": mean.mean(), "half": mean.mean() / 2}
-
-
-def run(workdir, batches, config, **hooks):
-    mesh = sharding.make_mesh(fsdp=2)
-    abstract, create = state.on_mesh(init, mesh)
-    with Checkpoints(workdir, {}, {}, keep=99) as checkpoints:
-        begun = create()
-        with MetricsWriter(workdir, 0, config.steps) as writer:
-            done = fit(
-                jit_step(step, abstract), begun, batches, mesh, config, checkpoints, writer, **hooks
-            )
-        return done, checkpoints
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+from tests.training.toy_loop import Batches, init, rows, run, step
 
 
 def test_rows_hooks_and_checkpoints(tmp_path):
@@ -166,74 +108,12 @@ def test_streak_of_nan_stops_the_run(tmp_path):
         assert checkpoints.restore(abstract).params["w"].tolist() == [15.0] * 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_after_the_step(tmp_path, number):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-
-    def send(batch):
-        if batch == 5:
-            os.kill(os.getpid(), number)
-
-    # The signal comes while batch 5 is read, and step 4 or 5 runs.
-    message = f"stopped by {number.name} after step [56] of 20: saved"
-    with pytest.raises(Retry, match=message) as error:
-        run(tmp_path, Batches(before=send), LoopConfig(20))
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    with Checkpoints(tmp_path, {}, {}) as checkpoints:
-        assert f"after step {checkpoints.steps()[-1]} of" in str(error.value)
-
-
-def test_signal_in_a_hook(tmp_path):
-    def hook(s, k):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Retry, match="after step 3 of 20"):
-        run(tmp_path, Batches(), LoopConfig(20, evaluate_every=3), on_evaluate=hook)
-
-
-def test_every_shape_of_batch_is_compiled_apart_from_the_rate():
-    meter, found = Meter(), []
-    for width, seconds in (2, 5.0), (2, 0.0), (3, 7.0), (2, 0.0):
-        meter.dispatched({"x": np.zeros((4, width))}, seconds, 0.0)
-        found.append(meter.row().get("compile_seconds"))
-    assert found == [5.0, None, 7.0, None]
-
-
 def test_a_hook_without_a_disk_is_worth_a_retry(tmp_path):
     def hook(s, k):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(Retry, match=f"{tmp_path}: No space left on device"):
         run(tmp_path, Batches(), LoopConfig(20, images_every=3), on_images=hook)
-
-
-def test_signal_while_there_is_no_data(tmp_path):
-    import threading
-
-    released = threading.Event()
-
-    def stall(batch):
-        if batch == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-            released.wait(30)
-
-    try:
-        with pytest.raises(Retry, match="after step 4 of 20"):
-            run(tmp_path, Batches(before=stall), LoopConfig(20))
-    finally:
-        released.set()
-
-
-@pytest.mark.parametrize(
-    "batches, message",
-    [
-        (Batches(count=0), "the data ended"),
-        (Batches(rows=6), "a batch of 6 rows does not split over 8 devices"),
-    ],
-)
-def test_data_that_does_not_do(tmp_path, batches, message):
-    with pytest.raises(UserError, match=message):
-        run(tmp_path, batches, LoopConfig(5))
 
 
 def test_too_many_bad_records_name_the_last_good_step(tmp_path):
@@ -311,15 +191,6 @@ def test_metrics_are_read_one_step_behind(tmp_path):
     ]
 
 
-def test_error_of_the_data_comes_through(tmp_path):
-    def fail(batch):
-        if batch == 3:
-            raise OSError("a bad disk")
-
-    with pytest.raises(OSError, match="a bad disk"):
-        run(tmp_path, Batches(before=fail), LoopConfig(5))
-
-
 def test_profile(tmp_path, monkeypatch):
     dispatched, marks = [], []
     start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
@@ -379,52 +250,3 @@ def test_finished_run_does_nothing(tmp_path):
     batches = Batches()
     done = fit(None, create().replace(step=jnp.int32(5)), batches, mesh, LoopConfig(5))
     assert int(done.step) == 5
-
-
-WATCHED = """
-import time
-from sana_jax.training.watchdog import Watchdog
-def a_function_that_hangs():
-    time.sleep(60)
-with Watchdog(0.3) as dog:
-    time.sleep(0.6)  # compiling
-    for _ in range(5):
-        dog.beat()
-        time.sleep(0.15)
-    a_function_that_hangs()
-"""
-
-
-HANGING = """
-import time
-from sana_jax.training import watchdog
-watchdog.FIRST_SECONDS = 0.2
-with watchdog.Watchdog(0.1):
-    time.sleep(60)
-"""
-
-
-def test_watchdog():
-    import subprocess
-
-    found = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True)
-    assert found.returncode == 75
-    assert re.search(r"line 5 in a_function_that_hangs", found.stderr)
-    assert "error: no step for 0.3 s" in found.stderr
-
-
-def test_watchdog_of_a_start_that_hangs():
-    import subprocess
-
-    found = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True)
-    assert found.returncode == 75 and "error: no step for 0.2 s" in found.stderr
-
-
-def test_watchdog_of_a_run_that_ended():
-    from sana_jax.training.watchdog import Watchdog
-
-    with Watchdog(0.05) as dog:
-        dog.beat()
-    import time
-
-    time.sleep(0.2)
