@@ -1,85 +1,17 @@
 """Only whole checkpoints of the same run are resumed."""
 
-import errno
-import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sana_jax import sharding
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
-from sana_jax.training import state
-from sana_jax.training.checkpoints import arrays as checkpoint_arrays
 from sana_jax.training.checkpoints import manager
 from sana_jax.training.checkpoints.manager import Checkpoints
-
-CONFIG = {"steps": 10, "model": {"width": 64}, "rate": 0.5, "sizes": (1, 2), "log_every": 3}
-DATA = {"files": ["a"], "seed": 3}
-
-
-class Position:
-    """A data iterator that knows only where it is."""
-
-    def __init__(self, value=None):
-        self.value = value
-
-    def set_state(self, value):
-        self.value = value
-
-
-def make(seed=0, mesh=None):
-    """A state whose arrays compress badly, so that the files hold their bits."""
-    w = jax.random.normal(jax.random.key(seed), (64, 128))
-    params = {"net": {"w": w, "b": w[0].astype(jnp.bfloat16)}}
-    moments = jax.tree.map(jnp.copy, params)
-    made = state.new_state(params, {"mu": moments}, jax.random.key(seed))
-    if mesh is None:
-        return made
-    where = {2: NamedSharding(mesh, P("fsdp", "tensor")), 1: NamedSharding(mesh, P("fsdp"))}
-    return jax.tree.map(
-        lambda x: jax.device_put(x, where.get(x.ndim, NamedSharding(mesh, P()))), made
-    )
-
-
-def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def same(a, b):
-    def bits(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x).tobytes()
-
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        jax.tree.leaves(jax.tree.map(lambda x, y: bits(x) == bits(y), a, b))
-    )
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder with steps 1, 2 and 3."""
-    folder = tmp_path_factory.mktemp("saved")
-    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
-        for step in 1, 2, 3:
-            checkpoints.save(step, make(step), {"row": step})
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "run")
-
-
-def restore(folder, config=CONFIG, data=DATA, like=None):
-    position = Position()
-    with Checkpoints(folder, config, data) as checkpoints:
-        found = checkpoints.restore(abstract(like or make()), position)
-        return found, position.value, checkpoints
+from tests.training.checkpoints.toy import CONFIG, DATA, Position, abstract, make, restore, same
 
 
 def test_new_folder_has_nothing(tmp_path):
@@ -142,51 +74,12 @@ def test_damaged_newest_is_set_aside(folder, damage, capsys):
     assert same(restore(folder)[0], make(3))
 
 
-def test_flipped_bits_never_pass(folder):
-    """At random places of the arrays' file: noticed, or without effect on the arrays."""
-    random, step = np.random.default_rng(0), folder / "checkpoints" / "3"
-    largest = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
-    sound, noticed = largest.read_bytes(), 0
-    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
-        wanted, _ = checkpoint_arrays.flatten(abstract(make()))
-        document = checkpoints._document(3)
-        for place in random.integers(0, len(sound), 12):
-            content = bytearray(sound)
-            content[place] ^= 1 << random.integers(8)
-            largest.write_bytes(content)
-            try:
-                arrays = checkpoint_arrays.read_arrays(step, document, wanted)
-            except checkpoint_arrays.Damaged:
-                noticed += 1
-            else:
-                assert same([*arrays.values()], [*checkpoint_arrays.flatten(make(3))[0].values()])
-    assert noticed >= 9
-
-
 def test_none_whole_is_no_new_start(folder):
     for step in (folder / "checkpoints").iterdir():
         flip_bit(step)
     with pytest.raises(DoNotRetry, match="none of the checkpoints .* 3 .its .* 1 .its .* anew"):
         restore(folder)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        TimeoutError("no answer"),
-        OSError(errno.ESTALE, "no answer"),
-        ValueError("UNAVAILABLE: no answer"),  # TensorStore's
-    ],
-)
-def test_unreadable_storage_is_to_be_tried_again(folder, monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(checkpoint_arrays, "_restore", fail)
-    with pytest.raises(Retry, match="no answer"):
-        restore(folder)
-    assert Checkpoints(folder, CONFIG, DATA).steps() == [1, 2, 3]
 
 
 def test_another_number_of_hosts(tmp_path, monkeypatch):
@@ -343,9 +236,3 @@ def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir=.*file: Not a directory"):
         restore(tmp_path / "file")
-
-
-def test_document_is_plain(saved):
-    document = json.loads((saved / "checkpoints" / "3" / "run" / "metadata").read_text())
-    assert document["config"]["sizes"] == [1, 2] and document["step"] == 3
-    assert document["leaves"]["params/net/b"][:2] == ["bfloat16", [128]]
