@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
@@ -31,49 +30,9 @@ from sana_jax.training.autoencoder.run import (
     _training_seconds,
 )
 from tests import xla
+from tests.training.autoencoder.toy import PHASES, load
 
 ROOT = Path(__file__).parents[3]
-CONFIG = """
-from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.training.autoencoder.recipe import autoencoder
-
-BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
-
-def get_config():
-    config = autoencoder(DCAEConfig(
-        latent_channels=4, attention_head_dim=8, encoder_blocks=BLOCKS, decoder_blocks=BLOCKS,
-        encoder_channels=(8, 8, 16), decoder_channels=(8, 8, 16), encoder_layers=(0, 1, 1),
-        decoder_layers=(0, 1, 1), encoder_qkv_multiscales=((),) * 3,
-        decoder_qkv_multiscales=((),) * 3, decoder_norms=("rms_norm",) * 3,
-        decoder_activations=("silu",) * 3))
-    config.data.source = PHOTOS
-    config.dtype = "float32"
-    config.perceptual.name = "laplacian"
-    config.discriminator.update(width=8, layers=2)
-    config.evaluation.update(images=6, batch_size=4, sizes=(32, 48))
-    config.scale_images = 8
-    config.loader.update(threads=1, prefetch=1)
-    config.loop.update(log_every=2, checkpoint_every=3, images_every=5)
-    for phase, size in zip(config.run, (32, 48, 32)):
-        config.phases[phase].update(steps=10, batch_size=4, image_size=size)
-        config.phases[phase].autoencoder.learning_rate = 3e-3
-    return config
-"""
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """A config on a folder of pictures that are smooth enough to be learnt from."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 6)):
-        (folder / split).mkdir()
-        for i in range(count):
-            small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
-            small.resize((64, 56), Image.BICUBIC).save(folder / split / f"{i}.png")
-    path = folder / "config.py"
-    path.write_text(CONFIG.replace("PHOTOS", repr(str(folder))))
-    return path
 
 
 def command(config, workdir, *arguments):
@@ -102,9 +61,6 @@ def unbroken(config, tmp_path_factory):
     result = run(config, workdir)
     assert result.returncode == 0, result.stderr
     return workdir
-
-
-PHASES = ("low_resolution", "latent_adaptation", "local_refinement")
 
 
 def last_document(workdir, phase):
@@ -245,19 +201,6 @@ def test_a_model_left_half_copied_or_of_another_run_is_replaced(unbroken, tmp_pa
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
-    training = AutoencoderTraining(load(config), "/nonexistent")
-    found = []
-    for cache in (4.0, 0.0):
-        training.config.loader.cache_gib = cache
-        loader = training.data.loader(training.tasks[PHASES[0]].phase, 0)
-        images = [loader.batch(step)["image"] for step in range(4)]  # 12 images: some come again
-        found.append((loader.fingerprint, np.stack(images)))
-        assert len(loader.source._kept) == (12 if cache else 0)
-    assert found[0][0] == found[1][0]
-    np.testing.assert_array_equal(found[0][1], found[1][1])
-
-
 STARTED = ("--config.run=('low_resolution',)", "--config.phases.low_resolution.steps=2")
 
 
@@ -369,95 +312,6 @@ def test_two_hosts_train_as_one_does(config, tmp_path):
     for name in theirs:
         # Adam makes a step of the learning rate, 3e-3, of the smallest gradient's sign.
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-3, err_msg=name)
-
-
-def load(config):
-    namespace = {}
-    exec(config.read_text(), namespace)
-    loaded = namespace["get_config"]()
-    for phase in loaded.phases.values():
-        phase.batch_size = 8  # for eight devices
-    return loaded
-
-
-SHAPES = {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 20))}
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"phases.low_resolution.image_size": 33}, "image_size=33: it is a multiple of 4"),
-        ({"phases.low_resolution.batch_size": 0}, "batch_size=0: it is a multiple of 8"),
-        ({"phases.low_resolution.microbatches": 3}, "batch_size=8: it is a multiple of 24"),
-        ({"phases.low_resolution.trainable": ("decoder/none",)}, "matches no parameter"),
-        (
-            {"phases.low_resolution.autoencoder.name": "sgd"},
-            "autoencoder.name 'sgd' is unknown",
-        ),
-        ({"phases.low_resolution.steps": 0}, "steps=0"),
-        (
-            {"phases.low_resolution.image_size": 0},
-            "low_resolution.image_size=0: it is at least 1",
-        ),
-        ({"phases.low_resolution.microbatches": 0}, "microbatches=0: it is at least 1"),
-        ({"phases.low_resolution.ema_decay": 1.5}, "low_resolution.ema_decay=1.5: give 0 to 1"),
-        (
-            {"phases.local_refinement.crop": "middle", **SHAPES},
-            "config.phases.local_refinement.crop='middle'",
-        ),
-        ({"phases.local_refinement.crop": "middle"}, "config.phases.local_refinement.crop="),
-        ({"seed": -1, **SHAPES}, "config.seed=-1: it is at least 0"),
-        ({"data.source": "precomputed:here"}, "precomputed:here: these are latents; give images"),
-        ({"keep": 0}, "config.keep=0: it is at least 1"),
-        ({"loop.watchdog_seconds": -1.0}, "config.loop.watchdog_seconds=-1.0: it is at least 0"),
-        ({"phases.local_refinement.crop": "centre"}, "local_refinement.flip=True: crop='centre'"),
-        ({"evaluation.batch_size": 0, **SHAPES}, "config.evaluation.batch_size=0"),
-        ({"evaluation.images": 0, **SHAPES}, "config.evaluation.images=0"),
-        ({"data.shapes.test": 0, **SHAPES}, "config.data.shapes.test=0"),
-        ({"network.latent_channels": 5}, "autoencoder encoder_channels"),
-        ({"perceptual.name": "lpips_vgg"}, "lpips_vgg needs its published weights"),
-        ({"perceptual.name": "vgg"}, "'vgg' is not one of lpips_vgg"),
-        ({"run": ("low_resolution", "third")}, "name some of its phases"),
-        ({"mesh.replica": 3, "mesh.fsdp": 1}, "does not fit 8 devices"),
-        ({"data.source": "nowhere"}, "nowhere: there is no such folder"),
-        ({"discriminator.norm": "batch"}, "norm 'batch' is not one of"),
-        ({"dtype": "float99"}, "float99"),
-        ({"evaluation.sizes": (30,)}, "sizes=(30,)"),
-        (
-            {"phases.low_resolution.autoencoder.warmup_steps": 11},
-            "config.phases.low_resolution.autoencoder.warmup_steps=11: give 0 to steps=10",
-        ),
-        (
-            {"phases.local_refinement.discriminator.schedule": "step"},
-            "config.phases.local_refinement.discriminator.schedule 'step'",
-        ),
-        # What only a later phase lacks.
-        (
-            {"data.source": "shapes", "data.shapes.train": ((32, 20),)},
-            "config.data.shapes.train=((32, 20),): give (48, COUNT) too",
-        ),
-        (
-            {"data.source": "shapes", "data.shapes.train": ((32, 20), (48, 7))},
-            "give (48, COUNT) too, COUNT 8 or more",
-        ),
-        (
-            {"phases.local_refinement.batch_size": 16},
-            "config.phases.local_refinement.batch_size=16: ",
-        ),
-        (
-            {"phases.latent_adaptation.image_size": 64},
-            "config.phases.latent_adaptation.image_size=64: none of the first records",
-        ),
-        ({"start": "shapes"}, "is of another config.network"),
-    ],
-    ids=str,
-)
-def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, changes, message):
-    changed = load(config)
-    changed.update_from_flattened_dict(changes)
-    with pytest.raises(UserError, match=re.escape(message)):
-        AutoencoderTraining(changed, str(tmp_path / "run")).run()
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_is_worth_a_retry(config, tmp_path, monkeypatch):

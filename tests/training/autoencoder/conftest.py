@@ -1,0 +1,10 @@
+"""The config that whole trainings, and their data, are tested by."""
+
+import pytest
+
+from tests.training.autoencoder.toy import prepare
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("photos"))
