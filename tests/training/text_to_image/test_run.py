@@ -1,6 +1,5 @@
 """A whole tiny training: what it writes, how it resumes, what it refuses."""
 
-import dataclasses
 import json
 import os
 import re
@@ -18,13 +17,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from sana_jax.checkpoints import diffusers, native
-from sana_jax.data import sizes
-from sana_jax.data.precomputed import ShardWriter, weights_sha256, write_json
-from sana_jax.models import buckets
+from sana_jax.checkpoints import native
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.text.instruction import Instruction
 from sana_jax.training.checkpoints.manager import read_newest
 from sana_jax.training.state import TrainState
 from sana_jax.training.text_to_image import networks
@@ -32,23 +27,9 @@ from sana_jax.training.text_to_image.networks import open_base
 from sana_jax.training.text_to_image.result import open_workdir
 from sana_jax.training.text_to_image.run import TextToImageTraining
 from tests import xla
-from tests.training.text_to_image.toy import load, prepare
+from tests.training.text_to_image.toy import load, store, stored
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(config, tmp_path_factory):
-    """20 steps on eight devices."""
-    workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    changes = dict(loop__images_every=20, loop__evaluate_every=20, peak_flops=1e12)
-    TextToImageTraining(load(config, **changes), str(workdir)).run()
-    return workdir
 
 
 def document(workdir):
@@ -113,19 +94,6 @@ def test_the_model_at_the_end_is_the_average(unbroken, config):
     assert np.abs(sheet[:, :16].astype(int) - drawn.astype(int)).max() <= 1
 
 
-def test_held_out_batches_do_not_follow_the_run(config, tmp_path):
-    """Of other seeds, batches and captions, runs are measured by the same pictures and captions."""
-    changes = dict(loop__evaluate_every=1)
-    first = TextToImageTraining(load(config, **changes), str(tmp_path / "a"))
-    changes |= dict(seed=5, recipe__batch_size=16, data__captions__kind="uniform")
-    second = TextToImageTraining(load(config, **changes), str(tmp_path / "b"))
-    batches = [run.held_out[0].batch(0) for run in (first, second)]
-    jax.tree.map(np.testing.assert_array_equal, *batches)
-    assert len(jax.tree.leaves(batches[0])[0]) == 8
-    one, other = (np.asarray(run.loader.batch(0)["image"])[:8] for run in (first, second))
-    assert not np.array_equal(one, other)
-
-
 def test_images_are_encoded_in_float32(config, tmp_path):
     """Whatever the transformer computes in: to the bit."""
     latents = []
@@ -134,63 +102,6 @@ def test_images_are_encoded_in_float32(config, tmp_path):
         with jax.set_mesh(run.mesh):
             latents.append(jax.jit(run.task._latents)(run.loader.batch(0), run._frozen))
     np.testing.assert_array_equal(*latents)
-
-
-def test_the_instruction_is_part_of_a_run(config, monkeypatch):
-    """Beside a diffusers folder it depends on the machine: another one is not gone on with."""
-    key = "text_encoder.instruction"
-    (_, without), read = open_base(load(config)), networks.open_checkpoint
-
-    def told(name):
-        found = read(name)
-        return dataclasses.replace(found, instruction=Instruction("Draw: ", "a file"))
-
-    monkeypatch.setattr(networks, "open_checkpoint", told)
-    base, prints = open_base(load(config))
-    assert without[key] == "" and prints[key] == base.instruction.sha256
-    assert open_base(load(config, text_encoder__instruction=False))[1][key] == ""
-
-
-def damage(workdir, step):
-    """Flips a bit in every file that holds numbers of a checkpoint."""
-    for path in (workdir / f"checkpoints/{step}/state").rglob("d/*"):
-        damaged = bytearray(path.read_bytes())
-        damaged[len(damaged) // 2] ^= 1
-        path.write_bytes(damaged)
-
-
-def test_convert_reads_the_folder_and_falls_back(unbroken, config, tmp_path):
-    workdir, out = tmp_path / "run", tmp_path / "out"
-    shutil.copytree(unbroken, workdir)
-    damage(workdir, 20)
-    base = config.parent / "base"
-    base.rename(config.parent / "moved")
-    arguments = [f"--source={workdir}", f"--out={out}", "--ema"]
-    command = [sys.executable, "-m", "sana_jax.convert", *arguments]
-    with pytest.raises(UserError, match="no checkpoint '.*/base'.*rest"):
-        open_workdir(workdir)
-    try:
-        rest = f"--rest={config.parent / 'moved'}"
-        result = subprocess.run([*command, rest], cwd=ROOT, capture_output=True, text=True)
-        with pytest.raises(UserError, match="config.autoencoder of .* is not what it was"):
-            open_workdir(workdir, rest=str(unbroken / "model"))
-    finally:
-        (config.parent / "moved").rename(base)
-    assert result.returncode == 0, result.stderr
-    assert "step 15 is used" in result.stderr
-    model = native.open_folder(out)
-    assert (model.provenance["steps"], model.provenance["ema"]) == (15, True)
-    assert (workdir / "checkpoints/20").exists()  # converting changes nothing
-    trained = open_workdir(workdir, ema=False)
-    last = load_file(unbroken / "model/dit.safetensors")["proj_out/kernel"]
-    average = load_file(out / "dit.safetensors")["proj_out/kernel"]
-    plain = np.asarray(trained.params["dit"]["proj_out"]["kernel"])
-    assert len({array.tobytes() for array in (last, average, plain)}) == 3
-    command[-2:] = f"--out={tmp_path / 'theirs'}", "--format=diffusers"
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    theirs = diffusers.open_folder(tmp_path / "theirs")
-    np.testing.assert_array_equal(theirs.params["dit"]["proj_out"]["kernel"], plain)
 
 
 def test_killed_and_terminated_it_ends_as_the_unbroken_run(unbroken, config, tmp_path, monkeypatch):
@@ -254,7 +165,6 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
     [
         (dict(recipe__batch_size=12), "config.recipe.batch_size=12: it is a multiple of 8"),
         (dict(recipe__microbatches=2), "config.recipe.batch_size=8: it is a multiple of 16"),
-        (dict(recipe__batch_size=24), "batch_size=24: the data has 16 records"),
         (dict(recipe__steps=0), "config.recipe.steps=0"),
         (
             dict(recipe__optimizer__learning_rate=-1.0),
@@ -279,7 +189,6 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(loader__prefetch=-1), "config.loader.prefetch=-1: it is at least 0"),
         (dict(loop__watchdog_seconds=-1.0), "config.loop.watchdog_seconds=-1.0: it is at least 0"),
         (dict(loop__max_streak=-1), "config.loop.max_streak=-1: it is at least 0"),
-        (dict(data__flip=True), "flip=True: crop='centre'"),
         (dict(dtype="float99"), "config.dtype='float99'"),
         (dict(autoencoder=None), "config.autoencoder is missing"),
         (dict(autoencoder="nowhere"), "no checkpoint 'nowhere'"),
@@ -295,8 +204,6 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(network__width=33), "config.network: transformer width 33"),
         (dict(mesh__replica=3, mesh__fsdp=1), "does not fit 8 devices"),
         (dict(data__size=18), "config.data.size=18: it is a multiple of 4"),
-        (dict(data__source="nowhere"), "nowhere: there is no such folder"),
-        (dict(data__captions__kind="best"), "config.data.captions.kind='best'"),
         (dict(loop__images_every=1, images__prompts=()), "config.images.prompts is empty"),
         (dict(loop__evaluate_every=1, evaluation__batches=0), "config.evaluation.batches 0 is not"),
         (dict(loop__evaluate_every=1, evaluation__sigmas=()), "config.evaluation.sigmas=(): give"),
@@ -313,23 +220,8 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
             dict(recipe__microbatches=-1, recipe__encoder_microbatches=-1),
             "config.recipe.microbatches=-1: give",
         ),
-        (
-            dict(mesh__fsdp=1, mesh__sequence=8),
-            "config.mesh.sequence=8: images 16 pixels high have 4 rows of tokens",
-        ),
-        (
-            dict(data__source="shapes", data__captions__kind="best"),
-            "config.data.captions.kind='best'",
-        ),
-        (dict(data__source="shapes", data__crop="middle"), "crop='middle'"),
         (dict(data__shapes__seed=-1), "config.data.shapes.seed=-1: it is at least 0"),
-        (dict(data__source="shapes", data__shapes__train=4), "config.data.shapes.train=4: a batch"),
-        (
-            dict(data__source="shapes", loop__evaluate_every=1, data__test_split="validation"),
-            "shapes has no split 'validation'",
-        ),
         (dict(phases=()), "it is for sana_jax.train_dc_ae"),
-        (dict(loop__evaluate_every=1, data__test_split="validation"), "no split 'validation'"),
     ],
     ids=str,
 )
@@ -340,14 +232,6 @@ def test_bad_config_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=re.escape(message)):
         TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-
-
-def test_an_instruction_is_refused_where_the_text_encoder_trains(config, tmp_path, monkeypatch):
-    base = native.open_folder(config.parent / "base")
-    base.instruction = Instruction("describe: ", "a test")
-    monkeypatch.setattr(networks, "open_checkpoint", lambda name: base)
-    with pytest.raises(UserError, match="give config.text_encoder.instruction=False"):
-        TextToImageTraining(load(config, text_encoder__train=True), str(tmp_path / "run"))
 
 
 def test_a_new_text_encoder_trains_beside_the_transformer(config, tmp_path):
@@ -368,88 +252,6 @@ def test_a_new_text_encoder_trains_beside_the_transformer(config, tmp_path):
     )
     model = native.open_folder(tmp_path / "model")
     assert model.text_encoder.num_layers == 1 and model.instruction is None
-
-
-def store(folder, config, split, shapes, **changes):
-    """Writes stored latents of these shapes, eight of each, and embeddings if `text` is given."""
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    base, writer = native.open_folder(config.parent / "base"), ShardWriter(folder / split, 0)
-    index = {"format": 1, "split": split, "text": None, "text_encoder": None}
-    index |= {"scaling_factor": base.vae.scaling_factor} | changes
-    rng = np.random.default_rng(0)
-    for i, (height, width) in enumerate(8 * shapes):
-        row = {"key": str(i), "truth": "", "captions": ["a cat"], "scores": [], "scaled": True}
-        row["latents"] = rng.standard_normal((height, width, 8)).astype(np.float32)
-        if index["text"]:
-            row["embeddings"] = [rng.standard_normal((3, 48)).astype(np.float32)]
-        writer.add(row)
-    index["autoencoder"] = weights_sha256(base.vae, base.params["vae"])
-    write_json(folder / split / "index.json", index | {"shards": [writer.finish({})]} | changes)
-
-
-def stored(folder, config, **changes):
-    """A training on such a folder."""
-    changes = dict(data__source=f"precomputed:{folder}") | changes
-    return TextToImageTraining(load(config, **changes), str(folder / "run"))
-
-
-def test_stored_latents_must_be_of_the_config(config, tmp_path):
-    store(tmp_path, config, "train", [(4, 4)])
-    batch = stored(tmp_path, config).loader.batch(0)
-    assert {name: rows.shape for name, rows in batch.items()} == {
-        "latents": (8, 4, 4, 8),
-        "tokens": (8, 8),
-        "mask": (8, 8),
-    }
-    for changes, message in (
-        (dict(data__size=32), "has latents of 16 x 16 pixels, config.data.size is 32"),
-        (dict(data__flip=True), "stored latents stay as they are"),
-        (dict(data__crop="random"), "stored latents stay as they are"),
-        (dict(network__patch_size=3, data__size=36, data__buckets=True), "patches of 3 do not"),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)):
-            stored(tmp_path, config, **changes)
-    store(tmp_path, config, "train", [(4, 4), (3, 4)])
-    with pytest.raises(UserError, match="has latents of 12 x 16 pixels, config.data.size is 16"):
-        stored(tmp_path, config)
-    mesh = dict(mesh__fsdp=4, mesh__sequence=2)
-    with pytest.raises(UserError, match="config.mesh.sequence=2: images 12 pixels high have 3"):
-        stored(tmp_path, config, data__buckets=True, **mesh)
-    store(tmp_path, config, "train", [(4, 4)], autoencoder="another")
-    with pytest.raises(UserError, match="is not of config.autoencoder="):
-        stored(tmp_path, config)
-    assert not (tmp_path / "run").exists()
-
-
-def test_stored_embeddings_must_be_of_the_text_encoder(config, tmp_path):
-    store(tmp_path, config, "train", [(4, 4)])
-    told = stored(tmp_path, config).captions.settings
-    base = native.open_folder(config.parent / "base")
-    encoder = weights_sha256(base.text_encoder, base.params["text_encoder"])
-    store(tmp_path, config, "train", [(4, 4)], text=told, text_encoder=encoder)
-    batch = stored(tmp_path, config).loader.batch(0)
-    assert batch["embeddings"].shape == (8, 8, 48)
-    with pytest.raises(UserError, match="embeddings, which a text encoder that trains cannot use"):
-        network = vars(base.text_encoder).items()
-        train = {f"text_encoder__network__{name}": value for name, value in network}
-        train |= dict(text_encoder__train=True, text_encoder__instruction=False)
-        stored(tmp_path, config, **train)
-    store(tmp_path, config, "train", [(4, 4)], text=told, text_encoder="another")
-    with pytest.raises(UserError, match="not of config.text_encoder.checkpoint="):
-        stored(tmp_path, config)
-    store(tmp_path, config, "train", [(4, 4)], text=told | {"rows": 9}, text_encoder=encoder)
-    with pytest.raises(UserError, match="another tokenizer, instruction or number of rows"):
-        stored(tmp_path, config)
-
-
-def test_sizes_of_images_are_read_once(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(buckets, "training_buckets", lambda size: ((16, 16), (8, 32)))
-    changes = dict(data__buckets=True, data__upscale=True, loop__evaluate_every=1)
-    first = TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
-    assert first.loader.batch(0)["image"].shape == (8, 16, 16, 3)
-    monkeypatch.setattr(sizes, "size_of", None)
-    again = TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
-    assert again.loader.fingerprint == first.loader.fingerprint
 
 
 @pytest.mark.slow  # compiles a step and an evaluation for each of two shapes, twice
@@ -481,14 +283,6 @@ def test_buckets_from_another_model(config, tmp_path, monkeypatch):
     assert document(tmp_path / "run")["step"] == 5
     with pytest.raises(UserError, match=r"config\.start: "):
         stored(tmp_path, config, **changes | dict(start=None, recipe__steps=5)).run()
-
-
-def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
-    start = str(config.parent / "base")
-    networks.open_start(load(config, start=start))
-    assert "clip_attention" not in caplog.text
-    networks.open_start(load(config, start=start, network__clip_attention=True))
-    assert "config.network.clip_attention=True, but None of" in caplog.text
 
 
 def test_a_good_model_stays_until_the_next_is_whole(config, tmp_path, monkeypatch):

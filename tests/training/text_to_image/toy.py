@@ -1,4 +1,4 @@
-"""A tiny text-to-image training: its checkpoint, its pictures, its config."""
+"""A tiny text-to-image training: its checkpoint, its pictures, its config; its stored latents."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from sana_jax.checkpoints import native
+from sana_jax.data.precomputed import ShardWriter, weights_sha256, write_json
+from sana_jax.training.text_to_image.run import TextToImageTraining
 from tests import mini
 
 CONFIG = """
@@ -58,3 +60,26 @@ def load(path: Path, **changes) -> ConfigDict:
         config.phases = changes.pop("phases")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config
+
+
+def store(folder, config, split, shapes, **changes):
+    """Writes stored latents of these shapes, eight of each, and embeddings if `text` is given."""
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    base, writer = native.open_folder(config.parent / "base"), ShardWriter(folder / split, 0)
+    index = {"format": 1, "split": split, "text": None, "text_encoder": None}
+    index |= {"scaling_factor": base.vae.scaling_factor} | changes
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate(8 * shapes):
+        row = {"key": str(i), "truth": "", "captions": ["a cat"], "scores": [], "scaled": True}
+        row["latents"] = rng.standard_normal((height, width, 8)).astype(np.float32)
+        if index["text"]:
+            row["embeddings"] = [rng.standard_normal((3, 48)).astype(np.float32)]
+        writer.add(row)
+    index["autoencoder"] = weights_sha256(base.vae, base.params["vae"])
+    write_json(folder / split / "index.json", index | {"shards": [writer.finish({})]} | changes)
+
+
+def stored(folder, config, **changes):
+    """A training on such a folder."""
+    changes = dict(data__source=f"precomputed:{folder}") | changes
+    return TextToImageTraining(load(config, **changes), str(folder / "run"))
