@@ -47,7 +47,7 @@ def test_rows_hooks_and_checkpoints(tmp_path):
 
 
 def test_hooks_that_a_crash_cut_short_are_made_up_for(tmp_path):
-    """The checkpoint of their step is there before them; what they have made is not made twice."""
+    """The step's checkpoint is saved before its hooks; what they have made is not made twice."""
     abstract, create = state.on_mesh(init, sharding.make_mesh(fsdp=2))
     config = LoopConfig(4, checkpoint_every=2, images_every=2, evaluate_every=2)
     called, tries = [], iter([2, 1, 0])
@@ -156,7 +156,7 @@ def test_the_last_save_is_tried_again(tmp_path, monkeypatch, failures, ends, sto
 
 
 def test_metrics_are_read_one_step_behind(tmp_path):
-    """Step k is dispatched before what step k - 1 returned is waited for."""
+    """Step k is dispatched before the host waits for the metrics of step k - 1."""
     mesh, events = sharding.make_mesh(), []
 
     class Metric:
@@ -227,7 +227,7 @@ def test_a_profile_without_a_disk_ends_no_run(tmp_path, monkeypatch):
 
 
 def test_joining_the_hosts_keeps_the_handler_of_sigterm(monkeypatch):
-    """JAX puts a handler in place below Python, which then does not see its own replaced."""
+    """JAX installs a handler below Python, which does not notice that its own was replaced."""
     ignored = ctypes.c_void_p(int(signal.SIG_IGN))
 
     def initialize(**settings):

@@ -1,4 +1,4 @@
-"""Rows, event files and pictures are there, also after a run that was killed."""
+"""Rows, event files and pictures are written, also after a run that was killed."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ from sana_jax.training.metrics_writer import MetricsWriter
 
 
 def events(folder):
-    """The events of all files: records of length, its checksum, the content, its checksum."""
+    """Returns the events of all files: records of length and content, each with a checksum."""
     found = []
     for path in sorted((folder / "tensorboard").iterdir()):
         content = path.read_bytes()
@@ -67,7 +67,7 @@ def test_rows_after_the_step_are_dropped(tmp_path):
 
 
 def test_nothing_is_written_behind_our_back(tmp_path, monkeypatch):
-    """A thread that a full disk ends says nothing, and what waits for it waits for ever."""
+    """A writing thread would end without a word, and whoever waits for it would wait for ever."""
     threads = {*threading.enumerate()}
     with pytest.raises(Retry, match="No space"), MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})

@@ -1,4 +1,4 @@
-"""A session starts or goes on, says so, and trains; what it is exported to is whole."""
+"""A session starts or resumes, says so, and trains; an exported model is whole."""
 
 import json
 
@@ -25,12 +25,12 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def model(mesh):
-    """(abstract state, function that makes it, step)."""
+    """Returns (abstract state, function that makes the state, step)."""
     return toy_run.model(toy_run.SETTINGS, mesh)
 
 
 def train(workdir, mesh, model, steps, start=None, loop=None, name="", **options):
-    """A session of `steps` steps; what it starts from, and what it ends with."""
+    """Runs a session up to `steps`; returns the step it starts from, and the last state."""
     abstract, create, step = model
     loop = LoopConfig(steps, **loop or {})
     with Checkpoints(workdir, {"steps": steps}, {}) as checkpoints:

@@ -1,4 +1,4 @@
-"""The guard keeps what was there, to the bit; the average is that of the formula."""
+"""The guard keeps the old state to the bit; the moving average follows its formula."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def test_step_keys_differ():
 
 
 def test_on_mesh():
-    """Optimizer and average are sharded as the parameters are, and nothing is ever whole."""
+    """Optimizer state and average are sharded as the parameters are; nothing is ever whole."""
     kernel = nn.with_logical_partitioning(nn.initializers.normal(), ("embed", "mlp"))
 
     def init():

@@ -20,13 +20,13 @@ SETTINGS = {
     "max_streak": 4,
     "nan_at": [],  # batches that hold a NaN
     "kill_at": None,
-    "terminate_at": None,  # sends itself SIGTERM there
+    "terminate_at": None,  # the run sends itself SIGTERM at this batch
     "hang_at": None,
-    "sleep": 0.0,  # seconds a batch
+    "sleep": 0.0,  # seconds for each batch
     "watchdog_seconds": 0.0,
     "learning_rate": 1e-2,
     "fsdp": 1,
-    "limit_at": None,  # from there no file can grow beyond 20 kB: a full disk
+    "limit_at": None,  # from this batch on no file can grow beyond 20 kB, as on a full disk
     "host": None,  # [index, count, port] of one among several processes
 }
 
@@ -79,7 +79,7 @@ class Batches:
 
 
 def state_hash(state, checkpoints, settings) -> str:
-    """Of every leaf of the state, and of the batch that comes next."""
+    """Returns a hash of every leaf of the state, and of the next batch."""
     import jax
     import numpy as np
 
@@ -96,7 +96,7 @@ def state_hash(state, checkpoints, settings) -> str:
 
 
 def model(settings, mesh):
-    """(abstract state, function that makes it, step) of a network of two layers."""
+    """Returns (abstract state, function that makes the state, step) of a two-layer network."""
     import jax
     import jax.numpy as jnp
     import optax

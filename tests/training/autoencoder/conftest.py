@@ -1,4 +1,4 @@
-"""The config that whole trainings, and their data, are tested by."""
+"""The config of the trainings that these tests run."""
 
 import pytest
 

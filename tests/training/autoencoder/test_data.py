@@ -21,7 +21,7 @@ from tests.training.autoencoder.toy import PHASES, SHAPES, load
         ({"data.source": "precomputed:here"}, "precomputed:here: these are latents; give images"),
         ({"phases.local_refinement.crop": "centre"}, "local_refinement.flip=True: crop='centre'"),
         ({"data.source": "nowhere"}, "nowhere: there is no such folder"),
-        # What only a later phase lacks.
+        # Data that only a later phase lacks.
         (
             {"data.source": "shapes", "data.shapes.train": ((32, 20),)},
             "config.data.shapes.train=((32, 20),): give (48, COUNT) too",
@@ -55,7 +55,7 @@ def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
     for cache in (4.0, 0.0):
         training.config.loader.cache_gib = cache
         loader = training.data.loader(training.tasks[PHASES[0]].phase, 0)
-        images = [loader.batch(step)["image"] for step in range(4)]  # 12 images: some come again
+        images = [loader.batch(step)["image"] for step in range(4)]  # 16 of 12 images
         found.append((loader.fingerprint, np.stack(images)))
         assert len(loader.source._kept) == (12 if cache else 0)
     assert found[0][0] == found[1][0]

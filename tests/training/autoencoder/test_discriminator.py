@@ -1,4 +1,4 @@
-"""PatchGAN against torch's layers with the same weights, and what its field and norms promise."""
+"""PatchGAN against torch's layers with the same weights; its field of view and its norms."""
 
 from collections import OrderedDict
 
@@ -38,7 +38,7 @@ class Normed(torch.nn.Module):
 
 
 def twin(norm, width=8, layers=3):
-    """The PatchGAN of pix2pix in torch's own modules, another norm in batch norm's place."""
+    """The PatchGAN of pix2pix in torch's own modules, with another norm instead of batch norm."""
     norms = {
         "group_norm": lambda c: torch.nn.GroupNorm(min(32, c), c),
         "rms_norm": Normed,
@@ -85,7 +85,7 @@ def test_the_published_size():
     module = Discriminator()
     params = jax.eval_shape(module.init, jax.random.key(0), images(256))["params"]
     leaves = jax.tree.leaves(nn.unbox(params))
-    # Of the published network, whose norms have a scale and a bias too.
+    # The published network, whose norms have a scale and a bias too.
     assert sum(leaf.size for leaf in leaves) == 2_765_633
     out = jax.eval_shape(module.apply, {"params": params}, images(256))
     assert (out.shape, out.dtype) == ((2, 30, 30, 1), jnp.float32)

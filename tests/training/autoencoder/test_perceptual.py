@@ -15,7 +15,7 @@ def images(seed=0, shape=(3, 32, 48, 3)):
 
 
 def reference(x, y, levels=4):
-    """Bands of both pictures, each by itself, with SciPy's correlation."""
+    """Computes the bands of each picture by itself, with SciPy's correlation."""
     x, y, total = x.astype(np.float64), y.astype(np.float64), 0
     kernel = np.array([1, 4, 6, 4, 1]) / 16
     for _ in range(levels):

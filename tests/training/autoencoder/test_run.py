@@ -1,4 +1,4 @@
-"""A tiny autoencoder's whole training, as a command: phases, kills, resumes, refusals."""
+"""A tiny autoencoder's whole training, as a command: phases, kills, resumes, other configs."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def unbroken(config, tmp_path_factory):
 
 
 def last_document(workdir, phase):
-    """What the last checkpoint says of itself: a fingerprint of every leaf, the data's place."""
+    """Returns the last checkpoint's document: fingerprints of its leaves, the data's position."""
     checkpoints = workdir / phase / "checkpoints"
     step = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
     return json.loads((checkpoints / str(step) / "run" / "metadata").read_text())
@@ -96,7 +96,7 @@ def test_results_are_there_and_add_up(unbroken):
         assert list((unbroken / phase / "images").glob("*_00000010.png"))
     first = json.loads((unbroken / PHASES[0] / "results.json").read_text())
     assert first["after"]["32"]["psnr"] > first["before"]["32"]["psnr"] + 0.5
-    # A phase starts from where the one before has ended.
+    # A phase starts where the phase before it ended.
     second = json.loads((unbroken / PHASES[1] / "results.json").read_text())
     np.testing.assert_allclose(
         second["before"]["48"]["psnr"], first["after"]["48"]["psnr"], rtol=1e-5
@@ -104,7 +104,7 @@ def test_results_are_there_and_add_up(unbroken):
 
 
 def test_training_seconds_are_those_of_all_steps(tmp_path):
-    """Saved at step 6, resumed there: row 8 is of two steps, whose rate goes for four."""
+    """Saved and resumed at step 6: row 8 measures two steps, and its rate counts for four."""
     rows = [(2, 4.0), (4, 8.0), (8, 16.0)]
     lines = [json.dumps({"step": step, "images_per_second": rate}) for step, rate in rows]
     lines.insert(2, json.dumps({"step": 4, "validation_loss": 0.5}))
@@ -145,7 +145,7 @@ def test_scaling_factor_makes_latents_of_unit_size(unbroken, config):
 
 
 def test_killed_at_any_moment_it_ends_as_the_unbroken_run(unbroken, config, tmp_path):
-    """SIGKILL in two phases, at moments that nothing fixes: every leaf ends with the same bits."""
+    """SIGKILL in two phases, at arbitrary moments: every leaf ends with the same bits."""
     workdir = tmp_path / "run"
     for phase, rows in ((PHASES[0], 2), (PHASES[2], 3)):
         process = subprocess.Popen(
@@ -215,7 +215,7 @@ def test_a_training_starts_from_a_checkpoint(unbroken, config, tmp_path):
             np.testing.assert_allclose(before[size][name], after[size][name], rtol=1e-6)
     lineage = native.open_folder(tmp_path / "run" / "model").provenance["phases"]
     assert [phase["phase"] for phase in lineage] == [*PHASES, PHASES[0]]
-    # The same command finds its work done; one that starts from other weights is another training.
+    # The same command has nothing left to do; other starting weights make it another training.
     again = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / 'model'}")
     assert again.returncode == 0 and "phase low_resolution is over" in again.stderr
     other = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / PHASES[0]}/model")
@@ -258,7 +258,7 @@ host, port = int(sys.argv.pop(1)), sys.argv.pop(1)
 jax.distributed.initialize(f"localhost:{port}", 2, host)
 write = run._write
 
-def show(path, contents):  # what every host has found, though one writes
+def show(path, contents):  # on every host, though only one writes
     print("found", path.name, json.dumps(contents))
     write(path, contents)
 
@@ -269,7 +269,7 @@ cli.run(train_dc_ae.main, resumes=True)
 
 @pytest.mark.slow  # a minute
 def test_two_hosts_train_as_one_does(config, tmp_path):
-    """Two processes of one device, beside a process of two: the same batches, losses, figures."""
+    """Two processes with a device each, and one with two: the same batches, losses, figures."""
     phases = [f"--config.phases.{phase}.steps=3" for phase in PHASES]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -329,7 +329,7 @@ def test_a_full_disk_is_worth_a_retry(config, tmp_path, monkeypatch):
 
 
 def test_weights_of_the_loss_are_told_by_their_content(config, tmp_path, monkeypatch):
-    """The file may move; where there is none, nothing is told of it."""
+    """The file may move; without a file, there is no fingerprint."""
     make = autoencoder_run.make_perceptual
     monkeypatch.setattr(
         autoencoder_run, "make_perceptual", lambda name, weights, dtype: make(name, None, dtype)
@@ -350,7 +350,7 @@ def test_weights_of_the_loss_are_told_by_their_content(config, tmp_path, monkeyp
     assert first != moved and _fixed(first) == _fixed(moved) != _fixed(other)
     training, without = about(None)
     assert "perceptual_weights" not in without
-    # Of a phase that was over when the name of the file was not free yet.
+    # A phase that was over before the name of the file was free.
     (tmp_path / "run" / PHASES[0]).mkdir(parents=True)
     (tmp_path / "run" / PHASES[0] / "results.json").write_text(json.dumps({"about": without}))
     with pytest.raises(UserError, match=f"{PHASES[0]}/model"):  # it is taken to be over

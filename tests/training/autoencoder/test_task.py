@@ -1,4 +1,4 @@
-"""The autoencoder's train step against gradients of the losses as they are written down."""
+"""The autoencoder's train step against gradients of the losses as the module states them."""
 
 import dataclasses
 from functools import partial
@@ -55,7 +55,7 @@ def images(seed=0, rows=4) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def start():
-    """States of a phase without and of one with a discriminator."""
+    """Returns states of a phase without a discriminator, and of one with it."""
     return {phase: nn.unbox(task(phase).init(jax.random.key(1))) for phase in (PHASE, HEAD)}
 
 

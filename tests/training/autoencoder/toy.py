@@ -51,7 +51,7 @@ def prepare(folder: Path) -> Path:
 
 
 def load(path: Path, **changes) -> ConfigDict:
-    """The config in the file, for eight devices, with changes by dotted keys."""
+    """Returns the config in the file, for eight devices, with changes by dotted keys."""
     namespace = {}
     exec(path.read_text(), namespace)
     config = namespace["get_config"]()

@@ -12,7 +12,7 @@ from tests.training.checkpoints.toy import CONFIG, DATA, abstract, make, restore
 
 
 def test_flipped_bits_never_pass(folder):
-    """At random places of the arrays' file: noticed, or without effect on the arrays."""
+    """A bit flipped at a random place of the file is noticed, or does not change the arrays."""
     random, step = np.random.default_rng(0), folder / "checkpoints" / "3"
     largest = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     sound, noticed = largest.read_bytes(), 0
@@ -37,7 +37,7 @@ def test_flipped_bits_never_pass(folder):
     [
         TimeoutError("no answer"),
         OSError(errno.ESTALE, "no answer"),
-        ValueError("UNAVAILABLE: no answer"),  # TensorStore's
+        ValueError("UNAVAILABLE: no answer"),  # raised by TensorStore
     ],
 )
 def test_unreadable_storage_is_to_be_tried_again(folder, monkeypatch, error):

@@ -12,7 +12,7 @@ DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "float8_e4m3fn"]
 
 
 def random_bits(shape, dtype, seed=0):
-    """An array of any bits, NaN and -0.0 among them."""
+    """Returns an array of random bits, with NaN and -0.0 among them."""
     dtype = jnp.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     content = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
@@ -31,7 +31,7 @@ def test_any_flipped_bit_changes_it(dtype):
 
 
 def test_several_flipped_bits_change_it():
-    """Also the same bit of two elements, on which sums of products cancel."""
+    """Also of the same bit of two elements, which a sum of products would not notice."""
     array, random = random_bits((64, 32), "float32"), np.random.default_rng(1)
     sound = checksums(array)
     for count in [2, 2, 2, 3, 10, 1000] * 10:
@@ -54,7 +54,7 @@ def test_keys_and_truth_values():
 
 
 def test_is_that_of_the_formula():
-    """In Python integers."""
+    """Computes the fingerprint in Python integers."""
 
     def mix(x):
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32

@@ -141,7 +141,7 @@ def test_other_shapes_are_refused(folder):
 
 
 def test_other_meshes(tmp_path):
-    """8 -> 4 -> 1 devices, sharded in another way each time."""
+    """8 -> 4 -> 1 devices, with another sharding each time."""
     devices, want = jax.devices(), make()
     meshes = [
         sharding.make_mesh(fsdp=4, tensor=2, devices=devices),
@@ -165,7 +165,7 @@ def test_latest_stay_and_multiples(tmp_path):
     with Checkpoints(tmp_path, CONFIG, DATA, keep=2, keep_every=4) as checkpoints:
         for step in range(1, 8):
             checkpoints.save(step, make(), b"bytes", good=step < 7)
-        checkpoints.save(7, make())  # there already
+        checkpoints.save(7, make())  # does nothing
         checkpoints.wait()
         assert checkpoints.steps() == [4, 6, 7] and checkpoints.last_good == 6
     _, position, checkpoints = restore(tmp_path)
@@ -180,7 +180,7 @@ def test_what_a_killed_run_left_is_removed(folder):
 
 
 def test_an_object_store_has_no_renaming(folder):
-    """There Orbax writes into the step's own folder, and marks it last."""
+    """On an object store Orbax writes into the step's own folder, and marks it at the end."""
     (folder / "checkpoints/3/commit_success.txt").unlink()
     checkpoints = Checkpoints(folder, CONFIG, DATA)
     assert checkpoints.steps() == [1, 2, 3]
@@ -192,7 +192,7 @@ def test_an_object_store_has_no_renaming(folder):
 
 
 def test_saved_while_the_next_steps_run(tmp_path):
-    """The arrays are donated at once; what is saved is what was given."""
+    """The arrays are donated at once; yet the checkpoint holds the values that were given."""
     advance = jax.jit(
         lambda s: s.replace(params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0
     )

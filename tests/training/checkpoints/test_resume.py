@@ -1,4 +1,4 @@
-"""A run that is killed or terminated ends, to the bit, as one that never was."""
+"""A run that is killed or terminated ends, to the bit, as one that is not interrupted."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from sana_jax.runtime.lock import locked
 from tests import xla
 from tests.training import toy_run
 
-SETTINGS = ["steps=40", "checkpoint_every=4", "log_every=2"]  # no row spans two runs
+SETTINGS = ["steps=40", "checkpoint_every=4", "log_every=2"]  # so no row spans two runs
 
 
 def start(workdir, *settings, **environment):
@@ -29,7 +29,7 @@ def start(workdir, *settings, **environment):
 
 
 def finish(workdir, capsys, *settings):
-    """Runs in this process to the end; the hash that it prints."""
+    """Runs to the end in this process; returns the hash that the run prints."""
     toy_run.main(["", workdir, *SETTINGS, *settings])
     return capsys.readouterr().out.strip()
 
@@ -63,9 +63,8 @@ def test_killed_twice_and_terminated(tmp_path, capsys):
     assert run.returncode == 75 and stopped, errors
     assert newest(broken) == int(stopped[1])
     assert finish(broken, capsys) == whole
-    assert (
-        losses(broken)[:-1] == losses(tmp_path / "whole")[:-1]
-    )  # the last may be of step 40 alone
+    # The last row may be of step 40 alone.
+    assert losses(broken)[:-1] == losses(tmp_path / "whole")[:-1]
 
 
 HOSTS = """
@@ -98,9 +97,9 @@ toy_run.main(["", broken, *settings])
 
 
 def test_two_hosts_one_of_which_is_terminated(tmp_path):
-    """Both end after the same step, the last one too, and go on as if nothing had been.
+    """Both hosts stop after the same step, also the last, and resume as if nothing had happened.
 
-    What only the first can see decides for both, and what only the second cannot read.
+    What only the first host sees, and what only the second cannot read, decides for both.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))

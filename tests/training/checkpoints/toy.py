@@ -15,7 +15,7 @@ DATA = {"files": ["a"], "seed": 3}
 
 
 class Position:
-    """A data iterator that knows only where it is."""
+    """A data iterator that only keeps its position."""
 
     def __init__(self, value=None):
         self.value = value
@@ -25,7 +25,7 @@ class Position:
 
 
 def make(seed=0, mesh=None):
-    """A state whose arrays compress badly, so that the files hold their bits."""
+    """Returns a state whose arrays compress badly, so that the files hold their bits."""
     w = jax.random.normal(jax.random.key(seed), (64, 128))
     params = {"net": {"w": w, "b": w[0].astype(jnp.bfloat16)}}
     moments = jax.tree.map(jnp.copy, params)

@@ -1,4 +1,4 @@
-"""Against the algorithm in float64; the 8-bit state against rounding in NumPy, and its bytes."""
+"""CAME against its algorithm in float64; the 8-bit state against rounding in NumPy; its size."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ MATRICES = ("kernel", "table", "conv1x1")
 
 
 def gradients(steps, shapes=SHAPES):
-    """Of sizes that the clip and both eps act on; one output of the kernel is never reached."""
+    """Gradients of sizes that the clip and both eps act on; one kernel output has none."""
     random = np.random.default_rng(0)
     for k in range(steps):
         grads = {
@@ -37,7 +37,7 @@ def gradients(steps, shapes=SHAPES):
 
 
 def reference(grads, matrix, b1, b2, b3, eps1, eps2, clip):
-    """The directions of one parameter, with the statistics as whole matrices, in float64."""
+    """Returns one parameter's directions, with the statistics as whole matrices, in float64."""
 
     def rank_one(x):
         rows, columns = x.mean(axis=1, keepdims=True), x.mean(axis=0, keepdims=True)
@@ -100,7 +100,7 @@ def test_quantised_is_the_nearest_step():
 
 
 def test_8_bits_follow_32():
-    """One step is the same but for the state that is kept; later ones differ by its rounding."""
+    """The first direction is the same; later ones differ by the rounding of the kept state."""
     shapes = {"kernel": (130, 160), "narrow": (1400, 13), "bias": (160,)}
     whole, small = came.came(), came.came(state_bits=8)
     a, b = (tx.init({n: jnp.zeros(s) for n, s in shapes.items()}) for tx in (whole, small))
@@ -121,7 +121,7 @@ def test_8_bits_follow_32():
 
 
 def test_bytes_of_state():
-    """Of the 1.6B transformer, by number: Adam 8, CAME 4 and CAME with 8 bits 1, and a little."""
+    """Bytes for each number of the 1.6B transformer: Adam 8, CAME 4 and a little, in 8 bits 1."""
     config = PRESETS["sana_1600m_1024"]
     args = jnp.zeros((1, 2, 2, 32)), jnp.zeros(1), jnp.zeros((1, 3, 2304)), jnp.ones((1, 3), bool)
     params = jax.eval_shape(SanaTransformer(config).init, jax.random.key(0), *args)["params"]
@@ -139,7 +139,7 @@ def test_bytes_of_state():
 
 
 def test_it_descends():
-    """A badly scaled quadratic, in 8 bits."""
+    """CAME in 8 bits on a badly scaled quadratic."""
     tx = came.came(state_bits=8)
     scale = jnp.logspace(-2, 1, 160)
     goal = jax.random.normal(jax.random.key(0), (130, 160))

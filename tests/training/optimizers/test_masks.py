@@ -1,4 +1,4 @@
-"""Parameters by name, boxed with their axes or not."""
+"""Parameters are found by name, boxed with their axes or not."""
 
 import jax
 from flax import linen as nn

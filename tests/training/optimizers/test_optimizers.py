@@ -1,4 +1,4 @@
-"""Against formulas in NumPy; what is frozen stands still."""
+"""Optimizers and schedules against formulas in NumPy; frozen parameters stand still."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def run(config, trainable=EVERYTHING, count=5, steps=10):
 
 
 def test_adamw_is_that_of_the_formula():
-    """Loshchilov and Hutter (2019), with clipping; only kernels are decayed."""
+    """AdamW of Loshchilov and Hutter (2019), with clipping; only kernels are decayed."""
     config = OptimizerConfig(
         learning_rate=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3, clip_norm=2.0,
         warmup_steps=3, schedule="cosine", final_fraction=0.1,

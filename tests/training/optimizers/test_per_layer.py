@@ -50,7 +50,7 @@ def trees(seed):
 
 
 def boxed(tree):
-    """With logical axes; those of a stack start with "layers"."""
+    """Boxes parameters with their logical axes; those of a stack start with "layers"."""
 
     def box(path, x):
         axes = AXES[path[-1].key]
@@ -61,7 +61,7 @@ def boxed(tree):
 
 
 def train(which, case, named=True, steps=3):
-    """The parameters after a few steps on tree `which` of `trees`."""
+    """Returns the parameters after a few steps on tree `which` of `trees`."""
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=50.0, **CASES[case])
     params = trees(0)[which]
     tx, _ = make_optimizer(config, boxed(params) if named else params, 10)
@@ -84,7 +84,7 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("case", CASES)
 def test_stacked_is_unrolled(case):
-    """To 1e-6, the updates being about 1e-2; where the stack has no name it is not so."""
+    """Equal to 1e-6, with updates of about 1e-2; not so if the stack's axis has no name."""
     unrolled = train(1, case)
     found = largest_difference(as_layers(train(0, case)), unrolled)
     without = largest_difference(as_layers(train(0, case, named=False)), unrolled)
@@ -101,7 +101,7 @@ def test_layer_counts():
 
 
 def test_axes_are_the_same_with_a_mesh_set():
-    """As in the loop, where the mesh of the devices is set, traced or not."""
+    """With the mesh of the devices set, as in the loop; traced or not."""
     params = boxed(trees(0)[0])
     tx, _ = make_optimizer(OptimizerConfig(name="came"), params, 10)
     alone = nn.get_partition_spec(jax.eval_shape(tx.init, params))
@@ -135,7 +135,7 @@ KERNEL_STATES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_state_on_a_mesh(case):
-    """Each leaf is split as its parameter, and an update is what it is on one device."""
+    """Each leaf is split as its parameter is; the updates equal those on one device."""
     stacked, _ = trees(0)
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, **CASES[case])
     tx, _ = make_optimizer(config, boxed(stacked), 10)

@@ -29,14 +29,14 @@ def config(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_recipe_is_what_it_says(name):
-    """On 256 chips: the size of the network, what a chip holds, and that a step can be traced."""
+    """On 256 chips: the size of the network, the bytes on a chip, and a step that is traced."""
     recipe, (millions, side) = config(name), SIZES[name]
     axes = tuple(recipe.mesh[name] for name in sharding.MESH_AXES)
     assert axes == (4, 64, 1, 1)
     mesh = jax.sharding.AbstractMesh(axes, sharding.MESH_AXES)
     check_batches(recipe, mesh)
     check_figures(recipe)
-    # Their auto_lr: the rate of a batch of 256, times the root.
+    # The authors' auto_lr: the rate of a batch of 256, times the root.
     scaled = 1e-4 * math.sqrt(recipe.recipe.batch_size / 256)
     np.testing.assert_allclose(read_recipe(recipe).optimizer.learning_rate, scaled)
     step, state, batch, inputs, size, count = abstract_training(recipe, mesh)

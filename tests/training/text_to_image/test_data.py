@@ -49,7 +49,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_held_out_batches_do_not_follow_the_run(config, tmp_path):
-    """Of other seeds, batches and captions, runs are measured by the same pictures and captions."""
+    """Runs of other seeds, batches and captions are measured on the same pictures and captions."""
     changes = dict(loop__evaluate_every=1)
     first = TextToImageTraining(load(config, **changes), str(tmp_path / "a"))
     changes |= dict(seed=5, recipe__batch_size=16, data__captions__kind="uniform")

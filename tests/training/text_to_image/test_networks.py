@@ -1,4 +1,4 @@
-"""The networks that a config names are opened, and told apart by what their shapes do not show."""
+"""The networks that a config names are opened; differences that no shape shows are told."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from tests.training.text_to_image.toy import load
 
 
 def test_the_instruction_is_part_of_a_run(config, monkeypatch):
-    """Beside a diffusers folder it depends on the machine: another one is not gone on with."""
+    """A diffusers folder has none, so it depends on the machine; a run keeps to its own."""
     key = "text_encoder.instruction"
     (_, without), read = open_base(load(config)), networks.open_checkpoint
 

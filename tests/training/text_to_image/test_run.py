@@ -33,12 +33,12 @@ ROOT = Path(__file__).parents[3]
 
 
 def document(workdir):
-    """What the newest checkpoint says of itself: a fingerprint of every leaf, the data's place."""
+    """Returns the newest checkpoint's document: its leaves' fingerprints, the data's position."""
     return read_newest(workdir, "params")[0]
 
 
 def assert_same_end(workdir, unbroken):
-    """Every leaf and the next batch, to the bit."""
+    """Compares every leaf, and the position of the data, to the bit."""
     ours, theirs = document(workdir), document(unbroken)
     assert ours["step"] == theirs["step"] == 20
     assert ours["leaves"] == theirs["leaves"]
@@ -95,7 +95,7 @@ def test_the_model_at_the_end_is_the_average(unbroken, config):
 
 
 def test_images_are_encoded_in_float32(config, tmp_path):
-    """Whatever the transformer computes in: to the bit."""
+    """Equal to the bit, whatever dtype the transformer computes in."""
     latents = []
     for dtype in "float32", "bfloat16":
         run = TextToImageTraining(load(config, dtype=dtype), str(tmp_path))
@@ -132,7 +132,7 @@ def test_killed_and_terminated_it_ends_as_the_unbroken_run(unbroken, config, tmp
 
 @pytest.mark.parametrize("devices", [4, 1])
 def test_it_goes_on_with_fewer_devices(unbroken, config, tmp_path, devices, monkeypatch):
-    """8 -> 4 and 8 -> 1: sums in another order, so equal to float32's rounding over five steps."""
+    """8 -> 4 and 8 -> 1: sums have another order, so equal to float32's rounding in five steps."""
     workdir = tmp_path / "run"
     shutil.copytree(unbroken, workdir)
     for name in ("20", "10", "5"):
@@ -256,7 +256,7 @@ def test_a_new_text_encoder_trains_beside_the_transformer(config, tmp_path):
 
 @pytest.mark.slow  # compiles a step and an evaluation for each of two shapes, twice
 def test_buckets_from_another_model(config, tmp_path, monkeypatch):
-    """Stored latents of two shapes; both are evaluated; `start` is needed by step 0 alone."""
+    """Stored latents of two shapes, both evaluated; only step 0 needs `start`."""
     for split in "train", "test":
         store(tmp_path, config, split, [(4, 4), (2, 8)])
     device = jax.devices()[:1]  # it compiles two steps, twice

@@ -61,7 +61,7 @@ def make_batch(instruction=None):
 
 
 def run(task, steps, batch, frozen, mesh=None):
-    """(the state, the losses) after so many steps on one batch."""
+    """Returns (the state, the losses) after so many steps on one batch."""
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
@@ -75,7 +75,7 @@ def run(task, steps, batch, frozen, mesh=None):
 
 
 def test_overfits_eight_images(monkeypatch):
-    """Fixed noise and levels: to 5 % of the first loss."""
+    """With fixed noise and levels, to 5 % of the first loss."""
     recipe = Recipe(300, 8, OptimizerConfig(learning_rate=3e-3), caption_dropout=0.0)
     task = make_task(recipe)
     draw = task._draw
@@ -97,7 +97,7 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def alone():
-    """The first ten losses on one device; both networks train."""
+    """Compares the first ten losses with those on one device; both networks train."""
     return run(make_task(Recipe(10, 8, ADAMW)), 10, make_batch(), Frozen(None))[1]
 
 
@@ -123,7 +123,7 @@ def test_remat_changes_no_loss(alone, remat):
 
 
 def test_remat_keeps_what_its_name_says():
-    """In the program of a step: how many products it has, and what waits on the host."""
+    """Looks in the program of a step for its number of products, and for offloaded values."""
     products, host = {}, {}
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     for remat in REMAT:
@@ -146,7 +146,7 @@ def test_the_average_follows_the_new_parameters():
 
 
 def test_unrolled_blocks_change_no_loss(monkeypatch):
-    """Of the transformer two in a turn and one left; of the text encoder fewer than a turn has."""
+    """The transformer has a loop of two blocks and one left; the text encoder has fewer than two."""
     monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, depth=3))
     losses = [
         run(make_task(Recipe(10, 8, ADAMW), unroll=unroll), 3, make_batch(), Frozen(None))[1]
@@ -156,7 +156,7 @@ def test_unrolled_blocks_change_no_loss(monkeypatch):
 
 
 def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():
-    """One step's loss, put together anew from what the step draws."""
+    """Computes a step's loss anew from the numbers that the step draws."""
     told = "describe the picture: "
     recipe = Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0), caption_dropout=0.5)
     task, batch = make_task(recipe, train=False, instruction=told), make_batch(told)
@@ -189,7 +189,7 @@ def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():
 
 
 def test_stored_embeddings_train_as_their_captions():
-    """With dropped ones among them; the encoder is frozen."""
+    """Some captions are dropped; the encoder is frozen."""
     recipe = Recipe(3, 8, ADAMW, caption_dropout=0.5)
     task, batch = make_task(recipe, train=False), make_batch()
     params = nn.unbox(init_params(task.text_encoder, jax.random.key(5)))
@@ -246,7 +246,7 @@ def test_an_encoder_that_trains_reads_no_instruction():
 
 
 def test_weighting_by_level():
-    """The hook is that of flow_matching: the weighted mean of the rows' errors."""
+    """The loss is that of flow_matching: the weighted mean of the rows' errors."""
     recipe = Recipe(5, 8, ADAMW, NoiseConfig(weighting="cosmap"))
     task, batch = make_task(recipe), make_batch()
     _, (weighted,) = run(task, 1, batch, Frozen(None))

@@ -52,7 +52,7 @@ def prepare(folder: Path) -> Path:
 
 
 def load(path: Path, **changes) -> ConfigDict:
-    """The config in the file, with changes by dotted keys."""
+    """Returns the config in the file, with changes by dotted keys."""
     namespace = {}
     exec(path.read_text(), namespace)
     config = namespace["get_config"]()
@@ -80,6 +80,6 @@ def store(folder, config, split, shapes, **changes):
 
 
 def stored(folder, config, **changes):
-    """A training on such a folder."""
+    """Returns a training on a folder of stored latents."""
     changes = dict(data__source=f"precomputed:{folder}") | changes
     return TextToImageTraining(load(config, **changes), str(folder / "run"))
