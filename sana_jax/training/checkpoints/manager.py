@@ -53,7 +53,7 @@ State = TypeVar("State")
 
 SAVE_ATTEMPTS = 3  # this many failures in a row end the run
 
-_TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's namess names
+_TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's names
 
 
 class Checkpoints:
@@ -90,7 +90,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._stack, self._failures = contextlib.ExitStack(), 0
         self._saving: tuple[int, bool] | None = None
-        self.last_good: int | None = None  # newest step that was not saved in a streak of NaN
+        self.last_good: int | None = None  # newest step saved outside a streak of NaN
 
     def __enter__(self) -> "Checkpoints":
         about = {key: x for key, x in keys(self._about).items() if not self._may_change(key)}

@@ -146,7 +146,7 @@ def test_the_average_follows_the_new_parameters():
 
 
 def test_unrolled_blocks_change_no_loss(monkeypatch):
-    """The transformer has a loop of two blocks and one left; the text encoder has fewer than two."""
+    """The transformer has a loop of two blocks and one left; the text encoder has fewer."""
     monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, depth=3))
     losses = [
         run(make_task(Recipe(10, 8, ADAMW), unroll=unroll), 3, make_batch(), Frozen(None))[1]
