@@ -33,7 +33,7 @@ BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 def laplacian(
     reconstructions: Float[Array, "B H W C"], images: Float[Array, "B H W C"], levels: int = 4
 ) -> Float[Array, " B"]:
-    """Returns the summed mean absolute errors of the bands of a Laplacian pyramid.
+    """Returns the summed mean absolute errors of the bands of each image's Laplacian pyramid.
 
     A band is the part of the picture that a binomial blur removes; the next band is that of the
     blurred picture at half the size. With means instead of sums, this is the Lap1 loss of

@@ -95,7 +95,7 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
             "network": as_group(network) | {"implementation": "auto"},
             # A checkpoint whose transformer is trained further; none: it starts from nothing.
             "start": config_dict.placeholder(str),
-            "autoencoder": config_dict.placeholder(str),  # a checkpoint
+            "autoencoder": config_dict.placeholder(str),  # a checkpoint that has one
             "text_encoder": {
                 "checkpoint": config_dict.placeholder(str),
                 "rows": 300,  # of text that the transformer sees
@@ -105,7 +105,8 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "network": as_group(Gemma2Config()),
                 "tokenizer": config_dict.placeholder(str),
             },
-            "dtype": "bfloat16",  # of activations and a frozen text encoder
+            # Of activations and a frozen text encoder; weights that train are float32.
+            "dtype": "bfloat16",
             "remat": "none",  # models/dit.py's REMAT
             # Blocks in one iteration of their loop: more run faster on CPUs, but compile longer.
             "unroll": 1,

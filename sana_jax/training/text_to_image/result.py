@@ -30,6 +30,7 @@ def open_workdir(
     Raises:
       UserError: there is no such training or checkpoint, or a network that did not train is not
         what it was in the training.
+      Retry: the storage does not answer.
     """
     document, trained = read_newest(workdir, "ema" if ema else "params")
     settings = document["config"]
