@@ -41,17 +41,13 @@ reconstruction data, split, size and dtype; of shapes the options.
 
 import dataclasses
 import json
-from functools import partial
 
 from absl import flags
-from etils import epath
 
-from sana_jax.pictures import check_out, make_grid, save_png
+from sana_jax.pictures import check_out, save_png
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
-SHAPES_TEST = 1000  # images of the built-in data set that are made where there are none
-SHOWN = 8  # images in the picture
 OWN = {  # flags that one task alone reads
     "reconstruction": ("data", "data_dir", "split", "lpips_weights"),
     "shapes": ("seed", "num_steps", "guidance_scale", "flow_shift"),
@@ -113,136 +109,33 @@ _VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights
 _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
 
 
-def open_data(data: str, data_dir: str | None, split: str | None, size: int):
-    """The source and the name of its split, None of a folder without any. Raises UserError.
-
-    Draws the test images of shapes into a cache where `data_dir` is None.
-    """
-    from sana_jax.data.sources import open_source
-
-    if data == "shapes" and data_dir is None:
-        if split not in (None, "test"):
-            raise UserError(f"--split={split} of shapes: name the folder it is in with --data_dir")
-        from sana_jax.runtime.devices import cache_folder
-        from sana_jax.shapes.dataset import prepare
-
-        try:
-            data_dir = str(cache_folder() / "shapes_test")
-        except RuntimeError:
-            raise UserError("there is no home folder for a cache: give --data_dir") from None
-        # A record depends on its number and split alone: the others need not be drawn.
-        prepare(data_dir, size, train=1, test=SHAPES_TEST)
-    if data.startswith("precomputed:"):
-        raise UserError(f"--data={data}: these are latents; give images")
-    if split is None:
-        named, root = data == "shapes" or data.startswith("tfds:"), epath.Path(data).expanduser()
-        split = "test" if named or (root / "test").is_dir() else "train"
-        if not named and not (root / split).is_dir():
-            return open_source(data), None
-    return open_source(data, split, data_dir, size), split
-
-
 def reconstruction() -> None:
-    """The task of that name."""
+    """Measures how near decode(encode(image)) is to the image."""
     out = check_out(_OUT.value)
-    size = _SIZE.value
 
-    import jax
-    import numpy as np
+    from sana_jax.metrics import reconstruction_task
 
-    from sana_jax import sharding
-    from sana_jax.checkpoints.components import module_for
-    from sana_jax.checkpoints.load import open_checkpoint, place_all
-    from sana_jax.data.loader import EvaluationLoader
-    from sana_jax.data.transforms import ImageTransform
-    from sana_jax.metrics import lpips
-    from sana_jax.metrics.reconstruction_figures import figures
-    from sana_jax.runtime import checks
-    from sana_jax.runtime.progress import Progress
-
-    options = dict(variant=_VARIANT.value, revision=_REVISION.value)
-    checkpoint = open_checkpoint(_CHECKPOINT.value, **options)
-    checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=None)
-    config = checkpoint.vae
-    checks.multiple(f"--size={size}", size, config.factor)
-    distance = None
-    if _LPIPS.value is not None:
-        measure = jax.jit(partial(lpips.lpips, tower="alex"))
-        distance = partial(measure, jax.device_put(lpips.load("alex", _LPIPS.value)))
-        if size < lpips.SMALLEST["alex"]:
-            raise UserError(f"--lpips_weights needs --size={lpips.SMALLEST['alex']} or more")
-    source, split = open_data(_DATA.value, _DATA_DIR.value, _SPLIT.value, size)
-    mesh = sharding.make_mesh()
-    batch = _BATCH.value + -_BATCH.value % sharding.batch_divisor(mesh)
-    loader = EvaluationLoader(
-        source, ImageTransform(size, size), batch_size=batch, limit=_COUNT.value
+    options = reconstruction_task.Options(
+        data=_DATA.value,
+        data_dir=_DATA_DIR.value,
+        split=_SPLIT.value,
+        size=_SIZE.value,
+        count=_COUNT.value,
+        batch_size=_BATCH.value,
+        dtype=_DTYPE.value,
+        lpips_weights=_LPIPS.value,
+        variant=_VARIANT.value,
+        revision=_REVISION.value,
     )
-
-    place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
-    apply = jax.jit(module_for(config, _DTYPE.value).apply)
-    params = {"params": checkpoint.params["vae"]}
-
-    def reconstruct(images):
-        return apply(params, jax.device_put(images, sharding.batch_sharding(mesh)))
-
-    values = config.latent_channels / config.factor**2
-    with (
-        jax.set_mesh(mesh),
-        jax.default_matmul_precision("float32"),
-        Progress(loader.records, "image") as progress,
-    ):
-        found = figures(reconstruct, loader, values, distance, progress.update)
-        if not np.isfinite(found["psnr"]):
-            raise UserError(
-                f"{_CHECKPOINT.value} reconstructs some of {_DATA.value} with NaN or infinite"
-                " values: its weights are not those of a trained autoencoder, or need another"
-                " --dtype"
-            )
-        if out is not None:
-            save_png(out, pairs(reconstruct, loader))
-
-    data = _DATA.value if split is None else f"{_DATA.value} {split}"
-    print(f"{data}, {found['count']} images at {size} px; {loader.counts}")
-    print(table(found))
-    about = {
-        "task": "reconstruction",
-        "checkpoint": _CHECKPOINT.value,
-        "data": _DATA.value,
-        "split": split,
-        "size": size,
-        "dtype": _DTYPE.value,
-    }
-    rejected = {reason: count for reason, count in loader.counts.rejected.items() if count}
-    print(json.dumps(about | found | {"rejected": rejected}))
-
-
-def pairs(reconstruct, loader):
-    """A sheet of the first usable images, their reconstructions below them."""
-    import numpy as np
-
-    from sana_jax.metrics.reconstruction import to_uint8
-
-    batches = (loader.load(step)[0] for step in range(len(loader)))
-    batch = next(batch for batch in batches if batch["valid"].any())
-    rows = batch["image"], reconstruct(batch["image"])
-    return make_grid([list(np.asarray(to_uint8(x))[batch["valid"]][:SHOWN]) for x in rows])
-
-
-def table(found: dict) -> str:
-    """The figures for people."""
-    small = "x".join(map(str, found["baseline_size"]))
-    lines = [f"{'':26}{'PSNR dB':>9}{'SSIM':>9}{'LPIPS':>9}{'fine detail':>13}"]
-    for name, prefix in ("reconstruction", ""), (f"bicubic from {small}", "baseline_"):
-        psnr, ssim, lpips, ratio = (
-            found[prefix + key] for key in ("psnr", "ssim", "lpips", "high_frequency_ratio")
-        )
-        measured = (f"{value:.4f}" if value is not None else "-" for value in (lpips, ratio))
-        lines.append("{:26}{:9.2f}{:9.4f}{:>9}{:>13}".format(name, psnr, ssim, *measured))
-    return "\n".join(lines)
+    found = reconstruction_task.reconstruction(_CHECKPOINT.value, options, out is not None)
+    if out is not None:
+        save_png(out, found.sheet)
+    print(found.text)
+    print(json.dumps(found.figures))
 
 
 def shapes() -> None:
-    """The task of that name."""
+    """Measures how well a model of the built-in data set draws what prompts state."""
     out = check_out(_OUT.value)
 
     from sana_jax.shapes import evaluation

@@ -183,23 +183,6 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_shapes_is_drawn_into_a_cache_once(shared, tmp_path):
-    few = "evaluate.SHAPES_TEST = 3; answers = []"
-    arguments = [f"--checkpoint={shared / 'checkpoint'}", "--size=16", "--batch_size=2"]
-    result = run(
-        ["-c", SEVERAL.replace("answers = []", few)],
-        tmp_path,
-        input=json.dumps([arguments, arguments]),
-    )
-    assert result.returncode == 0, result.stderr
-    first, second = (
-        json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")
-    )
-    assert first == second
-    assert (first["data"], first["split"], first["count"]) == ("shapes", "test", 3)
-    assert list((tmp_path / "caches").rglob("shapes-test*"))
-
-
 def test_shapes(shared, tmp_path):
     """Random weights draw nothing that is right; the ground truth is parsed without an error."""
     arguments = ["--task=shapes", "--count=6", "--num_steps=2", "--batch_size=4", "--size=64"]
