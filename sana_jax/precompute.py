@@ -13,8 +13,10 @@ Images that cannot be used are left out, counted by reason in DIR/index.json, an
 The same command goes on where it was stopped: shards that are complete are kept.
 """
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -52,35 +54,22 @@ _VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights
 _REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
 
 
-def main(argv):
-    del argv
-    if (_SIZE.value is None) == (_BUCKETS.value is None):
-        raise UserError("give --size or --buckets")
-
-    import dataclasses
-
-    import jax
-
-    from sana_jax import sharding
-    from sana_jax.checkpoints.load import open_checkpoint, place_all
-    from sana_jax.data import precomputed
-    from sana_jax.data.encode import Encoder, WithTokens, precompute
-    from sana_jax.data.sources import open_source
-    from sana_jax.data.text_image import CaptionTokens
+def image_transform():
+    """Returns the transform of a record's picture that --size or --buckets asks for."""
     from sana_jax.data.transforms import BucketTransform, ImageTransform
     from sana_jax.models import buckets
-    from sana_jax.runtime import checks, devices
-    from sana_jax.runtime.files import local, reason_of, storage
-    from sana_jax.runtime.lock import locked
 
-    folder = local(Path(_OUT.value))
     options = dict(crop=_CROP.value, upscale=_UPSCALE.value, dtype="uint8")
     if _SIZE.value is not None:
-        image = ImageTransform(_SIZE.value, _SIZE.value, **options)
-    else:
-        image = BucketTransform(buckets.training_buckets(_BUCKETS.value), **options)
-    if _DATA.value.startswith("precomputed:"):
-        raise UserError(f"--data={_DATA.value}: these are latents already; give images")
+        return ImageTransform(_SIZE.value, _SIZE.value, **options)
+    return BucketTransform(buckets.training_buckets(_BUCKETS.value), **options)
+
+
+def open_encoders():
+    """Returns the checkpoint with the networks that encode, and no others."""
+    from sana_jax.checkpoints.load import open_checkpoint
+    from sana_jax.runtime import checks
+
     checkpoint = open_checkpoint(
         _CHECKPOINT.value,
         variant=_VARIANT.value,
@@ -88,21 +77,20 @@ def main(argv):
         instruction_file=_INSTRUCTION.value,
         instruct=_TEXT.value and not _NO_INSTRUCTION.value,
     )
-    factor = checkpoint.vae.factor
     if _SIZE.value is not None:
-        checks.multiple(f"--size={_SIZE.value}", _SIZE.value, factor)
+        checks.multiple(f"--size={_SIZE.value}", _SIZE.value, checkpoint.vae.factor)
     if _TEXT.value and checkpoint.text_encoder is None:
         raise UserError(f"{_CHECKPOINT.value} has no text encoder, which --text needs")
-    source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
-    tokens = None
-    if _TEXT.value:
-        found = checkpoint.instruction
-        tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, found and found.text)
     text_encoder = checkpoint.text_encoder if _TEXT.value else None
-    checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=text_encoder)
-    params = checkpoint.params
-    mesh = sharding.make_mesh()
-    settings = {
+    return dataclasses.replace(checkpoint, dit=None, text_encoder=text_encoder)
+
+
+def settings_of(source, image, checkpoint, tokens) -> dict[str, Any]:
+    """Returns all that decides the records in DIR; it is kept there, and must not change."""
+    from sana_jax.data import precomputed
+
+    encoder = checkpoint.text_encoder
+    return {
         "format": precomputed.FORMAT,
         "data": _DATA.value,
         "split": _SPLIT.value,
@@ -110,16 +98,46 @@ def main(argv):
         "records": len(source),
         "image": image.settings,
         "seed": _SEED.value,
-        "autoencoder": precomputed.weights_sha256(checkpoint.vae, params["vae"]),
+        "autoencoder": precomputed.weights_sha256(checkpoint.vae, checkpoint.params["vae"]),
         "scaling_factor": checkpoint.vae.scaling_factor,
         "text": tokens and tokens.settings,
-        "text_encoder": text_encoder
-        and precomputed.weights_sha256(text_encoder, params["text_encoder"]),
+        "text_encoder": encoder
+        and precomputed.weights_sha256(encoder, checkpoint.params["text_encoder"]),
         "dtype": _DTYPE.value,
         "store": _STORE.value,
         "batch": _BATCH.value,
         "shard": _SHARD.value,
     }
+
+
+def main(argv):
+    del argv
+    if (_SIZE.value is None) == (_BUCKETS.value is None):
+        raise UserError("give --size or --buckets")
+
+    import jax
+
+    from sana_jax import sharding
+    from sana_jax.checkpoints.load import place_all
+    from sana_jax.data.encode import Encoder, WithTokens, precompute
+    from sana_jax.data.sources import open_source
+    from sana_jax.data.text_image import CaptionTokens
+    from sana_jax.runtime import devices
+    from sana_jax.runtime.files import local, reason_of, storage
+    from sana_jax.runtime.lock import locked
+
+    folder = local(Path(_OUT.value))
+    image = image_transform()
+    if _DATA.value.startswith("precomputed:"):
+        raise UserError(f"--data={_DATA.value}: these are latents already; give images")
+    checkpoint = open_encoders()
+    source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
+    tokens = None
+    if _TEXT.value:
+        found = checkpoint.instruction
+        tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, found and found.text)
+    mesh = sharding.make_mesh()
+    settings = settings_of(source, image, checkpoint, tokens)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -127,10 +145,10 @@ def main(argv):
             storage(folder),  # from here on the same command goes on
             jax.set_mesh(mesh),
             jax.default_matmul_precision("float32"),
-            devices.memory_errors("a smaller --batch or --size"),
+            devices.memory_errors("a smaller --batch_size or --size"),
         ):
             place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
-            encoder = Encoder(checkpoint, mesh, _DTYPE.value, settings["batch"], tokens)
+            encoder = Encoder(checkpoint, mesh, _DTYPE.value, _BATCH.value, tokens)
             index = precompute(source, WithTokens(image, tokens), encoder, folder, settings)
     except OSError as error:
         raise UserError(f"--out={folder}: {reason_of(error)}") from None
