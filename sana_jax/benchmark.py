@@ -9,7 +9,7 @@ call, which compiles, stands apart. Both sides must give the same numbers, or th
 
     text    short prompts behind a long instruction, the second call on
     trunk   the transformer once, on a batch doubled for guidance, 300 rows of text
-    loop    --steps steps with guidance from noise to latents; each side starts from the rows of
+    loop    --num_steps steps with guidance from noise to latents; each side starts from the rows of
             the text encoder and does the captions' work as it does in use: we once, diffusers in
             every step
     decode  latents to pixels
@@ -58,7 +58,8 @@ BARS = {
 BESIDE_WEIGHTS = 6 * 10**9  # bytes of memory that both sides may want besides
 
 _PRESET = flags.DEFINE_string("preset", "sana_600m_1024", f"the networks' sizes: {KNOWN}")
-_BATCH = flags.DEFINE_integer("batch", 1, "pictures at once", 1, 2**16)
+_BATCH = flags.DEFINE_integer("batch_size", 1, "pictures at once", 1, 2**16)
+flags.DEFINE_alias("batch", "batch_size")
 _SIZE = flags.DEFINE_integer(
     "size", None, "side of the picture in pixels; default: the preset's own", 1, 2**16
 )
@@ -71,7 +72,8 @@ _IMPLEMENTATION = flags.DEFINE_enum(
     IMPLEMENTATIONS,
     "of our transformer: xla without, pallas with kernels",
 )
-_STEPS = flags.DEFINE_integer("steps", 20, "of the loop", 1, 1000)
+_STEPS = flags.DEFINE_integer("num_steps", 20, "steps of the loop", 1, 1000)
+flags.DEFINE_alias("steps", "num_steps")
 _LOOP_STEPS = flags.DEFINE_integer(
     "loop_steps", None, "time a loop of so many steps and scale it up; default: all", 1, 1000
 )

@@ -1,10 +1,10 @@
 """Compiles for TPUs that are not there: does it fit, and what does the compiler think it costs?
 
-    python -m sana_jax.compile --preset=sana_600m_1024 --topology=v5e:2x2 --what=forward --batch=16
-    python -m sana_jax.compile --config=configs/sana_1600m_1024.py --topology=v5e:16x16 --batch=8
+    python -m sana_jax.compile --preset=sana_600m_1024 --topology=v5e:2x2 --batch_size=16
+    python -m sana_jax.compile --config=configs/sana_1600m_1024.py --topology=v5e:16x16
 
     forward  the transformer once, 300 rows of text
-    sample   --steps steps with guidance, from noise to latents
+    sample   --num_steps steps with guidance, from noise to latents
     decode   latents to pixels; above 2048 x 2048 pixels one tile, times their number
     train    the step of a config with its optimizer, averages and frozen networks
 
@@ -50,12 +50,14 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _WHAT = flags.DEFINE_enum("what", None, WHAT, "default: train with a config, else forward")
 _BATCH = flags.DEFINE_integer(
-    "batch", None, "pictures a chip; default: the config's batch, or 1", 1, 2**16
+    "batch_size", None, "pictures a chip; default: the config's batch, or 1", 1, 2**16
 )
+flags.DEFINE_alias("batch", "batch_size")
 _SIZE = flags.DEFINE_integer(
     "size", None, "side of the picture in pixels; default: the preset's own", 1, 2**16
 )
-_STEPS = flags.DEFINE_integer("steps", 20, "of sample", 1, 1000)
+_STEPS = flags.DEFINE_integer("num_steps", 20, "steps of the program sample", 1, 1000)
+flags.DEFINE_alias("steps", "num_steps")
 _FSDP = flags.DEFINE_integer(
     "fsdp", 1, "chips that share a copy of a preset's weights; a config has its mesh", 1, 2**16
 )

@@ -45,8 +45,9 @@ _INSTRUCTION = flags.DEFINE_string(
 )
 _NO_INSTRUCTION = flags.DEFINE_bool("no_instruction", False, "encode the captions alone")
 _BATCH = flags.DEFINE_integer(
-    "batch", 16, "images at once; filled up to a multiple of the devices", 1, 2**16
+    "batch_size", 16, "images at once; filled up to a multiple of the devices", 1, 2**16
 )
+flags.DEFINE_alias("batch", "batch_size")
 _SHARD = flags.DEFINE_integer("shard", 4096, "images of the data in a shard", 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
 _STORE = flags.DEFINE_enum("store", "bfloat16", ["float32", "bfloat16"], "dtype of the latents")

@@ -21,8 +21,8 @@ def bench(*flags, setup=""):
 
 @pytest.fixture(scope="module")
 def beside():
-    flags = "--preset=tiny", "--size=64", "--dtype=float32", "--batch=2", "--repeat=2"
-    steps = "--steps=6", "--loop_steps=2"
+    flags = "--preset=tiny", "--size=64", "--dtype=float32", "--batch_size=2", "--repeat=2"
+    steps = "--num_steps=6", "--loop_steps=2"
     result = bench(*flags, *steps, "--parts=loop", "--against=diffusers")
     assert result.returncode == 0, result.stderr
     return result
@@ -131,7 +131,7 @@ def test_two_kinds_of_devices_are_not_compared(ours, theirs, remedy):
         (["--parts="], "--parts is empty"),
         (["--preset=tiny", "--size=100"], "--size=100 is not a multiple of 32: try 96 or 128"),
         (["--size=0"], "--size=0"),
-        (["--batch=0"], "--batch=0"),
+        (["--batch=0"], "--batch_size=0"),
         (["--repeat=0"], "--repeat=0"),
         (["--loop_steps=0"], "--loop_steps=0"),
         (["--dtype=int8"], "--dtype=int8"),

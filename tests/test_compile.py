@@ -196,7 +196,7 @@ def command(*flags, setup=""):
 
 @needs_libtpu
 def test_the_command():
-    flags = "--preset=tiny", "--size=64", "--topology=v5e:2x2", "--batch=2", "--top=3"
+    flags = "--preset=tiny", "--size=64", "--topology=v5e:2x2", "--batch_size=2", "--top=3"
     result = command(*flags)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])

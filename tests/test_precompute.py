@@ -104,7 +104,7 @@ def test_item_28_the_command_on_a_folder_of_all_kinds_of_files(pipe, checkpoint,
     data = make(tmp_path / "data", good | bad | uncaptioned)
     (tmp_path / "told.txt").write_text(INSTRUCTION)
     flags = [f"--checkpoint={checkpoint}", f"--data={data}", f"--out={tmp_path / 'out'}", "--text"]
-    flags += [f"--size={SIDE}", "--crop=random", "--seed=5", "--batch=4", "--shard=8"]
+    flags += [f"--size={SIDE}", "--crop=random", "--seed=5", "--batch_size=4", "--shard=8"]
     flags += ["--store=float32", f"--instruction_file={tmp_path / 'told.txt'}"]
     result = run(*flags)
     assert result.returncode == 0, result.stderr

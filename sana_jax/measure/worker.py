@@ -48,7 +48,7 @@ class Worker:
             code = self._process.exitcode
             reason = f"{self.part}, {self.kind}: the process died with status {code}"
             if code == -signal.SIGKILL:
-                reason += ": too little memory, most likely; give a smaller --size or --batch"
+                reason += ": too little memory, most likely; give a smaller --size or --batch_size"
             raise UserError(reason) from None
         self._busy = False
         if status == "user":

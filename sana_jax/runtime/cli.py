@@ -168,7 +168,13 @@ def _last_line(error) -> str:
 
 def _closest(name: str, names) -> str:
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean --{close[0]}?" if close else ""
+    return f"did you mean --{_name_now(FLAGS[close[0]])}?" if close else ""
+
+
+def _name_now(flag: flags.Flag) -> str:
+    """Returns the flag's name, or for one of flags.DEFINE_alias the name that it stands for."""
+    found = re.fullmatch(r"Alias for --(\S+)\.", flag.help or "")
+    return found[1] if found else flag.name
 
 
 def _config_flags() -> list[flags.Flag]:
@@ -227,6 +233,9 @@ def _help() -> str:
         if module == sys.argv[0] or module.startswith(package):
             lines += ["", "flags:" if module == sys.argv[0] else f"flags of {module}:"]
             for flag in group:
+                if _name_now(flag) != flag.name:
+                    lines.append(f"  --{flag.name}: old name of --{_name_now(flag)}")
+                    continue
                 required = any("other than None" in check.message for check in flag.validators)
                 note = "required" if required else f"default {flag.default_as_str or 'none'}"
                 text = f"--{flag.name}: {flag.help} ({note})"

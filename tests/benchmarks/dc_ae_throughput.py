@@ -1,6 +1,6 @@
 """How fast the autoencoder of configs/dc_ae_shapes.py trains here, and whether its data keeps up.
 
-    python -m tests.benchmarks.dc_ae_throughput [--data_dir=DIR] [--steps=20] [--batch=8]
+    python -m tests.benchmarks.dc_ae_throughput [--data_dir=DIR] [--num_steps=20] [--batch_size=8]
 
 The same compiled step runs in alternation on batches whose records are read for the first time
 (cold: the first epoch), on batches of records that are kept in memory (warm: the others), and on
@@ -29,9 +29,9 @@ from sana_jax.training.prefetch import Prefetch
 from sana_jax.training.state import on_mesh
 
 DATA_DIR = flags.DEFINE_string("data_dir", "/tmp/sana_jax_shapes", "where shapes is, or goes")
-STEPS = flags.DEFINE_integer("steps", 20, "steps a round")
+STEPS = flags.DEFINE_integer("num_steps", 20, "steps a round")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of each kind")
-BATCH = flags.DEFINE_integer("batch", 8, "images a step")
+BATCH = flags.DEFINE_integer("batch_size", 8, "images a step")
 
 
 def main(argv: list[str]) -> None:

@@ -31,7 +31,7 @@ MODEL = flags.DEFINE_enum("model", "0.6B", list(MODELS), "transformer")
 WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward"], "program")
 CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip")
 IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "kernels or none")
-BATCH = flags.DEFINE_integer("batch", None, "default: 16 for 0.6B, 8 for 1.6B", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", None, "default: 16 for 0.6B, 8 for 1.6B", lower_bound=1)
 TOP = flags.DEFINE_integer("top", 40, "operations to list")
 
 

@@ -21,6 +21,7 @@ from sana_jax.runtime.errors import UserError
 
 PROMPT = flags.DEFINE_string("prompt", None, "what to draw", required=True)
 STEPS = flags.DEFINE_integer("num_steps", 20, "evaluations of the network", lower_bound=1)
+flags.DEFINE_alias("repetitions", "num_steps")
 SAMPLER = flags.DEFINE_enum("sampler", "euler", ["euler", "heun"], "the sampler")
 EMA = flags.DEFINE_bool("ema", False, "the averaged weights")
 FOLDER = flags.DEFINE_string("folder", "", "where to write")
@@ -179,6 +180,8 @@ def test_stop_is_its_status_and_one_line(call, prompt, status, line):
     ("argument", "parts"),
     [
         ("--num_step=4", ["unknown flag --num_step;", "did you mean --num_steps?"]),
+        ("--repetition=4", ["unknown flag --repetition;", "did you mean --num_steps?"]),
+        ("--repetitions=0", ["--num_steps=0", "positive"]),
         ("--noemma", ["did you mean --ema?"]),
         ("--zzzzzzzz", ["unknown flag --zzzzzzzz;", "--help"]),
         ("--num_steps=four", ["--num_steps=four", "it takes int"]),
@@ -193,6 +196,11 @@ def test_wrong_flag(call, argument, parts):
     assert_one_line(call(COMMAND, "--prompt=a red", argument), 2, *parts)
 
 
+def test_an_old_name_sets_the_flag(call):
+    result = call(COMMAND, "--prompt=x", "--repetitions=4")
+    assert result.stdout == call(COMMAND, "--prompt=x", "--num_steps=4").stdout
+
+
 def test_missing_flag(call):
     assert_one_line(call(COMMAND), 2, "--prompt is missing", "--help")
 
@@ -203,7 +211,9 @@ def test_help_is_the_docstring_and_own_flags(call, flag):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Draws a picture.\n\n    python -m sana_jax.draw")
     listed = [line.split(":")[0] for line in result.stdout.splitlines() if line.startswith("  --")]
-    assert listed == [f"  --{name}" for name in ("prompt", "num_steps", "sampler", "ema", "folder")]
+    names = ("prompt", "num_steps", "repetitions", "sampler", "ema", "folder")
+    assert listed == [f"  --{name}" for name in names]
+    assert "  --repetitions: old name of --num_steps\n" in result.stdout
     assert "what to draw (required)" in result.stdout
     assert "evaluations of the network (default '20')" in result.stdout
 
