@@ -19,6 +19,7 @@ from pathlib import Path
 from absl import flags, logging
 from etils import epath
 
+from sana_jax.checkpoints import flags as checkpoint_flags
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_new, new_folder
@@ -36,11 +37,9 @@ _DTYPE = flags.DEFINE_enum(
     "of the weights; float16 is the transformer's alone, the others become bfloat16, since they"
     " overflow it; default: as they are",
 )
-_VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
-_REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
-_INSTRUCTION = flags.DEFINE_string(
-    "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
-)
+_VARIANT = checkpoint_flags.define("variant")
+_REVISION = checkpoint_flags.define("revision")
+_INSTRUCTION = checkpoint_flags.define("instruction_file")
 _REST = flags.DEFINE_string(
     "rest",
     None,

@@ -44,6 +44,7 @@ import json
 
 from absl import flags
 
+from sana_jax.checkpoints import flags as checkpoint_flags
 from sana_jax.pictures import check_out, save_png
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
@@ -55,9 +56,7 @@ OWN = {  # flags that one task alone reads
 
 FLAGS = flags.FLAGS
 _TASK = flags.DEFINE_enum("task", "reconstruction", ["reconstruction", "shapes"], "what to measure")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
-)
+_CHECKPOINT = checkpoint_flags.define("checkpoint")
 _DATA = flags.DEFINE_string(
     "data", "shapes", "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]"
 )
@@ -105,8 +104,8 @@ _GUIDANCE = flags.DEFINE_float(
 _SHIFT = flags.DEFINE_float(
     "flow_shift", None, "of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
 )
-_VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
-_REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+_VARIANT = checkpoint_flags.define("variant")
+_REVISION = checkpoint_flags.define("revision")
 
 
 def reconstruction() -> None:

@@ -20,12 +20,11 @@ from typing import Any
 
 from absl import flags
 
+from sana_jax.checkpoints import flags as checkpoint_flags
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
-)
+_CHECKPOINT = checkpoint_flags.define("checkpoint")
 _DATA = flags.DEFINE_string(
     "data", None, "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]", required=True
 )
@@ -40,9 +39,7 @@ _CROP = flags.DEFINE_enum("crop", "centre", ["centre", "random"], "which part of
 _SEED = flags.DEFINE_integer("seed", 0, "of random crops", 0, 2**32 - 1)
 _UPSCALE = flags.DEFINE_bool("upscale", False, "enlarge images that are too small")
 _TEXT = flags.DEFINE_bool("text", False, "store the embeddings of the captions too")
-_INSTRUCTION = flags.DEFINE_string(
-    "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
-)
+_INSTRUCTION = checkpoint_flags.define("instruction_file")
 _NO_INSTRUCTION = flags.DEFINE_bool("no_instruction", False, "encode the captions alone")
 _BATCH = flags.DEFINE_integer(
     "batch_size", 16, "images at once; filled up to a multiple of the devices", 1, 2**16
@@ -51,8 +48,8 @@ flags.DEFINE_alias("batch", "batch_size")
 _SHARD = flags.DEFINE_integer("shard", 4096, "images of the data in a shard", 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
 _STORE = flags.DEFINE_enum("store", "bfloat16", ["float32", "bfloat16"], "dtype of the latents")
-_VARIANT = flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
-_REVISION = flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+_VARIANT = checkpoint_flags.define("variant")
+_REVISION = checkpoint_flags.define("revision")
 
 
 def image_transform():

@@ -17,13 +17,12 @@ import os
 
 from absl import flags
 
+from sana_jax.checkpoints import flags as checkpoint_flags
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "checkpoint", None, "native or diffusers folder, bundled name, or hub id", required=True
-)
+checkpoint_flags.define("checkpoint")
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; an empty one draws unconditionally")
 _PROMPTS = flags.DEFINE_string("prompts", None, "a .txt or .jsonl file of prompts")
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures; made if missing", required=True)
@@ -63,9 +62,7 @@ _SEED = flags.DEFINE_integer(
 )
 flags.DEFINE_enum("sampler", "flow_dpm_solver", ["flow_dpm_solver", "flow_euler"], "the solver")
 flags.DEFINE_float("flow_shift", None, "of the noise schedule; default: the checkpoint's")
-flags.DEFINE_string(
-    "instruction_file", None, "complex human instruction: a text file, or an NVlabs yaml"
-)
+checkpoint_flags.define("instruction_file")
 flags.DEFINE_bool("no_instruction", False, "encode the prompts alone")
 flags.DEFINE_enum(
     "dtype",
@@ -73,8 +70,8 @@ flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "of weights and activations; default: bfloat16, on a CPU float32",
 )
-flags.DEFINE_string("variant", None, "of a diffusers folder's weights, such as bf16")
-flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+checkpoint_flags.define("variant")
+checkpoint_flags.define("revision")
 flags.DEFINE_integer(
     "batch_size", 8, "images drawn at once; rounded up to the number of devices", lower_bound=1
 )

@@ -1,0 +1,17 @@
+"""The flags that name a checkpoint, with one text of help each for all commands."""
+
+from absl import flags
+
+HELP = {
+    "checkpoint": "a native or diffusers folder, a bundled name, or a hub id",
+    "variant": "variant of the weights in a diffusers folder, such as bf16",
+    "revision": "branch, tag or commit of a hub id",
+    "instruction_file": "complex human instruction: a text file, or an NVlabs yaml",
+}
+
+flags.disclaim_key_flags()  # the flags are those of the module that calls
+
+
+def define(name: str) -> flags.FlagHolder:
+    """Defines the flag `name`, a key of HELP; only --checkpoint is required."""
+    return flags.DEFINE_string(name, None, HELP[name], required=name == "checkpoint")
