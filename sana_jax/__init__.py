@@ -9,7 +9,7 @@ __all__ = ["SanaPipeline"]
 
 
 def __getattr__(name: str):
-    # Imported when asked for: `--help` of a command need not wait for jax.
+    # Imported on first use: `--help` of a command does not wait for jax.
     if name == "SanaPipeline":
         from sana_jax.pipeline import SanaPipeline
 

@@ -3,27 +3,29 @@
     python -m sana_jax.benchmark --preset=sana_600m_1024
     python -m sana_jax.benchmark --preset=sana_600m_512 --against=diffusers --parts=trunk,decode
 
-Random weights of the preset's true size, made in memory, the same for both sides. Every part has a
-process a side; repetitions alternate (ours, theirs, ours, ...) and medians are shown. The first
-call, which compiles, stands apart. Both sides must give the same numbers, or the status is 1.
+The weights are random, of the preset's true size, made in memory, and the same for both sides. Each
+side runs each part in a process of its own; repetitions alternate (ours, theirs, ours, ...), and
+medians are shown. The first call, which compiles, is reported separately. The two sides must give
+the same numbers, or the exit status is 1.
 
-    text    short prompts behind a long instruction, the second call on
+    text    short prompts after a long instruction, from the second call on
     trunk   the transformer once, on a batch doubled for guidance, 300 rows of text
-    loop    --num_steps steps with guidance from noise to latents; each side starts from the rows of
-            the text encoder and does the captions' work as it does in use: we once, diffusers in
-            every step
+    loop    --num_steps steps with guidance, from noise to latents; each side starts from the rows
+            of the text encoder and does the captions' work as it does in use: ours once, diffusers
+            in every step
     decode  latents to pixels
     encode  pixels to latents
-    memory  nothing runs: this platform's compiler says what all parts on one device take; for a
-            TPU that is not here, see sana_jax.compile
+    memory  runs nothing: this platform's compiler says how much memory all parts take on one
+            device; for a TPU that is not here, see sana_jax.compile
 
-FLOP/s are those of our side, a multiply-add as two: what a part's definition asks for, whatever a
-clever form of it leaves out, but nothing that an earlier call or step has left: the instruction's
-keys and values, and in the loop the captions'. So a share of the device's peak, which is that of
-the best large matrix product in the same process, is work that was done. With --loop_steps fewer
-steps run, and the captions' work is scaled up with them, to our disadvantage.
+FLOP/s are those of our side, with two for a multiply-add. They count the work that a part's
+definition asks for, even where a clever form of it does less, but not the work that an earlier call
+or step has done: the instruction's keys and values, and in the loop the captions'. The device's
+peak is that of the best large matrix product in the same process, so a share of it is work that was
+done. With --loop_steps fewer steps run, and the captions' work is scaled up with them, to our
+disadvantage.
 
-The last line is a JSON object; times there are seconds, sizes bytes.
+The last line is a JSON object, with times in seconds and sizes in bytes.
 """
 
 import contextlib
@@ -47,15 +49,15 @@ from sana_jax.runtime.errors import UserError
 
 CHOICES = [*PARTS, "memory"]
 AGAINST = ["none", "diffusers", "diffusers-compiled"]
-# Relative differences above these are no rounding. In bfloat16 each side is off by 0.015 after the
-# 28 layers of 0.6B, the two differ by 0.021. Guidance, 4.5 c - 3.5 u, multiplies that by 5.7 at
-# most, which is the loop's bar; over 20 steps most of it averages out (0.019 a side). A toy Gemma
+# Relative differences above these are not rounding. In bfloat16 each side is off by 0.015 after the
+# 28 layers of 0.6B, and the two differ by 0.021. Guidance, 4.5 c - 3.5 u, multiplies that by 5.7 at
+# most, which is the loop's bar; over 20 steps most of it averages out (0.019 per side). A toy Gemma
 # with random weights is off by 0.16. Float32 stays below 1e-5.
 BARS = {
     "float32": dict.fromkeys(PARTS, 1e-4),
     "bfloat16": {"text": 0.4, "trunk": 0.05, "loop": 0.12, "decode": 0.1, "encode": 0.1},
 }
-BESIDE_WEIGHTS = 6 * 10**9  # bytes of memory that both sides may want besides
+BESIDE_WEIGHTS = 6 * 10**9  # bytes of memory that both sides may need besides
 
 _PRESET = flags.DEFINE_string("preset", "sana_600m_1024", f"the networks' sizes: {KNOWN}")
 _BATCH = flags.DEFINE_integer("batch_size", 1, "pictures at once", 1, 2**16)
@@ -63,21 +65,25 @@ flags.DEFINE_alias("batch", "batch_size")
 _SIZE = flags.DEFINE_integer(
     "size", None, "side of the picture in pixels; default: the preset's own", 1, 2**16
 )
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(BARS), "of weights and activations")
-_PARTS = flags.DEFINE_list("parts", list(PARTS), f"some of {', '.join(CHOICES)}")
-_AGAINST = flags.DEFINE_enum("against", "none", AGAINST, "what to time beside us")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(BARS), "dtype of weights and activations")
+_PARTS = flags.DEFINE_list("parts", list(PARTS), f"the parts to time, some of {', '.join(CHOICES)}")
+_AGAINST = flags.DEFINE_enum("against", "none", AGAINST, "the library to time beside ours")
 _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation",
     "auto",
     IMPLEMENTATIONS,
-    "of our transformer: xla without, pallas with kernels",
+    "of our transformer: pallas with kernels, xla without",
 )
 _STEPS = flags.DEFINE_integer("num_steps", 20, "steps of the loop", 1, 1000)
 flags.DEFINE_alias("steps", "num_steps")
 _LOOP_STEPS = flags.DEFINE_integer(
-    "loop_steps", None, "time a loop of so many steps and scale it up; default: all", 1, 1000
+    "loop_steps",
+    None,
+    "run this many steps of the loop and scale their time up; default: all",
+    1,
+    1000,
 )
-_REPEAT = flags.DEFINE_integer("repeat", 5, "repetitions, of which the median counts", 1, 1000)
+_REPEAT = flags.DEFINE_integer("repeat", 5, "repetitions; their median counts", 1, 1000)
 
 
 def main(argv):
@@ -124,9 +130,16 @@ def main(argv):
 def measure(
     settings: Settings, beside: bool, repeat: int, scale: float = 1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures of a part, `beside` the reference or alone, and facts about the machine.
+    """Times a part, `beside` the reference or alone.
 
-    `scale`: how many times as long the whole is as what is run.
+    Args:
+      settings: the part.
+      beside: also time diffusers.
+      repeat: repetitions on each side.
+      scale: the length of the whole part, divided by that of the run.
+
+    Returns:
+      The figures of the part, seconds and bytes, and facts about the machine. Raises UserError.
     """
     part, seconds = settings.part, {"ours": [], "diffusers": []}
     with contextlib.ExitStack() as stack:
@@ -197,13 +210,13 @@ def _relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _fits_twice(weight_bytes: int) -> bool:
-    """Whether this host has free memory for both sides at once."""
+    """Returns True if this host has enough free memory for both sides at once."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":") for line in file)
         return 2 * weight_bytes + BESIDE_WEIGHTS < 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError):
-        return True  # no Linux
+        return True  # not Linux
 
 
 def _check_parts(parts: list[str]) -> None:
@@ -233,7 +246,7 @@ def _check_platforms(ours: str, theirs: str) -> None:
 
 
 def _check_size(preset: str, size: int | None) -> int:
-    """The side in pixels. Raises UserError for it, and for an unknown preset."""
+    """Returns the side in pixels. Raises UserError for a wrong side and for an unknown preset."""
     from sana_jax.checkpoints import random_weights
 
     dit, vae, _ = random_weights.configs(preset)

@@ -1,24 +1,25 @@
-"""Compiles for TPUs that are not there: does it fit, and what does the compiler think it costs?
+"""Compiles for TPUs that are not here, and says whether a program fits and what it costs.
 
     python -m sana_jax.compile --preset=sana_600m_1024 --topology=v5e:2x2 --batch_size=16
     python -m sana_jax.compile --config=configs/sana_1600m_1024.py --topology=v5e:16x16
 
     forward  the transformer once, 300 rows of text
     sample   --num_steps steps with guidance, from noise to latents
-    decode   latents to pixels; above 2048 x 2048 pixels one tile, times their number
-    train    the step of a config with its optimizer, averages and frozen networks
+    decode   latents to pixels; above 2048 x 2048 pixels one tile, times the number of tiles
+    train    the training step of a config, with its optimizer, averages and frozen networks
 
-Needs no TPU but its compiler, which pip install 'jax[tpu]' brings to x86-64 Linux. Figures are
-those of one chip, by the estimate of tpu_estimate.py: a model, no measurement. Networks that the
-program does not use are not in its memory. MFU counts what the architecture asks for: recomputed
-activations show as slowness; a training counts three times the forward pass of what trains.
+This needs the compiler for TPUs, which pip install 'jax[tpu]' installs on x86-64 Linux, but no TPU.
+The figures are those of one chip, by the estimate of measure/tpu_estimate.py, which is a model and
+not a measurement. Networks that the program does not use are not in its memory. MFU counts the work
+that the architecture asks for, so recomputed activations show as slowness; a training step counts
+three times the forward pass of the networks that train.
 
-Most of the time goes into the schedules that kernels are costed by. --memory leaves them out: does
-it fit, and nothing else.
+Most of the time goes into the schedules from which the cost of kernels is computed. --memory leaves
+them out and only says whether the program fits.
 
-The last line is a JSON object, sizes in bytes. A program that does not fit is an answer: the
-status is 0, `fits` false and `hbm_bytes` what the compiler says is needed at least. `mfu` is null
-where FLOPs are not counted: phases of an autoencoder's training that train a part of it.
+The last line is a JSON object, with sizes in bytes. A program that does not fit is an answer too:
+the exit status is 0, `fits` is false, and `hbm_bytes` is what the compiler says is needed at least.
+`mfu` is null where FLOPs are not counted: in phases that train a part of an autoencoder.
 """
 
 import dataclasses
@@ -43,14 +44,20 @@ from sana_jax.runtime.errors import UserError
 
 WHAT = ("forward", "train", "sample", "decode")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe to train, of configs/")
-_PRESET = flags.DEFINE_string("preset", None, "the networks to draw with, as benchmark takes them")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, f"CHIP:SHAPE, such as v5e:16x16; chips: {', '.join(tpu_estimate.CHIPS)}"
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe to train, a file in configs/")
+_PRESET = flags.DEFINE_string(
+    "preset", None, "the networks to draw with, one of the presets of benchmark"
 )
-_WHAT = flags.DEFINE_enum("what", None, WHAT, "default: train with a config, else forward")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    f"the TPUs, CHIP:SHAPE, such as v5e:16x16; chips: {', '.join(tpu_estimate.CHIPS)}",
+)
+_WHAT = flags.DEFINE_enum(
+    "what", None, WHAT, "the program; default: train with a config, else forward"
+)
 _BATCH = flags.DEFINE_integer(
-    "batch_size", None, "pictures a chip; default: the config's batch, or 1", 1, 2**16
+    "batch_size", None, "pictures per chip; default: the config's batch, or 1", 1, 2**16
 )
 flags.DEFINE_alias("batch", "batch_size")
 _SIZE = flags.DEFINE_integer(
@@ -62,18 +69,25 @@ _FSDP = flags.DEFINE_integer(
     "fsdp", 1, "chips that share a copy of a preset's weights; a config has its mesh", 1, 2**16
 )
 _IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", "auto", IMPLEMENTATIONS, "of a preset's transformer: xla for no kernels"
+    "implementation",
+    "auto",
+    IMPLEMENTATIONS,
+    "of a preset's transformer: pallas with kernels, xla without",
 )
-_PHASE = flags.DEFINE_string("phase", None, "of an autoencoder's training; default: its first")
-_MEMORY = flags.DEFINE_bool("memory", False, "only whether it fits: several times faster")
-_TOP = flags.DEFINE_integer("top", 12, "operations to list", 0, 1000)
+_PHASE = flags.DEFINE_string(
+    "phase", None, "phase of an autoencoder's training; default: the first"
+)
+_MEMORY = flags.DEFINE_bool(
+    "memory", False, "only say whether it fits, which is several times faster"
+)
+_TOP = flags.DEFINE_integer("top", 12, "the number of most expensive operations to list", 0, 1000)
 flags.mark_flag_as_required("topology")
 
 
 def main(argv: list[str]) -> None:
     del argv
     what = _check_flags()
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
+    jax.config.update("jax_platforms", "cpu")  # even where there is a TPU
     if _MEMORY.value:
         tpu_estimate.write_no_schedules()  # before the TPU compiler is loaded
     chip, devices = tpu_estimate.tpu_devices(_TOPOLOGY.value)
@@ -113,7 +127,7 @@ def main(argv: list[str]) -> None:
 
 
 def _program(what: str, devices: list[jax.Device]):
-    """(mesh, program) that the flags ask for. Raises UserError."""
+    """Returns the mesh and the program that the flags ask for. Raises UserError."""
     from sana_jax.measure import programs  # takes seconds
 
     if what == "train":
@@ -128,7 +142,7 @@ def _program(what: str, devices: list[jax.Device]):
 
 
 def figures(found: tpu_estimate.Estimate, calls: int, model_flops: float | None) -> dict[str, Any]:
-    """The cost of `calls` calls of a program, `model_flops` a call and chip, by an estimate."""
+    """Returns the cost of `calls` calls of a program, with `model_flops` per call and chip."""
     return {
         "cycles": calls * found.cycles,
         "kernel_cycles": calls * found.kernel_cycles,
@@ -147,7 +161,7 @@ def figures(found: tpu_estimate.Estimate, calls: int, model_flops: float | None)
 
 
 def text(result: dict[str, Any], found: tpu_estimate.Memory | None, top: int) -> str:
-    """The result for people; `found` is None for a program that does not fit."""
+    """Returns the result as text for people; `found` is None if the program does not fit."""
     of = result["config"] or result["preset"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
     lines = [
@@ -196,7 +210,7 @@ def text(result: dict[str, Any], found: tpu_estimate.Memory | None, top: int) ->
 
 
 def _check_flags() -> str:
-    """What to compile. Raises UserError for flags that do not go together."""
+    """Returns the program to compile. Raises UserError for flags that do not go together."""
     config, preset = _CONFIG.value is not None, _PRESET.value is not None
     what = _WHAT.value or ("train" if config else "forward")
     if what == "train" and not config:

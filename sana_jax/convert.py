@@ -1,15 +1,15 @@
-"""Converts a checkpoint (diffusers, native, NVlabs .pth, or a training's folder) to another layout.
+"""Converts a checkpoint (diffusers, native, NVlabs .pth, or a training's) to another layout.
 
     python -m sana_jax.convert --source=DIR_OR_HUB_ID --out=DIR
     python -m sana_jax.convert --source=NATIVE_DIR --out=DIR --format=diffusers --dtype=bfloat16
     python -m sana_jax.convert --source=Sana_600M_1024px.pth --rest=DIR --out=DIR
     python -m sana_jax.convert --source=WORKDIR --out=DIR --ema
 
-Tensors pass through one by one: memory holds the largest, not the checkpoint (of a training, what
-it trained). A .pth holds the
-transformer alone; --rest names the checkpoint that lends the autoencoder, the text encoder and the
-tokenizer. WORKDIR is that of `train`, whose newest checkpoint is read that is whole and good. The
-complex human instruction is stored with its sha256 and where it was found.
+Tensors pass through one by one: memory holds the largest tensor, not the checkpoint (for a
+training, the networks it trained). A .pth file holds the transformer alone; --rest names the
+checkpoint that provides the autoencoder, the text encoder and the tokenizer. WORKDIR is the
+--workdir of `train`; its newest checkpoint that is complete and undamaged is read. The complex
+human instruction is stored with its sha256 and its origin.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from sana_jax.runtime.files import check_new, new_folder
 
 FLAGS = flags.FLAGS
 _SOURCE = flags.DEFINE_string(
-    "source", None, "folder, hub id, .pth file, or the --workdir of a training", required=True
+    "source", None, "a folder, a hub id, a .pth file, or the --workdir of a training", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
 _FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of --out")
@@ -34,8 +34,8 @@ _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
-    "of the weights; float16 is the transformer's alone, the others become bfloat16, since they"
-    " overflow it; default: as they are",
+    "of the weights; float16 is for the transformer alone: the other networks overflow it and"
+    " become bfloat16; default: as they are",
 )
 _VARIANT = checkpoint_flags.define("variant")
 _REVISION = checkpoint_flags.define("revision")
@@ -43,27 +43,33 @@ _INSTRUCTION = checkpoint_flags.define("instruction_file")
 _REST = flags.DEFINE_string(
     "rest",
     None,
-    "for a .pth: the checkpoint with the other networks; for a training: where they are now, if its"
-    " config's names do not say so from here",
+    "for a .pth: the checkpoint with the other networks; for a training: the same, if the names in"
+    " its config do not lead to them from here",
 )
-_EMA = flags.DEFINE_bool("ema", False, "for a .pth or a training: the averaged weights")
+_EMA = flags.DEFINE_bool("ema", False, "for a .pth or a training: take the averaged weights")
 _IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "for a .pth: the side in pixels it was trained at; default: by its name"
+    "image_size",
+    None,
+    "for a .pth: the side in pixels that it was trained at; default: by its name",
 )
 _CROSS_HEADS = flags.DEFINE_integer(
-    "cross_heads", None, "for a .pth of an unpublished width: heads of the cross-attention"
+    "cross_heads",
+    None,
+    "for a .pth of an unpublished width: the number of heads of the cross-attention",
 )
 _CLIP = flags.DEFINE_bool(
     "clip_attention",
     None,
     "clip the attention's output to float16's range in every dtype: for weights trained in"
-    " float16; default: as --source says, else in float16 alone. Native layout only",
+    " float16; native layout only; default: as --source says, else in float16 alone",
 )
-_SHARD = flags.DEFINE_integer("max_shard_mb", 5000, "size of a weight file, MB", lower_bound=1)
+_SHARD = flags.DEFINE_integer(
+    "max_shard_mb", 5000, "largest size of a weight file, MB", lower_bound=1
+)
 
 
 def open_source():
-    """The Checkpoint to write, its weights unread."""
+    """Opens the Checkpoint that --source names, without reading its weights. Raises UserError."""
     from sana_jax.checkpoints import nvlabs
     from sana_jax.checkpoints.load import open_checkpoint
 
@@ -104,7 +110,7 @@ def open_source():
 
 
 def warn_of_scale(checkpoint) -> None:
-    """One line where the autoencoder's scaling factor looks like another one's."""
+    """Logs a warning where the scaling factor does not look like that of these weights."""
     from sana_jax.checkpoints.scale import TOLERANCE, latent_scale
 
     found = latent_scale(checkpoint)
@@ -118,7 +124,7 @@ def warn_of_scale(checkpoint) -> None:
 
 
 def prepare(checkpoint, dtype: str | None, progress):
-    """The same checkpoint, its weights cast when they are read, which moves the progress bar."""
+    """Returns the checkpoint with weights that are cast, and counted by `progress`, when read."""
     import jax
     import numpy as np
 

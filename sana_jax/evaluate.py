@@ -5,38 +5,38 @@
     python -m sana_jax.evaluate --task=shapes --checkpoint=shapes --out=sheet.png
 
 reconstruction: how near decode(encode(image)) is to the image, for the images of --data, centre
-cropped to squares. Both are rounded to 8 bits first; figures are means over the images.
+cropped to squares. Both are rounded to 8 bits first; the figures are means over the images.
 
     psnr                  peak signal-to-noise ratio, dB
-    ssim                  structural similarity, Gaussian window, as scikit-image has it
-    lpips                 on AlexNet, with --lpips_weights (null without)
-    high_frequency_ratio  energy above 0.25 cycles a pixel, over that of the originals
-    baseline_...          the same of images that are shrunk until they hold as many numbers as
-                          the latents do, baseline_size, and enlarged again, both bicubic
+    ssim                  structural similarity with a Gaussian window, as in scikit-image
+    lpips                 LPIPS on AlexNet, with --lpips_weights (null without)
+    high_frequency_ratio  energy above 0.25 cycles per pixel, divided by that of the originals
+    baseline_...          the same for images that are shrunk until they hold no more numbers than
+                          the latents do, to baseline_size, and enlarged again, both bicubic
     count, rejected       images that were measured, and those that could not be, by reason
 
-shapes: what a model draws for --count prompts (512) whose combinations of shape and colour it was
-not trained on, parsed without a sight of the prompt. Figures are shares, null where nothing was
-stated, or where the checkpoint is an autoencoder alone.
+shapes: how well a model draws --count prompts (512) with combinations of shape and colour that it
+was not trained on. A parser that does not see the prompt reads the pictures. Figures are shares,
+null where nothing was stated, or where the checkpoint is an autoencoder alone.
 
     overall               pictures that have every stated fact right
-    overall_error         its standard error, of so many prompts
+    overall_error         standard error of overall, for this number of prompts
     facts, count, shape, colour, size, position, relation
-                          facts that are right, of all that are stated, and of that kind
-    by_objects, by_style  overall, by number of objects and by the prompt's style
-    by_shape              objects whose shape is right, by the stated one
-    held_out              shape and colour right, for each combination training has not
+                          facts that are right: of all that are stated, and of each kind
+    by_objects, by_style  overall, by the number of objects and by the prompt's style
+    by_shape              objects whose shape is right, by the stated shape
+    held_out              shape and colour right, for each combination left out of training
     control_shuffled      overall against another picture's prompt: chance
     parser_overall        overall of the ground truth, which is drawn exactly
-    parser                all shares of it, from overall to relation
+    parser                all shares of the ground truth, from overall to relation
     ceiling               overall of the ground truth after the autoencoder
     reconstruction, reconstruction_by_objects, reconstruction_by_shape
-                          all shares of that, and by objects and shapes as above
-    prompts, pixels       how many there were, and the pictures' side
-    flow_shift            of the noise levels that sampling went through
+                          all shares of the ceiling, and by objects and by shapes as above
+    prompts, pixels       the number of prompts, and the side of the pictures
+    flow_shift            shift of the noise levels that sampling used
 
-The last line is a JSON object with these figures and what was measured: task and checkpoint; of
-reconstruction data, split, size and dtype; of shapes the options.
+The last line is a JSON object with these figures and what was measured: task and checkpoint, then
+data, split, size and dtype for reconstruction, or the options for shapes.
 """
 
 import dataclasses
@@ -49,13 +49,15 @@ from sana_jax.pictures import check_out, save_png
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
-OWN = {  # flags that one task alone reads
+OWN = {  # flags that only one task reads
     "reconstruction": ("data", "data_dir", "split", "lpips_weights"),
     "shapes": ("seed", "num_steps", "guidance_scale", "flow_shift"),
 }
 
 FLAGS = flags.FLAGS
-_TASK = flags.DEFINE_enum("task", "reconstruction", ["reconstruction", "shapes"], "what to measure")
+_TASK = flags.DEFINE_enum(
+    "task", "reconstruction", ["reconstruction", "shapes"], "the task, as described above"
+)
 _CHECKPOINT = checkpoint_flags.define("checkpoint")
 _DATA = flags.DEFINE_string(
     "data", "shapes", "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]"
@@ -63,46 +65,56 @@ _DATA = flags.DEFINE_string(
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
-    "folder where shapes or TFDS data were prepared; default: TFDS' own, and for shapes a cache,"
-    " where its test images are drawn the first time",
+    "folder where shapes or TFDS data were prepared; default: TFDS' own folder, and for shapes a"
+    " cache, where its test images are drawn the first time",
 )
 _SPLIT = flags.DEFINE_string(
-    "split", None, "of the data; default: test, or all of a folder without such a subfolder"
+    "split", None, "split of the data; default: test, or a whole folder that has no such subfolder"
 )
 _SIZE = flags.DEFINE_integer(
     "size",
     128,
-    "side of the images in pixels; what the task shapes draws has the native size",
+    "side of the images in pixels; the task shapes draws at the model's native size",
     16,
     2**13,
 )
 _COUNT = flags.DEFINE_integer(
-    "count", None, "the first images of the data, default: all; or prompts, default: 512", 1, 10**6
+    "count",
+    None,
+    "how many of the first images (default: all), or how many prompts (default: 512)",
+    1,
+    10**6,
 )
 _BATCH = flags.DEFINE_integer(
-    "batch_size", 16, "images at once; rounded up to the number of devices", 1, 2**16
+    "batch_size", 16, "images at once; rounded up to a multiple of the number of devices", 1, 2**16
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "dtype that the networks compute in"
+)
 _LPIPS = flags.DEFINE_string(
     "lpips_weights",
     None,
-    "AlexNet and LPIPS' heads, a .safetensors or .pth file, or TOWER,HEADS in two",
+    "weights of AlexNet and LPIPS' heads: a .safetensors or .pth file, or two as TOWER,HEADS",
 )
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "a .png to write, replaced if it is there: originals above reconstructions; or what was drawn,"
-    " framed green where every fact is right",
+    "a .png to write, replaced if it exists: originals above reconstructions; or the drawn"
+    " pictures, framed green where every fact is right",
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "of the prompts of shapes, and of the first picture; the others count up", 0, 2**31
+    "seed",
+    0,
+    "seed of the prompts of shapes, and of the first picture; the others count up",
+    0,
+    2**31,
 )
-_STEPS = flags.DEFINE_integer("num_steps", 20, "of sampling, 1 .. 1000", 1, 1000)
+_STEPS = flags.DEFINE_integer("num_steps", 20, "steps of sampling, 1 .. 1000", 1, 1000)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", 2.0, "classifier-free guidance; off where <= 1", 0, 1000
+    "guidance_scale", 2.0, "scale of classifier-free guidance; 1 or less: no guidance", 0, 1000
 )
 _SHIFT = flags.DEFINE_float(
-    "flow_shift", None, "of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
+    "flow_shift", None, "shift of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
 )
 _VARIANT = checkpoint_flags.define("variant")
 _REVISION = checkpoint_flags.define("revision")

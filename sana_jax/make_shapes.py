@@ -1,13 +1,13 @@
-"""The built-in data set `shapes`: captioned scenes drawn from a seed, written once, read often.
+"""Makes the built-in data set `shapes`: captioned scenes, drawn from a seed.
 
     python -m sana_jax.make_shapes --data_dir=DIR                         # 128 px, 20,000 + 1,000
     python -m sana_jax.make_shapes --data_dir=DIR --size=256 --train=2000 --test=500
     python -m sana_jax.make_shapes --data_dir=DIR --preview=shapes.png    # and a sheet of pictures
 
-The same command again finds its work done. DIR/shapes/SIZE/VERSION holds ArrayRecord files as
-TFDS writes them; a run that was killed leaves a folder `incomplete.*` beside it, which nothing
-reads. Without any file, `scene(seed, split)`, `draw(scene, height, width)` and `captions(scene)`
-of sana_jax/shapes give the same: record i is that of the seed (seed, i).
+Running the same command again changes nothing. DIR/shapes/SIZE/VERSION holds ArrayRecord files as
+TFDS writes them; a run that was killed leaves a folder `incomplete.*` beside it, which is never
+read. The functions `scene(seed, split)`, `draw(scene, height, width)` and `captions(scene)` of
+sana_jax/shapes give the same without files: record i has the seed (seed, i).
 """
 
 from absl import flags
@@ -18,12 +18,18 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.shapes.dataset import open_split, prepare, preview
 
 if __name__ == "__main__":  # commands that read this data set have such flags too
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder to write below", required=True)
-    _SIZE = flags.DEFINE_integer("size", 128, "side of the pictures, pixels", 16, 8192)
+    _DATA_DIR = flags.DEFINE_string(
+        "data_dir", None, "folder to write the data set into", required=True
+    )
+    _SIZE = flags.DEFINE_integer("size", 128, "side of the pictures in pixels", 16, 8192)
     _TRAIN = flags.DEFINE_integer("train", 20_000, "pictures to train with", 1)
-    _TEST = flags.DEFINE_integer("test", 1_000, "pictures with combinations never trained on", 1)
-    _SEED = flags.DEFINE_integer("seed", 0, "of all scenes", 0, 2**32 - 1)
-    _PREVIEW = flags.DEFINE_string("preview", None, "a PNG to write: pictures and their captions")
+    _TEST = flags.DEFINE_integer(
+        "test", 1_000, "pictures to test with, of combinations that are not in training", 1
+    )
+    _SEED = flags.DEFINE_integer("seed", 0, "seed of all scenes", 0, 2**32 - 1)
+    _PREVIEW = flags.DEFINE_string(
+        "preview", None, "a PNG to write, with pictures and their captions"
+    )
 
 
 def main(argv):

@@ -1,7 +1,7 @@
-"""Pictures in NumPy: sheets of them, 8 bits and floats, PNG.
+"""Pictures as NumPy arrays: sheets, conversion from 8 bits to floats, PNG files.
 
-JAX is not imported: commands look at --out before that takes its seconds. How a network's output is
-rounded on devices is in metrics/reconstruction.py and pipeline.py.
+JAX is not imported, so that commands can check --out before they wait seconds for it. On devices,
+metrics/reconstruction.py and pipeline/programs.py round a network's output.
 """
 
 import io
@@ -22,15 +22,15 @@ Picture = UInt8[np.ndarray, "H W 3"]
 
 
 def to_float(images: UInt8[Any, "*B H W 3"]) -> Float[Any, "*B H W 3"]:
-    """Returns 0 .. 255 as float32 in [-1, 1]: an array of NumPy for one, of JAX for one of JAX.
+    """Converts 0 .. 255 to float32 in [-1, 1]; NumPy arrays stay in NumPy, JAX arrays in JAX.
 
-    XLA multiplies by a reciprocal, so that the two may differ in the last place.
+    XLA multiplies by a reciprocal, so the two may differ in the last place.
     """
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def make_grid(rows: Sequence[Sequence[Picture]], gap: int = 2) -> Picture:
-    """Rows of pictures side by side on white, `gap` pixels apart; they may differ in size."""
+    """Arranges rows of pictures, which may differ in size, on white, `gap` pixels apart."""
     height = max(picture.shape[0] for row in rows for picture in row)
     width = max(picture.shape[1] for row in rows for picture in row)
     columns = max(map(len, rows))
@@ -44,19 +44,19 @@ def make_grid(rows: Sequence[Sequence[Picture]], gap: int = 2) -> Picture:
 
 
 def in_rows(pictures: Sequence[Picture], columns: int) -> list[Sequence[Picture]]:
-    """Pictures for `make_grid`, in rows of so many; the last may have fewer."""
+    """Splits pictures into rows of `columns` for `make_grid`; the last row may be shorter."""
     return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
 
 
 def encode_png(picture: Picture, **options: Any) -> bytes:
-    """A picture as a PNG file; `options` are those of Pillow, such as `pnginfo`."""
+    """Returns the bytes of a PNG file; `options` are those of Pillow, such as `pnginfo`."""
     content = io.BytesIO()
     Image.fromarray(picture).save(content, format="PNG", **options)
     return content.getvalue()
 
 
 def save_png(path: Path, picture: Picture) -> None:
-    """Writes a picture whole or not at all. Raises UserError."""
+    """Writes a picture atomically. Raises UserError."""
     try:
         write_atomically(epath.Path(path), encode_png(picture))
     except OSError as error:
@@ -64,7 +64,7 @@ def save_png(path: Path, picture: Picture) -> None:
 
 
 def check_out(out: str | None) -> Path | None:
-    """The path of --out, where a picture can be put. Raises UserError."""
+    """Returns --out as a path to which a PNG can be written. Raises UserError."""
     if out is None:
         return None
     path = Path(out)
@@ -75,7 +75,7 @@ def check_out(out: str | None) -> Path | None:
             raise UserError(f"--out={out} is a folder; name a file")
         if not path.parent.is_dir():
             raise UserError(f"--out={out}: the folder {path.parent} is not there; make it first")
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # no file can have such a name
         raise UserError(f"--out={out:.60}: {error.strerror}") from None
     if not all(os.access(it, os.W_OK) for it in (path, path.parent) if it.exists()):
         raise UserError(f"--out={out} cannot be written; name another")

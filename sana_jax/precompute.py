@@ -1,16 +1,16 @@
-"""Encodes a data set once, so that training reads latents in place of images.
+"""Encodes a data set once, so that training reads latents instead of images.
 
     python -m sana_jax.precompute --checkpoint=DIR_OR_HUB_ID --data=PHOTOS --out=DIR --size=512
     python -m sana_jax.precompute --checkpoint=... --data=PHOTOS --out=DIR --buckets=1024 --text
 
-DIR is then a data set by the name precomputed:DIR; of several splits, write each to its own
-DIR/SPLIT. Every image is resized to cover --size, or the
-published size of the nearest aspect ratio at --buckets, and cropped, once and for all: a --crop of
-random is drawn from (--seed, the image's number). With --text the embedding of every caption is
-stored too, as sampling has it: after the instruction of the checkpoint, if it has one.
+DIR is then a data set by the name precomputed:DIR; write each of several splits to its own
+DIR/SPLIT. Every image is resized to cover --size, or the published size of the nearest aspect ratio
+at --buckets, and cropped once and for all: --crop=random draws from (--seed, the image's number).
+With --text the embedding of every caption is stored too, as sampling computes it: after the
+instruction of the checkpoint, if it has one.
 
 Images that cannot be used are left out, counted by reason in DIR/index.json, and named in the log.
-The same command goes on where it was stopped: shards that are complete are kept.
+The same command continues where it was stopped; complete shards are kept.
 """
 
 import dataclasses
@@ -29,25 +29,35 @@ _DATA = flags.DEFINE_string(
     "data", None, "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]", required=True
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder where shapes or TFDS data were prepared")
-_SPLIT = flags.DEFINE_string("split", "train", "of the data")
-_OUT = flags.DEFINE_string("out", None, "folder to write; made if missing", required=True)
+_SPLIT = flags.DEFINE_string("split", "train", "split of the data")
+_OUT = flags.DEFINE_string("out", None, "folder to write, made if missing", required=True)
 _SIZE = flags.DEFINE_integer("size", None, "side of the images in pixels", 16, 2**13)
 _BUCKETS = flags.DEFINE_integer(
-    "buckets", None, "in place of --size: the published sizes at 512, 1024, 2048 or 4096 px"
+    "buckets", None, "instead of --size: the published sizes at 512, 1024, 2048 or 4096 px"
 )
-_CROP = flags.DEFINE_enum("crop", "centre", ["centre", "random"], "which part of an image")
-_SEED = flags.DEFINE_integer("seed", 0, "of random crops", 0, 2**32 - 1)
-_UPSCALE = flags.DEFINE_bool("upscale", False, "enlarge images that are too small")
-_TEXT = flags.DEFINE_bool("text", False, "store the embeddings of the captions too")
+_CROP = flags.DEFINE_enum(
+    "crop", "centre", ["centre", "random"], "the part of an image that is kept"
+)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of random crops", 0, 2**32 - 1)
+_UPSCALE = flags.DEFINE_bool(
+    "upscale", False, "enlarge images that are too small, which are left out otherwise"
+)
+_TEXT = flags.DEFINE_bool("text", False, "also store the embeddings of the captions")
 _INSTRUCTION = checkpoint_flags.define("instruction_file")
-_NO_INSTRUCTION = flags.DEFINE_bool("no_instruction", False, "encode the captions alone")
+_NO_INSTRUCTION = flags.DEFINE_bool(
+    "no_instruction", False, "encode the captions without an instruction"
+)
 _BATCH = flags.DEFINE_integer(
-    "batch_size", 16, "images at once; filled up to a multiple of the devices", 1, 2**16
+    "batch_size", 16, "images at once; rounded up to a multiple of the number of devices", 1, 2**16
 )
 flags.DEFINE_alias("batch", "batch_size")
-_SHARD = flags.DEFINE_integer("shard", 4096, "images of the data in a shard", 1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what networks compute in")
-_STORE = flags.DEFINE_enum("store", "bfloat16", ["float32", "bfloat16"], "dtype of the latents")
+_SHARD = flags.DEFINE_integer("shard", 4096, "images of the data set per shard", 1)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "dtype that the networks compute in"
+)
+_STORE = flags.DEFINE_enum(
+    "store", "bfloat16", ["float32", "bfloat16"], "dtype of the latents on disk"
+)
 _VARIANT = checkpoint_flags.define("variant")
 _REVISION = checkpoint_flags.define("revision")
 
@@ -84,7 +94,7 @@ def open_encoders():
 
 
 def settings_of(source, image, checkpoint, tokens) -> dict[str, Any]:
-    """Returns all that decides the records in DIR; it is kept there, and must not change."""
+    """Returns everything that decides the records; a folder is continued with the same alone."""
     from sana_jax.data import precomputed
 
     encoder = checkpoint.text_encoder
@@ -140,7 +150,7 @@ def main(argv):
         folder.mkdir(parents=True, exist_ok=True)
         with (
             locked(folder),
-            storage(folder),  # from here on the same command goes on
+            storage(folder),  # from here on the same command continues
             jax.set_mesh(mesh),
             jax.default_matmul_precision("float32"),
             devices.memory_errors("a smaller --batch_size or --size"),

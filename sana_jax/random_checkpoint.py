@@ -1,10 +1,10 @@
-"""Writes a checkpoint with random weights: to try the software, to measure it, to test it.
+"""Writes a checkpoint with random weights, to try, measure or test the software.
 
-    python -m sana_jax.random_checkpoint --out=DIR                      # tiny, a second to sample
+    python -m sana_jax.random_checkpoint --out=DIR                      # tiny: samples in a second
     python -m sana_jax.random_checkpoint --out=DIR --preset=sana_600m_512 --format=diffusers
 
 Every preset but tiny has the full-size autoencoder and Gemma-2 2B (5 GB of weights in bfloat16).
-Weights are made and written one shard after the other. Pictures from them show nothing.
+Weights are made and written one shard after another. Pictures drawn with them show nothing.
 """
 
 import jax
@@ -16,11 +16,13 @@ from sana_jax.runtime.files import check_new, new_folder
 
 FLAGS = flags.FLAGS
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
-_PRESET = flags.DEFINE_string("preset", TINY, KNOWN)
+_PRESET = flags.DEFINE_string("preset", TINY, f"the networks' sizes: {KNOWN}")
 _FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of the folder")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the weights")
-_SEED = flags.DEFINE_integer("seed", 0, "of the weights", 0, 2**32 - 1)
-_SHARD = flags.DEFINE_integer("max_shard_mb", 2000, "size of a weight file, MB", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the weights")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the weights", 0, 2**32 - 1)
+_SHARD = flags.DEFINE_integer(
+    "max_shard_mb", 2000, "largest size of a weight file, MB", lower_bound=1
+)
 
 
 def main(argv):

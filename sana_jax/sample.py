@@ -3,13 +3,13 @@
     python -m sana_jax.sample --checkpoint=DIR_OR_HUB_ID --prompt="a red fox in the snow" --out=DIR
     python -m sana_jax.sample --checkpoint=... --prompts=FILE.txt --out=DIR --batch_size=16
 
-A .txt file has a prompt a line; a .jsonl file an object a line, such as
+A .txt file has one prompt per line. A .jsonl file has one object per line, such as
 {"prompt": "a red fox", "seed": 7, "width": 768}, with the keys prompt, negative_prompt, seed,
-height, width, num_steps and guidance_scale, which go before the flags.
+height, width, num_steps and guidance_scale; these take precedence over the flags.
 
-Pictures are written as NUMBER_SEED.png, numbered as the prompts are; prompt and settings are in the
-picture's PNG header and its line of manifest.jsonl, never in the name. The same command again draws
-what is missing. The batch is split over all devices of this host.
+Pictures are written as NUMBER_SEED.png, numbered in the order of the prompts. The prompt and the
+settings are in the PNG header and in a line of manifest.jsonl, never in the name. Running the same
+command again draws the pictures that are missing. The batch is split over all devices of this host.
 """
 
 import dataclasses
@@ -25,50 +25,62 @@ FLAGS = flags.FLAGS
 checkpoint_flags.define("checkpoint")
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; an empty one draws unconditionally")
 _PROMPTS = flags.DEFINE_string("prompts", None, "a .txt or .jsonl file of prompts")
-_OUT = flags.DEFINE_string("out", None, "folder for the pictures; made if missing", required=True)
-_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "what to steer away from")
+_OUT = flags.DEFINE_string("out", None, "folder for the pictures, made if missing", required=True)
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "text to steer away from")
 _HEIGHT = flags.DEFINE_integer(
-    "height", None, "pixels, a multiple of 32 for most models; default: the native size"
+    "height", None, "height in pixels, a multiple of 32 for most models; default: the native size"
 )
-_WIDTH = flags.DEFINE_integer("width", None, "as --height")
+_WIDTH = flags.DEFINE_integer(
+    "width", None, "width in pixels, as for --height; default: the native size"
+)
 flags.DEFINE_bool(
     "use_resolution_binning", False, "sample at the nearest published size, then resize and crop"
 )
 flags.DEFINE_integer(
-    "max_pixels", 4096 * 4096, "the largest height x width that is taken", lower_bound=1
+    "max_pixels", 4096 * 4096, "the largest height x width that is accepted", lower_bound=1
 )
 _STEPS = flags.DEFINE_integer(
-    "num_steps", 20, "evaluations of the network (pairs, if guided), 1 .. 1000"
+    "num_steps", 20, "evaluations of the network (pairs with guidance), 1 .. 1000"
 )
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 4.5, "classifier-free guidance; off where <= 1")
+_GUIDANCE = flags.DEFINE_float(
+    "guidance_scale", 4.5, "scale of classifier-free guidance; 1 or less: no guidance"
+)
 _INTERVAL = flags.DEFINE_list(
-    "guidance_interval", None, "LOW,HIGH in sigma (0 .. 1): guide only where LOW < sigma <= HIGH"
+    "guidance_interval",
+    None,
+    "LOW,HIGH in sigma (0 .. 1): guide only where LOW < sigma <= HIGH; default: everywhere",
 )
 flags.DEFINE_bool(
-    "sequential_guidance", False, "the halves of guidance one after the other, in less memory"
+    "sequential_guidance",
+    False,
+    "evaluate the two halves of guidance one after the other, which takes less memory",
 )
 flags.DEFINE_string(
-    "tile", "auto", "decode in tiles: SIZE,STRIDE in pixels; auto: above 2048 x 2048; or none"
+    "tile",
+    "auto",
+    "decode in tiles: SIZE,STRIDE in pixels; auto: tiles above 2048 x 2048 pixels; or none",
 )
 flags.DEFINE_bool(
     "clip_attention",
     None,
-    "for weights that were trained in float16 (Sana 1.0 without BF16 in its name) and run in"
-    " another dtype; default: as the checkpoint says",
+    "clip the attention's output to float16's range: for weights that were trained in float16 (Sana"
+    " 1.0 without BF16 in its name) and run in another dtype; default: as the checkpoint says",
 )
-_IMAGES = flags.DEFINE_integer("num_images_per_prompt", 1, "pictures of each prompt", lower_bound=1)
+_IMAGES = flags.DEFINE_integer(
+    "num_images_per_prompt", 1, "pictures for each prompt", lower_bound=1
+)
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "of the first picture, 0 .. 4294967295; the others count up from it"
+    "seed", 0, "seed of the first picture, 0 .. 4294967295; the others count up from it"
 )
 flags.DEFINE_enum("sampler", "flow_dpm_solver", ["flow_dpm_solver", "flow_euler"], "the solver")
-flags.DEFINE_float("flow_shift", None, "of the noise schedule; default: the checkpoint's")
+flags.DEFINE_float("flow_shift", None, "shift of the noise schedule; default: the checkpoint's")
 checkpoint_flags.define("instruction_file")
-flags.DEFINE_bool("no_instruction", False, "encode the prompts alone")
+flags.DEFINE_bool("no_instruction", False, "encode the prompts without an instruction")
 flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
-    "of weights and activations; default: bfloat16, on a CPU float32",
+    "of weights and activations; default: bfloat16, or float32 on a CPU",
 )
 checkpoint_flags.define("variant")
 checkpoint_flags.define("revision")
@@ -78,16 +90,16 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "overwrite", False, "replace pictures in --out that other settings drew under the same names"
 )
-flags.DEFINE_bool("grid", False, "write grid.png too, which shows the first 64 pictures")
+flags.DEFINE_bool("grid", False, "also write grid.png, which shows the first 64 pictures")
 flags.DEFINE_string(
     "compilation_cache",
     None,
-    'folder where compiled programs are kept; "": none; default: ~/.cache/sana_jax',
+    'folder for compiled programs, "" for none; default: ~/.cache/sana_jax',
 )
 
 
 def parse_interval(values: list[str] | None) -> tuple[float, float] | None:
-    """LOW,HIGH as --guidance_interval takes them. Raises UserError."""
+    """Returns LOW and HIGH of --guidance_interval as numbers. Raises UserError."""
     if values is None:
         return None
     try:
@@ -100,7 +112,7 @@ def parse_interval(values: list[str] | None) -> tuple[float, float] | None:
 
 
 def parse_tile(text: str) -> tuple[int, int] | str | None:
-    """SIZE,STRIDE, "auto" or "none", as --tile takes them. Raises UserError."""
+    """Returns the value of --tile: (SIZE, STRIDE), "auto", or None for none. Raises UserError."""
     if text in ("auto", "none"):
         return text if text == "auto" else None
     try:

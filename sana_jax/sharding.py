@@ -1,7 +1,7 @@
-"""Where arrays live: the mesh and the one table from logical axis names to mesh axes.
+"""The placement of arrays: the mesh, and the one table from logical axis names to mesh axes.
 
-Mesh axes: `replica` holds copies of the weights, `fsdp` shards them, both split the batch;
-`sequence` splits the tokens of an image by rows, `tensor` the heads and the hidden width.
+Mesh axes: `replica` holds copies of the weights and `fsdp` shards them; both split the batch.
+`sequence` splits the tokens of an image by rows, `tensor` splits the heads and the hidden width.
 """
 
 import math
@@ -28,7 +28,7 @@ RULES = (
     ("mlp", "tensor"),  # the hidden width of a feed-forward network
     ("vocab", "tensor"),
     ("batch", ("replica", "fsdp")),
-    ("tokens", "sequence"),  # of the transformer, row by row; or their rows
+    ("tokens", "sequence"),  # of the transformer, row by row; or the axis of the rows
     ("residual", None),
 )
 
@@ -40,9 +40,9 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over `devices` (default: this host's); one size may be -1, "all that is left".
+    """Returns a mesh over `devices` (default: this host's); a size of -1 takes all that are left.
 
-    Raises UserError for sizes that do not fit, or a replica that would lie across TPU slices.
+    Raises UserError for sizes that do not fit, and for a replica that would span TPU slices.
     """
     devices = np.asarray(find() if devices is None else devices)
     sizes = replica, fsdp, sequence, tensor
@@ -55,10 +55,10 @@ def make_mesh(
 
 
 def _grid(sizes: tuple[int, ...], devices: np.ndarray) -> np.ndarray:
-    """The devices in the shape of the mesh, so that neighbours there are neighbours in the slice.
+    """Returns the devices in the shape of the mesh; neighbours in it are neighbours in the slice.
 
-    XLA calls every machine with GPUs a slice, and numbers its devices in a row: their order will
-    do. The network between TPU slices is slow: whole replicas are on each.
+    XLA calls every machine with GPUs a slice, and numbers its devices consecutively, so their order
+    is good enough. The network between TPU slices is slow, so each slice holds whole replicas.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # An axis of a slice may have to be split, as 4 x 64 splits 16 x 16.
@@ -80,7 +80,7 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def shardings_for(abstract_params, mesh: Mesh):
-    """The NamedSharding of every weight of a tree as `jax.eval_shape(module.init, ...)` gives it.
+    """Returns the NamedSharding of every weight of a tree from `jax.eval_shape(module.init, ...)`.
 
     A dimension that its mesh axis does not divide stays whole.
     """
@@ -99,31 +99,31 @@ def shardings_for(abstract_params, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 split over the batch axes, everything else whole."""
+    """Returns the sharding that splits axis 0 over the batch axes and leaves all others whole."""
     return NamedSharding(mesh, P(("replica", "fsdp")))
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """The number that a batch must be a multiple of."""
+    """Returns the number of which a batch size must be a multiple."""
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch that this host's devices hold, in order.
+    """Returns the numbers of the batch's rows that this host's devices hold, in order.
 
-    Hosts whose devices differ in `sequence` and `tensor` alone hold the same; those of one host
-    need not follow one another. Which row is where in the global batch never depends on the mesh.
+    Hosts whose devices differ only in `sequence` and `tensor` hold the same rows. The rows of one
+    host need not be consecutive. The order of rows in the global batch never depends on the mesh.
     """
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (rows,) in parts for row in range(batch_size)[rows]})
 
 
 def put_batch(batch, mesh: Mesh):
-    """The global batch on the devices, where every host gives its `batch_rows` of each array."""
+    """Places the global batch on the devices; each host passes its `batch_rows` of every array."""
     where, parts = batch_sharding(mesh), batch_rows(mesh, batch_divisor(mesh))
 
     def put(leaf: np.ndarray) -> jax.Array:
-        size = len(leaf) // len(parts)  # rows of a device
+        size = len(leaf) // len(parts)  # rows per device
 
         def of_device(index: tuple[slice, ...]) -> np.ndarray:
             first = size * parts.index((index[0].start or 0) // size)
@@ -136,10 +136,10 @@ def put_batch(batch, mesh: Mesh):
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Fixes the layout of an activation inside a network, a name an axis.
+    """Fixes the layout of an activation inside a network; `names` has a logical name per axis.
 
-    Without it the compiler may copy activations to where the weights are. Does nothing where no
-    mesh is set; an axis that its mesh axes do not divide stays whole.
+    Without this the compiler may copy activations to where the weights are. Does nothing if no mesh
+    is set. An axis that its mesh axes do not divide stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rules = dict(RULES)
@@ -150,7 +150,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def check_tokens(height: int, width: int) -> None:
-    """Raises UserError where the mesh that is set cannot split so many rows of tokens."""
+    """Raises UserError if the mesh that is set cannot split `height` rows of tokens."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["sequence"]
     if height % shards:
@@ -161,7 +161,7 @@ def check_tokens(height: int, width: int) -> None:
 
 
 def _fit(shape: tuple[int, ...], axes, mesh) -> P:
-    """`axes` without those that do not divide their dimension."""
+    """Returns `axes` without the axes that do not divide their dimension."""
 
     def divides(size, axis):
         names = (axis,) if isinstance(axis, str) else axis

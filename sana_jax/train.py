@@ -1,13 +1,13 @@
-"""Trains text to image from a config.
+"""Trains a text-to-image model from a config.
 
     python -m sana_jax.train --config=configs/sana_600m_512.py --workdir=DIR \\
         --config.autoencoder=CHECKPOINT --config.text_encoder.checkpoint=CHECKPOINT \\
         --config.data.source=precomputed:DATA
 
-The same command continues a run that was stopped, killed or preempted. DIR holds what the run shows
-and saves; DIR/model is the result, the moving average as a native folder, and `convert --source=DIR
---ema` makes one of the newest checkpoint at any time. On several hosts run it on every one, with
---multihost; DIR is a folder that all of them mount.
+The same command continues a run that was stopped, killed or preempted. DIR holds the run's metrics,
+pictures and checkpoints. DIR/model is the result, the moving average as a native folder; `convert
+--source=DIR --ema` makes such a folder from the newest checkpoint at any time. On several hosts,
+run the command on each of them, with --multihost; DIR is a folder that all of them mount.
 """
 
 from sana_jax.runtime import cli

@@ -1,9 +1,9 @@
-"""A small tokenizer of our own, trained on captions, that behaves as Gemma's does.
+"""Trains a small tokenizer on captions; it behaves as Gemma's does.
 
-    python -m sana_jax.train_tokenizer --out=DIR                    # of the built-in data set
+    python -m sana_jax.train_tokenizer --out=DIR                    # on the built-in data set
     python -m sana_jax.train_tokenizer --out=DIR --data=PHOTOS --vocab_size=8192
 
-It reads the captions of the first records, and draws nothing for shapes.
+It reads the captions of the first records. For shapes no pictures are drawn.
 """
 
 from collections.abc import Iterable
@@ -14,18 +14,19 @@ from sana_jax.data.images import BadImage
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_new, new_folder
-from sana_jax.text.tokenizers import (
-    SMALLEST,
-    train_tokenizer,
-)
+from sana_jax.text.tokenizers import SMALLEST, train_tokenizer
 
 if __name__ == "__main__":
-    _OUT = flags.DEFINE_string("out", None, "new or empty folder", required=True)
+    _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
     _DATA = flags.DEFINE_string("data", "shapes", "shapes, a folder of images, or tfds:NAME")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps a tfds:NAME")
-    _SPLIT = flags.DEFINE_string("split", "train", "of the data")
-    _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "tokens, at most", SMALLEST)
-    _RECORDS = flags.DEFINE_integer("records", 10_000, "whose captions are read, at most", 1)
+    _DATA_DIR = flags.DEFINE_string(
+        "data_dir", None, "folder where TFDS data were prepared; default: TFDS' own"
+    )
+    _SPLIT = flags.DEFINE_string("split", "train", "split of the data")
+    _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "the largest number of tokens", SMALLEST)
+    _RECORDS = flags.DEFINE_integer(
+        "records", 10_000, "the largest number of records whose captions are read", 1
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def _captions() -> Iterable[str]:
-    """Those of the records that the flags name. Nothing is drawn for shapes."""
+    """Returns the captions of the records that the flags name. Raises UserError without any."""
     if _DATA.value == "shapes":
         from sana_jax.shapes.captions import captions
         from sana_jax.shapes.scene import scene
@@ -56,7 +57,7 @@ def _captions() -> Iterable[str]:
 
 
 def _read(source, index: int) -> list[str]:
-    """A record's captions; none of a bad one."""
+    """Returns the captions of a record, none if it is bad."""
     try:
         return source[index]["captions"]
     except BadImage:

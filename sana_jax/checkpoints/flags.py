@@ -6,7 +6,8 @@ HELP = {
     "checkpoint": "a native or diffusers folder, a bundled name, or a hub id",
     "variant": "variant of the weights in a diffusers folder, such as bf16",
     "revision": "branch, tag or commit of a hub id",
-    "instruction_file": "complex human instruction: a text file, or an NVlabs yaml",
+    "instruction_file": "complex human instruction, a text file or an NVlabs yaml;"
+    " default: the checkpoint's",
 }
 
 flags.disclaim_key_flags()  # the flags are those of the module that calls

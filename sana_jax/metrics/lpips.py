@@ -1,20 +1,20 @@
-"""LPIPS (arXiv 1801.03924): how far two pictures are apart in a classifier's features.
+"""LPIPS (arXiv 1801.03924): the distance of two pictures in the features of a classifier.
 
-Both pictures go through a tower of convolutions; after each of its five slices the features of a
-pixel are divided by their norm, subtracted, squared, weighted by a channel's share and averaged
-over the pixels (equation 1). The norm is torchmetrics', which leaves gradients finite where all
-features are zero. DC-AE is trained on VGG16's distance and measured by AlexNet's.
+Both pictures go through a tower of convolutions. After each of its five slices the features of a
+pixel are divided by their norm, subtracted, squared, weighted per channel and averaged over the
+pixels (equation 1). The norm is that of torchmetrics, whose gradients stay finite where all
+features are zero. DC-AE is trained with the distance on VGG16 and measured with that on AlexNet.
 
-Weights are torchvision's ImageNet classifier and the linear heads of the lpips package, version
-0.1. They are read from .safetensors or .pth files, in the names of either project:
+The weights are those of torchvision's ImageNet classifier and of the linear heads in version 0.1 of
+the lpips package. They are read from .safetensors or .pth files, in the names of either project:
 
     tower   features.N.weight, .bias           torchvision, timm
             net.sliceK.N.weight, .bias         a state dict of lpips.LPIPS or of taming's copy
     heads   linK.model.1.weight                lpips' vgg.pth and alex.pth, taming's, torchmetrics'
             lins.K.model.1.weight              a state dict of lpips.LPIPS
 
-A .pth written before PyTorch 1.6, as the oldest of these are, is refused: there it has to be loaded
-and saved once in a newer PyTorch.
+A .pth file written before PyTorch 1.6, as the oldest of these are, is refused: load it and save it
+once in a newer PyTorch.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Conv(NamedTuple):
 
 
 class Tower(NamedTuple):
-    """The slices of a classifier; features are taken after each."""
+    """The slices of a classifier; features are taken after each of them."""
 
     pool: int  # the window of its maximum pooling, of stride 2
     slices: tuple[tuple[Conv | None, ...], ...]  # None: maximum pooling
@@ -93,11 +93,15 @@ def lpips(
     tower: str,
     dtype: Dtype = jnp.float32,
 ) -> Float[Array, " B"]:
-    """The distance of every pair of images in [-1, 1]; `params` as `load` gives them.
+    """Returns the distance of every pair of images in [-1, 1].
 
-    `dtype` is what the convolutions compute in. The pictures pass the tower apart, so a gradient
-    with respect to one costs nothing for the other. Raises ValueError for pictures that the tower
-    pools to nothing.
+    Args:
+      params: the result of `load`.
+      tower: "vgg" or "alex".
+      dtype: that the convolutions compute in.
+
+    The two batches go through the tower separately, so a gradient with respect to one costs nothing
+    for the other. Raises ValueError for images that the tower pools to nothing.
     """
     if min(x.shape[1:3]) < SMALLEST[tower]:
         raise ValueError(f"LPIPS on {tower} needs images of {SMALLEST[tower]} pixels a side")
@@ -110,7 +114,7 @@ def lpips(
 
 
 def _slices(params: Any, x: Array, tower: str, dtype: Dtype) -> list[Array]:
-    """The features after every slice."""
+    """Returns the features after every slice."""
     pool, slices = TOWERS[tower]
     x = (x.astype(jnp.float32) - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
     x, features = x.astype(dtype), []
@@ -138,11 +142,11 @@ def _unit(x: Array) -> Array:
 
 
 def load(tower: str, weights: str | Path) -> Any:
-    """The parameters {"convs": {index: (kernel, bias)}, "heads": [(C,), ...]} in float32.
+    """Returns the parameters {"convs": {index: (kernel, bias)}, "heads": [(C,), ...]} in float32.
 
-    `weights`: a .safetensors or .pth file; or two with a comma between them, tower and heads.
-    Raises UserError where a file cannot be read, and where tensors are missing, of another shape
-    or not finite.
+    `weights` is a .safetensors or .pth file, or two files with a comma between them, tower and
+    heads. Raises UserError if a file cannot be read, and for tensors that are missing, of another
+    shape or not finite.
     """
     tensors = {}
     for path in map(Path, str(weights).split(",")):
@@ -170,7 +174,7 @@ def _find(
     shape: tuple[int, ...],
     pattern: str = "... -> ...",
 ) -> np.ndarray:
-    """The tensor with one of these names."""
+    """Returns the tensor that has one of these names. Raises UserError."""
     name = next((name for name in names if name in tensors), None)
     if name is None:
         what = "its linear heads" if names[0].startswith("lin") else "its tower of convolutions"

@@ -1,7 +1,7 @@
-"""How near a reconstruction is to its image: PSNR, SSIM, high frequencies; and a baseline.
+"""Measures of a reconstruction against its image: PSNR, SSIM, high frequencies; and a baseline.
 
-Everything here compares pictures as they are saved: 8 bits a value, floor(255 (y + 1) / 2 + 0.5)
-for y in [-1, 1], as the evaluations of DC-AE and SANA do. Every metric gives one number an image;
+Pictures are compared as they are saved, with 8 bits per value: floor(255 (y + 1) / 2 + 0.5) for y
+in [-1, 1], as in the evaluations of DC-AE and SANA. Every metric returns one number per image;
 reconstruction_figures.py averages them.
 """
 
@@ -10,25 +10,24 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-SIGMA, TRUNCATE = 1.5, 3.5  # of SSIM's window: pixels, and where it ends in units of SIGMA
+SIGMA, TRUNCATE = 1.5, 3.5  # of SSIM's window: in pixels, and its end in units of SIGMA
 RADIUS = int(TRUNCATE * SIGMA + 0.5)
-CUTOFF = 0.25  # cycles a pixel; the finest that a pixel grid holds has 0.5
+CUTOFF = 0.25  # cycles per pixel; the finest that a grid of pixels holds is 0.5
 
 
 @jax.jit
-def to_uint8(images: Float[Array | np.ndarray, "B H W C"]) -> UInt8[Array, "B H W C"]:
-    """Images in [-1, 1] as they are saved: rounded half up, clipped."""
+def to_uint8(images: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
+    """Returns images in [-1, 1] as they are saved: rounded half up and clipped."""
     return jnp.clip(jnp.floor(images * 127.5 + 128), 0, 255).astype(jnp.uint8)
 
 
 @jax.jit
 def psnr(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Float[Array, " B"]:
-    """Peak signal-to-noise ratio in dB: 10 log10(255^2 / mean squared error).
+    """Returns the peak signal-to-noise ratio in dB: 10 log10(255^2 / mean squared error).
 
-    Equal images, of an infinite ratio, count as different by one grey level in a single value.
+    Equal images, whose ratio is infinite, count as different by one grey level in a single value.
     """
     error = (images.astype(jnp.float32) - others.astype(jnp.float32)) ** 2
     values = math.prod(images.shape[1:])
@@ -37,15 +36,16 @@ def psnr(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Fl
 
 @jax.jit
 def ssim(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Float[Array, " B"]:
-    """Structural similarity (Wang et al. 2004) of every channel, averaged over channels and pixels.
+    """Returns the structural similarity (Wang et al. 2004), averaged over channels and pixels.
 
-    Gaussian windows of 11 x 11 pixels that lie inside the image, sigma 1.5, K1 = 0.01, K2 = 0.03,
-    variances divided by n: scikit-image's structural_similarity with gaussian_weights=True,
-    use_sample_covariance=False, data_range=255. Raises ValueError where a side has under 11 pixels.
+    The windows are Gaussian with sigma 1.5, have 11 x 11 pixels and lie inside the image. K1 is
+    0.01, K2 is 0.03, and variances are divided by n. This is scikit-image's structural_similarity
+    with gaussian_weights=True, use_sample_covariance=False and data_range=255. Raises ValueError if
+    a side has fewer than 11 pixels.
     """
     if min(images.shape[1:3]) <= 2 * RADIUS:
         raise ValueError(f"SSIM needs images of {2 * RADIUS + 1} pixels a side or more")
-    # Variances do not mind the shift, which keeps the squares small beside float32's rounding.
+    # The shift leaves variances as they are, and keeps the squares small, with less rounding.
     x, y = (z.astype(jnp.float32) - 128 for z in (images, others))
     mean_x, mean_y = _smooth(x), _smooth(y)
     var_x, var_y = _smooth(x * x) - mean_x**2, _smooth(y * y) - mean_y**2
@@ -58,7 +58,7 @@ def ssim(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Fl
 
 
 def _smooth(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Weighted means over the windows that lie inside the image."""
+    """Returns weighted means over the windows that lie inside the image."""
     weights = [math.exp(-0.5 * (i / SIGMA) ** 2) for i in range(-RADIUS, RADIUS + 1)]
     weights = [weight / sum(weights) for weight in weights]
     batch, height, width, channels = x.shape
@@ -74,12 +74,12 @@ def _smooth(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 
 @jax.jit
 def high_frequency_energy(images: UInt8[Array, "B H W C"]) -> Float[Array, " B"]:
-    """The energy of what is finer than four pixels a cycle, a value: its mean square, windowed.
+    """Returns the mean square of the detail finer than CUTOFF, four pixels per cycle.
 
-    A Hann window goes before the Fourier transform, so that the jump from one border of the image
-    to the other does not pass for detail. Of a set, compare the means: the reconstructions' over
-    the originals' is below 1 where detail is lost and above where it is made up. (The mean of the
-    images' own ratios would follow the few that have next to no detail.)
+    A Hann window is applied before the Fourier transform, so that the jump from one border of the
+    image to the opposite one does not count as detail. For a set of images, divide the mean of the
+    reconstructions by that of the originals: the ratio is below 1 where detail is lost, and above 1
+    where it is made up. (The mean of the ratios would follow the few images with almost no detail.)
     """
     height, width = images.shape[1:3]
     x = images.astype(jnp.float32)
@@ -93,10 +93,10 @@ def high_frequency_energy(images: UInt8[Array, "B H W C"]) -> Float[Array, " B"]
 
 
 def baseline_size(height: int, width: int, values: int, channels: int = 3) -> tuple[int, int]:
-    """The largest picture of the same proportions that has no more than so many values.
+    """Returns the largest (height, width) of these proportions with at most `values` values.
 
-    128 x 128 pixels through an autoencoder of factor 32 and 32 channels are 4 x 4 x 32 = 512
-    values; 13 x 13 x 3 = 507 is what a small picture has to do with.
+    An autoencoder of factor 32 and 32 channels turns 128 x 128 pixels into 4 x 4 x 32 = 512 values;
+    the largest picture within them has 13 x 13 x 3 = 507.
     """
     scale = min(1, math.sqrt(values / (height * width * channels)))
     return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
@@ -104,8 +104,10 @@ def baseline_size(height: int, width: int, values: int, channels: int = 3) -> tu
 
 @partial(jax.jit, static_argnums=1)
 def down_and_up(images: UInt8[Array, "B H W C"], size: tuple[int, int]) -> UInt8[Array, "B H W C"]:
-    """What is left of images that were resized to `size` and back, bicubic, smoothed on the way
-    down: the simplest compression to so few values."""
+    """Resizes images to `size` and back, bicubic, with antialiasing on the way down.
+
+    This is the simplest compression to as few values.
+    """
     batch, height, width, channels = images.shape
     small = jax.image.resize(
         images.astype(jnp.float32), (batch, *size, channels), "cubic", antialias=True

@@ -1,4 +1,4 @@
-"""The held-out figures of an autoencoder: what a table of reconstruction has in a row."""
+"""The figures of an autoencoder on held-out images: one row of a table of reconstruction."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,19 +21,19 @@ def figures(
     distance: Callable[[Images, Images], Float[Array, " B"]] | None = None,
     on_batch: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, Any]:
-    """Means over the images of an EvaluationLoader; NaN where a reconstruction is not finite.
+    """Returns means over the images of an EvaluationLoader; NaN if a reconstruction is not finite.
 
     Args:
-      reconstruct: images float32 (B, H, W, 3) in [-1, 1] -> the same.
-      batches: with "image" and "valid".
-      values: numbers in the latent of an image, a pixel; the baseline is a picture of no more.
-      distance: LPIPS, of images in [-1, 1]; None: not measured.
-      on_batch: called with the number of its images after every batch.
+      reconstruct: maps images, float32 (B, H, W, 3) in [-1, 1], to their reconstructions, alike.
+      batches: dictionaries with "image" and "valid".
+      values: numbers per pixel in the latent of an image; the baseline is a picture with no more.
+      distance: LPIPS, for images in [-1, 1]; None: it is not measured.
+      on_batch: called after every batch with the number of its images.
 
     Returns:
-      count; psnr, ssim, lpips (or None); high_frequency_ratio, of the reconstructions' energy to
-      the images' (None where these have none); the same four of the images resized down and up as
-      baseline_psnr and so on, and baseline_size, its height and width.
+      count; psnr, ssim, lpips (or None); high_frequency_ratio, the reconstructions' energy divided
+      by that of the images (None if that is zero); the same four, as baseline_psnr and so on, for
+      the images resized down and up; and baseline_size, the height and width between.
     """
     rows: list[dict[str, Any]] = []
     for batch in batches:
@@ -41,7 +41,8 @@ def figures(
         small = metrics.baseline_size(height, width, int(values * height * width))
         row = _row(batch["image"], reconstruct(batch["image"]), small, distance)
         rows.append(row | {"valid": batch["valid"]})
-        rows[-2:-1] = jax.device_get(rows[-2:-1])  # waits for the batch before this one
+        # Waits for the batch before this one, while this one runs.
+        rows[-2:-1] = jax.device_get(rows[-2:-1])
         on_batch(int(batch["valid"].sum()))
     columns = {
         name: np.concatenate([row[name] for row in jax.device_get(rows)]) for name in rows[0]
@@ -60,8 +61,8 @@ def figures(
 def _row(
     images: Images, reconstructions: Images, small: tuple[int, int], distance: Callable | None
 ) -> dict[str, Float[Array, " B"]]:
-    """The figures of every image of a batch, not waited for."""
-    finite = jnp.isfinite(reconstructions).all(axis=(1, 2, 3))  # 8 bits would hide it
+    """Returns the figures of every image of a batch, without waiting for them."""
+    finite = jnp.isfinite(reconstructions).all(axis=(1, 2, 3))  # 8 bits would hide a NaN
     images = metrics.to_uint8(jnp.asarray(images))
     baseline = metrics.down_and_up(images, small)
     row = {"energy_of_images": metrics.high_frequency_energy(images)}

@@ -47,6 +47,8 @@ class Options:
 
 
 class Report(NamedTuple):
+    """The result of a measurement."""
+
     figures: dict[str, Any]  # for JSON, with what was measured
     text: str  # the same for people
     sheet: Picture | None

@@ -237,7 +237,12 @@ def _help() -> str:
                     lines.append(f"  --{flag.name}: old name of --{_name_now(flag)}")
                     continue
                 required = any("other than None" in check.message for check in flag.validators)
-                note = "required" if required else f"default {flag.default_as_str or 'none'}"
-                text = f"--{flag.name}: {flag.help} ({note})"
+                if required:
+                    note = " (required)"
+                elif flag.default is not None:
+                    note = f" (default {flag.default_as_str})"
+                else:  # the text may say what happens then
+                    note = "" if "default" in flag.help else " (default none)"
+                text = f"--{flag.name}: {flag.help}{note}"
                 lines.append(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the commands that train share: their flags, and what they do with them."""
+"""The flags and the main function that the commands for training share."""
 
 import signal
 from collections.abc import Callable
@@ -13,23 +13,27 @@ from sana_jax.runtime import devices, hosts
 from sana_jax.runtime.devices import enable_compilation_cache
 from sana_jax.runtime.errors import Retry, UserError
 
-JOIN_SECONDS = 1800
-# What JAX says of a program that is wrong or too large, which no other try makes better.
+JOIN_SECONDS = 1800  # a preempted host may come back minutes after the others
+# Errors of JAX for a program that is wrong or too large, which fails again at every retry.
 OURS = "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"
 SMALLER = "a smaller batch_size in the config, more microbatches, or remat"
 
-flags.disclaim_key_flags()  # they are those of the module that calls
+flags.disclaim_key_flags()  # the flags are those of the module that calls
 
 
 def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]], None]:
-    """Defines the flags, and returns a main: make_training(config, workdir).run()."""
-    config = config_flags.DEFINE_config_file("config", None, "the recipe, a file of configs/")
+    """Defines the flags, and returns a main that calls make_training(config, workdir).run()."""
+    config = config_flags.DEFINE_config_file("config", None, "the recipe, a file in configs/")
     workdir = flags.DEFINE_string(
-        "workdir", None, "folder of the run, made if missing, that all hosts see; it may be big"
+        "workdir",
+        None,
+        "folder of the run, made if missing, mounted by all hosts; it may become large",
     )
     multihost = flags.DEFINE_bool("multihost", False, "find and join the other hosts of the job")
     cache = flags.DEFINE_string(
-        "compilation_cache", None, 'folder for compiled programs, "" for none; default: the user\'s'
+        "compilation_cache",
+        None,
+        'folder for compiled programs, "" for none; default: ~/.cache/sana_jax',
     )
     flags.mark_flags_as_required(["config", "workdir"])
 
@@ -45,7 +49,10 @@ def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]],
 
 
 def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> None:
-    """make_training(config, workdir).run(); what a lost host makes of the others is Retry."""
+    """Calls make_training(config, workdir).run().
+
+    Raises Retry for errors of JAX that the loss of another host may have caused.
+    """
     try:
         with devices.memory_errors(SMALLER):
             training = make_training(config, workdir)
@@ -58,9 +65,9 @@ def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> 
 
 
 def open_devices(multihost: bool) -> None:
-    """Raises UserError where there are none; in a job of several hosts Retry.
+    """Raises UserError where there are no devices, and Retry in a job of several hosts.
 
-    There a process that was killed just now may not have given its chips back.
+    In such a job a process that has just been killed may not have given its chips back.
     """
     try:
         devices.find(all_hosts=True)
@@ -71,7 +78,7 @@ def open_devices(multihost: bool) -> None:
 
 
 def join_hosts() -> None:
-    """Meets the other hosts, which after a preemption may come minutes later."""
+    """Waits for the other hosts of the job. Raises Retry where they do not come."""
     try:
         jax.distributed.initialize(initialization_timeout=JOIN_SECONDS)
     except ValueError as error:
@@ -79,5 +86,5 @@ def join_hosts() -> None:
         raise UserError(f"--multihost: {reason}; leave it out where there is one host") from error
     except RuntimeError as error:
         raise Retry(f"the other hosts did not come: {str(error).splitlines()[0]}") from error
-    # JAX has put a handler of its own, for a service that nothing here asks, below Python's.
+    # JAX has replaced the handler of SIGTERM below Python's, for a service that is not used here.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

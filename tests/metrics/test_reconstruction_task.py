@@ -53,11 +53,13 @@ def test_the_sheet_shows_the_first_usable_images_above_their_reconstructions(che
     colours = [(200, 0, 0), (0, 0, 200)]
     save_pictures(tmp_path / "pictures", colours)
     (tmp_path / "pictures" / "00.png").write_text("<html>")
-    options = Options(data=str(tmp_path / "pictures"), size=SIZE, batch_size=1)
+    options = Options(data=str(tmp_path / "pictures"), size=SIZE)
     found = reconstruction(checkpoint, options, draw_sheet=True)
-    assert found.sheet.shape == (2 * SIZE + 2, SIZE, 3)  # of the first batch with any
-    assert (found.sheet[:SIZE] == colours[0]).all()
-    assert (found.sheet[SIZE + 2 :] != colours[0]).any()
+    assert found.sheet.shape == (2 * SIZE + 2, 2 * SIZE + 2, 3)
+    first, second = found.sheet[:, :SIZE], found.sheet[:, SIZE + 2 :]
+    for column, colour in (first, colours[0]), (second, colours[1]):
+        assert (column[:SIZE] == colour).all()
+        assert (column[SIZE + 2 :] != colour).any()
     assert found.figures["rejected"] == {"not_an_image": 1}
     assert "2 images at 16 px; 3 read, 2 used, 1 not_an_image" in found.text
 
