@@ -388,19 +388,6 @@ def test_each_batch_that_is_measured_is_a_beat(monkeypatch):
     assert marks == [7, "beat", "beat", "end", 7, "beat", "end"]
 
 
-@pytest.mark.parametrize(
-    "argument, message",
-    [
-        ("--config.seeds=1", "unknown key --config.seeds"),
-        ("--workdir=gs://bucket/run", "gs://bucket/run"),
-    ],
-)
-def test_bad_flag_is_one_line_and_status_2(config, tmp_path, argument, message):
-    result = run(config, tmp_path / "run", argument)
-    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 def test_another_config_in_the_same_folder_is_refused_with_the_difference(
     unbroken, config, tmp_path
 ):
