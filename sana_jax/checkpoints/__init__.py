@@ -1,4 +1,4 @@
-"""Exchange formats: diffusers and native folders, and the authors' .pth files.
+"""Checkpoints on disk: diffusers folders, our native folders and the authors' .pth files.
 
-`find` leads from a name to a folder, `load` opens what is there; every format is a file.
+`find` leads from a name to a folder and `load` opens that folder. Each format has its own file.
 """

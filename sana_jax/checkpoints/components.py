@@ -1,4 +1,4 @@
-"""What a checkpoint holds: three networks, a tokenizer, and how to sample."""
+"""The parts of a checkpoint: three networks, a tokenizer and the settings of the sampler."""
 
 import dataclasses
 import functools
@@ -28,10 +28,10 @@ CONFIGS = {"dit": SanaConfig, "vae": DCAEConfig, "text_encoder": Gemma2Config}
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A folder, or what is to become one; an autoencoder may stand alone.
+    """The contents of a checkpoint's folder. An autoencoder may stand alone.
 
-    `params` has the keys of CONFIGS; its leaves are arrays of any kind. Those of a folder that was
-    opened are LazyArrays, read when they are used: `place` puts them on devices.
+    `params` has the keys of CONFIGS; its leaves are arrays of any kind. The leaves of an opened
+    folder are LazyArrays, read when they are used: `place` puts them on devices.
     """
 
     vae: DCAEConfig
@@ -39,19 +39,19 @@ class Checkpoint:
     text_encoder: Gemma2Config | None = None
     params: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
-    text_rows: int = 300  # rows of text that the network attends to
+    text_rows: int = 300  # rows of text that the transformer attends to
     flow_shift: float = 3.0
     instruction: Instruction | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def configs(self) -> dict[str, Config]:
-        """The networks that are there."""
+        """Returns the configs of the networks that this checkpoint has, by name."""
         configs = {name: getattr(self, name) for name in CONFIGS}
         return {name: config for name, config in configs.items() if config is not None}
 
 
 def check_fit(checkpoint: Checkpoint) -> None:
-    """Raises UserError where the networks do not belong together."""
+    """Checks that the networks and the tokenizer belong together. Raises UserError."""
     dit, vae, text_encoder = checkpoint.dit, checkpoint.vae, checkpoint.text_encoder
     if dit and dit.latent_channels != vae.latent_channels:
         raise UserError(
@@ -72,7 +72,10 @@ def check_fit(checkpoint: Checkpoint) -> None:
 
 
 def component_dtype(component: str, dtype: Dtype) -> Dtype:
-    """The autoencoder and Gemma overflow float16: beside a float16 trunk they run in bfloat16."""
+    """Returns the dtype of one component in a pipeline of `dtype`.
+
+    The autoencoder and Gemma overflow float16: beside a float16 transformer they run in bfloat16.
+    """
     narrow = jnp.dtype(dtype) == jnp.float16 and component != "dit"
     return jnp.bfloat16 if narrow else dtype
 
@@ -80,13 +83,13 @@ def component_dtype(component: str, dtype: Dtype) -> Dtype:
 def module_for(
     config: Config, dtype: Dtype, param_dtype: Dtype | None = None, **fields: Any
 ) -> nn.Module:
-    """The network of a config, computing in `dtype`; `fields`: others of the module."""
+    """Makes the network of a config, computing in `dtype`; `fields` are further module fields."""
     module = {SanaConfig: SanaTransformer, DCAEConfig: DCAE, Gemma2Config: Gemma2}[type(config)]
     return module(config, dtype=dtype, param_dtype=param_dtype or dtype, **fields)
 
 
 def init_params(module: nn.Module, key: Array) -> Any:
-    """New parameters of one of the three networks, boxed with their logical axes."""
+    """Returns new parameters of one of the three networks, boxed with their logical axes."""
     config = module.config
     if isinstance(config, SanaConfig):
         patch = config.patch_size
@@ -102,17 +105,23 @@ def init_params(module: nn.Module, key: Array) -> Any:
 
 @functools.cache
 def abstract_params(config: Config):
-    """The shapes of a network's parameters, boxed with their logical axes; computes nothing."""
+    """Returns the shapes of a network's parameters, boxed with their logical axes.
+
+    Nothing is computed.
+    """
     return jax.eval_shape(partial(init_params, module_for(config, "float32")), jax.random.key(0))
 
 
 def param_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of every parameter by its "/"-joined path."""
+    """Returns the shape of every parameter by its "/"-joined path."""
     return flat_shapes(nn.unbox(abstract_params(config)))
 
 
 def abstract_placed(config: Config, dtype: Dtype, mesh: Mesh):
-    """Parameters as `place` puts them, as ShapeDtypeStructs; the devices need not be there."""
+    """Returns ShapeDtypeStructs of the parameters as `place` would put them.
+
+    The devices of `mesh` need not exist.
+    """
     boxed = abstract_params(config)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
@@ -122,13 +131,13 @@ def abstract_placed(config: Config, dtype: Dtype, mesh: Mesh):
 
 
 def place(params, config: Config, dtype: Dtype, mesh: Mesh):
-    """Parameters on the devices of `mesh`, cast to `dtype`, one after the other."""
+    """Puts parameters on the devices of `mesh`, cast to `dtype`, one after the other."""
     shardings = shardings_for(abstract_params(config), mesh)
 
     def put(array, sharding):
         full = np.asarray(array, jnp.dtype(dtype))
-        # Each host has it whole. device_put would gather the hosts' copies, all of them on every
-        # device, to see that they are equal.
+        # Each host has the whole array. device_put would gather all the hosts' copies on every
+        # device to check that they are equal.
         return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])
 
     return jax.tree.map(put, params, shardings)

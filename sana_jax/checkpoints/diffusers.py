@@ -1,4 +1,4 @@
-"""Folders in the layout of diffusers' SanaPipeline, in both directions.
+"""Reads and writes folders in the layout of diffusers' SanaPipeline.
 
 Reading needs neither diffusers nor torch. Tensor names are in diffusers_names.py.
 """
@@ -26,13 +26,13 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, read_json
 from sana_jax.text.tokenizers import load_tokenizer
 
-# ours -> their folder, the stem of its weight files, how its config.json is read
+# our name -> their folder, the stem of its weight files, the reader of its config.json
 COMPONENTS = {
     "dit": ("transformer", "diffusion_pytorch_model", sana_from_diffusers),
     "vae": ("vae", "diffusion_pytorch_model", dc_ae_from_diffusers),
     "text_encoder": ("text_encoder", "model", gemma2_from_transformers),
 }
-# Found in some files and never needed: counters, and buffers that follow from the config.
+# Tensors in some files that are never needed: counters, and buffers that follow from the config.
 COUNTER = "num_batches_tracked"
 IGNORED = (COUNTER, "rotary_emb.inv_freq", "pos_embed", "lm_head.weight")
 UNSUPPORTED = {"Sprint": "Sana Sprint", "ControlNet": "Sana ControlNet", "PAG": "Sana PAG"}
@@ -41,11 +41,11 @@ TEXT_ROWS = 300  # the default of max_sequence_length in diffusers' pipeline; no
 
 
 def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder with a model_index.json, its weights unread.
+    """Opens the checkpoint in a folder with a model_index.json; its weights stay unread.
 
-    A folder without one is that of an autoencoder alone, as DC-AE is published. `variant` picks
-    files such as diffusion_pytorch_model.bf16.safetensors. These folders hold no complex human
-    instruction. Raises UserError.
+    A folder without a model_index.json holds an autoencoder alone, as DC-AE is published. `variant`
+    picks files such as diffusion_pytorch_model.bf16.safetensors. These folders hold no complex
+    human instruction. Raises UserError.
     """
     folder = Path(folder)
     names = component_names(folder)
@@ -68,7 +68,10 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
 
 
 def open_component(folder: Path, name: str, variant: str | None = None) -> tuple[Config, Any]:
-    """The config and the unread parameters of one network: "dit", "vae" or "text_encoder"."""
+    """Returns the config and the unread parameters of one network.
+
+    `name` is "dit", "vae" or "text_encoder". Raises UserError.
+    """
     config = _read_config(folder, name)
     path, is_variant = _find_weights(folder, name, variant)
     if variant and not is_variant:
@@ -80,7 +83,7 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
 
 def files(folder: Path, variant: str | None = None) -> list[Path]:
-    """All files that `open_folder` reads, sorted by name."""
+    """Returns all files that `open_folder` reads, sorted by name."""
     found, names = [], component_names(folder)
     if "text_encoder" in names:
         found = [folder / "scheduler" / "scheduler_config.json"]
@@ -94,7 +97,7 @@ def files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Writes a folder that diffusers loads; weights keep the dtype they have."""
+    """Writes a folder that diffusers loads; weights keep their dtype. Raises UserError."""
     folder = local(folder)
     if missing := COMPONENTS.keys() - checkpoint.configs():
         raise UserError(
@@ -113,7 +116,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
     for name, config in checkpoint.configs().items():
         subfolder, stem, _ = COMPONENTS[name]
         tensors = [*write_params(entries(config), checkpoint.params[name])]
-        # torch's batch norm counts its batches, and misses the counter where it is left out.
+        # torch's batch norm counts its batches and complains if the file has no counter.
         counters = [n.replace("running_var", COUNTER) for n, _ in tensors if "running_var" in n]
         zero = LazyArray((), np.dtype("int64"), lambda dtype: np.zeros((), dtype))
         tensors += [(name, zero) for name in counters]
@@ -134,7 +137,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
-    write_json(folder / "model_index.json", index)  # last: what makes the folder a checkpoint
+    write_json(folder / "model_index.json", index)  # last: it makes the folder a checkpoint
 
 
 def write_json(path: Path, contents: dict[str, Any]) -> None:
@@ -142,7 +145,7 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
 
 
 def component_names(folder: Path) -> list[str]:
-    """The networks that are in a folder, as its kind has them. Raises UserError."""
+    """Returns the names of the networks that a folder of its kind holds. Raises UserError."""
     whole = _is_whole(folder)
     kind = read_json(folder / ("model_index.json" if whole else "config.json")).get("_class_name")
     for mark, name in UNSUPPORTED.items():
@@ -165,7 +168,7 @@ def _provenance(folder: Path, variant: str | None) -> dict[str, str]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder is a pipeline's, not an autoencoder's alone."""
+    """Returns True if a folder holds a whole pipeline, not an autoencoder alone."""
     return (folder / "model_index.json").is_file() or not (folder / "config.json").is_file()
 
 
@@ -183,8 +186,8 @@ def _read_config(folder: Path, name: str) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
-# The settings of a scheduler that mean what diffusion/dpm_solver.py computes; those that a file
-# leaves out have diffusers' default, the second value.
+# The settings of a scheduler for which diffusion/dpm_solver.py computes the same. The second value
+# is diffusers' default, which holds if a file leaves the setting out.
 OTHER_GRIDS = {f"use_{kind}_sigmas": (False, False) for kind in ("karras", "exponential", "beta")}
 SCHEDULERS = {
     "DPMSolverMultistepScheduler": {
@@ -233,7 +236,7 @@ def _read_flow_shift(folder: Path) -> float:
 
 
 def _find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, bool]:
-    """The weight file, or the index of several, and whether it is of the asked variant."""
+    """Returns the weight file or the index of several, and True if it is of `variant`."""
     folder, stem = _subfolder(folder, name), COMPONENTS[name][1]
 
     def candidates(v: str | None):

@@ -1,6 +1,6 @@
-"""config.json of diffusers and transformers to our networks' configs, and back.
+"""Translates config.json of diffusers and transformers to our networks' configs, and back.
 
-Reading raises ValueError that names the field which is not ours.
+Reading raises ValueError, naming the field whose value is not supported.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ from sana_jax.models.gemma2 import Gemma2Config
 
 
 def config_json(config: SanaConfig | DCAEConfig | Gemma2Config) -> dict[str, Any]:
-    """The contents of a network's config.json: of diffusers, or of transformers 5 for Gemma.
+    """Returns the contents of a network's config.json: diffusers', or transformers 5's for Gemma.
 
-    `clip_attention` has no place there.
+    `clip_attention` has no place in these files.
     """
     table = {SanaConfig: _sana_json, DCAEConfig: _dc_ae_json, Gemma2Config: _gemma2_json}
     return table[type(config)](config)
 
 
-# What a SanaTransformer2DModel's config.json of an older diffusers may leave out.
+# Defaults of the fields that an older diffusers may leave out of a SanaTransformer2DModel's config.
 _SANA_DEFAULTS = dict(
     in_channels=32,
     num_attention_heads=70,
@@ -103,7 +103,7 @@ def _sana_json(config: SanaConfig) -> dict[str, Any]:
     }
 
 
-# Where diffusers has another name for a field of the autoencoder.
+# Our field of the autoencoder -> diffusers' name, where it differs.
 _DC_AE_NAMES = {
     "encoder_blocks": "encoder_block_types",
     "decoder_blocks": "decoder_block_types",
@@ -117,7 +117,7 @@ _DC_AE_NAMES = {
     "upsample": "upsample_block_type",
     "decoder_out_activation": "decoder_conv_act_fn",
 }
-# What an absent field means to diffusers, where that is not our default.
+# diffusers' default of an absent field, where ours differs.
 _DC_AE_DEFAULTS = {
     "encoder_blocks": "ResBlock",
     "decoder_blocks": "ResBlock",
@@ -144,7 +144,7 @@ def dc_ae_from_diffusers(config: dict[str, Any]) -> DCAEConfig:
         ours[field.name] = freeze(config.get(_DC_AE_NAMES.get(field.name, field.name), missing))
     stages = len(ours["encoder_channels"])
     for field in PER_STAGE:
-        # As diffusers reads them: a string holds for all stages, what is beyond them for none.
+        # As in diffusers: a string holds for all stages; values beyond the last stage are ignored.
         value = ours[field]
         ours[field] = (value,) * stages if isinstance(value, str) else value[:stages]
     ours["downsample"] = str(ours["downsample"]).lower()  # published files say "Conv"
@@ -179,8 +179,8 @@ _GEMMA2_NAMES = dict(
     rms_norm_eps="rms_norm_eps",
     max_positions="max_position_embeddings",
 )
-# The values of a field that mean what models/gemma2.py computes, the usual one first. The three
-# activations are spellings of one formula; "gelu" is the exact one, which differs.
+# The values of a field for which models/gemma2.py computes the same, the usual one first. The three
+# activations are spellings of one formula; "gelu" is the exact function, which differs.
 _GEMMA2_SUPPORTED = dict(
     hidden_activation=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
     attention_bias=(False, None),
@@ -189,7 +189,7 @@ _GEMMA2_SUPPORTED = dict(
 
 
 def gemma2_from_transformers(config: dict[str, Any]) -> Gemma2Config:
-    """Reads a config.json of transformers 4 or 5."""
+    """Reads a Gemma 2 config.json of transformers 4 or 5."""
     if config.get("model_type") != "gemma2":
         kind = config.get("model_type")
         raise ValueError(f"text encoder model_type {kind!r} is not supported, only 'gemma2'")

@@ -1,4 +1,4 @@
-"""Which tensors of diffusers and transformers make which parameters of ours."""
+"""The tables that map tensors of diffusers and transformers to our parameters."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from sana_jax.models.gemma2 import Gemma2Config
 
 
 def entries(config: SanaConfig | DCAEConfig | Gemma2Config) -> list[Entry]:
-    """The whole table of a network."""
+    """Returns the whole table of a network."""
     table = {SanaConfig: dit_entries, DCAEConfig: dc_ae_entries, Gemma2Config: gemma2_entries}
     return list(table[type(config)](config))
 
@@ -23,7 +23,7 @@ def glumbconv_entries(ours: str, theirs: str, **kwargs) -> Iterator[Entry]:
 
 
 def dit_entries(config: SanaConfig) -> Iterator[Entry]:
-    """SanaTransformer2DModel."""
+    """Yields the entries of a SanaTransformer2DModel."""
     sizes = (("p", config.patch_size), ("q", config.patch_size))
     patch = "patch_embed.proj"
     yield Entry("patch_embed/kernel", (f"{patch}.weight",), "o c p q -> (c p q) o", sizes=sizes)
@@ -55,7 +55,7 @@ def dit_entries(config: SanaConfig) -> Iterator[Entry]:
 
 
 def gemma2_entries(config: Gemma2Config) -> Iterator[Entry]:
-    """Gemma2Model."""
+    """Yields the entries of a Gemma2Model."""
     yield Entry("embed/embedding", ("embed_tokens.weight",))
     yield Entry("final_norm/scale", ("norm.weight",))
     layers = {"layers": range(config.num_layers)}
@@ -96,8 +96,8 @@ def _efficient_vit_block(
     **layers,
 ) -> Iterator[Entry]:
     attn = f"{theirs}.attn"
-    # Despite their names, to_q, to_k and to_v are the thirds of one projection whose outputs are
-    # q, k and v of head after head.
+    # Despite their names, to_q, to_k and to_v are the thirds of one projection, whose outputs are
+    # the q, k and v of one head after another.
     thirds = [f"{attn}.to_{t}" for t in "qkv"]
     yield from linear(f"{ours}/qkv", *thirds, bias=False, **layers)
     for j in range(len(scales)):
@@ -113,7 +113,7 @@ def _efficient_vit_block(
 
 
 def dc_ae_entries(config: DCAEConfig) -> Iterator[Entry]:
-    """AutoencoderDC."""
+    """Yields the entries of an AutoencoderDC."""
 
     def blocks(side: str, stage: int, first: int) -> Iterator[Entry]:
         ours = f"{side}/stage_{stage}/blocks"
@@ -144,7 +144,7 @@ def dc_ae_entries(config: DCAEConfig) -> Iterator[Entry]:
         if depth and stage < last:
             name = f"encoder.down_blocks.{stage}.{depth}.conv"
             yield from conv(f"encoder/stage_{stage}/down", name)
-        # In the decoder the step up stands first.
+        # In the decoder the upsampling comes first in its stage.
         rises = bool(config.decoder_layers[stage]) and stage < last
         if rises:
             yield from conv(f"decoder/stage_{stage}/up", f"decoder.up_blocks.{stage}.0.conv")

@@ -1,4 +1,4 @@
-"""Finds the folder that a checkpoint's name leads to: native, diffusers, bundled, or on the hub."""
+"""Finds the folder of a named checkpoint: native, diffusers, bundled or on the hub."""
 
 import hashlib
 import os
@@ -11,17 +11,18 @@ from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import is_full, sha256_of
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# One of them is in every checkpoint: native, diffusers, an autoencoder alone.
+# Every checkpoint has one of these files: native, diffusers, an autoencoder alone.
 MARKERS = "model.json", "model_index.json", "config.json"
-# What a hub repository holds that we read beside weights, which are fetched by their variant.
+# The files of a hub repository that we read besides its weights, which are fetched by variant.
 HUB_FILES = ["*.json", "tokenizer/*"]
 
 
 def checkpoint_hash(folder: Path, variant: str | None = None) -> str:
-    """The hash of what a native or a diffusers folder draws with.
+    """Returns a hash of all that a native or a diffusers folder draws with.
 
-    Native: of model.json, which holds the hash of every other file. Diffusers: of every file that
-    is read for that variant, byte for byte; the hub's cache has hashed its large files already.
+    For a native folder it is the hash of model.json, which holds the hash of every other file. For
+    a diffusers folder it covers every byte of the files that are read for `variant`; the hub's
+    cache has hashed its large files already.
     """
     folder = Path(folder)
     if (folder / "model.json").is_file():
@@ -33,7 +34,10 @@ def checkpoint_hash(folder: Path, variant: str | None = None) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file; a large file in the hub's cache is a link to one with that name."""
+    """Returns the sha256 of a file.
+
+    A large file in the hub's cache is a link to a file named by its sha256, and is not read.
+    """
     target = path.resolve().name
     if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", target):
         return target
@@ -41,9 +45,9 @@ def file_sha256(path: Path) -> str:
 
 
 def find(name: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a checkpoint; downloads it where `name` is a hub id.
+    """Returns the folder of a checkpoint; downloads it if `name` is a hub id.
 
-    Raises UserError, and Retry where the hub does not answer.
+    Raises UserError, or Retry if the hub does not answer.
     """
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"a checkpoint is named by a text, not by {name!r}")
@@ -65,15 +69,16 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
             raise UserError(f"{name} is a folder, which has no revision {revision!r}")
         if any((path / marker).is_file() for marker in MARKERS):
             return path
-        if name in bundled():  # a folder of that name holds something else, such as the data set
+        if name in bundled():  # the folder holds something else, such as the data set
             return bundled()[name]
         lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"
-        if (path / "model" / "model.json").is_file():  # where a training puts it
+        if (path / "model" / "model.json").is_file():  # where a training puts its result
             lacks += f": give {os.path.join(name, 'model')}"
         raise UserError(lacks)
     if name in bundled():
         return bundled()[name]
-    mistyped = path.parent != Path(".") and path.parent.is_dir()  # its parent is a folder here
+    # The parent is a folder here, so `name` is a mistyped path rather than a hub id.
+    mistyped = path.parent != Path(".") and path.parent.is_dir()
     if name.count("/") == 1 and not (path.is_absolute() or name.startswith(".") or mistyped):
         return _download(name, revision, variant)
     names = " or ".join(bundled()) or "none yet"
@@ -85,19 +90,19 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
 
 
 def bundled() -> dict[str, Path]:
-    """The checkpoints that come with the package."""
+    """Returns the folders of the checkpoints that come with the package, by name."""
     return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/model.json"))}
 
 
 def _download(name: str, revision: str | None, variant: str | None) -> Path:
-    """A hub repository in the local cache: its configs and the weights that will be read."""
+    """Fetches a hub repository's configs and needed weights; returns its folder in the cache."""
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # we say ourselves what is missing
+    huggingface_hub.logging.set_verbosity_error()  # our own errors say what is missing
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     fetch = partial(huggingface_hub.snapshot_download, name, revision=revision)
-    # A variant's files have its name between two dots, where plain files have one dot.
+    # The files of a variant have its name between two dots; plain files have one dot.
     plain = dict(allow_patterns=["*.safetensors"], ignore_patterns=["*.*.safetensors"])
     try:
         folder = Path(fetch(allow_patterns=HUB_FILES))
@@ -108,7 +113,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
             )
         if not (folder / "model.json").is_file():
             diffusers.component_names(folder)  # raises for other kinds, before gigabytes are here
-        # The commit that it is of: a branch may move on before the next call.
+        # From here on by commit: a branch may move before the next call.
         fetch = partial(huggingface_hub.snapshot_download, name, revision=folder.name)
         if variant:
             fetch(allow_patterns=[f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"])
@@ -116,7 +121,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
             there = {path.relative_to(folder).parent.as_posix() for path in files}
             if not there:
                 raise UserError(f"{name} has no files of variant {variant!r}")
-            if "." in there:  # an autoencoder alone: they are all that it has
+            if "." in there:  # an autoencoder alone has no other weights
                 return folder
             plain["allow_patterns"] = [
                 f"{part}/*.safetensors" for part, *_ in diffusers.COMPONENTS.values()
@@ -124,7 +129,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
             plain["ignore_patterns"] += [f"{part}/*" for part in there]
         fetch(**plain)
         return folder
-    except Exception as error:  # what carries the bytes raises errors of its own
+    except Exception as error:  # each transport raises errors of its own
         away = _is_away(error) and not huggingface_hub.constants.HF_HUB_OFFLINE
         if not (away or isinstance(error, HfHubHTTPError | HFValidationError | OSError)):
             raise
@@ -134,13 +139,13 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
 
 
 def _is_away(error: Exception) -> bool:
-    """Whether the same download may succeed later."""
+    """Returns True if the same download may succeed later."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", None)
         return status is None or status in (408, 429) or status >= 500
-    # httpx' errors of the transport are no OSErrors; hf_xet raises RuntimeError.
+    # The transport errors of httpx are no OSErrors; hf_xet raises RuntimeError.
     lost = isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError)
     lost = lost or (isinstance(error, OSError) and is_full(error))
     return lost or type(error) is RuntimeError or type(error).__module__.startswith("httpx")

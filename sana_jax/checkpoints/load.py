@@ -25,10 +25,10 @@ def open_checkpoint(
     clip_attention: bool | None = None,
     instruct: bool = True,
 ) -> Checkpoint:
-    """The checkpoint that `name` stands for, checked, its weights unread. Raises UserError.
+    """Opens and checks the checkpoint called `name`; its weights stay unread. Raises UserError.
 
-    `clip_attention` replaces the transformer's own choice, where it is not None. `instruct`: with
-    the complex human instruction, and a warning where none is found.
+    `clip_attention`, if not None, replaces the transformer's own setting. With `instruct` the
+    checkpoint gets its complex human instruction, and a warning says if none is found.
     """
     folder = find(name, revision, variant)
     given = find_instruction(instruction_file) if instruction_file else None
@@ -59,7 +59,7 @@ def open_checkpoint(
 
 
 def warn_of_float16(checkpoint: Checkpoint, name: str) -> None:
-    """One line where weights were trained in float16 and nothing clips their attention."""
+    """Warns if the weights were trained in float16 and nothing clips their attention."""
     made = checkpoint.provenance
     told = made.get("variant") == "fp16" or FLOAT16_WEIGHTS.search(str(made.get("source")))
     if told and checkpoint.dit is not None and checkpoint.dit.clip_attention is None:
@@ -71,14 +71,20 @@ def warn_of_float16(checkpoint: Checkpoint, name: str) -> None:
 
 
 def load(name: str, dtype: Dtype, mesh: Mesh, **kwargs) -> Checkpoint:
-    """`open_checkpoint`, with every weight cast to `dtype` and in its place on `mesh`."""
+    """Opens a checkpoint and places every weight on `mesh`, cast to `dtype`. Raises UserError.
+
+    The keywords are those of `open_checkpoint`.
+    """
     checkpoint = open_checkpoint(name, **kwargs)
     place_all(checkpoint, name, dtype, mesh)
     return checkpoint
 
 
 def place_all(checkpoint: Checkpoint, name: str, dtype: Dtype, mesh: Mesh) -> None:
-    """Reads the weights of an open checkpoint, called `name`, onto the devices of `mesh`."""
+    """Reads the weights of an open checkpoint onto the devices of `mesh`, cast to `dtype`.
+
+    Raises UserError, which begins with `name` and the component.
+    """
     if jnp.dtype(dtype) != jnp.float16:
         warn_of_float16(checkpoint, name)
     for component, config in checkpoint.configs().items():
@@ -86,5 +92,5 @@ def place_all(checkpoint: Checkpoint, name: str, dtype: Dtype, mesh: Mesh) -> No
         params, narrow = checkpoint.params[component], component_dtype(component, dtype)
         try:
             checkpoint.params[component] = place(params, config, narrow, mesh)
-        except UserError as error:  # a tensor's name alone does not say where it is
+        except UserError as error:  # it names a tensor, but not its file
             raise UserError(f"{name}, {component}: {error}") from None

@@ -1,7 +1,7 @@
-"""Our parameters and another project's tensors: one table, read in both directions.
+"""Translates between our parameters and another project's tensors, by one table for both ways.
 
-An `Entry` says which of their tensors make one of ours, and how axes move, as an einops pattern
-"theirs -> ours". Turned round, the same pattern writes theirs from ours.
+An `Entry` says which of their tensors make one of our parameters, and how axes move, as an einops
+pattern "theirs -> ours". The reversed pattern writes their tensors from our parameter.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ MOST_SHOWN = 10
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter of ours.
+    """One of our parameters and the tensors that make it.
 
-    path: "/"-joined. names: theirs; several are joined along their axis 0. layers: the values of
-    "{i}" in the names, one a layer of a stacked parameter, or None. sizes: axis lengths that the
-    pattern cannot tell by itself.
+    path: our parameter, "/"-joined. names: their tensors; several are joined along their axis 0.
+    layers: the values of "{i}" in the names, one for each layer of a stacked parameter; None if it
+    is not stacked. sizes: axis lengths that the pattern alone does not give.
     """
 
     path: str
@@ -41,15 +41,15 @@ class Entry:
     sizes: tuple[tuple[str, int], ...] = ()
 
     def layer_names(self) -> list[tuple[str, ...]]:
-        """Their names, layer by layer; one layer where the parameter is not stacked."""
+        """Returns their names, layer by layer; a parameter that is not stacked has one layer."""
         layers = [None] if self.layers is None else self.layers
         return [tuple(name.replace("{i}", str(i)) for name in self.names) for i in layers]
 
     def read(self, theirs: Mapping[str, np.ndarray], dtype=None) -> np.ndarray:
-        """Our parameter, from their tensors, cast to `dtype`; one layer is in memory beside it.
+        """Returns our parameter from their tensors, cast to `dtype`.
 
-        Raises UserError that names the tensor where a value is NaN or infinite, in the file or
-        after the cast.
+        Besides the result, only one layer is in memory. Raises UserError, naming the tensor, if a
+        value is NaN or infinite, in the file or after the cast.
         """
         stacked = None
         for i, names in enumerate(self.layer_names()):
@@ -64,7 +64,7 @@ class Entry:
         return stacked
 
     def write(self, ours: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Their tensors, from our parameter."""
+        """Yields their tensors, by name, from our parameter."""
         left, right = self.pattern.split("->")
         for layer, names in enumerate(self.layer_names()):
             array = ours if self.layers is None else ours[layer]
@@ -72,21 +72,21 @@ class Entry:
             yield from zip(names, np.split(array, len(names)), strict=True)
 
     def their_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The shape of each of their tensors, from the shape of our parameter."""
-        # A view of one zero has the shape and costs no memory.
+        """Returns the shapes of their tensors, by name, from the shape of our parameter."""
+        # A broadcast view of a single zero has the shape and costs no memory.
         ours = np.broadcast_to(np.zeros((), np.int8), shape)
         return {name: array.shape for name, array in self.write(ours)}
 
 
 def linear(path: str, *names: str, bias: bool = True, **kwargs) -> Iterator[Entry]:
-    """A dense layer: kernel and bias."""
+    """Yields the entries of a dense layer: kernel and bias."""
     yield Entry(f"{path}/kernel", tuple(f"{n}.weight" for n in names), LINEAR, **kwargs)
     if bias:
         yield Entry(f"{path}/bias", tuple(f"{n}.bias" for n in names), **kwargs)
 
 
 def conv(path: str, name: str, bias: bool = True, **kwargs) -> Iterator[Entry]:
-    """A convolution: kernel and bias."""
+    """Yields the entries of a convolution: kernel and bias."""
     yield Entry(f"{path}/kernel", (f"{name}.weight",), CONV, **kwargs)
     if bias:
         yield Entry(f"{path}/bias", (f"{name}.bias",), **kwargs)
@@ -108,9 +108,9 @@ def check(
     theirs: TensorReader,
     ignored: tuple[str, ...] = (),
 ) -> None:
-    """Raises UserError unless `theirs` holds exactly the tensors that our parameters need.
+    """Checks that `theirs` holds exactly the tensors that our parameters need. Raises UserError.
 
-    Names that end in one of `ignored` may be there and are not read.
+    Names that end in one of `ignored` may be present and are not read.
     """
     entries = list(entries)
     paths = [entry.path for entry in entries]
@@ -143,7 +143,7 @@ def check(
 
 
 def lazy_params(entries: Iterable[Entry], shapes, theirs: TensorReader):
-    """Our nested parameters as LazyArrays, in the types that the tensors have."""
+    """Returns our nested parameters as LazyArrays of the tensors' own dtypes."""
     params = {}
     for entry in entries:
         types = {theirs.dtype(name) for names in entry.layer_names() for name in names}
@@ -154,10 +154,10 @@ def lazy_params(entries: Iterable[Entry], shapes, theirs: TensorReader):
 
 
 def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, LazyArray]]:
-    """Their tensors, lazily, from our nested parameters, which may be lazy themselves."""
+    """Yields their tensors, lazily, from our nested parameters, which may be lazy themselves."""
     flat = traverse_util.flatten_dict(params, sep="/")
 
-    held = {}  # the stack whose layers are being written; gone before the next one is read
+    held = {}  # the stack whose layers are being written; dropped before the next one is read
 
     def tensors(entry: Entry) -> dict[str, np.ndarray]:
         if entry.path not in held:
@@ -172,8 +172,8 @@ def write_params(entries: Iterable[Entry], params) -> Iterator[tuple[str, LazyAr
 
 
 def cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
-    """`array` in another dtype. Raises UserError where a number is not finite."""
-    with np.errstate(over="ignore"):  # named below
+    """Returns `array` in another dtype. Raises UserError if a number is not finite."""
+    with np.errstate(over="ignore"):  # the error below names it
         made = array.astype(dtype or array.dtype, copy=False)
     if not _is_finite(made):
         what = f"overflows {dtype}" if _is_finite(array) else "holds NaN or Inf"
@@ -182,5 +182,8 @@ def cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """In parts, because the truth values of a large array are large too."""
+    """Returns True if all numbers are finite.
+
+    Works in parts, because the truth values of a large array are large too.
+    """
     return all(np.isfinite(part).all() for part in np.array_split(array.reshape(-1), 64))

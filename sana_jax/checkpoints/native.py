@@ -19,7 +19,7 @@ FORMAT, VERSION = "sana_jax", 1
 
 
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Writes `checkpoint` to a new or empty `folder`; weights keep the dtype they have."""
+    """Writes `checkpoint` to a new or empty `folder`; weights keep their dtype."""
     folder = local(folder)
     configs = checkpoint.configs()
     for name in configs:
@@ -32,7 +32,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         "format": FORMAT,
         "version": VERSION,
         **{name: dataclasses.asdict(config) for name, config in configs.items()},
-        # For people and other programs; the autoencoder's config is what is read.
+        # For people and other programs: we read the autoencoder's config instead.
         "latent_channels": checkpoint.vae.latent_channels,
         "factor": checkpoint.vae.factor,
         "scaling_factor": checkpoint.vae.scaling_factor,
@@ -42,14 +42,14 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         "provenance": checkpoint.provenance,
         "files": {name: sha256_of(folder / name) for name in sorted(_files(folder))},
     }
-    # Last: it is what makes the folder a checkpoint.
+    # Last, because model.json makes the folder a checkpoint.
     (folder / "model.json").write_text(json.dumps(model, indent=2) + "\n")
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder with a model.json, its weights unread but their bytes verified.
+    """Opens the checkpoint in a folder with a model.json. Raises UserError.
 
-    Raises UserError.
+    The bytes of its files are verified; the weights stay unread.
     """
     folder = Path(folder)
     model = read_json(folder / "model.json")
@@ -89,13 +89,13 @@ def open_folder(folder: Path) -> Checkpoint:
 
 
 def _files(folder: Path) -> set[str]:
-    """The files beside model.json that are read."""
+    """Returns the files that are read besides model.json."""
     paths = *folder.glob("*.safetensors*"), *(folder / "tokenizer").rglob("*")
     return {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
 
 
 def _verify(folder: Path, files: dict[str, str]) -> None:
-    """Raises UserError unless the files that are read are those in model.json, byte for byte."""
+    """Checks that the files to read are those in model.json, byte for byte. Raises UserError."""
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{folder / 'model.json'} names a file outside its folder: {name}")
@@ -116,7 +116,7 @@ def _positive(kind: type, value):
 
 
 def frozen(value):
-    """JSON's lists as the tuples of our configs."""
+    """Returns JSON with its lists as tuples, which our configs need."""
     if isinstance(value, dict):
         return {key: frozen(item) for key, item in value.items()}
     return tuple(map(frozen, value)) if isinstance(value, list) else value

@@ -1,8 +1,8 @@
 """The transformer in the .pth files of NVIDIA's own repository (github.com/NVlabs/Sana).
 
-A release is a state dict, bare or under "state_dict"; a training checkpoint has the average of the
-weights under "state_dict_ema" and much that is not read. Neither says how the network is built:
-that follows from the shapes, but for what `open_checkpoint` says.
+A release is a state dict, bare or under "state_dict"; a training checkpoint also has the averaged
+weights under "state_dict_ema", and much that is not read. Neither says how the network is built:
+the architecture follows from the shapes, except for the arguments of `open_checkpoint`.
 """
 
 import math
@@ -20,11 +20,11 @@ from sana_jax.models.dit import SanaConfig
 from sana_jax.models.layers import Dtype
 from sana_jax.runtime.errors import UserError
 
-# In the files and not of the network: positions, which are computed; the text embedding of an
-# empty prompt; a head that only a loss of distillation needs.
+# Tensors in the files that are no part of the network: positions, which are computed; the text
+# embedding of an empty prompt; a head that only a distillation loss needs.
 IGNORED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
 PATCH = "x_embedder.proj.weight"
-# part of a tensor's name, or of the file's -> the relative of SANA that has it
+# part of a tensor's name, or of the file's -> the relative of SANA that it belongs to
 UNSUPPORTED = {
     "Sana_Sprint": "Sana Sprint",  # its teacher has the usual names, but timesteps from 0 to 1
     "cfg_embedder.": "Sana Sprint",
@@ -32,14 +32,15 @@ UNSUPPORTED = {
     ".t_conv.": "Sana Video",
     ".flash_attn_additional.": "Sana Video",
 }
-CROSS_HEADS = {1152: 16, 2240: 20}  # of the published widths
-PIXELS = 32  # of the image, along one side of a latent pixel
+CROSS_HEADS = {1152: 16, 2240: 20}  # published width -> heads of the cross-attention
+PIXELS = 32  # image pixels along one side of a latent pixel
 IMAGE_SIZES = {"512": 512, "1024": 1024, "2048": 2048, "2K": 2048, "4096": 4096, "4K": 4096}
-INTERPOLATION_SCALES = {64: 1.0, 128: 2.0}  # native latent -> scale; smaller ones have no positions
+# side of the native latent -> scale of its positions; smaller latents have no positions
+INTERPOLATION_SCALES = {64: 1.0, 128: 2.0}
 
 
 def dit_entries(config: SanaConfig) -> Iterator[Entry]:
-    """Which of their tensors make which parameters of ours."""
+    """Yields the table that maps their tensors to our parameters."""
     sizes = (("p", config.patch_size), ("q", config.patch_size))
     yield Entry("patch_embed/kernel", (PATCH,), "o c p q -> (c p q) o", sizes=sizes)
     yield Entry("patch_embed/bias", ("x_embedder.proj.bias",))
@@ -82,11 +83,11 @@ def open_checkpoint(
     image_size: int | None = None,
     cross_heads: int | None = None,
 ) -> tuple[SanaConfig, PthReader]:
-    """The architecture in a .pth file, and its tensors. Raises UserError.
+    """Returns the architecture of a .pth file and its tensors. Raises UserError.
 
-    use_ema: the averaged weights. image_size: the native side in pixels, which decides about
+    use_ema: read the averaged weights. image_size: the native side in pixels, which decides about
     positions; None takes it from the length of the stored positions, else from the file's name,
-    else 1024. cross_heads: of the cross-attention; None is enough for the published widths.
+    else 1024. cross_heads: heads of the cross-attention; None is enough for the published widths.
     """
     path = Path(path)
     reader = PthReader(path)
@@ -102,12 +103,12 @@ def open_checkpoint(
 
 
 def flow_shift(config: SanaConfig) -> float:
-    """Of the noise schedule, which the file does not say: 3, and 6 for the 4096 px model."""
+    """Returns the flow shift, which the file does not hold: 6 for the 4096 px model, else 3."""
     return 6.0 if config.sample_size == 128 else 3.0
 
 
 def open_dit(path: Path, **kwargs):
-    """Config and unread parameters of a .pth file, checked against each other. Raises UserError.
+    """Returns the config and the unread parameters of a .pth file, checked. Raises UserError.
 
     The keywords are those of `open_checkpoint`.
     """
@@ -118,11 +119,14 @@ def open_dit(path: Path, **kwargs):
 
 
 def load_dit(path: Path, dtype: Dtype, mesh: Mesh, **kwargs):
-    """`open_dit`, with every weight cast to `dtype` and in its place on `mesh`."""
+    """Opens a .pth file and places every weight on `mesh`, cast to `dtype`. Raises UserError.
+
+    Returns the config and the parameters. The keywords are those of `open_checkpoint`.
+    """
     config, params = open_dit(path, **kwargs)
     try:
         return config, place(params, config, dtype, mesh)
-    except UserError as error:  # a tensor's name alone does not say where it is
+    except UserError as error:  # it names a tensor, but not its file
         raise UserError(f"{Path(path).name}: {error}") from None
 
 
@@ -150,7 +154,7 @@ def _infer(
             f" cross-attention heads, known for {known} only; give --cross_heads"
         )
     sample_size = _sample_size(path, reader, image_size, patch)
-    # The network rounds width times ratio down, which must give the same number.
+    # The network rounds width * ratio down: the ratio must give `hidden` again.
     ratio = hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width
     blocks = {found[1] for name in reader if (found := re.match(r"blocks\.(\d+)\.", name))}
     return SanaConfig(
@@ -168,7 +172,7 @@ def _infer(
 
 
 def _sample_size(path: Path, reader: PthReader, image_size: int | None, patch: int) -> int:
-    """The side of the native latent."""
+    """Returns the side of the native latent, in latent pixels."""
     positions = reader.shape("pos_embed") if "pos_embed" in reader else ()
     if image_size is None and len(positions) == 3:
         side = math.isqrt(positions[1])

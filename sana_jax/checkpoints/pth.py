@@ -1,9 +1,9 @@
-"""PyTorch's .pth files, read without PyTorch and without running anything they hold.
+"""Reads PyTorch's .pth files without PyTorch, and without running any code that they name.
 
-Such a file is a zip: NAME/data.pkl pickles a nest of containers, NAME/data/KEY holds the bytes of
-a storage, and a pickled tensor is a view (offset, shape, strides) of a storage. Pickles may name
-any function for their reader to call: ours knows a few names, which do no more than note what a
-tensor is. Bytes are read when a tensor is asked for.
+Such a file is a zip: NAME/data.pkl pickles nested containers, NAME/data/KEY holds the bytes of a
+storage, and a pickled tensor is a view (offset, shape, strides) of a storage. A pickle may name any
+function for its reader to call: our reader knows a few names, which only note what a tensor is.
+Bytes are read when a tensor is asked for.
 """
 
 import io
@@ -27,7 +27,7 @@ TORCH = "Double  Float   Half    BFloat16 Long  Int   Short Char Byte  Bool".spl
 NUMPY = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 NAMES = "F64     F32     F16     BF16     I64   I32   I16   I8   U8    BOOL".split()
 DTYPES = [numpy_dtype(name) for name in NUMPY]
-# What the state of random generators and optimizers is made of; we have no use for it.
+# Names in the states of random generators and optimizers, which we do not need.
 INERT = (
     *("_codecs.encode", "numpy.dtype", "numpy.ndarray", "torch.device"),
     *(f"numpy.{c}.multiarray.{n}" for c in ("core", "_core") for n in ("_reconstruct", "scalar")),
@@ -35,7 +35,7 @@ INERT = (
 )
 SETS = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET
 HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
-OTHERS = NO_WEIGHTS | {  # what stands at the head of other files
+OTHERS = NO_WEIGHTS | {  # the first bytes of another file -> what it is
     b"": "not a PyTorch file, or of before 1.6: load and save that once in a newer PyTorch",
 }
 
@@ -49,18 +49,18 @@ class _Member(NamedTuple):
 class _Tensor(NamedTuple):
     member: _Member
     dtype: np.dtype
-    offset: int  # in elements, as strides and extent
+    offset: int  # in elements, like strides and extent
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    extent: int  # of the stretch of the storage that the tensor spans
+    extent: int  # length of the part of the storage that the tensor spans
 
 
 class PthReader(Mapping):
-    """name -> numpy array, for the tensors at the top of a .pth file; bfloat16 as ml_dtypes has it.
+    """Maps the names of the tensors at the top of a .pth file to numpy arrays.
 
-    `sections` are the dicts that a training checkpoint holds beside: give one as `contents` to
-    read its tensors. Raises UserError where the file is missing, damaged or of another kind, and
-    where it asks for a function that tensors do not need.
+    bfloat16 comes as ml_dtypes.bfloat16. `sections` are the dicts that a training checkpoint holds
+    besides: give one as `contents` to read its tensors. Raises UserError if the file is missing,
+    damaged or of another kind, or asks for a function that tensors do not need.
     """
 
     def __init__(self, path: Path, contents: dict | None = None):
@@ -74,13 +74,13 @@ class PthReader(Mapping):
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """In safetensors' spelling: F32, BF16, I64, ..."""
+        """Returns the dtype of a tensor in safetensors' spelling: F32, BF16, I64, ..."""
         return NAMES[DTYPES.index(self._tensors[name].dtype)]
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         width = tensor.dtype.itemsize
-        # With strides of zero a few bytes make a tensor of any size.
+        # With strides of zero, a few bytes could become a tensor of any size.
         if math.prod(max(n, 1) for n in tensor.shape) * width > self.path.stat().st_size:
             raise _damaged(self.path, f"{name!r:.100} is larger than the whole file")
         data = _read(self.path, tensor.member, tensor.offset * width, tensor.extent * width)
@@ -98,15 +98,15 @@ class PthReader(Mapping):
         return len(self._tensors)
 
 
-def _inert(*args):  # stands for an object that is not built, and for the function to build it
+def _inert(*args):  # stands for an object that is not built, and for its constructor
     return _inert
 
 
-class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting an object's state
-    """Knows no names but `known`, and calls nothing else."""
+class _Unpickler(pickle._Unpickler):  # C's unpickler cannot be kept from setting objects' states
+    """Unpickles containers and tensors; it knows the names in `known` and calls nothing else."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    # EXT reaches objects past find_class; the others hash what they hold, see load_setitems.
+    # EXT reaches objects past find_class; the others hash what they hold, see set_items.
     for code in pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.DICT + SETS:
         del dispatch[code]
 
@@ -135,7 +135,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting
             contents = super().load()
         except UserError:
             raise
-        except Exception as error:  # damaged bytes make an unpickler raise anything
+        except Exception as error:  # on damaged bytes an unpickler may raise anything
             raise _damaged(self.path, f"{type(error).__name__} in data.pkl") from None
         if not isinstance(contents, dict):
             raise UserError(f"{self.path} holds no state dict")
@@ -158,11 +158,11 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting
         if f"{module}.{name}" in self.known:
             return self.known[f"{module}.{name}"]
         module = {"posix": "os", "nt": "os", "__builtin__": "builtins"}.get(module, module)
-        what = repr(f"{module}.{name}")[1:-1]  # on one line, whatever it is
+        what = repr(f"{module}.{name}")[1:-1]  # on one line, whatever the name holds
         raise UserError(f"refused: unsafe object {what:.100} in {self.path}")
 
     def load_build(self) -> None:
-        self.stack.pop()  # the state that an object is to take: no object here needs one
+        self.stack.pop()  # an object's state: no object here needs one
 
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -179,7 +179,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting
     dispatch[pickle.SETITEM[0]] = load_setitem
 
     def set_items(self, keys: list, values: list) -> None:
-        # To hash a tuple of the same tuple twice, and so on forty deep, takes for ever.
+        # Hashing a tuple that holds one tuple twice, nested forty deep, would take for ever.
         if not all(type(key) in (str, int) for key in keys):
             raise pickle.UnpicklingError
         self.stack[-1].update(zip(keys, values, strict=True))
@@ -200,7 +200,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from setting
         extent = 0 if 0 in shape else 1 + sum(steps)
         if (offset + extent) * dtype.itemsize > member.size:
             raise _damaged(self.path, f"a tensor {list(shape)} lies outside its storage")
-        # An axis that never steps may have any stride, beyond what numpy takes.
+        # An axis that never steps may have any stride, even one that numpy does not take.
         strides = tuple(s if extent and n > 1 else 0 for n, s in zip(shape, strides, strict=True))
         return _Tensor(member, dtype, offset, tuple(shape), strides, extent)
 
@@ -210,13 +210,13 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _read(path: Path, member: _Member, start: int = 0, size: int | None = None) -> memoryview:
-    """Bytes of a member; its checksum is compared where the whole of it is read."""
+    """Returns bytes of a member; its checksum is compared if the whole member is read."""
     size = member.size if size is None else size
     start += member.start
     if start < 0 or start + size > path.stat().st_size:
         raise _damaged(path, "it is truncated")
     data = np.fromfile(path, np.uint8, size, offset=start).data
-    # torch.save leaves zero where its checksums are turned off.
+    # torch.save writes a checksum of zero if checksums are turned off.
     if size == member.size and member.crc and zlib.crc32(data) != member.crc:
         raise _damaged(path, "a checksum does not fit")
     return data

@@ -1,4 +1,4 @@
-"""Networks of true size with random weights, reproducible, made when they are used."""
+"""Random weights for networks of true size: reproducible, and made only when they are used."""
 
 import math
 from functools import partial
@@ -17,9 +17,10 @@ KNOWN = (
 def random_weight(
     path: str, shape: tuple[int, ...], seed: int, dtype: np.dtype, distinct: int | None = None
 ) -> np.ndarray:
-    """A spread that keeps activations in range; nothing is left at a neutral value.
+    """Returns normal random values whose spread keeps activations in range.
 
-    `distinct`: so many values at most, over and over, which is ten times as fast where many.
+    No parameter is left at a neutral value, such as 0 or 1. `distinct` limits the number of drawn
+    values, which are then repeated: ten times as fast for a large array.
     """
     size = math.prod(shape)
     key = [seed, *path.encode()]
@@ -40,9 +41,9 @@ def _spread(path: str, shape: tuple[int, ...]) -> np.float32:
     name = path.rsplit("/", 1)[-1]
     if name.endswith("kernel"):
         stacked = "/blocks/" in path or "/layers/" in path
-        sums = shape[stacked:-1]  # what one output is a sum over
+        sums = shape[stacked:-1]  # the axes that one output is a sum over
         fan_in = sums[-1] if name == "pointwise_kernel" else np.prod(sums)
-        gain = 0.5 if path.endswith("decoder/conv_out/kernel") else 1  # few pixels clip
+        gain = 0.5 if path.endswith("decoder/conv_out/kernel") else 1  # so that few pixels clip
         return np.float32(gain * fan_in**-0.5)
     if name == "embedding":
         return np.float32(shape[-1] ** -0.5)
@@ -50,7 +51,7 @@ def _spread(path: str, shape: tuple[int, ...]) -> np.float32:
 
 
 def configs(preset: str):
-    """The three networks of a preset."""
+    """Returns a preset's three configs, in the order of components.CONFIGS. Raises UserError."""
     from sana_jax.models.dc_ae_config import DCAEConfig
     from sana_jax.models.dit import PRESETS, SanaConfig
     from sana_jax.models.gemma2 import Gemma2Config
@@ -82,7 +83,7 @@ def configs(preset: str):
 
 
 def make(preset: str, dtype: str = "float32", seed: int = 0, distinct: int | None = None):
-    """A Checkpoint whose weights are made when they are used, none sooner; see random_weight."""
+    """Returns a Checkpoint whose weights are made only when they are used; see random_weight."""
     from flax import traverse_util
 
     from sana_jax.checkpoints.components import CONFIGS, Checkpoint, param_shapes

@@ -1,7 +1,8 @@
-"""Whether an autoencoder's scaling factor belongs to its weights.
+"""Checks that an autoencoder's scaling factor belongs to its weights.
 
-The published autoencoders of one architecture differ in it by up to 1.4, and weights under another
-one's config draw pictures that are too strong or too pale without any error.
+The published autoencoders of one architecture have factors that differ by up to 1.4 times.
+Weights under another autoencoder's config draw pictures that are too strong or too pale, without
+any error.
 """
 
 import jax
@@ -10,11 +11,11 @@ import numpy as np
 from sana_jax.checkpoints.components import Checkpoint, module_for, place
 from sana_jax.sharding import make_mesh
 
-TOLERANCE = 0.3
+TOLERANCE = 0.3  # the latents' root mean square may differ from 1 by this much
 
 
 def scene(side: int) -> np.ndarray:
-    """A picture in [-1, 1], (1, side, side, 3), with shading, edges and grain as photographs."""
+    """Draws a picture in [-1, 1], (1, side, side, 3), with a photograph's shading, edges, grain."""
     y, x = np.mgrid[:side, :side] / side
     sky = np.stack([0.2 + 0.5 * y, 0.4 + 0.3 * y, 0.9 - 0.4 * y], axis=-1)
     ground = np.stack([0.35 + 0.1 * x, 0.5 - 0.2 * x, 0.2 + 0.1 * y], axis=-1)
@@ -30,7 +31,7 @@ def scene(side: int) -> np.ndarray:
 
 
 def latent_scale(checkpoint: Checkpoint) -> float:
-    """The root mean square of the scaled latents of one picture: 1 where the factor is right."""
+    """Returns the root mean square of one picture's scaled latents: 1 if the factor is right."""
     config = checkpoint.vae
     mesh = make_mesh(devices=jax.local_devices()[:1])
     params = place(checkpoint.params["vae"], config, "float32", mesh)

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files: one, or shards under an index as Hugging Face has them."""
+"""Named tensors in safetensors files: one file, or shards under an index as on Hugging Face."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from sana_jax.runtime.errors import UserError
 
-# safetensors' spelling of the types that weights have, and of the counters among them
+# safetensors' spelling of the dtypes of weights, and of the counters among them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": ml_dtypes.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in FLOAT_DTYPES.items()} | {
     np.dtype("int64"): "I64"
 }
-# What stands at the head of a file that is none of weights, and what it is.
+# The first bytes of a file that holds no weights -> what it is.
 NO_WEIGHTS = {
     b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
     b"<": "a web page, not the weights: download it again",
@@ -28,22 +28,22 @@ NO_WEIGHTS = {
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is read, or made, when somebody takes np.asarray of it, and not kept."""
+    """An array that is read or made whenever np.asarray is called on it, and is not kept."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    load: Callable[[np.dtype], np.ndarray]  # called with the dtype that is wanted
+    load: Callable[[np.dtype], np.ndarray]  # called with the wanted dtype
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self.load(np.dtype(dtype or self.dtype))
 
 
 class TensorReader(Mapping):
-    """name -> numpy array, read when asked for; bfloat16 comes as ml_dtypes.bfloat16.
+    """Maps names to numpy arrays, read when asked for; bfloat16 comes as ml_dtypes.bfloat16.
 
     `path` is a .safetensors file or the .json index of several. `prefix` is dropped from the names
-    that begin with it. Raises UserError where a file is missing, damaged, or lies outside the
-    index's folder.
+    that begin with it. Raises UserError if a file is missing, damaged, or outside the index's
+    folder.
     """
 
     def __init__(self, path: Path, prefix: str = ""):
@@ -67,7 +67,7 @@ class TensorReader(Mapping):
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """In safetensors' spelling: F32, BF16, I64, ..."""
+        """Returns the dtype of a tensor in safetensors' spelling: F32, BF16, I64, ..."""
         return self._slice(name).get_dtype()
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -98,14 +98,14 @@ def _open(path: Path):
 
 
 def read_index(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the .json index of several. Raises UserError."""
+    """Returns the file of each tensor, by name, from an index's .json file. Raises UserError."""
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         files = {name: path.parent / file for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of safetensors files ({error!r})") from None
     for file in files.values():
-        # A symbolic link, as in the hub's cache, is fine; a name that walks out is not.
+        # A symbolic link, as in the hub's cache, is fine; a name that leaves the folder is not.
         if file.parent != path.parent or file.name in ("", ".", ".."):
             raise UserError(f"{path} names a file outside its folder: {file}")
     return files
@@ -117,10 +117,10 @@ def write_tensors(
     stem: str,
     max_shard_bytes: int = 5 * 10**9,
 ) -> list[Path]:
-    """Writes named arrays one after the other, so that lazy ones never meet in memory.
+    """Writes named arrays one after the other: of lazy arrays, one at a time is in memory.
 
-    One shard is STEM.safetensors; more are STEM-00001-of-0000N.safetensors with an index. Returns
-    the files.
+    A single shard is STEM.safetensors; more are STEM-00001-of-0000N.safetensors with an index.
+    Returns the files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,8 +146,8 @@ def write_tensors(
 
 
 def _write_file(path: Path, tensors: list[tuple[str, "LazyArray | np.ndarray", int]]) -> Path:
-    """The safetensors format: length of the header, header, then the bytes of every array."""
-    # Wide types first, as the format's own writer has them: then all are aligned.
+    """Writes the safetensors format: length of the header, header, the bytes of every array."""
+    # Wide types first, as the format's own writer does, so that all arrays are aligned.
     tensors = sorted(tensors, key=lambda item: -np.dtype(item[1].dtype).itemsize)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor, nbytes in tensors:
@@ -167,10 +167,10 @@ def _write_file(path: Path, tensors: list[tuple[str, "LazyArray | np.ndarray", i
 
 
 def on_host(array) -> np.ndarray:
-    """`array` as numpy; unlike np.asarray it leaves no copy with a jax array, for its lifetime."""
+    """Returns `array` as numpy. np.asarray would leave a copy with a jax array for its lifetime."""
     return np.asarray(jnp.copy(array) if isinstance(array, jax.Array) else array)
 
 
 def numpy_dtype(name) -> np.dtype:
-    """A numpy dtype from the name of a type, or from a type; bfloat16 included."""
+    """Returns the numpy dtype of a type or of its name, bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
