@@ -12,7 +12,7 @@ training, and the evaluation. The command of this training alone is
 The text encoder (0.9 M parameters) has Gemma 2's architecture, starts from nothing and trains with
 the transformer. Noise levels are shifted by 3, as SANA's are, although there are only 4 x 4 tokens:
 without the shift 4 % of the levels are above 0.85, where the places of objects are decided, and
-places are hardly learnt (README). The config is made for two CPU cores: two hours at 155
+places are hardly learnt (configs/README.md). The config is made for two CPU cores: two hours at 155
 pictures/s.
 
 The bundled weights were trained with this config in eight runs, each of which started from the

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
     ROOT / ".ci/run",
-    *sorted(path for path in (ROOT / "launch").iterdir() if path.is_file()),
+    *sorted(path for path in (ROOT / "launch").iterdir() if path.suffix != ".md"),
 ]
 
 

@@ -1,1 +1,1 @@
-"""Measurements beside the tests: README has their figures, pytest does not run them."""
+"""Measurements beside the tests: the folders' README files have their figures, pytest does not run them."""

@@ -5,7 +5,7 @@
 The same compiled step runs in alternation on batches whose records are read for the first time
 (cold: the first epoch), on batches of records that are kept in memory (warm: the others), and on
 one fixed batch. The share of the peak is of this machine's own float32 matrix product, measured in
-between. The last line is JSON. Not a test: its figures are in README.
+between. The last line is JSON. Not a test: its figures are in sana_jax/training/README.md.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""README's table of the transformer's blocks on one TPU chip, by its compiler's estimate.
+"""The table of the transformer's blocks on one TPU chip, by its compiler's estimate.
 
     python -m tests.benchmarks.trunk_estimate --model=1.6B --what=backward --chip=v5e
 
@@ -6,7 +6,7 @@ All blocks, with mask and biases, in bfloat16 at 1024 px; without embeddings, ou
 optimizer. `backward` is forward and backward, everything rematerialised. FLOPs count the matrix
 products, linear attention and convolution, keys and values of the text included, three times for
 `backward`. Needs libtpu and a few minutes, for the kernels' schedules. The last line is JSON. Not a
-test: its figures are in README.
+test: its figures are in sana_jax/kernels/README.md.
 """
 
 import json
