@@ -1,8 +1,8 @@
-"""What jaxtyping's import hook checks in the tests: the annotations of arrays with a shape.
+"""Checks for jaxtyping's import hook: the annotations of arrays with a shape, in every test.
 
-Those of other arguments are promises to callers, and what breaks them is refused by UserErrors
-that have tests of their own. Where a parameter is an `Array`, JAX takes NumPy's too; what is
-returned is what is written.
+Annotations of other arguments are promises to callers; UserErrors refuse what breaks them, and have
+tests of their own. A parameter that is an `Array` may be NumPy's too, as JAX allows; a result must
+be of the annotated type.
 """
 
 import types
@@ -16,24 +16,24 @@ from beartype import beartype
 from jaxtyping import AbstractArray
 
 ROOT = Path(__file__).parents[1]
-# Those that write such annotations: a checked function is slower to call, with or without them.
+# Modules with such annotations: a checked function is slower to call, with or without them.
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "sana_jax").rglob("*.py"))
     if "from jaxtyping import" in path.read_text()
 ]
 
-# Its methods refuse bad arrays themselves; what they return is checked.
-FACE = "SanaPipeline."
+# Their methods refuse bad arrays themselves, in words for users; their results are checked.
+FACES = "SanaPipeline.", "Request."
 
 
 def check_arrays(function: Callable) -> Callable:
-    """beartype, of the parameters and the result that hold arrays with a shape."""
+    """Applies beartype to the parameters and the result that are arrays with a shape."""
     if function.__name__ == "__init__":  # of a tree, which JAX also makes of shapes and shardings
         return function
     hints = {name: hint for name, hint in function.__annotations__.items() if _has_shape(hint)}
     returned = {name: hint for name, hint in hints.items() if name == "return"}
-    if function.__qualname__.startswith(FACE):
+    if function.__qualname__.startswith(FACES):
         hints = {}
     function.__annotations__ = {name: _or_numpy(hint) for name, hint in hints.items()} | returned
     return beartype(function) if function.__annotations__ else function

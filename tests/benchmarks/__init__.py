@@ -1,1 +1,1 @@
-"""Measurements beside the tests: the folders' README files have their figures, pytest does not run them."""
+"""Measurements beside the tests. pytest does not run them; README.md files have their figures."""
