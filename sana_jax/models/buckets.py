@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: the sizes that the published models were trained on.
 
-One table at 1024 px; the others are it times 1/2, 2 and 4 (SANA's code; sizes of PixArt-alpha).
+One table at 1024 px, scaled by 1/2, 2 and 4 for the others (SANA's code; sizes of PixArt-alpha).
 """
 
 import numpy as np
@@ -23,38 +23,43 @@ _RARE = {0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88}
 
 
 def ratio(size: tuple[int, int]) -> float:
-    """The number that a bucket goes by."""
+    """Returns height / width rounded to two digits, the key of a bucket."""
     return round(size[0] / size[1], 2)
 
 
 def training_buckets(base: int) -> tuple[tuple[int, int], ...]:
-    """All 40 (height, width) of the models trained at `base` px: 512, 1024, 2048 or 4096."""
+    """Returns the 40 (height, width) of models trained at `base` px: 512, 1024, 2048 or 4096.
+
+    Raises UserError for any other `base`.
+    """
     if base not in (512, 1024, 2048, 4096):
         raise UserError(f"there are no buckets for {base} px, only for 512, 1024, 2048 and 4096")
     return tuple((h * base // 1024, w * base // 1024) for h, w in _TRAINING_1024)
 
 
 def sampling_buckets(base: int) -> tuple[tuple[int, int], ...]:
-    """The (height, width) that resolution binning chooses from."""
+    """Returns the (height, width) that resolution binning chooses from."""
     sizes = training_buckets(base)
     return tuple(s for s in sizes if base > 1024 or ratio(s) not in _RARE)
 
 
 def nearest(height: int, width: int, base: int) -> tuple[int, int]:
-    """The sampling bucket whose aspect ratio is nearest to that of the asked size."""
+    """Returns the sampling bucket whose aspect ratio is nearest to that of the requested size."""
     return min(sampling_buckets(base), key=lambda s: abs(ratio(s) - height / width))
 
 
 def assign(
     sizes: Int[np.ndarray, "N 2"], table: tuple[tuple[int, int], ...], upscale: bool = False
 ) -> Int[np.ndarray, " N"]:
-    """The bucket of each image, by its number in `table`: that of the nearest aspect ratio.
+    """Returns each image's bucket, the index in `table` of the nearest aspect ratio.
 
-    -1: an image without a size, (0, 0), or, unless `upscale`, one with a side below its bucket's.
+    The index is -1 for an image without a size, (0, 0), and, unless `upscale`, for an image with a
+    side below its bucket's.
     """
     by_ratio = np.argsort([ratio(size) for size in table], kind="stable")
     ratios = np.array([ratio(table[i]) for i in by_ratio])
     height, width = np.asarray(sizes).T
+    # The midpoints between neighbouring ratios separate the buckets.
     found = by_ratio[np.searchsorted((ratios[1:] + ratios[:-1]) / 2, height / np.maximum(width, 1))]
     usable = height > 0
     if not upscale:

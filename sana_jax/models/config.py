@@ -1,4 +1,4 @@
-"""What every network's config checks of itself."""
+"""The type and range checks that the configs of all networks share."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ import typing
 
 
 def check_fields(config, network: str) -> None:
-    """Raises ValueError, naming the field, where a value is not of its declared type.
+    """Raises ValueError, naming the field, if a value does not have its declared type.
 
-    Numbers must be positive and finite too; whole ones in a tuple may be zero.
+    Numbers must also be positive and finite; integers in a tuple may be zero.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):

@@ -1,22 +1,22 @@
 """DC-AE, the deep-compression autoencoder (arXiv 2410.10733), with SANA's changes (2410.10629).
 
-Letters: B batch, H W pixels, h w the sides of the latents, c their channels, C channels of a stage.
+Letters: B batch, H W pixels, h w sides and c channels of the latents, C channels of a stage.
 
 Stage i of either half works at 1 / 2^i of the resolution. Between two stages, a convolution learns
-only what a rearrangement of the pixels without weights leaves over (residual autoencoding):
+only the residual of a rearrangement of the pixels without weights (residual autoencoding):
 
     down: y = convolution(x) + average(space_to_channel(x))
     up:   y = convolution(x) + channel_to_space(duplicate(x))
 
-where groups of consecutive channels are averaged, or single ones duplicated, to the width of y. The
-same shortcut joins the deepest stage to the latents. A stage is a stack of one kind of block; the
-norm comes last in every branch, and nothing normalises the residual stream:
+where groups of consecutive channels are averaged, or single channels duplicated, to the width of y.
+The same shortcut joins the deepest stage to the latents. A stage is a stack of one kind of block;
+the norm comes last in every branch, and the residual stream is not normalised:
 
     ResBlock:           x += Norm(conv(act(conv(x))))
     EfficientViTBlock:  x += Norm(LinearAttention(x));  x += Norm(MixFFN(x))
 
-No KL term and no sampling: the latents are what the encoder returns. They are unscaled; the
-diffusion model works on `latents * config.scaling_factor`.
+There is no KL term and no sampling: the encoder returns the latents themselves. They are unscaled;
+the diffusion model works on `latents * config.scaling_factor`.
 """
 
 from typing import Any
@@ -47,22 +47,22 @@ ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
 def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 4*C"]:
-    """Four pixels into one; torch's order: the channel slowest, then the row, then the column."""
+    """Packs 2 x 2 pixels into one, in torch's order: channel slowest, then row, then column."""
     return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
 
 
 def channel_to_space(x: Float[Array, "B H W C4"]) -> Float[Array, "B 2*H 2*W C4//4"]:
-    """The inverse of `space_to_channel`."""
+    """Unpacks every pixel into 2 x 2; the inverse of `space_to_channel`."""
     return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
 
 
 def average(x: Float[Array, "B H W C"], channels: int) -> Float[Array, "B H W c"]:
-    """The means of consecutive groups of channels, `channels` of them."""
+    """Returns the means of `channels` groups of consecutive channels."""
     return reduce(x, "b h w (c g) -> b h w c", "mean", c=channels)
 
 
 def duplicate(x: Float[Array, "B H W c"], channels: int) -> Float[Array, "B H W C"]:
-    """Every channel several times in a row, up to `channels`."""
+    """Repeats every channel several times in a row, to `channels` in all."""
     return repeat(x, "b h w c -> b h w (c g)", g=channels // x.shape[-1])
 
 
@@ -89,12 +89,12 @@ def upsample(
 
 
 def split_batch(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Keeps activations where their images are; the compiler would move them to the weights."""
+    """Keeps activations on their images' devices; the compiler would move them to the weights."""
     return constrain(x, "batch", None, None, "residual")
 
 
 class BatchNorm(nn.Module):
-    """Batch norm as a finished network applies it: the stored statistics are constants."""
+    """Batch norm for inference: the stored statistics are constants."""
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -114,14 +114,14 @@ class BatchNorm(nn.Module):
 
 
 def make_norm(kind: str, **fields: Any) -> nn.Module:
-    """The norm of that name in a config."""
+    """Returns the norm that a config calls `kind`."""
     if kind == "batch_norm":
         return BatchNorm(**fields)
     return RMSNorm(EPSILON, use_bias=True, **fields)
 
 
 class ResBlock(nn.Module):
-    """x + Norm(conv(act(conv(x)))), with the signature that nn.scan wants."""
+    """x + Norm(conv(act(conv(x)))), with the signature that nn.scan requires."""
 
     norm: str = "rms_norm"
     activation: str = "silu"
@@ -130,21 +130,23 @@ class ResBlock(nn.Module):
     implementation: str = "auto"  # see kernels/dispatch.py
 
     def uses_kernel(self, x: Float[Array, "B H W C"]) -> bool:
-        """Whether a kernel does all of it."""
+        """Returns True if a kernel computes the whole block."""
         known = (self.norm, self.activation) == ("rms_norm", "silu")
         return known and res_block.uses_kernel(x.shape, self.dtype, self.implementation)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         width, types = x.shape[-1], dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        # By the kernel, on the weights of the modules below.
         if self.uses_kernel(x) and not self.is_initializing():
-            stored = nn.unbox(self.variables["params"])  # of the modules below
+            stored = nn.unbox(self.variables["params"])
             conv1, conv2, norm = stored["conv1"], stored["conv2"], stored["norm"]
             convs = (
                 w.astype(self.dtype) for w in (conv1["kernel"], conv1["bias"], conv2["kernel"])
             )
             y = res_block.res_block(x.astype(self.dtype), *convs, norm["scale"], norm["bias"])
             return split_batch(y), None
+        # By modules, which also make the weights.
         y = Conv3x3(width, ("embed", "mlp"), name="conv1", **types)(x)
         y = ACTIVATIONS[self.activation](y)
         y = Conv3x3(width, ("mlp", "embed"), use_bias=False, name="conv2", **types)(y)
@@ -152,7 +154,10 @@ class ResBlock(nn.Module):
 
 
 class Multiscale(nn.Module):
-    """Mixes q, k and v over a neighbourhood: depthwise, then within each head's q, k and v."""
+    """Mixes q, k and v over a neighbourhood: depthwise, then within each head's q, k and v.
+
+    EfficientViT's multi-scale tokens (arXiv 2205.14756); `size` is the side of the neighbourhood.
+    """
 
     size: int
     head_dim: int
@@ -182,10 +187,10 @@ class Multiscale(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """x + Norm(LinearAttention(x)), then x + Norm(MixFFN(x)); signature of nn.scan.
+    """x + Norm(LinearAttention(x)), then x + Norm(MixFFN(x)); the signature is that of nn.scan.
 
     EfficientViT's module (arXiv 2205.14756) with SANA's feed-forward network. The attention has
-    C / head_dim heads, and as many more for each scale.
+    C / head_dim heads, and as many again for each scale.
     """
 
     head_dim: int
@@ -200,27 +205,28 @@ class EfficientViTBlock(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         linear = dict(use_bias=False, kernel_init=fan_in_uniform, **types)
 
-        # Channels of qkv are [q | k | v] of the first head, of the second, and so on.
+        # Attention. Channels of qkv are [q | k | v] of the first head, of the second, and so on.
         qkv = dense(3 * width, ("embed", "heads"), name="qkv", **linear)(x)
         wider = [
             Multiscale(size, head_dim, name=f"multiscale_{j}", **types)(qkv)
             for j, size in enumerate(self.scales)
         ]
-        qkv = jnp.concatenate([qkv, *wider], axis=-1)
+        qkv = jnp.concatenate([qkv, *wider], axis=-1)  # (B, H, W, 3 C (1 + scales))
         q, k, v = rearrange(qkv, "b h w (n s d) -> s b (h w) n d", s=3, d=head_dim)
         y = rearrange(reference.linear_attention(q, k, v), "b (h w) n d -> b h w (n d)", h=height)
         y = dense(width, ("heads", "embed"), name="out", **linear)(y)
         x = split_batch(x + make_norm(self.norm, name="norm", **types)(y))
 
+        # Feed-forward; its norm is an RMS norm in every release.
         y = GLUMBConv(4 * width, name="ffn", **types)(x)
         return split_batch(x + make_norm("rms_norm", name="ffn_norm", **types)(y)), None
 
 
 class Stage(nn.Module):
-    """Blocks, as one scan over their stacked weights, and the change of resolution beside them.
+    """Blocks, as one scan over their stacked weights, and a change of resolution.
 
-    The encoder's stages halve it at their end, the decoder's double it at their start, the deepest
-    of either keeps it.
+    A stage of the encoder halves the resolution at its end, a stage of the decoder doubles it at
+    its start; the deepest stage of either keeps it.
     """
 
     config: DCAEConfig
@@ -228,7 +234,7 @@ class Stage(nn.Module):
     index: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False  # the backward pass computes a block's activations again
+    remat: bool = False  # the backward pass recomputes a block's activations
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
@@ -243,6 +249,7 @@ class Stage(nn.Module):
         if decoder and not deepest:
             x = split_batch(upsample(x, of_stage("channels"), config.upsample, name="up", **resize))
 
+        # The blocks. Only the decoder chooses norms and activations.
         fields = dict(norm=config.decoder_norms[i] if decoder else "rms_norm", **types)
         if of_stage("blocks") == "ResBlock":
             block = ResBlock
@@ -259,7 +266,7 @@ class Stage(nn.Module):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=layers,
-                unroll=layers if fused else 1,  # a loop copies what a kernel gives
+                unroll=layers if fused else 1,  # a loop copies the result of a kernel
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, _ = scan(name="blocks", **fields)(x)
@@ -271,7 +278,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to latents."""
+    """Encodes images in [-1, 1] to unscaled latents, in float32."""
 
     config: DCAEConfig
     dtype: Dtype = jnp.float32
@@ -298,7 +305,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images."""
+    """Decodes unscaled latents to images around [-1, 1], in float32."""
 
     config: DCAEConfig
     dtype: Dtype = jnp.float32
@@ -314,7 +321,7 @@ class Decoder(nn.Module):
         if config.decoder_in_shortcut:
             x = x + duplicate(latents, channels[-1])
         x = split_batch(x)
-        first = 0 if config.decoder_layers[0] else 1
+        first = 0 if config.decoder_layers[0] else 1  # as in the encoder
         for i in reversed(range(first, len(channels))):
             x = Stage(config, "decoder", i, name=f"stage_{i}", remat=self.remat, **types)(x)
         x = make_norm("rms_norm", name="norm_out", **types)(x)
@@ -328,7 +335,7 @@ class Decoder(nn.Module):
 
 
 class DCAE(nn.Module):
-    """The autoencoder: `encode` and `decode`, each the method of an `apply`."""
+    """The autoencoder; `encode` and `decode` are methods for `apply`."""
 
     config: DCAEConfig
     dtype: Dtype = jnp.float32
@@ -341,9 +348,9 @@ class DCAE(nn.Module):
         self.decoder = Decoder(self.config, **types)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
-        """Unscaled latents of images in [-1, 1], in float32.
+        """Returns the unscaled latents of images in [-1, 1], in float32.
 
-        Raises ValueError where H or W is no multiple of `config.factor`.
+        Raises ValueError if H or W is not a multiple of `config.factor`.
         """
         _, height, width, _ = images.shape
         factor = self.config.factor
@@ -352,9 +359,9 @@ class DCAE(nn.Module):
         return self.encoder(images)
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
-        """Images around [-1, 1], not clamped, of unscaled latents; in float32."""
+        """Returns the images of unscaled latents, around [-1, 1], not clamped, in float32."""
         return self.decoder(latents)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        """The reconstruction, decode(encode(images))."""
+        """Returns the reconstruction, decode(encode(images))."""
         return self.decode(self.encode(images))

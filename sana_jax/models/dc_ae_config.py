@@ -1,4 +1,4 @@
-"""The architectures of DC-AE: a config, and those that are published."""
+"""The architecture of DC-AE as a config, and the published ones as presets."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ _SCALES = ((),) * 3 + ((5,),) * 3
 class DCAEConfig:
     """The architecture of a release; the defaults are SANA's autoencoder.
 
-    Tuples have an entry a stage, full resolution first. A first stage of no layers is left out: the
-    outermost convolution then changes the resolution itself. Raises ValueError, naming the field,
-    for what the networks below cannot be.
+    Tuples have one entry for each stage, full resolution first. A first stage without layers is
+    left out: the outermost convolution then changes the resolution itself. Raises ValueError,
+    naming the field, for an architecture that dc_ae.py cannot build.
     """
 
     in_channels: int = 3
@@ -27,11 +27,11 @@ class DCAEConfig:
     decoder_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
     encoder_layers: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
     decoder_layers: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
-    # Depthwise kernel sizes; each adds heads that see q, k and v of a neighbourhood.
+    # Depthwise kernel sizes; each adds as many heads, which see q, k and v of a neighbourhood.
     encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
     decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = _SCALES
-    decoder_norms: tuple[str, ...] = ("rms_norm",) * 6  # the encoder's all are
-    decoder_activations: tuple[str, ...] = ("silu",) * 6  # of ResBlocks; the encoder's all are
+    decoder_norms: tuple[str, ...] = ("rms_norm",) * 6  # all of the encoder's
+    decoder_activations: tuple[str, ...] = ("silu",) * 6  # of ResBlocks; all of the encoder's
     downsample: str = "conv"  # with stride 2; "pixel_unshuffle": conv, then space to channel
     upsample: str = "interpolate"  # to the nearest, then conv; "pixel_shuffle": channel to space
     encoder_out_shortcut: bool = True
@@ -67,7 +67,7 @@ class DCAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels along a side of one latent."""
+        """The number of pixels along a side of one latent."""
         return 2 ** (len(self.encoder_channels) - 1)
 
 
@@ -84,7 +84,7 @@ _CHOICES = {
 
 
 def _paper(latent_channels: int, scaling_factor: float, *deeper: int) -> DCAEConfig:
-    """A release of the DC-AE paper; `deeper` are the widths of the stages past the sixth."""
+    """Returns a release of the DC-AE paper; `deeper` are the widths of stages past the sixth."""
     extra = len(deeper)
     blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (3 + extra)
     channels = (128, 256, 512, 512, 1024, 1024, *deeper)
@@ -108,7 +108,7 @@ def _paper(latent_channels: int, scaling_factor: float, *deeper: int) -> DCAECon
 
 PRESETS = {
     "dc-ae-f32c32-sana-1.0": DCAEConfig(),
-    "dc-ae-f32c32-sana-1.1": DCAEConfig(),  # other weights of the decoder
+    "dc-ae-f32c32-sana-1.1": DCAEConfig(),  # the decoder has other weights
     "dc-ae-lite-f32c32-sana-1.1": DCAEConfig(
         decoder_blocks=("ResBlock",) * 6,
         decoder_layers=(0, 3, 5, 4, 4, 4),

@@ -1,6 +1,7 @@
 """SANA's linear diffusion transformer (arXiv 2410.10629, section 2.3).
 
-Letters: B batch, N = H W tokens (one a latent pixel), L text rows, C width, D head width.
+Letters: B batch, h w c latents, N = H W tokens (one a patch), L text rows of width T, C width,
+D head width.
 
 Block i, with a learned table S_i of six C-vectors and t0 = modulation(timestep), shared by all
 blocks (adaLN-single); LN is a layer norm without weights:
@@ -11,7 +12,8 @@ blocks (adaLN-single); LN is a layer norm without weights:
     x += gate2 * MixFFN(LN(x) (1 + scale2) + shift2)
 
 Attention is linear in N, the depthwise convolution of Mix-FFN tells tokens where they are, and
-only the 2048 and 4096 px models add positions. Not here: Sprint's guidance embedding, ControlNet.
+only the 2048 and 4096 px models add positions. Sprint's guidance embedding and ControlNet are not
+implemented.
 """
 
 import dataclasses
@@ -41,8 +43,8 @@ from sana_jax.sharding import check_tokens, constrain
 FLOAT16_MAX = 65504.0
 
 _policies = jax.checkpoint_policies
-# Name -> which activations of a block the forward pass keeps for the backward pass, which computes
-# the others again; "none" keeps all. Every block's input is kept, by "offload" in host memory.
+# Name -> the activations of a block that the forward pass keeps; the backward pass recomputes all
+# others. "none" keeps all. Every block's input is kept, by "offload" in host memory.
 REMAT = {
     "none": None,
     "full": _policies.nothing_saveable,
@@ -73,9 +75,9 @@ class SanaConfig:
     interpolation_scale: float | None = None  # of the sincos positions; None: no positions
     qk_norm: bool = False
     attention_bias: bool = False  # of the linear attention's q, k and v
-    timestep_scale: float = 1.0  # what a sampler multiplies timesteps by
-    # Clip the linear attention's output to float16's range, which the weights trained in float16
-    # rely on. None: only where activations are float16, as diffusers does.
+    timestep_scale: float = 1.0  # a sampler multiplies timesteps by it
+    # True clips the linear attention's output to float16's range, on which weights trained in
+    # float16 rely. None clips only if activations are float16, as diffusers does.
     clip_attention: bool | None = None
 
     def __post_init__(self):
@@ -100,18 +102,18 @@ PRESETS = {
 
 
 def timestep_features(timestep: Float[Array, " B"], size: int = 256) -> Float[Array, "B size"]:
-    """[cos | sin] of the timestep at frequencies 10000^(-i / (size/2)), in float32."""
+    """Returns [cos | sin] of the timestep at frequencies 10000^(-i / (size/2)), in float32."""
     half = size // 2
-    # Exact before it is rounded: at timestep 999 an error of 5e-7 is 5e-4 of a radian.
+    # Computed in float64, then rounded: at timestep 999 an error of 5e-7 is 5e-4 of a radian.
     frequencies = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
     angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def position_features(length: int, base: int, scale: float, size: int) -> np.ndarray:
-    """[sin | cos] along one side of the image, (length, size) in float32.
+    """Returns [sin | cos] along one side of the image, (length, size) in float32.
 
-    Coordinates run over [0, base / scale) whatever the length, so that a larger picture shows the
+    Coordinates run over [0, base / scale) for any length, so that a larger picture has the
     positions that the network was trained on, only denser.
     """
     coordinates = np.arange(length, dtype=np.float32) / np.float32(length / base) / scale
@@ -121,7 +123,7 @@ def position_features(length: int, base: int, scale: float, size: int) -> np.nda
 
 
 class LinearAttention(nn.Module):
-    """Every token to every other, by ReLU linear attention."""
+    """ReLU linear attention of every token to every other (section 2.3)."""
 
     config: SanaConfig
     dtype: Dtype = jnp.float32
@@ -148,7 +150,7 @@ class LinearAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens to text rows, by softmax attention. Keys and values do not depend on the timestep."""
+    """Softmax attention of tokens to text rows; the timestep does not change keys and values."""
 
     config: SanaConfig
     dtype: Dtype = jnp.float32
@@ -166,7 +168,7 @@ class CrossAttention(nn.Module):
             self.k_norm = RMSNorm(1e-5, **types)
 
     def keys_values(self, caption: Float[Array, "B L C"]) -> Float[Array, "B L C2"]:
-        """Keys and values of the text rows, side by side."""
+        """Returns the keys and values of the text rows, side by side."""
         kv = self.kv(caption)
         if self.config.qk_norm:
             k, v = jnp.split(kv, 2, axis=-1)
@@ -174,6 +176,7 @@ class CrossAttention(nn.Module):
         return kv
 
     def __call__(self, x: Float[Array, "B N C"], keys_values, mask: Bool[Array, "B L"]):
+        """Returns (B, N, C); `keys_values` is (B, L, 2 C), `mask` False for rows to ignore."""
         config, q = self.config, self.q(x)
         if config.qk_norm:
             q = self.q_norm(q)
@@ -182,7 +185,7 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; see the head of this file. Its methods have the signature that nn.scan wants."""
+    """One layer; the head of this file has the formulas. The signatures are those of nn.scan."""
 
     config: SanaConfig
     dtype: Dtype = jnp.float32
@@ -206,15 +209,16 @@ class Block(nn.Module):
         self.ffn = GLUMBConv(hidden, split_rows=True, **options)
 
     def keys_values(self, carry, caption):
-        """What cross-attention needs of the text: once a prompt in sampling."""
+        """Returns the keys and values of the text, which sampling computes once a prompt."""
         return carry, self.cross_attention.keys_values(caption)
 
     def with_keys_values(self, x, keys_values, modulation, mask):
-        """x is (B, H, W, C); modulation (B or 1, 6, C) in float32."""
+        """Returns x after this block; x is (B, H, W, C), modulation (B or 1, 6, C) in float32."""
         _, height, width, _ = x.shape
         x = rearrange(x, "b h w c -> b (h w) c")
         x = checkpoint_name(constrain(x, "batch", "tokens", "residual"), "block_input")
-        table = self.modulation_table.astype(jnp.float32)[None] + modulation
+        # The gates, and with them the rest of the modulation, are float32.
+        table = self.modulation_table.astype(jnp.float32)[None] + modulation  # (B or 1, 6, C)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
 
         def gated(gate, branch):
@@ -223,6 +227,7 @@ class Block(nn.Module):
         x, h = modulated_norm(x, shift1, scale1, self.implementation)
         x = x + gated(gate1, self.attention(h))
         x = x + self.cross_attention(x, keys_values, mask)
+        # Mix-FFN convolves, so it needs the image again.
         pair = modulated_norm(x, shift2, scale2, self.implementation)
         x, h = (rearrange(t, "b (h w) c -> b h w c", h=height, w=width) for t in pair)
         x = x + self.ffn(h, gate2[:, None])
@@ -234,9 +239,9 @@ class Block(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep -> its embedding (B, C) and the modulation (B, 6, C) that all blocks share.
+    """Maps timesteps to embeddings (B, C) and the modulation (B, 6, C) that all blocks share.
 
-    Always in float32: it is small, and bfloat16 would coarsen the noise level.
+    Always computes in float32: it costs little, and bfloat16 would coarsen the noise level.
     """
 
     width: int
@@ -264,7 +269,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text rows -> the width of the trunk; the norm tames Gemma's large hidden states."""
+    """Maps text rows to the width C; the norm tames Gemma's large hidden states."""
 
     width: int
     dtype: Dtype = jnp.float32
@@ -286,15 +291,15 @@ class CaptionEmbedder(nn.Module):
 class SanaTransformer(nn.Module):
     """The network that predicts the velocity of a noisy latent.
 
-    `__call__` computes everything; samplers call `keys_values` once a prompt and
-    `denoise` once a step, which gives the same numbers.
+    `__call__` computes everything; samplers call `keys_values` once a prompt and `denoise` once a
+    step, which gives the same numbers.
     """
 
     config: SanaConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"  # a key of REMAT
-    unroll: int = 1  # blocks in one turn of the training's loop
+    unroll: int = 1  # blocks in one iteration of the loop of `__call__`
     implementation: str = "auto"  # of the operations that have a kernel: see kernels/dispatch.py
 
     def setup(self):
@@ -303,7 +308,9 @@ class SanaTransformer(nn.Module):
         self.patch_embed = dense(config.width, (None, "embed"), **types)
         self.time_embed = TimestepEmbedder(config.width, param_dtype=self.param_dtype)
         self.caption_embed = CaptionEmbedder(config.width, **types)
-        every, once = 0, nn.broadcast  # layer by layer, or the same for all
+
+        # All blocks are one scan over their stacked weights.
+        every, once = 0, nn.broadcast  # an argument of each layer, or the same for all
         scan = dict(
             variable_axes={"params": 0},
             split_rngs={"params": True},
@@ -312,7 +319,7 @@ class SanaTransformer(nn.Module):
         )
         block = Block
         if policy := REMAT[self.remat]:
-            # Where no loop is left, XLA would merge what is computed twice.
+            # Without a loop, XLA would merge the recomputed activations with the first ones.
             block = nn.remat(Block, prevent_cse=self.unroll >= config.depth, policy=policy)
         self.blocks = nn.scan(
             block,
@@ -322,6 +329,8 @@ class SanaTransformer(nn.Module):
                 "with_keys_values": {"in_axes": (every, once, once), **scan},
             },
         )(config, implementation=self.implementation, **types)
+
+        # The output: a modulated norm and a projection to the pixels of a patch.
         self.final_table = self.param(
             "final_table",
             partitioned(nn.initializers.normal(config.width**-0.5), (None, "embed")),
@@ -332,7 +341,7 @@ class SanaTransformer(nn.Module):
         self.proj_out = dense(channels, ("embed", None), **types)
 
     def keys_values(self, caption: Float[Array, "B L T"]) -> Float[Array, "depth B L C2"]:
-        """The cross-attention keys and values of all blocks, side by side."""
+        """Returns the cross-attention keys and values of all blocks, side by side."""
         return self._scan("keys_values", (), (), self.caption_embed(caption))[1]
 
     def denoise(
@@ -342,7 +351,7 @@ class SanaTransformer(nn.Module):
         keys_values: Float[Array, "depth B L C2"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
-        """`__call__`, with `keys_values(caption)` in place of the caption."""
+        """Computes `__call__` from `keys_values(caption)` in place of the caption."""
 
         def blocks(x, modulation):
             return self._scan("with_keys_values", x, (keys_values,), modulation, mask)
@@ -356,10 +365,11 @@ class SanaTransformer(nn.Module):
         caption: Float[Array, "B L T"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
-        """The velocity noise - data, in float32.
+        """Returns the velocity noise - data, in float32.
 
         `timestep` is on the scale 0 .. 1000 and used as given; one value serves a whole batch.
-        `caption` holds the text encoder's rows, `mask` is False for the rows to ignore.
+        `caption` holds the text encoder's rows, `mask` is False for the rows to ignore. Raises
+        UserError if the mesh does not divide the rows of tokens.
         """
         caption = self.caption_embed(caption)
 
@@ -375,6 +385,7 @@ class SanaTransformer(nn.Module):
 
     def _velocity(self, latents, timestep, blocks):
         config, patch = self.config, self.config.patch_size
+        # Patches to tokens, (B, H, W, C).
         x = rearrange(latents, "b (h p) (w q) c -> b h w (c p q)", p=patch, q=patch)
         if not self.is_initializing():
             check_tokens(*x.shape[1:3])
@@ -383,6 +394,8 @@ class SanaTransformer(nn.Module):
             x = x + self._positions(*x.shape[1:3]).astype(x.dtype)
         embedding, modulation = self.time_embed(timestep)
         x, _ = blocks(x, modulation)
+
+        # Tokens to patches of velocity; the channel is the fastest here, and the slowest above.
         height = x.shape[1]
         x = rearrange(x, "b h w c -> b (h w) c")
         table = self.final_table.astype(jnp.float32)[None] + embedding[:, None]
@@ -391,7 +404,7 @@ class SanaTransformer(nn.Module):
         return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=height, p=patch, q=patch)
 
     def _positions(self, height: int, width: int) -> Float[Array, "1 h w C"]:
-        """The width's coordinate in the first half of the channels, the height's in the second."""
+        """Returns x's features in the first half of the channels, y's in the second."""
         config = self.config
         base, half = config.sample_size // config.patch_size, config.width // 2
         scale = config.interpolation_scale

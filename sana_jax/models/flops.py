@@ -1,8 +1,8 @@
-"""How many floating-point operations the networks need: a multiply-add is two of them.
+"""Counts the floating-point operations of the networks; a multiply-add is two of them.
 
-Counted are matrix products and convolutions as the architecture defines them, whatever a clever
-implementation leaves out: so work that is left out shows as speed. Norms, activations and softmax
-are not counted.
+Matrix products and convolutions count as the architecture defines them, also where an
+implementation avoids some of the work, so that avoided work shows as speed. Norms, activations and
+softmax do not count.
 """
 
 import itertools
@@ -13,7 +13,8 @@ from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 
-# FLOP/s of a device in dense bfloat16, by the beginning of its name; the vendors' figures.
+# Prefix of a device's name -> its FLOP/s in dense bfloat16, as the vendors state them. The first
+# match counts: "TPU v5" is a v5p.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -26,38 +27,39 @@ PEAKS = {
 
 
 def peak(device: jax.Device) -> float | None:
-    """FLOP/s in bfloat16 of a known kind of device."""
+    """Returns a device's FLOP/s in bfloat16, or None for an unknown kind."""
     return next((f for name, f in PEAKS.items() if device.device_kind.startswith(name)), None)
 
 
 def trunk(config: SanaConfig, height: int, width: int, rows: int) -> int:
-    """One image once through the transformer: latents of height x width, `rows` of text."""
+    """Counts one pass of the transformer: latents of height x width, `rows` rows of text."""
     return captions(config, rows) + denoise(config, height, width, rows)
 
 
 def captions(config: SanaConfig, rows: int) -> int:
-    """The part of `trunk` that no timestep changes: keys and values of the text."""
+    """Counts the part of `trunk` that no timestep changes: keys and values of the text."""
     c = config.width
     embedding = _linear(rows, config.caption_channels, c) + _linear(rows, c, c)
     return embedding + config.depth * _linear(rows, c, 2 * c)
 
 
 def denoise(config: SanaConfig, height: int, width: int, rows: int) -> int:
-    """The rest of `trunk`."""
+    """Counts the part of `trunk` that runs at every step."""
     tokens = (height // config.patch_size) * (width // config.patch_size)
     c, patch = config.width, config.patch_size**2 * config.latent_channels
+    # The timestep: 256 features, the embedding, and the modulation of six vectors.
     time = _linear(1, 256, c) + _linear(1, c, 7 * c)
     return config.depth * _block(config, tokens, rows) + time + _linear(tokens, patch, 2 * c)
 
 
 def blocks(config: SanaConfig, tokens: int, rows: int) -> int:
-    """The blocks of `trunk` alone, with the keys and values of the text that they make."""
+    """Counts the blocks of `trunk` alone, including their keys and values of the text."""
     keys_values = _linear(rows, config.width, 2 * config.width)
     return config.depth * (_block(config, tokens, rows) + keys_values)
 
 
 def _block(config: SanaConfig, tokens: int, rows: int) -> int:
-    """One block; the keys and values of the text are there."""
+    """Counts one block without the keys and values of the text."""
     c, hidden = config.width, int(config.mlp_ratio * config.width)
     attention = _linear(tokens, c, 4 * c) + _linear_attention(tokens, c, config.head_dim)
     cross = _linear(tokens, c, 2 * c) + 4 * tokens * rows * c
@@ -65,9 +67,9 @@ def _block(config: SanaConfig, tokens: int, rows: int) -> int:
 
 
 def text(config: Gemma2Config, tokens: int, before: int = 0) -> int:
-    """`tokens` through the text encoder, after some `before` whose keys and values are there.
+    """Counts `tokens` in the text encoder, after `before` tokens with known keys and values.
 
-    Attention is counted in full, as if no token were hidden.
+    Attention counts in full, as if no token were hidden.
     """
     c, heads = config.hidden_size, config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
@@ -76,7 +78,7 @@ def text(config: Gemma2Config, tokens: int, before: int = 0) -> int:
 
 
 def encode(config: DCAEConfig, height: int, width: int) -> int:
-    """One image of height x width pixels through the encoder."""
+    """Counts the encoder for one image of height x width pixels."""
     total, first = 0, 0 if config.encoder_layers[0] else 1
     pixels = [height * width // 4**i for i in range(len(config.encoder_channels))]
     channels = config.encoder_channels
@@ -92,7 +94,7 @@ def encode(config: DCAEConfig, height: int, width: int) -> int:
 
 
 def decode(config: DCAEConfig, height: int, width: int) -> int:
-    """One image of height x width pixels out of the decoder."""
+    """Counts the decoder for one image of height x width pixels."""
     first = 0 if config.decoder_layers[0] else 1
     pixels = [height * width // 4**i for i in range(len(config.decoder_channels))]
     channels = config.decoder_channels
@@ -111,22 +113,22 @@ def _linear(rows: int, inputs: int, outputs: int) -> int:
 
 
 def _conv(pixels: int, inputs: int, outputs: int) -> int:
-    """A 3x3 convolution with `pixels` of output."""
+    """Counts a 3x3 convolution with `pixels` pixels of output."""
     return 9 * _linear(pixels, inputs, outputs)
 
 
 def _linear_attention(tokens: int, channels: int, head_dim: int) -> int:
-    """Both products; v has a column of ones, whose sums normalise."""
+    """Counts both products; v has a column of ones, whose sums normalise."""
     return 4 * tokens * channels * (head_dim + 1)
 
 
 def _glumbconv(pixels: int, channels: int, hidden: int) -> int:
-    """Up to 2 `hidden` channels, depthwise 3x3, gate, and back."""
+    """Counts the product up to 2 `hidden` channels, depthwise 3x3, and the product back."""
     return _linear(pixels, channels, 3 * hidden) + 2 * 9 * pixels * 2 * hidden
 
 
 def _resize(pixels: int, inputs: int, outputs: int, kind: str) -> int:
-    """A change of resolution; `pixels` of the finer side."""
+    """Counts a change of resolution; `pixels` are those of the finer side."""
     if kind == "pixel_unshuffle":
         return _conv(pixels, inputs, outputs // 4)
     if kind == "pixel_shuffle":

@@ -6,10 +6,10 @@ Letters: B batch, L tokens, C width, H query heads, K key-value heads, G = H / K
     layer:  x += norm(Attention(norm(x)));  x += norm(FFN(norm(x)))       four RMS norms
     output: norm(x), after the last layer; there is no language-model head
 
-A token sees only itself and what stands before it, in the sliding layers only the last
-`sliding_window` of these. So whatever pads a text on the right changes none of its rows, and no
-padding mask is needed; and of a beginning that many texts share, the keys and values are computed
-once (`read_prefix`). Not here: generation, RoPE scaling.
+A token sees itself and the tokens before it, in sliding layers only the last `sliding_window`. So
+padding on the right changes no row of a text, and needs no mask; and the keys and values of a
+beginning that many texts share are computed once (`read_prefix`). Generation and RoPE scaling are
+not implemented.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ class Gemma2Config:
     num_heads: int = 8
     num_kv_heads: int = 4
     head_dim: int = 256
-    query_pre_attn_scalar: int = 256  # attention logits are divided by its root
+    query_pre_attn_scalar: int = 256  # attention logits are divided by its square root
     attn_logit_softcap: float | None = 50.0
     sliding_window: int | None = 4096  # tokens that a sliding layer sees; None: no layer slides
     sliding_layers: tuple[bool, ...] | None = None  # None: layers 0, 2, 4, ...
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
-    max_positions: int = 8192  # what the release was trained for; nothing is sized by it
+    max_positions: int = 8192  # that the release was trained for; no array has this size
 
     def __post_init__(self):
         check_fields(self, "text encoder")
@@ -58,7 +58,7 @@ class Gemma2Config:
 
     @property
     def slides(self) -> tuple[bool, ...]:
-        """Whether a layer has the sliding window, layer by layer."""
+        """True for each layer that has the sliding window."""
         if self.sliding_window is None:
             return (False,) * self.num_layers
         if self.sliding_layers is None:
@@ -67,10 +67,10 @@ class Gemma2Config:
 
 
 class Prefix(NamedTuple):
-    """What the rows after a beginning of P tokens need of it, and its own first row."""
+    """The keys and values of a beginning of P tokens, for the rows after it, and its first row."""
 
     first: Float[Array, "1 C"]
-    keys: Float[Array, "layers 1 P K D"]  # turned by RoPE
+    keys: Float[Array, "layers 1 P K D"]  # rotated by RoPE
     values: Float[Array, "layers 1 P K D"]
 
 
@@ -78,7 +78,7 @@ Angles = Float[Array | np.ndarray, "L D2"]  # cosines or sines, of D / 2 pairs
 
 
 def rope_table(length: int, config: Gemma2Config) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of position * theta^(-2i / D), (length, D / 2) each, in float32."""
+    """Returns cosines and sines of position * theta^(-2i / D), (length, D / 2) each, in float32."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None]
@@ -86,7 +86,7 @@ def rope_table(length: int, config: Gemma2Config) -> tuple[np.ndarray, np.ndarra
 
 
 def rotate(x: Float[Array, "B L H D"], cos: Angles, sin: Angles) -> Float[Array, "B L H D"]:
-    """Turns the pairs (x_i, x_{i + D/2}) by their angles, in float32."""
+    """Rotates the pairs (x_i, x_{i + D/2}) by their angles, in float32 (RoPE)."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[None, :, None], sin[None, :, None]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -99,13 +99,13 @@ def attend(
     mask: Bool[Array, "L M"],
     config: Gemma2Config,
 ) -> Float[Array, "B L C"]:
-    """Grouped-query attention; `mask` is True where a row may look. The softmax is float32."""
+    """Grouped-query attention; `mask` is True where row L sees row M. The softmax is float32."""
     q = rearrange(q, "b l (k g) d -> b l k g d", k=config.num_kv_heads)
     logits = einsum_float32("blkgd,bmkd->bkglm", q, k)
     logits = logits * config.query_pre_attn_scalar**-0.5
     if config.attn_logit_softcap is not None:
         logits = config.attn_logit_softcap * jnp.tanh(logits / config.attn_logit_softcap)
-    # After the cap, which would pull minus infinity back among the others.
+    # After the cap, which would make minus infinity finite.
     logits = jnp.where(mask[None, None, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = einsum_float32("bkglm,bmkd->blkgd", weights, v).astype(v.dtype)
@@ -113,7 +113,7 @@ def attend(
 
 
 class Layer(nn.Module):
-    """Attention and the gated feed-forward network; has the signature that nn.scan wants."""
+    """Attention and the gated feed-forward network, with the signature that nn.scan requires."""
 
     config: Gemma2Config
     dtype: Dtype = jnp.float32
@@ -128,7 +128,11 @@ class Layer(nn.Module):
         cos: Angles,
         sin: Angles,
     ) -> tuple[Float[Array, "B L C"], tuple[Array, Array]]:
-        """`before`: the keys and values of what stands before x. Gives x's own beside the rows."""
+        """Returns x after this layer, and x's own keys and values.
+
+        `before` holds the keys and values of the rows before x; `slides` says whether this layer
+        has the sliding window.
+        """
         config = self.config
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
@@ -142,6 +146,7 @@ class Layer(nn.Module):
             x = linear(count * config.head_dim, ("embed", "heads"), name)(x)
             return rearrange(x, "b l (h d) -> b l h d", h=count)
 
+        # Attention.
         x = constrain(x, "batch", None, "residual")
         h = norm("input_norm")(x)
         q = rotate(heads(h, config.num_heads, "q"), cos, sin)
@@ -154,6 +159,7 @@ class Layer(nn.Module):
         h = linear(config.hidden_size, ("heads", "embed"), "o")(h)
         x = x + norm("post_attention_norm")(h)
 
+        # Feed-forward, gated by GELU.
         h = norm("pre_ffn_norm")(x)
         gate = linear(config.intermediate_size, ("embed", "mlp"), "gate")(h)
         gate = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(self.dtype)
@@ -163,7 +169,7 @@ class Layer(nn.Module):
         return constrain(x, "batch", None, "residual"), own
 
     def _mask(self, length: int, end: int, slides: Bool[Array, ""]) -> Bool[Array, "L M"]:
-        """Of the last `length` rows of `end` over all columns."""
+        """Returns the causal mask of the last `length` of `end` rows over all `end` columns."""
         behind = np.arange(end - length, end)[:, None] - np.arange(end)[None]
         window = self.config.sliding_window
         near = behind < (end if window is None else window)
@@ -171,19 +177,19 @@ class Layer(nn.Module):
 
 
 def _after(first: Float[Array, "1 P K D"], rest: Float[Array, "B L K D"]) -> Array:
-    """Every text of the batch after the one beginning."""
+    """Prepends the one beginning to every text of the batch."""
     first = jnp.broadcast_to(first, (rest.shape[0], *first.shape[1:]))
     return jnp.concatenate([first, rest], axis=1)
 
 
 class Gemma2(nn.Module):
-    """Tokens -> the hidden states that SANA reads, after the final norm, in `dtype`."""
+    """Maps tokens to the hidden states that SANA reads, after the final norm, in `dtype`."""
 
     config: Gemma2Config
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    trains: bool = False  # whether gradients are asked for, whose memory scan_for_sampling wastes
-    unroll: int = 1  # layers in one turn of the loop, where it trains
+    trains: bool = False  # for gradients, with which scan_for_sampling would waste memory
+    unroll: int = 1  # layers in one iteration of the loop, if it trains
 
     def setup(self):
         config = self.config
@@ -208,14 +214,14 @@ class Gemma2(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B L"], prefix: Prefix | None = None
     ) -> Float[Array, "B L C"]:
-        """The rows of `tokens`, which stand after those of `prefix`.
+        """Returns the rows of `tokens`, which follow those of `prefix`.
 
-        They may be padded on the right with anything; rows of padding mean nothing.
+        Any tokens may pad a text on the right; the rows of padding have no meaning.
         """
         return self._read(tokens, prefix)[0]
 
     def read_prefix(self, tokens: Int[Array, "1 P"]) -> Prefix:
-        """What texts that begin with these tokens share."""
+        """Returns the part of the computation that texts beginning with these tokens share."""
         rows, keys_values = self._read(tokens, None)
         return Prefix(rows[:, 0], *keys_values)
 
@@ -223,7 +229,7 @@ class Gemma2(nn.Module):
         before = prefix and (prefix.keys, prefix.values)
         start = prefix.keys.shape[2] if prefix else 0
         x = self.embed(tokens)
-        # In the weights' dtype, because the released networks were trained with a rounded root.
+        # In the weights' dtype: the released networks were trained with a root rounded to it.
         x = (x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)).astype(self.dtype)
         cos, sin = rope_table(start + tokens.shape[1], self.config)
         slides = jnp.asarray(self.config.slides)

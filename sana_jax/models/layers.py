@@ -1,7 +1,7 @@
 """Layers that at least two of the networks share.
 
-Every weight names its logical axes (sharding.py maps them to the mesh). `dtype` is what a layer
-computes in, `param_dtype` what its weights are stored in.
+Every weight names its logical axes (sharding.py maps them to the mesh). A layer computes in `dtype`
+and stores its weights in `param_dtype`.
 """
 
 from typing import Any
@@ -20,12 +20,13 @@ Dtype = Any
 Axes = tuple[str | None, ...]
 
 xavier = nn.initializers.xavier_uniform()
-# What torch's convolutions start from: uniform in +-1/sqrt(fan_in).
+# The initial weights of torch's convolutions: uniform in +-1/sqrt(fan_in), of variance
+# 1 / (3 fan_in).
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializers.Initializer:
-    """`init`, with the logical axis names of the weight it makes."""
+    """Returns `init` with the logical axis names of its weight."""
     return nn.with_logical_partitioning(init, axes)
 
 
@@ -47,9 +48,9 @@ class Dense(nn.Module):
 
     @nn.compact
     def weights(self, channels: int) -> tuple[Float[Array, "C D"], Float[Array, " D"] | None]:
-        """The kernel for so many channels, and the bias if there is one, in `param_dtype`.
+        """Returns the kernel for `channels`, and the bias or None, in `param_dtype`.
 
-        For operations that do this layer's product themselves.
+        For operations that compute this layer's product themselves.
         """
         shape = (channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
@@ -69,7 +70,7 @@ def dense(
     precision: jax.lax.Precision | None = None,
     name: str | None = None,
 ) -> Dense:
-    """A matrix product with logical axes (in, out)."""
+    """Returns a matrix product with logical axes (in, out)."""
     return Dense(
         features,
         use_bias=use_bias,
@@ -85,11 +86,12 @@ def dense(
 def scan_for_sampling(
     scanned: nn.Module, layer: nn.Module, method: str, carry: Any, each: tuple, *shared: Any
 ) -> tuple[Any, Any]:
-    """`method` of `scanned`, an nn.scan of `layer`, where no gradient is asked for.
+    """Runs `method` of `scanned`, an nn.scan of `layer`, if no gradient is needed.
 
-    `each` goes to the layers one by one, `shared` to all. XLA's CPU backend slices bfloat16 as
-    float32, and moves the widening of the whole stack of weights out of an nn.scan: three times
-    the memory, and slower. A slice of what seems to depend on the layer's number stays inside.
+    Each layer gets its own row of `each`, and all get `shared`. XLA's CPU backend slices bfloat16
+    as float32, and moves the widening of the whole stack of weights out of an nn.scan: three times
+    the memory, and slower. A barrier makes the stack seem to depend on the layer's number, which
+    keeps the widening of a slice inside the loop.
     """
     if scanned.is_initializing():
         return getattr(scanned, method)(carry, *each, *shared)
@@ -111,9 +113,9 @@ def scan_for_sampling(
 
 
 class Conv3x3(nn.Module):
-    """A 3x3 convolution, one row of zeros on every side; logical axes (in, out).
+    """A 3x3 convolution, padded by one row of zeros on every side; logical axes (in, out).
 
-    `double`: of x at twice its size, nearest neighbour.
+    `double` convolves x at twice its size, nearest neighbour.
     """
 
     features: int
@@ -179,13 +181,13 @@ class GLUMBConv(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     implementation: str = "auto"  # see kernels/dispatch.py
-    split_rows: bool = False  # of the images, over the mesh axis that splits tokens
+    split_rows: bool = False  # over the mesh axis that splits tokens
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], scale: Float[Array, "#B #H #W C"] | None = None
     ) -> Float[Array, "B H W C"]:
-        """`scale`: a factor of the result, in float32."""
+        """Returns the result, times `scale` in float32 if given."""
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         wide = 2 * self.hidden
 
@@ -193,6 +195,7 @@ class GLUMBConv(nn.Module):
             init = partitioned(nn.initializers.zeros, ("mlp",))
             return self.param(name, init, (wide,), self.param_dtype)
 
+        # As fan_in_uniform; the fan-in of a depthwise kernel is its nine taps.
         kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1))
         depthwise_kernel = self.param(
             "depthwise_kernel",
