@@ -1,11 +1,11 @@
-"""Operations that are worth a kernel, each a package that exports its dispatching function.
+"""Operations with a kernel, a package each; the files beside them are plain JAX or shared code.
 
-    reference.py  the operation in plain jnp: the specification, and what runs without a kernel
-    tpu.py        Pallas kernels for TPU (Mosaic), forward and backward
-    gpu.py        Pallas kernels for GPU (Triton), where there are any
-    api.py        the dispatching function: says which shapes have a kernel, splits them over a mesh
+    reference.py  the operation in plain jnp: the specification, and the form without a kernel
+    tpu.py        Pallas kernels for TPU (Mosaic); res_block's gradient is the plain form's
+    gpu.py        Pallas kernels for GPU (Triton), for linear_attention and glumbconv
+    api.py        the dispatching function: names shapes without a kernel, splits others over a mesh
 
-dispatch.py decides whether a kernel runs: by platform, dtype and the caller's `implementation`. Who
-means the plain form whatever the platform writes `reference.linear_attention`. The log of what was
-tried, predicted and found is the docstring of each package. Loose files are plain JAX.
+A package exports its dispatching function (res_block also `uses_kernel`), and its docstring is the
+log of what was tried, predicted and found. To mean the plain form, write `reference.NAME`.
+dispatch.py decides whether a kernel runs, by platform, dtype, shape and `implementation`.
 """

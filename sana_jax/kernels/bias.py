@@ -18,7 +18,7 @@ from sana_jax.kernels.dispatch import by_platform
 
 @jax.custom_vjp
 def add_bias(x: Float[Array, "*B C"], bias: Float[Array, " C"]) -> Float[Array, "*B C"]:
-    """x + bias; the bias's gradient is summed in float32."""
+    """Returns x + bias; the gradient of the bias is summed in float32."""
     return x + bias
 
 
@@ -33,7 +33,8 @@ def _backward(_, cotangent):
         return jnp.sum(cotangent, axes, dtype=jnp.float32)
 
     def product(cotangent):
-        # XLA turns a product with one row, or with known ones, back into a sum.
+        # Eight rows and a barrier: XLA turns a product with one row, or with known ones, back
+        # into a sum.
         ones = lax.optimization_barrier(jnp.ones((8, *cotangent.shape[:-1]), cotangent.dtype))
         dims = (tuple(axis + 1 for axis in axes), axes), ((), ())
         rows = lax.dot_general(ones, cotangent, dims, preferred_element_type=jnp.float32)

@@ -1,27 +1,27 @@
-"""Block sizes of the kernels by platform, and why.
+"""Block sizes of the kernels by platform, with their reasons.
 
-One column for v5e, v5p and v6e: the sizes were chosen by the estimate for v5e, and every kernel
-compiles with them for all three. Images with fewer tokens than a block take one block of their own
+v5e, v5p and v6e share one table: the sizes were chosen by the estimate for v5e, and every kernel
+compiles with them for all three. An image with fewer tokens than a block takes one block of its own
 size; channels always come in groups of 128 lanes.
 """
 
-# Tokens or pixels a grid step, or a turn of an unrolled loop.
+# Tokens or pixels in a grid step, or in an iteration of an unrolled loop.
 TPU = {
-    "linear_attention": 512,  # two steps an image of 1024 tokens: one loads while one computes
-    "modulated_norm": 256,  # bound by HBM: only small enough that the widest model fits VMEM
-    # A tile of weights in the matrix unit serves so many rows: 128 took 1.8 times as long. Backward
-    # keeps three arrays of logits beside one another.
+    "linear_attention": 512,  # two steps for 1024 tokens: one loads while the other computes
+    "modulated_norm": 256,  # bound by HBM, so it need only fit the widest model into VMEM
+    # The number of rows that a tile of weights in the matrix unit serves: 128 took 1.8 times as
+    # long. The backward pass keeps three arrays of logits at once, so its blocks are smaller.
     "cross_attention": 512,
     "cross_attention_backward": 256,
-    # Enough to hide the latency of tanh, few enough for the registers: filling needs one result a
-    # vector, the convolution an accumulator.
+    # Enough to hide the latency of tanh, few enough for the registers: filling keeps one result for
+    # each vector, the convolution an accumulator.
     "glumbconv_fill": 256,
     "glumbconv_convolve": 128,
-    # Rows: eight read half as much again as they write; fewer where VMEM does not hold their sums.
+    # Rows: eight read half as much again as they write; fewer if VMEM does not hold their sums.
     "res_block": (8, 4, 2),
 }
 
-# Never timed: tiles of the tensor cores, elements for four warps.
+# Never timed; chosen as tiles of the tensor cores, and as elements for four warps.
 GPU = {
     "linear_attention": 64,  # tokens
     "glumbconv_columns": 8,

@@ -19,9 +19,9 @@ def convolve(
     The padding is explicit because "SAME" at stride 2 pads below and to the right only, which
     shifts the picture by a pixel against torch.
 
-    Differentiated in reverse only. XLA's CPU backend puts the dimensions of a gradient's
-    convolutions into the order it is fast in, except inside a scan or another loop, where they
-    take 50 times longer than forwards; there they are written in that order to begin with.
+    Supports reverse-mode derivatives only. XLA's CPU backend puts the dimensions of a gradient's
+    convolutions into its fast order, except inside a scan or another loop, where they take 50 times
+    as long as the forward pass. So the gradient for CPU is written in that order.
     """
     return _plain(x, kernel, stride, padding)
 
@@ -47,11 +47,12 @@ def _backward(stride, padding, residuals, dy):
         # Rows and columns at the far end that the last window does not reach.
         unused = [(side + 2 * padding - size) % stride for side in x.shape[1:3]]
 
+        # The gradient of x: dy spread out by the stride, convolved with the flipped kernel.
         flipped, before = jnp.flip(kernel, (0, 1)).swapaxes(2, 3), size - 1 - padding
         sides = [(before, before + n) for n in unused]
         dx = _channels_last(dy, flipped, (1, 1), sides, lhs_dilation=steps)
 
-        # It sums over images: they take the place of the channels.
+        # The kernel's gradient sums over images, which take the place of the channels.
         x, dy = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
         sides = [(padding, padding - n) for n in unused]
         d_kernel = _channels_last(x, dy, (1, 1), sides, rhs_dilation=steps)
@@ -69,9 +70,9 @@ def convolve_doubled(
     """`convolve` of x at twice its size, nearest neighbour: the same sums with 4/9 of the products.
 
     Of three neighbouring rows of the large picture, two are the same row of x. So a row of the
-    result is two rows of x times two sums of the kernel's rows: k0, k1 + k2 where it is even and
-    k0 + k1, k2 where it is odd; columns likewise. That is one 2x2 convolution to 4 D channels,
-    between whose results the four kinds of pixels lie half a window apart.
+    result is two rows of x times two sums of the kernel's rows: k0 and k1 + k2 for an even row,
+    k0 + k1 and k2 for an odd row; the same holds for columns. So one 2x2 convolution to 4 D
+    channels gives all four kinds of pixels: even and odd rows and columns.
     """
     height, width = x.shape[1:3]
     features = kernel.shape[-1]
@@ -80,11 +81,13 @@ def convolve_doubled(
         k0, k1, k2 = jnp.split(kernel.astype(jnp.float32), 3, axis)
         return [jnp.concatenate(pair, axis) for pair in ((k0, k1 + k2), (k0 + k1, k2))]
 
+    # Four 2x2 kernels, by row and column, even and odd.
     kernels = [column for row in fold(kernel, 0) for column in fold(row, 1)]
-    # Padded here because where a convolution's result is larger than its input, XLA turns its
-    # derivative into a form that is slow on CPU.
+    # Padded here: if a convolution's result is larger than its input, XLA turns its derivative into
+    # a form that is slow on CPU.
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y = convolve(x, jnp.concatenate(kernels, -1).astype(x.dtype), 1, 0)  # (B, H + 1, W + 1, 4 D)
+    # An odd row or column starts one later in the padded picture.
     pixels = [
         y[:, p : p + height, q : q + width, features * (2 * p + q) :][..., :features]
         for p, q in np.ndindex(2, 2)

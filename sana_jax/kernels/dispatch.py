@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs where."""
+"""Decides which implementation of an operation runs, and runs it on the parts of a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -14,17 +14,18 @@ from sana_jax.kernels.mosaic import vmem_bytes
 from sana_jax.sharding import batch_divisor
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
-MIN_VMEM_BYTES = 32 * 2**20  # more than a v4 has; no kernel was made for less
+MIN_VMEM_BYTES = 32 * 2**20  # more than a v4 has; no kernel was written for less
 
 
 def use_pallas(
     implementation: str, operation: str, dtype: DTypeLike, unsupported: str | None
 ) -> bool:
-    """Whether to call the kernel, which falls back by itself on platforms without one.
+    """Returns True to call the kernel, for which `by_platform` has a plain form as well.
 
-    "auto" means the kernel on a TPU. On a GPU it has to be asked for by "pallas": the Triton forms
-    are tested in the interpreter and lower for CUDA, but were never timed there. `unsupported` says
-    why this shape has no kernel, which is logged once.
+    "auto" means the kernel on a TPU. A GPU needs "pallas": the Triton kernels are tested in the
+    interpreter and lower for CUDA, but were never timed. `unsupported` says why this shape has no
+    kernel, or is None; the reason is logged once. Raises ValueError for an unknown
+    `implementation`.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
@@ -38,14 +39,14 @@ def use_pallas(
 
 def _unsupported(dtype: jnp.dtype) -> str | None:
     if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"{dtype}"  # Mosaic loads none, and no test runs the Triton forms on one
+        return f"{dtype}"  # Mosaic loads no other, and no test runs Triton on one
     if _platform() == "tpu" and vmem_bytes() < MIN_VMEM_BYTES:
         return "a chip with so little VMEM"
     return None
 
 
 def _platform() -> str:
-    """Of the mesh that is set: a program may be compiled for devices that are not here."""
+    """Returns the platform of the mesh: a program may be compiled for devices that are not here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
@@ -54,12 +55,12 @@ _say_once = functools.cache(logging.warning)
 
 
 def by_platform(*args: jax.Array, plain: Callable, **kernels: Callable):
-    """`kernels[platform]` on the platforms that have one, `plain` elsewhere."""
+    """Runs `kernels[platform]` on the platforms that have one, and `plain` on all others."""
     return jax.lax.platform_dependent(*args, default=plain, **kernels)
 
 
 def _mesh_to_split():
-    """The mesh that is set; None where there is none, or a part of it is computed already."""
+    """Returns the mesh that is set; None without one, or if this is inside a shard_map already."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
@@ -69,7 +70,7 @@ def _divides(batch: int, mesh) -> bool:
 
 
 def sequence_axis(tokens: int) -> str | None:
-    """The axis over which the mesh that is set splits so many tokens, or rows of them, if any."""
+    """Returns the mesh axis that splits `tokens` tokens, or rows of tokens; None if none does."""
     mesh = _mesh_to_split()
     if mesh is None:
         return None
@@ -78,9 +79,10 @@ def sequence_axis(tokens: int) -> str | None:
 
 
 def copies(batch: int, sequence: str | None) -> int:
-    """How many devices compute each part in `over_mesh` with a kernel.
+    """Returns the number of devices that compute the same part in `over_mesh` with a kernel.
 
-    Its gradient is split among them and added up: so often does it count what is no gradient.
+    shard_map sums the gradient over these devices, so a value that is not a gradient counts that
+    many times and has to be divided by it.
     """
     mesh = _mesh_to_split()
     if mesh is None:
@@ -97,13 +99,13 @@ def over_mesh(
     *,
     kernel: bool = True,
 ):
-    """fn(*tokens, *images, *weights) on every device's part, under the mesh that is set, if any.
+    """Computes fn(*tokens, *images, *weights) on every device's part, if a mesh is set.
 
-    Axis 0 of `tokens` and `images` is the batch; axis 1 of `tokens` is split where `sequence_axis`
-    says so, and fn has to exchange over that axis what it needs. The compiler cannot split a kernel
-    and would copy everything to every device. A batch that the mesh does not divide is computed
-    whole everywhere; so are heads that it splits. Without a kernel, the compiler is left to split
-    all but the tokens.
+    Axis 0 of `tokens` and `images` is the batch; axis 1 of `tokens` is split over `sequence_axis`,
+    over which fn has to exchange the data it needs. The compiler cannot split a kernel and would
+    copy everything to every device. A batch that the mesh does not divide is computed whole on
+    every device, and so are heads that the mesh splits. Without a kernel, the compiler splits
+    everything but the tokens.
     """
     arrays = *tokens, *images
     mesh = _mesh_to_split()

@@ -1,4 +1,4 @@
-"""Products of narrow numbers with float32 sums, on every platform."""
+"""Products of bfloat16 or other narrow numbers with float32 sums, on every platform."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,10 +6,10 @@ from jaxtyping import Array, Float
 
 
 def einsum_float32(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Array:
-    """jnp.einsum of two arrays with float32 sums and result, whatever their dtype.
+    """Computes jnp.einsum of two arrays of any dtype with float32 sums and a float32 result.
 
     XLA's CPU backend has no batched bfloat16 product with a float32 result: it gets upcast copies,
-    which elsewhere would only cost memory.
+    which would only cost memory on other platforms.
     """
 
     def upcast(x, y):
@@ -26,17 +26,17 @@ def einsum_float32(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) ->
 def dense_float32(
     x: Float[Array, "*B C"], kernel: Float[Array, "C D"], precision: lax.Precision | None = None
 ) -> Float[Array, "*B D"]:
-    """x times kernel in x's dtype with float32 sums.
+    """Returns x times kernel in x's dtype with float32 sums.
 
-    Accelerators sum so by themselves. XLA's CPU backend is twice as fast where a product of
-    bfloat16 is asked for in float32, unless there is but one row.
+    Accelerators sum in float32 by themselves. XLA's CPU backend is twice as fast if a product of
+    bfloat16 has a float32 result, unless there is only one row.
     """
 
     def usual(x, kernel):
         return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
 
     def wide(x, kernel):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # (B, C)
         out = jnp.dot(rows, kernel, precision=precision, preferred_element_type=jnp.float32)
         return out.astype(x.dtype).reshape(*x.shape[:-1], -1)
 

@@ -1,15 +1,15 @@
-"""What the kernels for TPU (Pallas Mosaic) share."""
+"""Constants and functions that the kernels for TPU (Pallas Mosaic) share."""
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+LANES = 128  # of a vector register
 
 
 def vmem_bytes() -> int:
-    """What a kernel may ask for, of the chip that the mesh names: 100 of a v5e's 128 MiB.
+    """Returns the VMEM that a kernel may use on the mesh's chip: 100 of a v5e's 128 MiB.
 
-    A v5p has half of that. Where there is no TPU, as in the interpreter, it is a v5e's.
+    A v5p has half of that. Without a TPU, as in the interpreter, the chip counts as a v5e.
     """
     try:
         capacity = pltpu.get_tpu_info().vmem_capacity_bytes
@@ -19,5 +19,5 @@ def vmem_bytes() -> int:
 
 
 def half_silu(h):
-    """silu(2 h): one transcendental, no division."""
+    """Returns silu(2 h) with one transcendental and no division."""
     return h * jnp.tanh(h) + h

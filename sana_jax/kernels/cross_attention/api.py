@@ -18,11 +18,11 @@ def cross_attention(
     heads: int,
     implementation: str = "auto",
 ) -> Float[Array, "B N C"]:
-    """Softmax attention of every token to the text rows; reference.py says what is computed."""
+    """Softmax attention of every token to the text rows, as reference.py specifies it."""
     unsupported = None
     if not tpu.supported(kv.shape[1]):
         unsupported = f"{kv.shape[1]} text rows"
-    elif q.dtype == jnp.float32:  # it is off by 1e-4 there, which is no float32
+    elif q.dtype == jnp.float32:  # the kernel is off by 1e-4 there, too much for float32
         unsupported = "float32"
     if use_pallas(implementation, "cross attention", q.dtype, unsupported):
         return over_mesh(lambda *args: _kernel(*args, heads), (q,), (kv, mask))

@@ -3,7 +3,7 @@
     logits = q k^T / sqrt(D), minus 1e4 where the mask is False
     out = softmax(logits) v
 
-Not minus infinity: a softmax over nothing but hidden rows must stay finite.
+The 1e4 is finite because a softmax over hidden rows only must stay finite.
 """
 
 import jax
@@ -22,7 +22,7 @@ def cross_attention(
     mask: Bool[Array, "B L"],
     heads: int,
 ) -> Float[Array, "B N C"]:
-    """Softmax and sums in float32, result in q's dtype; keys and values side by side in `kv`."""
+    """Returns the result in q's dtype, from float32 sums and softmax; `kv` is [keys | values]."""
     k, v = jnp.split(kv, 2, axis=-1)
     q, k, v = (rearrange(t, "b n (h d) -> b n h d", h=heads) for t in (q, k, v))
     logits = einsum_float32("bnhd,blhd->bhnl", q, k) * q.shape[-1] ** -0.5

@@ -2,8 +2,8 @@
 
 A grid step takes a block of tokens, all heads and all text rows: the logits of a head stay in VMEM.
 They are transposed, text rows in the sublanes: 300 rows fill 304 sublanes but would take 384 lanes,
-and sums over them need no lane shuffles. Heads of 72 or 112 lie side by side in the lanes, as the
-projection leaves them.
+and sums over text rows need no lane shuffles. Heads of 72 or 112 lie side by side in the lanes, as
+the projection leaves them.
 """
 
 from functools import partial
@@ -18,11 +18,11 @@ from sana_jax.kernels.mosaic import vmem_bytes
 
 LOG2_E = 1.4426950408889634
 _RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # jax 0.10
-TOKENS, BACKWARD_TOKENS = TPU["cross_attention"], TPU["cross_attention_backward"]  # a grid step
+TOKENS, BACKWARD_TOKENS = TPU["cross_attention"], TPU["cross_attention_backward"]
 
 
 def forward(q, kv, bias, heads):
-    """q (B, N, C), keys and values side by side (B, L, 2C), logits' bias (B, L) in float32."""
+    """Returns the attention of q (B, N, C) to kv (B, L, 2 C); bias (B, L) of logits in float32."""
     batch, tokens, channels = q.shape
     rows = kv.shape[1]
     block = min(TOKENS, -(-tokens // 16) * 16)
@@ -69,23 +69,23 @@ def _forward_kernel(q_ref, kv_ref, bias_ref, out_ref, *, heads):
 
 
 def _lanes(h, width, channels):
-    """Where head h's queries or keys, and its values, stand."""
+    """Returns the lanes of head h's queries or keys, and of its values."""
     return tuple(slice(start + h * width, start + (h + 1) * width) for start in (0, channels))
 
 
 def _exponentials(q, k, bias):
-    """exp(logits) of a head up to a factor a token, (L, tokens); `bias` is in units of log 2."""
+    """Returns a head's exp(logits) up to a factor per token, (L, tokens); `bias` is for exp2."""
     logits = _dot(k, q, (1, 1)) * (q.shape[1] ** -0.5 * LOG2_E) + bias
     return jnp.exp2(logits - jnp.max(logits, axis=0, keepdims=True))
 
 
 def _reciprocal(x, dtype):
-    """1 / x, good to bfloat16 where that is what the network runs in."""
+    """Returns 1 / x, as precise as bfloat16 needs if the network runs in it."""
     return _RECIPROCAL(x, approx=dtype == jnp.bfloat16)
 
 
 def backward(q, kv, bias, cotangent, heads):
-    """The cotangents of q and of keys and values, the latter in float32."""
+    """Returns the cotangents of q, and of keys and values in float32."""
     batch, tokens, channels = q.shape
     rows = kv.shape[1]
     block = min(BACKWARD_TOKENS, -(-tokens // 16) * 16)
@@ -122,12 +122,13 @@ def _backward_kernel(q_ref, kv_ref, bias_ref, cotangent_ref, d_q_ref, d_kv_ref, 
         lanes, v_lanes = _lanes(h, width, channels)
         q, k, v = q_ref[0, :, lanes], kv_ref[0, :, lanes], kv_ref[0, :, v_lanes]
         d_out = cotangent_ref[0, :, lanes]
-        if tokens % q.shape[0]:  # what stands behind the last token may be anything
+        if tokens % q.shape[0]:  # the rows behind the last token may hold anything
             row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0)
             valid = row < tokens - pl.program_id(1) * q.shape[0]
             q, d_out = (jnp.where(valid, x, jnp.zeros_like(x)) for x in (q, d_out))
         weights = _exponentials(q, k, bias)
         weights = weights * _reciprocal(jnp.sum(weights, axis=0, keepdims=True), q.dtype)
+        # The softmax backward, (L, tokens).
         d_weights = _dot(v, d_out, (1, 1))
         inner = jnp.sum(weights * d_weights, axis=0, keepdims=True)
         d_logits = (weights * (d_weights - inner) * scale).astype(q.dtype)
@@ -138,5 +139,5 @@ def _backward_kernel(q_ref, kv_ref, bias_ref, cotangent_ref, d_q_ref, d_kv_ref, 
 
 
 def supported(rows: int) -> bool:
-    """Whether the logits of a head, with what the backward pass keeps beside them, fit in VMEM."""
+    """Returns True if VMEM holds a head's logits and the backward pass's other arrays."""
     return rows <= 1024

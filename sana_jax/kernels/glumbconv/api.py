@@ -1,4 +1,4 @@
-"""Mix-FFN: its middle in the plain form or by a kernel, on all rows of the images or on some."""
+"""Mix-FFN: its middle in the plain form or by a kernel, with rows split over a mesh or not."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from sana_jax.kernels.dispatch import (
 from sana_jax.kernels.glumbconv import gpu, reference, tpu
 from sana_jax.kernels.mixed_einsum import dense_float32
 
-OUTSIDE = -1e4  # what SiLU turns into zero, after any bias, and whose cotangent it turns into zero
+OUTSIDE = -1e4  # SiLU turns it into zero after any bias, and its cotangent too
 
 
 def glumbconv(
@@ -30,11 +30,12 @@ def glumbconv(
     split_rows: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "B H W E"]:
-    """A product up to D2 = 2 D channels, what reference.py says, a product back, and a factor.
+    """A product up to D2 = 2 D channels, the middle of reference.py, a product back, and a factor.
 
-    weights: bias, depthwise kernel and depthwise bias of the middle. scale: the factor, in float32;
-    None: one. split_rows: over the mesh axis that splits tokens; devices exchange the rows where
-    they meet. implementation: "auto", "xla" or "pallas", see kernels/dispatch.py.
+    `weights` are the bias, depthwise kernel and depthwise bias of the middle. `scale` is the factor
+    in float32; None means one. `split_rows` splits rows over the mesh axis that splits tokens;
+    devices exchange the rows where they meet. `implementation` is "auto", "xla" or "pallas", see
+    kernels/dispatch.py.
     """
     expand = expand.astype(x.dtype)
     if uses_kernel(*x.shape[1:3], x.dtype, implementation):
@@ -53,11 +54,11 @@ def projected_glumbconv(
     projection: Float[Array, "C D"],
     scale: Float[Array, "#B #H #W D"] | None,
 ) -> Float[Array, "B H W D"]:
-    """The middle by the kernel, then the product back and the factor.
+    """Computes the middle by the kernel, then the product back and the factor.
 
-    images: value and gate, the halves of the wide tensor, each from a product of its own: no copy
-    then. The rest is as for `glumbconv`. Where the pass backward is all that follows, as in
-    rematerialisation, the kernel forward is not needed: the one backward gives its result too.
+    `images` are value and gate, the halves of the wide tensor, each from its own product, which
+    avoids a copy. The other arguments are those of `glumbconv`. If only the backward pass follows,
+    as in rematerialisation, the forward kernel does not run: the backward kernel gives its result.
     """
     return _project(_middle(split_rows, *images, *weights), projection, scale)
 
@@ -68,7 +69,7 @@ def _project(x, projection, scale):
 
 
 def _middle(split_rows, value, gate, *weights, out=None):
-    """`out`: any array; as its cotangent the kernel gives the result."""
+    """Runs the kernel. `out` may hold anything; its cotangent is the kernel's result."""
     out = jnp.zeros_like(value) if out is None else out
     return _by_rows(_kernel, (value, gate), (out,), weights, split_rows, kernel=True)
 
@@ -79,7 +80,7 @@ def _projected_forward(split_rows, *args):
 
 def _projected_backward(split_rows, args, cotangent):
     images, weights, *after = args
-    # A layer's weights cut out of the stack first: a product that does so itself is slower.
+    # Cuts a layer's weights out of the stack first: a product that does so itself is slower.
     after = jax.lax.optimization_barrier(after)
     nothing = jnp.zeros_like(images[0])
     d_x = jax.vjp(lambda x: _project(x, *after), nothing)[1](cotangent)[0]  # linear in x
@@ -87,9 +88,10 @@ def _projected_backward(split_rows, args, cotangent):
     def middle(out, images, weights):
         return _middle(split_rows, *images, *weights, out=out)
 
+    # One kernel gives the result x and the cotangents.
     x, d_images, d_weights = jax.vjp(middle, nothing, images, weights)[1](d_x)
     batch, rows = nothing.shape[:2]
-    x = x / copies(batch, sequence_axis(rows) if split_rows else None)  # a result, no gradient
+    x = x / copies(batch, sequence_axis(rows) if split_rows else None)  # not a gradient
     d_after = jax.vjp(lambda *after: _project(x, *after), *after)[1](cotangent)
     return d_images, d_weights, *d_after
 
@@ -98,7 +100,7 @@ projected_glumbconv.defvjp(_projected_forward, _projected_backward)
 
 
 def _by_rows(fn, images, own, weights, split_rows, kernel):
-    """fn(*images, *own, *weights) over the mesh; of `own`, it needs no rows of other devices."""
+    """Computes fn(*images, *own, *weights) over the mesh; `own` needs no rows of other devices."""
     axis = sequence_axis(images[0].shape[1]) if split_rows else None
     if not axis:
         return over_mesh(fn, (), images + own, weights, kernel=kernel)
@@ -113,7 +115,7 @@ def _by_rows(fn, images, own, weights, split_rows, kernel):
 
 
 def _with_neighbours(x, axis):
-    """This device's rows, and the row above and below: another device's, or OUTSIDE the image."""
+    """Adds the rows above and below: those of other devices, or OUTSIDE at the image's edges."""
     shards, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     down = [(i, i + 1) for i in range(shards - 1)]
     above = jax.lax.ppermute(x[:, -1:], axis, down)
@@ -125,7 +127,7 @@ def _with_neighbours(x, axis):
 
 
 def uses_kernel(height: int, width: int, dtype: DTypeLike, implementation: str) -> bool:
-    """Whether images of this size get the kernel; implementation: see kernels/dispatch.py."""
+    """Returns True if images of this size get the kernel; `implementation`: see dispatch.py."""
     fits = tpu.supported(height, width, jnp.dtype(dtype).itemsize)
     unsupported = None if fits else f"images of {height} x {width}"
     return use_pallas(implementation, "glumbconv", dtype, unsupported)
@@ -136,7 +138,7 @@ def _plain(value, gate, *weights):
 
 
 def _by_halves(bias, kernel, depthwise_bias):
-    """Weights as the kernel takes them: (2, C), (9, 2, C), (2, C)."""
+    """Returns the weights in the kernel's shapes: (2, C), (9, 2, C), (2, C)."""
     return bias.reshape(2, -1), kernel.reshape(9, 2, -1), depthwise_bias.reshape(2, -1)
 
 

@@ -2,8 +2,8 @@
 
 A program takes a strip of the image, a few columns wide and all rows high, for some channels, and
 keeps the three rows that the convolution needs in registers: every pixel is read three times (from
-the caches, but for the first) and its SiLU computed three times. Backward is two passes: the
-cotangents of the convolution's results, then what they mean for its inputs and weights.
+the caches after the first) and its SiLU computed three times. The backward pass has two kernels:
+one for the cotangents of the convolution's results, one for those of its inputs and weights.
 """
 
 from functools import partial
@@ -19,23 +19,25 @@ COLUMNS, CHANNELS = GPU["glumbconv_columns"], GPU["glumbconv_channels"]  # of a 
 
 
 def forward(value, gate, bias, kernel, depthwise_bias):
-    """value * silu(gate) after bias, SiLU, 3x3 and bias; weights as in tpu.py."""
+    """Returns value * silu(gate) after bias, SiLU, 3x3 and bias; shapes as in tpu.py."""
     out = jax.ShapeDtypeStruct(value.shape, value.dtype)
     return _call(_forward_kernel, (value, gate, bias, kernel, depthwise_bias), out, "forward")
 
 
 def backward(value, gate, bias, kernel, depthwise_bias, cotangent):
-    """Forward's result, then the cotangents of all five inputs; those of the weights in float32."""
+    """Returns forward's result and the cotangents of its inputs; those of weights in float32."""
     out = jax.ShapeDtypeStruct(value.shape, value.dtype)
     image = jax.ShapeDtypeStruct(value.shape, jnp.float32)
     operands = (value, gate, bias, kernel, depthwise_bias, cotangent)
     out, *d_results = _call(_results_kernel, operands, (out, image, image), "results")
+
+    # 22 sums a strip: 2 of bias, 2 of depthwise bias, 2 x 9 of taps.
     strips = pl.cdiv(value.shape[2], COLUMNS)
     sums = jax.ShapeDtypeStruct((value.shape[0] * strips, 22, value.shape[3]), jnp.float32)
     image = jax.ShapeDtypeStruct(value.shape, value.dtype)
     operands = (value, gate, bias, kernel, *d_results)
     d_value, d_gate, sums = _call(_inputs_kernel, operands, (image, image, sums), "inputs")
-    sums = jnp.sum(sums, axis=0)  # of every strip: bias and depthwise bias, then the taps
+    sums = jnp.sum(sums, axis=0)  # over strips
     d_kernel = jnp.moveaxis(sums[4:].reshape(2, 9, -1), 1, 0)
     return out, d_value, d_gate, sums[:2], d_kernel, sums[2:4]
 
@@ -52,7 +54,7 @@ def _call(kernel, operands, out_shape, name):
 
 
 class _Strip:
-    """What this program works on."""
+    """Loads and stores the rows of one strip of one image."""
 
     def __init__(self, height, width, channels):
         self.height, self.width = height, width
@@ -64,7 +66,7 @@ class _Strip:
         self.index = self.image * pl.cdiv(width, COLUMNS) + self.strip
 
     def row(self, ref, y, shift=0):
-        """(COLUMNS, CHANNELS) of row y in float32, and which of it lies in the image."""
+        """Returns row y, (COLUMNS, CHANNELS) in float32, and the mask of its part in the image."""
         x = self.left + shift + jnp.arange(COLUMNS)
         inside = (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
         mask = inside[:, None] & self.lane_mask[None]
@@ -73,17 +75,20 @@ class _Strip:
         return plgpu.load(ref.at[where], mask=mask, other=0.0).astype(jnp.float32), mask
 
     def put(self, ref, y, row):
+        """Stores row y, (COLUMNS, CHANNELS), as far as it lies in the image."""
         x = self.left + jnp.arange(COLUMNS)
         mask = (x < self.width)[:, None] & self.lane_mask[None]
         where = self.image, y, x[:, None], self.lanes[None]
         plgpu.store(ref.at[where], row.astype(ref.dtype), mask=mask)
 
     def vector(self, ref, *where):
+        """Returns weights of the strip's channels, (1, CHANNELS) in float32."""
         where = (*map(jnp.int32, where), self.read_lanes)
         loaded = plgpu.load(ref.at[where], mask=self.lane_mask, other=0.0)
         return loaded.astype(jnp.float32)[None]
 
     def taps(self, ref, half):
+        """Returns 3 rows of 3 taps of the value (half 0) or the gate (half 1)."""
         return [[self.vector(ref, 3 * p + q, half) for q in range(3)] for p in range(3)]
 
 
@@ -92,7 +97,7 @@ def _silu(x):
 
 
 def _activated(strip, ref, bias, y):
-    """silu(image + bias) of row y, shifted by -1, 0 and 1 columns; zero outside the image."""
+    """Returns silu(image + bias) of row y, shifted by -1, 0 and 1 columns; zero outside."""
     rows = []
     for shift in (-1, 0, 1):
         x, mask = strip.row(ref, y, shift)
@@ -181,6 +186,7 @@ def _inputs_kernel(
         (gate_ref, d_gate_result_ref, d_gate_ref),
     )
     for half, (image_ref, d_result_ref, d_image_ref) in enumerate(halves):
+        # The cotangent of an input is a convolution with the flipped taps.
         bias, taps = strip.vector(bias_ref, half), strip.taps(kernel_ref, half)
         flipped = [line[::-1] for line in taps[::-1]]
 
@@ -198,6 +204,7 @@ def _inputs_kernel(
             d_image = _convolved(rows, taps) * s * (1 + x * (1 - s))
             d_image = jnp.where(mask, d_image, 0.0)
             strip.put(out, y, d_image)
+            # Sums of bias, depthwise bias and the nine taps over this row.
             u = jnp.where(mask, x * s, 0.0)
             new = [add(d_image), add(here[1])]
             new += [add(rows[2 - p][2 - q] * u) for p in range(3) for q in range(3)]
@@ -205,6 +212,7 @@ def _inputs_kernel(
 
         start = read(-1), read(0), [jnp.zeros((CHANNELS,), jnp.float32)] * 11
         *_, sums = jax.lax.fori_loop(0, strip.height, step, start)
+        # Rows of sums_ref: bias, depthwise bias, taps of the value, taps of the gate.
         rows = [half, 2 + half, *range(4 + 9 * half, 13 + 9 * half)]
         for row, value in zip(rows, sums, strict=True):
             where = strip.index, jnp.int32(row), strip.lanes

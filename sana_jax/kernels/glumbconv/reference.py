@@ -4,7 +4,7 @@
     [a, g] = depthwise3x3(u) + depthwise_bias   zero padding
     out = a * silu(g)                           the gate is the second half
 
-SANA (arXiv 2410.10629, section 2.3). The matrix products before and after it stay outside.
+SANA (arXiv 2410.10629, section 2.3). The matrix products before and after it are not part of it.
 """
 
 from functools import partial
@@ -23,13 +23,13 @@ def depthwise_conv(
     """Depthwise K x K convolution, K odd, zero padding, stride 1; float32 sums and result.
 
     Written as K * K shifted multiply-adds: XLA's grouped convolution is 7 to 19 times slower on
-    CPU. Differentiated in reverse only: the kernel's gradient needs another form there.
+    CPU. Supports reverse-mode derivatives only: the kernel's gradient has its own form on CPU.
     """
     return _multiply_add(x, kernel)
 
 
 def _pad(x, kernel):
-    """With zeros around; the barrier keeps XLA from computing x again for every shift."""
+    """Pads with zeros; the barrier keeps XLA from recomputing x for every shift."""
     radius = kernel.shape[0] // 2
     return lax.optimization_barrier(
         jnp.pad(x, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
@@ -58,7 +58,7 @@ def _backward(residuals, dy):
         return jax.vjp(partial(_multiply_add, x), kernel)[1](dy)[0]
 
     def by_rows(x, kernel, dy):
-        """Sums over one row of the images at a time: a third of the time on CPU."""
+        """Sums over one row of the images at a time, which takes a third of the time on CPU."""
         size, (height, width) = kernel.shape[0], x.shape[1:3]
         padded = _pad(x, kernel).astype(jnp.float32)
 

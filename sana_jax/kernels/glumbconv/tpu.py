@@ -3,8 +3,8 @@
 A grid step takes 128 channels of the value, the same 128 of the gate, and one image. SiLU fills a
 float32 scratch with a border of zeros; the convolution reads it at nine offsets, which costs the
 vector unit nothing: vector loads may start at any row. Rows keep eight columns free on either side
-so that the rows themselves stay aligned. Value and gate come as two arrays, so that their blocks
-are aligned whatever the width; a ragged last block computes garbage that is never written.
+so that the rows themselves stay aligned. Value and gate are two arrays, so that their blocks are
+aligned for every width; a ragged last block computes garbage that is never written.
 """
 
 import math
@@ -23,9 +23,9 @@ FILL, CONVOLVE = TPU["glumbconv_fill"], TPU["glumbconv_convolve"]
 
 
 def supported(height: int, width: int, itemsize: int) -> bool:
-    """Whether 128 channels of an image fit into VMEM.
+    """Returns True if 128 channels of an image fit into VMEM.
 
-    Backward there are six images of them, with two buffers each, and four scratch images.
+    The backward pass has six such images, with two buffers each, and four scratch images.
     """
     images = 12 * height * width * LANES * itemsize
     scratch = 4 * (height + 2) * (width + 2 * BORDER + 8) * LANES * 4
@@ -33,7 +33,7 @@ def supported(height: int, width: int, itemsize: int) -> bool:
 
 
 def forward(value, gate, bias, kernel, depthwise_bias):
-    """value * silu(gate) after bias, SiLU, 3x3 and bias; (B, H, W, C) each, see `_call`."""
+    """Returns value * silu(gate) after bias, SiLU, 3x3 and bias; images are (B, H, W, C)."""
     (out,) = _call(_forward_kernel, (value, gate), (bias, kernel, depthwise_bias), 1, 0)
     return out
 
@@ -46,18 +46,18 @@ def backward(
     depthwise_bias: Float[Array, "2 C"],
     cotangent: Float[Array, "B H W C"],
 ):
-    """Forward's result, then the cotangents of all five inputs.
+    """Returns forward's result, then the cotangents of its five inputs.
 
-    Those of the weights are float32 sums over pixels.
+    The cotangents of the weights are float32 sums over pixels.
     """
     return _call(_backward_kernel, (value, gate, cotangent), (bias, kernel, depthwise_bias), 3, 3)
 
 
 def _call(body, images, weights, image_results, weight_results):
-    """A kernel over (block of channels, image).
+    """Calls a kernel over (block of channels, image).
 
-    `weights` are bias (2, C), taps (9, 2, C) and depthwise bias (2, C), value first. The first
-    `weight_results` of them come back as float32 sums over all images.
+    `weights` are bias (2, C), taps (9, 2, C) and depthwise bias (2, C), value first. The last
+    `weight_results` results are float32 sums over all images, in the shapes of the first weights.
     """
     batch, height, width, channels = images[0].shape
     dtype = images[0].dtype
@@ -87,19 +87,19 @@ def _call(body, images, weights, image_results, weight_results):
 
 
 def _rows(height, width, pixels, body, start):
-    """A loop over rows, unrolled to about `pixels` a turn."""
+    """Loops over rows, unrolled to about `pixels` an iteration."""
     unroll = math.gcd(height, max(1, pixels // width))
     return jax.lax.fori_loop(0, height, body, start, unroll=unroll)
 
 
 def _half_silu_slope(h):
-    """The derivative of silu at 2 h."""
+    """Returns the derivative of silu at 2 h."""
     t = jnp.tanh(h)
     return (0.5 + 0.5 * t) * (1.0 + h * (1.0 - t))
 
 
 def _clear_border(ref, half, height, width):
-    """Zeroes around a scratch image; the columns beside row y are cleared when it is written."""
+    """Zeroes the rows around a scratch image; `_put_row` zeroes the columns beside a row."""
     line = jnp.zeros((ref.shape[2], LANES), jnp.float32)
     ref[half, 0] = line
     ref[half, height + 1] = line
@@ -114,7 +114,7 @@ def _put_row(ref, half, y, row):
 
 
 def _neighbours(ref, half, y, width):
-    """The nine shifted rows around row y, tap by tap."""
+    """Yields the nine shifted rows around row y, tap by tap."""
     for dy in range(3):
         for dx in range(3):
             start = BORDER - 1 + dx
@@ -122,7 +122,7 @@ def _neighbours(ref, half, y, width):
 
 
 def _fill(images, bias_ref, u_ref):
-    """silu(image + bias) of value and gate into the scratch."""
+    """Fills the scratch with silu(image + bias) of value and gate."""
     for half, ref in enumerate(images):
         _, height, width, _ = ref.shape
         _clear_border(u_ref, half, height, width)
@@ -160,14 +160,14 @@ def _forward_kernel(value_ref, gate_ref, bias_ref, kernel_ref, depthwise_ref, ou
 
 
 def _convolution_weights(kernel_ref, depthwise_ref):
-    """Taps and biases of value and of half the gate, which is what its SiLU takes."""
+    """Returns taps and biases of the value and of half the gate, the input of `half_silu`."""
     biases = [depthwise_ref[i : i + 1].astype(jnp.float32) for i in range(2)]
     taps = [_taps(kernel_ref, i) for i in range(2)]
     return [taps[0], [0.5 * tap for tap in taps[1]]], [biases[0], 0.5 * biases[1]]
 
 
 def _fold(x):
-    """Adds rows up to one tile of them; the rest is added up at the end."""
+    """Adds rows up to one tile of eight, which `accumulate` sums at the end."""
     width = x.shape[0]
     if width % 8:
         return jnp.sum(x, axis=0, keepdims=True)
@@ -197,7 +197,7 @@ def _backward_kernel(
     nothing = jnp.zeros((1 if width % 8 else 8, LANES), jnp.float32)
 
     def gate_row(y, sums):
-        """The result, and the cotangents of the convolution's two results."""
+        """Writes the result, and the cotangents of the convolution's two results to the scratch."""
         value = _convolve(u_ref, 0, y, width, taps[0], biases[0])
         half_gate = _convolve(u_ref, 1, y, width, taps[1], biases[1])
         t = jnp.tanh(half_gate)
@@ -211,6 +211,7 @@ def _backward_kernel(
             _put_row(d_ref, half, y, d)
         return sums[0] + _fold(d_value), sums[1] + _fold(d_gate)
 
+    # First pass over the rows: the result, and the cotangents of the convolution's results.
     for half in range(2):
         _clear_border(d_ref, half, height, width)
     d_depthwise = _rows(height, width, CONVOLVE, gate_row, (nothing, nothing))
@@ -219,12 +220,13 @@ def _backward_kernel(
     def accumulate(ref, index, sums):
         ref[index] = jnp.where(first, 0.0, ref[index]) + jnp.sum(sums, axis=0, keepdims=True)
 
+    # Second pass: the convolution's transpose, SiLU's slope, and the sums of the weights.
     for half, d_image_ref in enumerate((d_value_ref, d_gate_ref)):
         plain_taps = _taps(kernel_ref, half)[::-1]  # a convolution's transpose is flipped
         bias = 0.5 * bias_ref[half : half + 1].astype(jnp.float32)
 
         def row(y, sums, half=half, out=d_image_ref, taps=plain_taps, bias=bias):
-            """Cotangent of the image, and what this row adds to those of the taps."""
+            """Writes the cotangent of the image, and adds this row to the sums of bias and taps."""
             u = u_ref[half, y + 1, BORDER : BORDER + width]
             d_u, tap_sums = 0.0, []
             for tap, d in zip(taps, _neighbours(d_ref, half, y, width), strict=True):

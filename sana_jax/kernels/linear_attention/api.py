@@ -17,11 +17,11 @@ def linear_attention(
     epsilon: float = 1e-15,
     implementation: str = "auto",
 ) -> Float[Array, "B N C"]:
-    """Attends every token to every other; reference.py says what is computed.
+    """Attends every token to every other, as reference.py specifies it.
 
-    `qkv` holds queries, keys and values side by side, heads side by side in each, as one
-    projection leaves them. implementation: "auto", "xla" or "pallas", see kernels/dispatch.py.
-    Where a mesh splits the tokens, its devices sum the state between the two halves.
+    `qkv` holds queries, keys and values side by side, and in each the heads side by side, as one
+    projection leaves them. `implementation` is "auto", "xla" or "pallas", see kernels/dispatch.py.
+    If a mesh splits the tokens, its devices sum the state between the two halves.
     """
     channels = qkv.shape[-1] // 3
     unsupported = None
@@ -40,12 +40,12 @@ def _plain(qkv, head_dim, epsilon, axis):
 
 
 def _kernels(head_dim):
-    """The implementations that take `qkv`, by platform."""
+    """Returns the modules with kernels, by platform."""
     return {"tpu": tpu} | ({"cuda": gpu} if gpu.supported(head_dim) else {})
 
 
 def _total(state, axis):
-    """A state, or its cotangent, summed over all tokens."""
+    """Sums a state, or its cotangent, over the devices that share an image's tokens."""
     return jax.lax.psum(state, axis) if axis else state
 
 

@@ -1,7 +1,7 @@
 """ReLU linear attention for GPU (Pallas Triton), forward and backward; tpu.py has the formulas.
 
-A program takes one head: all tokens in turn where it sums a state, one block of tokens where it
-uses one. `state` is the (2 D, C) of tpu.py: S above T.
+A program takes one head: it loops over all tokens to sum a state, and takes one block of tokens to
+use a state. `state` is the (2 D, C) of tpu.py: S above T.
 """
 
 from functools import partial
@@ -13,30 +13,34 @@ from jax.experimental.pallas import triton as plgpu
 
 from sana_jax.kernels.block_sizes import GPU
 
-TOKENS = GPU["linear_attention"]  # a block
+TOKENS = GPU["linear_attention"]  # of a block
 
 
 def supported(head_dim: int) -> bool:
-    """Whether a head is a tile of the tensor cores."""
+    """Returns True if a head is a tile of the tensor cores."""
     return head_dim in (16, 32, 64, 128)
 
 
 def state(qkv, head_dim):
+    """Returns S and T of (B, N, 3 C), (B, 2 D, C) in float32; this and the others as in tpu.py."""
     return _call(_state_kernel, (qkv,), head_dim, "state", name="state")
 
 
 def apply(qkv, total, head_dim, epsilon):
+    """Returns every query's average of the values, (B, N, C)."""
     kernel = partial(_apply_kernel, epsilon=epsilon)
     return _call(kernel, (qkv, total), head_dim, "rows", name="apply")
 
 
 def state_cotangent(qkv, total, cotangent, head_dim, epsilon):
+    """Returns the cotangent of the state, (B, 2 D, C) in float32."""
     kernel = partial(_state_cotangent_kernel, epsilon=epsilon)
     operands = (qkv, total, cotangent)
     return _call(kernel, operands, head_dim, "state", name="state_cotangent")
 
 
 def cotangents(qkv, total, total_cotangent, cotangent, head_dim, epsilon):
+    """Returns the cotangents of q, k and v, side by side, (B, N, 3 C)."""
     kernel = partial(_cotangents_kernel, epsilon=epsilon)
     operands = (qkv, total, total_cotangent, cotangent)
     return _call(kernel, operands, head_dim, "qkv", name="cotangents")
@@ -70,7 +74,7 @@ def _dot(x, y, dtype, *, transpose_x=False, transpose_y=False):
 
 
 class _Head:
-    """One head of one image: where its rows and columns stand."""
+    """Loads and stores the blocks of one head of one image."""
 
     def __init__(self, head_dim, channels, tokens):
         self.image, self.head = pl.program_id(0), pl.program_id(1)
@@ -84,20 +88,22 @@ class _Head:
         return (self.image, rows, pl.ds(first, self.head_dim)), mask
 
     def load(self, ref, block, part=0):
-        """(TOKENS, D), zero behind the last token."""
+        """Returns q (part 0), k or v of a block, (TOKENS, D), zero behind the last token."""
         where, mask = self._rows(block, part)
         return plgpu.load(ref.at[where], mask=mask, other=0.0)
 
     def store(self, ref, block, value, part=0):
+        """Stores (TOKENS, D) up to the last token."""
         where, mask = self._rows(block, part)
         plgpu.store(ref.at[where], value.astype(ref.dtype), mask=mask)
 
     def state(self, ref, part):
-        """S (part 0) or T (part 1), (D, D)."""
+        """Returns S (part 0) or T (part 1), (D, D)."""
         rows, columns = pl.ds(part * self.head_dim, self.head_dim), self._columns()
         return plgpu.load(ref.at[self.image, rows, columns])
 
     def store_state(self, ref, part, value):
+        """Stores S (part 0) or T (part 1), (D, D)."""
         rows, columns = pl.ds(part * self.head_dim, self.head_dim), self._columns()
         plgpu.store(ref.at[self.image, rows, columns], value)
 
@@ -130,7 +136,7 @@ def _state_kernel(qkv_ref, out_ref, **sizes):
 
 
 def _quotient(head, q, state_ref, epsilon):
-    """q S / (q T + epsilon), the denominator, S and T."""
+    """Returns q S / (q T + epsilon), the denominator, S and T."""
     s, t = head.state(state_ref, 0), head.state(state_ref, 1)
     denominator = _dot(q, t, q.dtype) + epsilon
     return _dot(q, s, q.dtype) / denominator, denominator, s, t
@@ -143,7 +149,7 @@ def _apply_kernel(qkv_ref, state_ref, out_ref, *, epsilon, **sizes):
 
 
 def _output_cotangents(head, block, q, state_ref, cotangent_ref, epsilon):
-    """Cotangents of q S and q T, zero behind the last token; S and T."""
+    """Returns the cotangents of q S and q T, zero behind the last token, and S and T."""
     out, denominator, s, t = _quotient(head, q, state_ref, epsilon)
     d_numerator = head.load(cotangent_ref, block).astype(jnp.float32) / denominator
     valid = block * TOKENS + jnp.arange(TOKENS) < head.tokens

@@ -25,16 +25,16 @@ def linear_attention(
 ) -> Float[Array, "B N H D"]:
     """Attends every token to every other; sums and division in float32, result in v's dtype.
 
-    `epsilon` is the one of diffusers. A row whose q is zero everywhere gives zero, not NaN.
-    `axis_name`: of the mesh axis that splits the tokens, under shard_map.
+    `epsilon` is that of diffusers. A row whose q is zero everywhere gives zero, not NaN.
+    `axis_name` is the mesh axis that splits the tokens, under shard_map.
     """
     q, k = jax.nn.relu(q), jax.nn.relu(k)
-    state = einsum_float32("bnhd,bnhe->bhde", k, v)
+    state = einsum_float32("bnhd,bnhe->bhde", k, v)  # (B, H, D, D)
     total = jnp.sum(k, axis=1, dtype=jnp.float32)  # (B, H, D)
     if axis_name:
         state, total = jax.lax.psum((state, total), axis_name)
     q = q.astype(jnp.float32)
-    # Or TPUs would round the float32 sums to bfloat16 first.
+    # By default, TPUs would round the float32 sums to bfloat16 first.
     exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     numerator = exact("bnhd,bhde->bnhe", q, state)
     denominator = exact("bnhd,bhd->bnh", q, total)

@@ -7,7 +7,7 @@ of values that are all one, the denominator comes out of the same products as th
     S = k^T v    T = k^T 1    out = (q S) / (q T + epsilon)          q, k after ReLU
 
 so every step, forward and backward, is a matrix product and a few element-wise operations. `state`
-holds the blocks of S above those of T, (2 D, C), summed over tokens: what `sequence` sharding sums
+holds the blocks of S above those of T, (2 D, C), summed over tokens; `sequence` sharding sums it
 over devices between the two halves of either pass.
 """
 
@@ -22,23 +22,23 @@ from jaxtyping import Array, Float
 from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.mosaic import LANES, vmem_bytes
 
-TOKENS = TPU["linear_attention"]  # a grid step, of two bytes each; or half as many of four
+TOKENS = TPU["linear_attention"]  # of a grid step in bfloat16; half as many in float32
 
 
 def supported(channels: int, head_dim: int) -> bool:
-    """Whether heads fill groups of lanes, and rows of the state fill sublanes."""
+    """Returns True if heads fill groups of lanes, and rows of the state fill sublanes."""
     return LANES % head_dim == 0 and head_dim % 8 == 0 and channels % head_dim == 0
 
 
 def state(qkv: Float[Array, "B N C3"], head_dim: int) -> Float[Array, "B D2 C"]:
-    """S and T of q, k and v that lie side by side in `qkv`, in float32."""
+    """Returns S and T, in float32, of q, k and v side by side in `qkv`."""
     return _call(_state_kernel, qkv, head_dim, ins=("kv",), out="state", name="state")
 
 
 def apply(
     qkv: Float[Array, "B N C3"], total: Float[Array, "B D2 C"], head_dim: int, epsilon: float
 ) -> Float[Array, "B N C"]:
-    """Every query's average of the values, from the state summed over all tokens."""
+    """Returns every query's average of the values, from the state summed over all tokens."""
     return _call(
         partial(_apply_kernel, epsilon=epsilon),
         qkv,
@@ -51,7 +51,7 @@ def apply(
 
 
 def state_cotangent(qkv, total, cotangent, head_dim: int, epsilon: float):
-    """The first half backward: the cotangent of the state."""
+    """Returns the cotangent of the state (B, 2 D, C): the first half of the backward pass."""
     return _call(
         partial(_state_cotangent_kernel, epsilon=epsilon),
         qkv,
@@ -64,7 +64,7 @@ def state_cotangent(qkv, total, cotangent, head_dim: int, epsilon: float):
 
 
 def cotangents(qkv, total, total_cotangent, cotangent, head_dim: int, epsilon: float):
-    """The second half backward: the cotangents of q, k and v, side by side."""
+    """Returns the cotangents of q, k and v, side by side (B, N, 3 C): the second half."""
     return _call(
         partial(_cotangents_kernel, epsilon=epsilon),
         qkv,
@@ -77,11 +77,12 @@ def cotangents(qkv, total, total_cotangent, cotangent, head_dim: int, epsilon: f
 
 
 def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
-    """A kernel over (image, block of tokens). `ins` says what part of its array each input is."""
+    """Calls a kernel over (image, block of tokens); `ins` and `out` name parts of the arrays."""
     batch, tokens, channels = qkv.shape
     channels //= 3
     rows = min(TOKENS * 2 // qkv.dtype.itemsize, -(-tokens // 16) * 16)
-    key_start = channels // LANES * LANES  # of the tile in which the keys begin
+    # A block starts at a whole tile, so that of the keys may begin with the last queries.
+    key_start = channels // LANES * LANES
     kv_width = 3 * channels - key_start
     shapes = {
         "qkv": (tokens, 3 * channels),
@@ -106,6 +107,8 @@ def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
         ),
         "state": pl.BlockSpec((1, *shapes["state"]), lambda b, i: (b, 0, 0)),
     }
+
+    # The cost: matrix products of whole groups, and bytes moved.
     options = dict(channels=channels, head_dim=head_dim, tokens=tokens)
     groups = -(-channels // LANES)
     products = {"state": 2, "apply": 2, "state_cotangent": 4, "cotangents": 6}[name]
@@ -133,12 +136,12 @@ def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
 
 
 def _groups(channels):
-    """(first lane, number of lanes) of every group of heads."""
+    """Returns (first lane, number of lanes) of every group of heads."""
     return [(g, min(LANES, channels - g)) for g in range(0, channels, LANES)]
 
 
 def _dot(x, y, contract, dtype):
-    """A product with float32 sums; true float32 where the network runs in it."""
+    """Returns a product with float32 sums, exact if `dtype` is float32."""
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dims = ((contract[:1], contract[1:]), ((), ()))
     x, y = x.astype(dtype), y.astype(dtype)
@@ -151,21 +154,21 @@ def _same_head(width, head_dim):
 
 
 def _pack(block, head_dim):
-    """The diagonal blocks of a (w, w) product, (D, w)."""
+    """Returns the diagonal blocks of a (w, w) product side by side, (D, w)."""
     width = block.shape[0]
     block = jnp.where(_same_head(width, head_dim), block, 0.0)
     return sum(block[i : i + head_dim] for i in range(0, width, head_dim))
 
 
 def _unpack(packed, head_dim):
-    """The (w, w) block-diagonal matrix of (D, w)."""
+    """Returns the (w, w) block-diagonal matrix of (D, w)."""
     width = packed.shape[1]
     block = jnp.concatenate([packed] * (width // head_dim), axis=0)
     return jnp.where(_same_head(width, head_dim), block, 0.0)
 
 
 def _valid_rows(rows, tokens):
-    """True for the rows of this block that are tokens; None if all are."""
+    """Returns True for each row of this block that is a token; None if all are."""
     if tokens % rows == 0:
         return None
     row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
@@ -188,7 +191,7 @@ def _relu(x):
 def _state_kernel(kv_ref, out_ref, *, channels, head_dim, tokens):
     dtype = kv_ref.dtype
     valid = _valid_rows(kv_ref.shape[1], tokens)
-    shift = channels % LANES
+    shift = channels % LANES  # lane of the first key in the block
     for start, width in _groups(channels):
         k = kv_ref[0, :, shift + start : shift + start + width]
         v = kv_ref[0, :, shift + channels + start : shift + channels + start + width]
@@ -201,7 +204,7 @@ def _state_kernel(kv_ref, out_ref, *, channels, head_dim, tokens):
 
 
 def _numerator_denominator(q, state, head_dim, epsilon):
-    """q S and q T + epsilon, and S and T."""
+    """Returns q S, q T + epsilon, S and T."""
     dtype = q.dtype
     s, t = _unpack(state[:head_dim], head_dim), _unpack(state[head_dim:], head_dim)
     numerator, denominator = _dot(q, s, (1, 0), dtype), _dot(q, t, (1, 0), dtype)
@@ -219,7 +222,7 @@ def _apply_kernel(q_ref, state_ref, out_ref, *, channels, head_dim, tokens, epsi
 
 
 def _output_cotangents(q, state, cotangent, head_dim, epsilon):
-    """Cotangents of q S and q T, and S and T."""
+    """Returns the cotangents of q S and q T, and S and T."""
     numerator, denominator, s, t = _numerator_denominator(q, state, head_dim, epsilon)
     d_numerator = cotangent.astype(jnp.float32) / denominator
     d_denominator = -d_numerator * (numerator / denominator)
@@ -272,6 +275,7 @@ def _cotangents_kernel(
         )
         d_k = _dot(v, d_s, (1, 1), dtype) + _dot(jnp.ones_like(v), d_t, (1, 1), dtype)
         d_v = _dot(_relu(k), d_s, (1, 0), dtype)
+        # ReLU passes on the cotangents of positive q and k only.
         zero = jnp.zeros_like(q)
         for part, (gradient, kept) in enumerate(((d_q, q > zero), (d_k, k > zero), (d_v, None))):
             gradient = gradient if kept is None else jnp.where(kept, gradient, 0.0)

@@ -14,10 +14,10 @@ def modulated_norm(
     scale: Float[Array, "#B 1 C"],
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B N C"], Float[Array, "B N C"]]:
-    """x, and LN(x) (1 + scale) + shift; reference.py says what is computed.
+    """Returns x, and LN(x) (1 + scale) + shift as reference.py specifies it.
 
-    The x that it gives back is to be used for the residual: the kernel then adds the cotangents
-    of both uses while it has them at hand.
+    Use the returned x for the residual: the kernel's backward pass then adds the cotangents of
+    both uses while they are in VMEM.
     """
     if use_pallas(implementation, "modulated norm", x.dtype, None):
         shape = (x.shape[0], 1, x.shape[-1])

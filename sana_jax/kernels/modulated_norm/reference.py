@@ -1,4 +1,4 @@
-"""Layer norm without weights, then a shift and a scale an image: the specification of the kernel.
+"""Layer norm without weights, with a shift and scale per image: the kernel's specification.
 
     out = (x - mean) / sqrt(variance + 1e-6) * (1 + scale) + shift        over the channels
 
@@ -15,7 +15,7 @@ EPSILON = 1e-6
 def modulated_norm(
     x: Float[Array, "B N C"], shift: Float[Array, "#B 1 C"], scale: Float[Array, "#B 1 C"]
 ) -> Float[Array, "B N C"]:
-    """LN(x) (1 + scale) + shift, computed in float32, in x's dtype."""
+    """Returns LN(x) (1 + scale) + shift in x's dtype, computed in float32."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPSILON)

@@ -17,24 +17,24 @@ from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.modulated_norm.reference import EPSILON
 from sana_jax.kernels.mosaic import vmem_bytes
 
-TOKENS = TPU["modulated_norm"]  # a grid step
+TOKENS = TPU["modulated_norm"]  # of a grid step
 
 
 def forward(x, shift, scale):
-    """(B, N, C); shift and scale (B, 1, C) in float32."""
+    """Returns the modulated norm of x (B, N, C); shift and scale are (B, 1, C) in float32."""
     (out,) = _call(_forward_kernel, (x,), (shift, scale), 1, 0)
     return out
 
 
 def backward(x, cotangent, residual, scale):
-    """The cotangents of x (with `residual`, that of its other uses, added), shift and scale."""
+    """Returns the cotangents of x, shift and scale; `residual`, of x's other uses, is added."""
     return _call(_backward_kernel, (x, cotangent, residual), (scale,), 1, 2)
 
 
 def _call(kernel, arrays, vectors, array_results, vector_results):
     batch, tokens, channels = arrays[0].shape
     dtype = arrays[0].dtype
-    rows = min(TOKENS, -(-tokens // 16) * 16)
+    rows = min(TOKENS, -(-tokens // 16) * 16)  # 16: a tile of bfloat16 in the sublanes
     array = pl.BlockSpec((1, rows, channels), lambda b, i: (b, i, 0))
     vector = pl.BlockSpec((1, 1, channels), lambda b, i: (b, 0, 0))
     moved = (len(arrays) + array_results) * arrays[0].size * dtype.itemsize
@@ -84,6 +84,7 @@ def _backward_kernel(
         g - jnp.mean(g, axis=-1, keepdims=True) - y * jnp.mean(g * y, axis=-1, keepdims=True)
     )
     d_x_ref[0] = (d_x + residual_ref[0].astype(jnp.float32)).astype(d_x_ref.dtype)
+    # Rows behind the last token hold anything, and must not count in the sums.
     d_scale = y * cotangent
     if tokens % rows:
         row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)

@@ -10,7 +10,7 @@ from sana_jax.kernels.res_block import reference, tpu
 
 
 def uses_kernel(shape: tuple[int, ...], dtype: DTypeLike, implementation: str) -> bool:
-    """Whether images of this shape get the kernel; implementation: see kernels/dispatch.py."""
+    """Returns True if images of this shape get the kernel; `implementation`: see dispatch.py."""
     dtype = jnp.dtype(dtype)
     fits = dtype == jnp.bfloat16 and tpu.rows_at_once(*shape[1:])
     unsupported = None if fits else f"{dtype} images of {shape[1]} x {shape[2]} x {shape[3]}"
@@ -26,7 +26,7 @@ def res_block(
     scale: Float[Array, " C"],
     bias: Float[Array, " C"],
 ) -> Float[Array, "B H W C"]:
-    """reference.py, by the kernel where the platform has one; its gradient is the plain form's."""
+    """Computes reference.res_block, by the kernel on a TPU; the gradient is the plain form's."""
 
     def block(*args):
         return by_platform(*args, tpu=tpu.forward, plain=reference.res_block)

@@ -20,7 +20,7 @@ def res_block(
     scale: Float[Array, " C"],
     bias: Float[Array, " C"],
 ) -> Float[Array, "B H W C"]:
-    """In x's dtype; the norm in float32."""
+    """Returns the result in x's dtype; the norm is computed in float32."""
     y = jax.nn.silu(convolve(x, kernel1) + bias1)
     y = convolve(y, kernel2).astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPSILON)

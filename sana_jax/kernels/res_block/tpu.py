@@ -1,7 +1,7 @@
 """A residual block for TPU (Pallas Mosaic), forward.
 
-A grid step makes some rows of an image. It reads two rows more on either side, computes the first
-convolution on one row more, and what lies outside the image is zero for either convolution.
+A grid step computes some rows of an image. It reads two more rows on either side, and computes the
+first convolution on one more row; rows outside the image are zero for either convolution.
 """
 
 from functools import partial
@@ -16,17 +16,17 @@ from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.mosaic import LANES, half_silu, vmem_bytes
 from sana_jax.kernels.res_block.reference import EPSILON
 
-HALO = 2  # rows
+HALO = 2  # rows on either side, one for each convolution
 ROWS = TPU["res_block"]
 
 
 def rows_at_once(height: int, width: int, channels: int) -> int:
-    """The rows of a grid step, of an even height; 0 where there is no kernel for the image."""
+    """Returns the rows of a grid step, an even number; 0 if the image has no kernel."""
     if channels % LANES or width % 16:
         return 0
     weights = 4 * 9 * channels**2 * 2  # bfloat16, two buffers of each
     for rows in ROWS:
-        sums = 3 * channels * width * (rows + 2) * (4 + 2)  # float32, and what is multiplied
+        sums = 3 * channels * width * (rows + 2) * (4 + 2)  # in float32, and their operands
         images = 4 * channels * width * (rows + 2 * HALO) * (2 + 4)
         if height % rows == 0 and weights + sums + images < vmem_bytes():
             return rows
@@ -41,7 +41,7 @@ def forward(
     scale: Float[Array, " C"],
     bias: Float[Array, " C"],
 ) -> Float[Array, "B H W C"]:
-    """See reference.py; sums, activation and norm are float32."""
+    """Computes reference.res_block; sums, activation and norm are float32."""
     batch, height, width, channels = x.shape
     rows = rows_at_once(height, width, channels)
     steps = rows // HALO
@@ -52,7 +52,7 @@ def forward(
     def whole(shape):
         return pl.BlockSpec(shape, lambda b, i: (0, 0))
 
-    # At the edges of the image the halo is some row of it, which the kernel takes for zero.
+    # At the edges of the image the halo is any row of it, which the kernel replaces by zeros.
     above = image(HALO, lambda i: jnp.maximum(i * steps - 1, 0))
     below = image(HALO, lambda i: jnp.minimum((i + 1) * steps, height // HALO - 1))
     matrix, vector = whole((3 * channels, 3 * channels)), whole((1, channels))
@@ -80,7 +80,7 @@ def forward(
 
 
 def _as_matrix(kernel):
-    """(3, 3, C, D) to (3 C, 3 D): rows of taps below, columns of taps beside one another."""
+    """(3, 3, C, D) to (3 C, 3 D): rows of taps below one another, columns side by side."""
     channels, features = kernel.shape[2:]
     return kernel.transpose(0, 2, 1, 3).reshape(3 * channels, 3 * features)
 
@@ -91,8 +91,8 @@ def _as_row(vector):
 
 def _kernel(height, above, x, below, kernel1, bias1, kernel2, scale, bias, out):
     rows = x.shape[1]
-    first = pl.program_id(1) * rows  # of the rows that are made
-    read = jnp.concatenate([above[0], x[0], below[0]])
+    first = pl.program_id(1) * rows  # row of this step
+    read = jnp.concatenate([above[0], x[0], below[0]])  # (rows + 4, W, C)
     h = _convolve(_zero_outside(read, first - 2, height), kernel1) + bias1[...]
     h = _zero_outside(half_silu(0.5 * h), first - 1, height)
     y = _convolve(h.astype(x.dtype), kernel2)
@@ -102,18 +102,19 @@ def _kernel(height, above, x, below, kernel1, bias1, kernel2, scale, bias, out):
 
 
 def _zero_outside(image, first, height):
-    """`image` starts at row `first`."""
+    """Zeroes the rows of `image`, which starts at row `first`, outside 0 .. height - 1."""
     row = first + jax.lax.broadcasted_iota(jnp.int32, image.shape, 0)
     return jnp.where((row >= 0) & (row < height), image, jnp.zeros_like(image))
 
 
 def _convolve(image, kernel):
-    """(n + 2, W, C) in, (n, W, D) float32 out: rows as given, a column of zeros on either side."""
+    """Maps (n + 2, W, C) to (n, W, D) in float32, with a column of zeros on either side."""
     size, width = image.shape[0] - 2, image.shape[1]
     around = jnp.concatenate([image[:-2], image[1:-1], image[2:]], axis=-1)
-    around = around.reshape(size * width, -1)
+    around = around.reshape(size * width, -1)  # (n W, 3 C)
     precision = "highest" if image.dtype == jnp.float32 else "default"  # float32 is for tests
     sums = jnp.dot(around, kernel[...], preferred_element_type=jnp.float32, precision=precision)
+    # The sums of the left taps belong one pixel to the right, those of the right taps to the left.
     left, middle, right = jnp.split(sums.reshape(size, width, -1), 3, axis=-1)
     column = jax.lax.broadcasted_iota(jnp.int32, middle.shape, 1)
     left = jnp.where(column == 0, 0.0, pltpu.roll(left, 1, 1))
