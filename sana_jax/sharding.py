@@ -82,7 +82,7 @@ def check_mesh(mesh: Mesh) -> None:
 def shardings_for(abstract_params, mesh: Mesh):
     """Returns the NamedSharding of every weight of a tree from `jax.eval_shape(module.init, ...)`.
 
-    A dimension that its mesh axis does not divide stays whole.
+    A dimension that its mesh axis does not divide stays whole. Warns if `fsdp` splits no weight.
     """
     specs = nn.get_partition_spec(abstract_params)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)

@@ -1,6 +1,6 @@
 """Flow-DPM-Solver and flow-Euler as one linear multistep rule under one scan.
 
-With x0 = x - sigma v, the data that a velocity points at, and x0' that of the step before:
+With x0 = x - sigma v, the data at which a velocity points, and x0' from the step before:
 
     x <- keep x + move x0 + correct (x0 - x0')
 
@@ -9,7 +9,7 @@ lambda = ln(alpha / sigma), from sigma_s to sigma_t with h = lambda_t - lambda_s
 
     keep = sigma_t / sigma_s     move = alpha_t (1 - exp(-h))     correct = move h / (2 h_previous)
 
-The first and the last step are first order (correct = 0); the last one, to sigma 0, gives x0.
+The first and the last step are first order (correct = 0); the last step, to sigma 0, gives x0.
 A first-order step on a flow is an Euler step: alpha_t (1 - exp(-h)) = 1 - sigma_t / sigma_s.
 """
 
@@ -26,9 +26,9 @@ from sana_jax.diffusion.flow import NUM_TIMESTEPS, dpm_sigmas, euler_sigmas
 
 
 class Schedule(NamedTuple):
-    """One row a step, float32, (num_steps,) each."""
+    """The coefficients of all steps, (num_steps,) each, in float32."""
 
-    timestep: Array | np.ndarray  # what the network is told
+    timestep: Array | np.ndarray  # the input of the network
     sigma: Array | np.ndarray  # the noise level of the state
     keep: Array | np.ndarray
     move: Array | np.ndarray
@@ -36,30 +36,30 @@ class Schedule(NamedTuple):
 
 
 def _schedule(timestep: np.ndarray, sigma: np.ndarray, order: int) -> Schedule:
-    # Noise levels are rounded to float32, as the reference's are, before anything is derived.
+    # Rounded to float32, as in the reference, before anything is computed from them.
     sigma = sigma.astype(np.float32).astype(np.float64)
     keep = sigma[1:] / sigma[:-1]
     move = 1 - keep
     correct = np.zeros_like(move)
     if order == 2:
         with np.errstate(divide="ignore"):
-            h = np.diff(np.log((1 - sigma) / sigma))  # the last one is infinite
+            h = np.diff(np.log((1 - sigma) / sigma))  # infinite at the last step, to sigma 0
         correct[1:-1] = move[1:-1] * h[1:-1] / (2 * h[:-2])
     return Schedule(*(a.astype(np.float32) for a in (timestep, sigma[:-1], keep, move, correct)))
 
 
 def flow_dpm_solver(num_steps: int, shift: float) -> Schedule:
-    """Flow-DPM-Solver (SANA, arXiv 2410.10629, section 3.3), one network evaluation a step.
+    """Returns the schedule of Flow-DPM-Solver (SANA, arXiv 2410.10629, section 3.3).
 
-    The network is told the timestep cut to an integer, as in its training; the solver uses the
-    exact noise level.
+    One network evaluation a step. The network gets the timestep truncated to an integer, as in its
+    training; the solver uses the exact noise level.
     """
     sigma = dpm_sigmas(num_steps, shift)
     return _schedule(np.trunc(sigma[:-1] * NUM_TIMESTEPS), sigma, order=2)
 
 
 def flow_euler(num_steps: int, shift: float) -> Schedule:
-    """Euler steps on diffusers' flow-match grid; the network is told the exact timestep."""
+    """Returns Euler steps on diffusers' flow-match grid; the network gets the exact timestep."""
     sigma = euler_sigmas(num_steps, shift)
     timestep = sigma[:-1].astype(np.float32) * NUM_TIMESTEPS
     return _schedule(timestep, sigma, order=1)
@@ -72,7 +72,7 @@ Velocity = Callable[[Array, Array, Array], Array]
 
 
 def step(velocity: Velocity, carry: tuple[Array, Array], row: Schedule) -> tuple[Array, Array]:
-    """One step: (state, x0 of the step before) at `row` -> the same, one row later."""
+    """Takes one step: (state, x0 of the step before) at `row` -> the same, one row later."""
     x, previous = carry
     x0 = x - row.sigma * velocity(x, row.timestep, row.sigma)
     return row.keep * x + row.move * x0 + row.correct * (x0 - previous), x0

@@ -1,10 +1,10 @@
-"""Flow matching: what a training step draws, and what it minimises.
+"""Flow matching: the random draws of a training step, and its loss.
 
     x_sigma = (1 - sigma) data + sigma noise        v = noise - data        mean |v_net - v|^2
 
 SANA, arXiv 2410.10629, section 3.2; the densities are those of Esser et al., arXiv 2403.03206,
-section 3.1. A row's draws depend on the key and on the row's place in the batch alone: draw for
-the whole batch, then split it into microbatches.
+section 3.1. A row's draws depend only on the key and on the row's place in the batch: draw for the
+whole batch, then split it into microbatches.
 """
 
 import dataclasses
@@ -21,14 +21,17 @@ from sana_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig:
-    """How noise levels are drawn and weighed; the names are keys of DENSITIES and WEIGHTINGS."""
+    """The distribution and weights of noise levels, by keys of DENSITIES and WEIGHTINGS.
+
+    Raises UserError for an unknown name or a number out of range.
+    """
 
     density: str = "logit_normal"  # of u in [0, 1], before the shift
     mean: float = 0.0  # of the logit of u
     std: float = 1.0
-    mode_scale: float = 1.29  # of "mode", in -1 .. 2 / (pi - 2); 0 is uniform
+    mode_scale: float = 1.29  # of "mode", monotonic in -1 .. 2 / (pi - 2); 0 is uniform
     shift: float = 3.0  # towards noise
-    grid: bool = False  # the reference's 1000 levels and whole timesteps, not a continuum
+    grid: bool = False  # the reference's 1000 levels and integer timesteps, not a continuum
     weighting: str = "none"
 
     def __post_init__(self):
@@ -58,10 +61,10 @@ def _uniform(key: Array, config: NoiseConfig) -> Float[Array, ""]:
     return jax.random.uniform(key)
 
 
-# Name -> one draw of u (2403.03206, section 3.1: equations 19 and 20).
+# Name -> a function that draws one u (2403.03206, section 3.1: equations 19 and 20).
 DENSITIES = {"logit_normal": _logit_normal, "mode": _mode, "uniform": _uniform}
 
-# Name -> the weight of a row's error, of its noise level.
+# Name -> the weight of a row's error as a function of its noise level.
 WEIGHTINGS: dict[str, Callable[[Float[Array, " B"]], Float[Array, " B"]]] = {
     "none": jnp.ones_like,  # SANA's
     "cosmap": lambda sigma: 2 / (jnp.pi * (1 - 2 * sigma + 2 * sigma**2)),  # 2403.03206, eq. 21
@@ -69,34 +72,36 @@ WEIGHTINGS: dict[str, Callable[[Float[Array, " B"]], Float[Array, " B"]]] = {
 
 
 def reference_grid(shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """The reference's 1000 noise levels and the whole timestep that it tells the network at each.
+    """Returns the reference's 1000 noise levels, and the network's integer timestep at each.
 
-    In float64 and in its order of operations: elsewhere a timestep can be cut to one less.
+    In float64 and in the reference's order of operations: a different rounding can truncate a
+    timestep to one less.
     """
     sigma = shift_sigma(1 - np.linspace(1, 1 / NUM_TIMESTEPS, NUM_TIMESTEPS), shift)
     return sigma, np.trunc(sigma * NUM_TIMESTEPS)
 
 
 def row_keys(key: Array, rows: int) -> Array:
-    """A key a row, the same whatever the number of rows."""
+    """Returns a key for each row, which does not depend on the number of rows."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
 
 
 def draw_levels(
     key: Array, rows: int, config: NoiseConfig
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """The noise level of each row, in [0, 1], and the timestep that the network is told."""
+    """Draws the noise level of each row, in [0, 1], and returns the network's timesteps too."""
     u = jax.vmap(lambda k: DENSITIES[config.density](k, config))(row_keys(key, rows))
     if not config.grid:
         sigma = shift_sigma(u, config.shift)
         return sigma, NUM_TIMESTEPS * sigma
+    # The reference draws an index into its grid.
     sigma, timestep = (jnp.asarray(x, jnp.float32) for x in reference_grid(config.shift))
     index = jnp.clip((NUM_TIMESTEPS * u).astype(jnp.int32), 0, NUM_TIMESTEPS - 1)
     return sigma[index], timestep[index]
 
 
 def draw_noise(key: Array, latents: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-    """Standard normal noise of the latents' shape, in float32."""
+    """Draws standard normal noise of the latents' shape, in float32."""
     keys = row_keys(key, latents.shape[0])
     return jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(keys)
 
@@ -104,7 +109,7 @@ def draw_noise(key: Array, latents: Float[Array, "B h w c"]) -> Float[Array, "B 
 def interpolate(
     data: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], sigma: Float[Array, " B"]
 ) -> Float[Array, "B h w c"]:
-    """x_sigma, in float32."""
+    """Returns x_sigma = (1 - sigma) data + sigma noise, in float32."""
     sigma = sigma[:, None, None, None]
     return (1 - sigma) * data.astype(jnp.float32) + sigma * noise
 
@@ -112,7 +117,7 @@ def interpolate(
 def row_errors(
     velocity: Float[Array, "B h w c"], data: Float[Array, "B h w c"], noise: Float[Array, "B h w c"]
 ) -> Float[Array, " B"]:
-    """The mean squared error of each row's velocity against noise - data, in float32."""
+    """Returns the mean squared error of each row's velocity against noise - data, in float32."""
     target = noise.astype(jnp.float32) - data.astype(jnp.float32)
     return jnp.square(velocity.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
 
@@ -120,12 +125,12 @@ def row_errors(
 def flow_loss(
     errors: Float[Array, " B"], sigma: Float[Array, " B"], config: NoiseConfig
 ) -> Float[Array, ""]:
-    """The mean over rows of `row_errors`, each times the weight of its noise level."""
+    """Returns the mean over rows of `row_errors`, weighted by noise level."""
     return jnp.mean(WEIGHTINGS[config.weighting](sigma) * errors)
 
 
 def draw_dropped(key: Array, rows: int, probability: float) -> Bool[Array, " B"]:
-    """Which rows lose their caption, each with `probability`."""
+    """Draws the rows that lose their caption, each with `probability`."""
     return jax.vmap(lambda k: jax.random.bernoulli(k, probability))(row_keys(key, rows))
 
 
@@ -139,8 +144,8 @@ def drop_captions(
 ) -> tuple[Float[Array, "B L T"], Bool[Array, "B L"]]:
     """Replaces the captions of `dropped` rows by the empty one, for classifier-free guidance.
 
-    A dropped row gets the empty prompt's own mask, which sampling uses too; `keep_mask` leaves it
-    the caption's, as the reference does (Ho and Salimans, arXiv 2207.12598, section 3.2).
+    A dropped row gets the empty prompt's own mask, as in sampling; with `keep_mask` it keeps the
+    caption's mask, as in the reference (Ho and Salimans, arXiv 2207.12598, section 3.2).
     """
     null_embedding = null_embedding.astype(embeddings.dtype)
     embeddings = jnp.where(dropped[:, None, None], null_embedding, embeddings)

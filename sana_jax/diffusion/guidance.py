@@ -15,10 +15,10 @@ def guide(
     scale: Float[Array, "B 1 1 1"] | float,
     interval: tuple[Array | float, Array | float] | None = None,
 ) -> Velocity:
-    """The velocity u + scale (c - u).
+    """Returns the guided velocity u + scale (c - u).
 
-    `both` gives (u, c), the velocities without and with the prompt; `conditional` c alone. Inside
-    `interval`, low < sigma <= high, guidance is on; outside c is all that is computed.
+    `both` returns (u, c), the velocities without and with the prompt; `conditional` returns c
+    alone. Guidance is on inside `interval`, low < sigma <= high; outside it only c is computed.
     """
 
     def guided(x, timestep):
