@@ -1,11 +1,11 @@
-"""How fast the autoencoder of configs/dc_ae_shapes.py trains here, and whether its data keeps up.
+"""Measures how fast configs/dc_ae_shapes.py trains here, and if its data loading keeps up.
 
     python -m tests.benchmarks.dc_ae_throughput [--data_dir=DIR] [--num_steps=20] [--batch_size=8]
 
 The same compiled step runs in alternation on batches whose records are read for the first time
-(cold: the first epoch), on batches of records that are kept in memory (warm: the others), and on
-one fixed batch. The share of the peak is of this machine's own float32 matrix product, measured in
-between. The last line is JSON. Not a test: its figures are in sana_jax/training/README.md.
+(cold: the first epoch), on batches of records that are kept in memory (warm: later epochs), and on
+one fixed batch. The peak is that of this machine's own float32 matrix product, measured in between.
+The last line is JSON. Not a test: its figures are in a README.md.
 """
 
 import contextlib
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), training.mesh)
     step = jit_step(task.step, abstract, training.perceptual_params)
     state = create()
+    # Measure the three kinds of batches in turn.
     cold, warm = training.data.loader(task.phase, 0), _warmed(training.data.loader(task.phase, 0))
     with contextlib.ExitStack() as stack:
         sources = {
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
             jax.block_until_ready(metrics)
             seconds[kind].append((time.monotonic() - began) / STEPS.value)
             peaks.append(_peak())
+    # Report the medians.
     cold, warm, fixed = (float(np.median(seconds[kind])) for kind in seconds)
     found = {
         "images_per_second": BATCH.value / cold,
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 
 def _warmed(loader: TrainingLoader) -> TrainingLoader:
-    """It has read all that it will give: a few batches' records, again and again."""
+    """Returns the loader with only a few batches' records, which it has read already."""
     loader.order = GlobalOrder(4 * loader.batch_size, loader.seed)
     for index in range(loader.order.length):
         loader.source[index]
@@ -97,19 +99,19 @@ def _warmed(loader: TrainingLoader) -> TrainingLoader:
 
 
 def _flops(task, abstract, batch) -> float:
-    """Three times the forward pass's, as XLA counts it before it optimises: the field's rule."""
+    """Returns three times the FLOPs of a forward pass, as XLA counts them unoptimised."""
 
     def forward(params, images):
         return task.model.apply({"params": params}, images)
 
     lowered = jax.jit(forward).lower(abstract.params["autoencoder"], batch["image"])
-    # Blocks in a scan are counted once whatever their number: here every stage has one.
+    # XLA counts the body of a scan once; here every stage has only one block.
     assert max(itertools.chain(task.model.config.encoder_layers)) == 1
     return 3 * lowered.cost_analysis()["flops"]
 
 
 def _peak(size: int = 2048) -> float:
-    """FLOP/s of a float32 matrix product."""
+    """Returns the FLOP/s of a float32 matrix product."""
     x = jnp.ones((size, size))
     multiply = jax.jit(jnp.matmul)
     jax.block_until_ready(multiply(x, x))

@@ -1,10 +1,10 @@
-"""Decodes one large picture in tiles and states the peak memory.
+"""Decodes one large picture in tiles and reports the peak memory.
 
     python -m sana_jax.random_checkpoint --out=DIR --preset=sana_600m_512 --format=diffusers
     python -m tests.benchmarks.full_size_decode DIR [SIDE=4096] [TILE=1024] [STRIDE=896]
 
-Not part of the suite: 4096 px take a quarter of an hour on two cores. The last line is the peak
-resident memory of the process, the weights (1.25 GB in float32) and the picture included.
+Not part of the suite: 4096 px take a quarter of an hour on two cores. The last line has the peak
+resident memory of the process, including the weights (1.25 GB in float32) and the picture.
 """
 
 import os

@@ -1,10 +1,10 @@
-"""The full-size networks beside diffusers, in float32, one at a time.
+"""Compares the full-size networks with diffusers, in float32, one at a time.
 
     python -m sana_jax.random_checkpoint --out=DIR --preset=sana_600m_512 --format=diffusers
     python -m tests.benchmarks.full_size_parity DIR [dit] [vae] [text_encoder]
 
-Not part of the suite: it wants 12 GB of disk, 16 GB of memory and some minutes. Exit status 1
-where a relative error is above its bar.
+Not part of the suite: it needs 12 GB of disk, 16 GB of memory and some minutes. The exit status is
+1 if a relative error is above its bar.
 """
 
 import functools
@@ -30,6 +30,7 @@ jax.config.update("jax_default_matmul_precision", "float32")
 
 
 def ours(folder: Path, name: str, method: str, *args):
+    """Returns the result of our network `name`."""
     config, params = diffusers.open_component(folder, name)
     params = place(params, config, "float32", make_mesh())
     module = module_for(config, "float32")
@@ -41,6 +42,7 @@ def ours(folder: Path, name: str, method: str, *args):
 
 
 def theirs(kind, folder: Path, call):
+    """Returns call(module) for a module of diffusers or transformers."""
     module = kind.from_pretrained(folder, torch_dtype=torch.float32).eval()
     start = time.monotonic()
     with torch.no_grad():
@@ -50,6 +52,7 @@ def theirs(kind, folder: Path, call):
 
 
 def dit(folder: Path):
+    """Returns both velocities, and the bar of their relative error."""
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((2, 16, 16, 32), np.float32)
     caption = rng.standard_normal((2, 300, 2304), np.float32)
@@ -68,6 +71,7 @@ def dit(folder: Path):
 
 
 def vae(folder: Path):
+    """Returns both decoded images, and the bar of their relative error."""
     latents = np.random.default_rng(0).standard_normal((1, 8, 12, 32), np.float32)
     found = ours(folder, "vae", "decode", latents)
 
@@ -78,6 +82,7 @@ def vae(folder: Path):
 
 
 def text_encoder(folder: Path):
+    """Returns both hidden states, and the bar of their relative error."""
     tokens = np.random.default_rng(0).integers(4, 500, (1, 64)).astype(np.int32)
     found = ours(folder, "text_encoder", "__call__", tokens)
     call = lambda module: module(torch.tensor(tokens).long())[0]  # noqa: E731

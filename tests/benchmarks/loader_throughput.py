@@ -1,11 +1,11 @@
-"""How many records a second the loader gives: stored latents with tokens, and pictures decoded.
+"""Measures the loader's records a second: stored latents with tokens, and decoded pictures.
 
     python -m tests.benchmarks.loader_throughput [--seconds=2]
 
 Latents of 128 px and 1024 px pictures (factor 32, 32 channels, bfloat16) from ArrayRecord, with a
 caption chosen by score and tokenized, with and without an instruction of 250 tokens; and PNGs of
-128 px decoded and cropped. Each on one thread and on two. The last line is JSON: records a second.
-Not a test.
+128 px decoded and cropped. Each case runs on one thread and on two. The last line is JSON, in
+records a second. Not a test.
 """
 
 import json
@@ -31,11 +31,13 @@ RECORDS, BATCH, ROWS = 512, 32, 64
 
 
 class Listed(list):
+    """Records in memory as a source."""
+
     fingerprint = "listed"
 
 
 def stored(records: list[dict], folder: Path, side: int) -> Precomputed:
-    """The records with random latents of side x side in place of their pictures."""
+    """Stores the records with random latents of side x side in place of their pictures."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     with ShardWriter(folder, 0) as writer:
@@ -50,7 +52,7 @@ def stored(records: list[dict], folder: Path, side: int) -> Precomputed:
 
 
 def rate(source, transform, threads: int) -> float:
-    """Records a second, after the first batches."""
+    """Returns the records a second after the first three batches."""
     loader = TrainingLoader(source, transform, batch_size=BATCH, threads=threads)
     batches = iter(loader)
     for _ in range(3):

@@ -1,12 +1,12 @@
-"""The table of the transformer's blocks on one TPU chip, by its compiler's estimate.
+"""Estimates the cost of the transformer's blocks on one TPU chip, for The table.
 
     python -m tests.benchmarks.trunk_estimate --model=1.6B --what=backward --chip=v5e
 
-All blocks, with mask and biases, in bfloat16 at 1024 px; without embeddings, output projection and
-optimizer. `backward` is forward and backward, everything rematerialised. FLOPs count the matrix
-products, linear attention and convolution, keys and values of the text included, three times for
-`backward`. Needs libtpu and a few minutes, for the kernels' schedules. The last line is JSON. Not a
-test: its figures are in sana_jax/kernels/README.md.
+Covers all blocks, with mask and biases, in bfloat16 at 1024 px, but not embeddings, output
+projection and optimizer. `backward` is forward and backward with full rematerialisation. FLOPs
+count the matrix products, linear attention and convolution, including keys and values of the text;
+three times for `backward`. Needs libtpu and a few minutes, for the kernels' schedules. The last
+line is JSON. Not a test: its figures are in a README.md.
 """
 
 import json
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
         like((batch, ROWS, c)),
         like((batch, ROWS), jnp.bool_),
     )
+    # The weights of all blocks, stacked as in the transformer.
     params = nn.unbox(jax.eval_shape(block.init, jax.random.key(0), *inputs))
     params = jax.tree.map(lambda x: like((config.depth, *x.shape), x.dtype), params)
 
