@@ -1,4 +1,4 @@
-"""What is measured, and on which numbers: the same for us and for the reference."""
+"""The parts that are measured and their inputs, the same for us and for the reference."""
 
 import dataclasses
 import itertools
@@ -20,12 +20,12 @@ INSTRUCTION_TOKENS = 222  # as many as the published instruction has
 PROMPT_TOKENS = 20
 GUIDANCE_SCALE = 4.5
 TIMESTEP = 500.0
-DISTINCT = 10_000_019  # weights of a kind; a prime, so that repetitions never line up
+DISTINCT = 10_000_019  # different weights of a kind; a prime, so that repetitions never line up
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One part of a preset, as both sides run it."""
+    """One part of a preset, which both sides run."""
 
     preset: str
     part: str
@@ -33,29 +33,32 @@ class Settings:
     size: int  # pixels a side
     dtype: str
     steps: int  # of the loop that is timed
-    compiled: bool = False  # the reference under torch.compile
+    compiled: bool = False  # runs the reference under torch.compile
     implementation: str = "auto"  # of our transformer's operations: kernels/dispatch.py
 
 
 def checkpoint(settings: Settings):
-    """The preset's networks; their weights are made when they are used, the same on both sides."""
+    """Returns the preset's networks; weights are made when used, the same on both sides."""
     return random_weights.make(settings.preset, settings.dtype, distinct=DISTINCT)
 
 
 def instruction() -> str:
-    """A text of the length of the complex human instruction; a word is a token, so is its start."""
+    """Returns a text as long as the complex human instruction, in tokens.
+
+    Every word is one token, and so is the start of a text.
+    """
     return " ".join(itertools.islice(itertools.cycle(WORDS), INSTRUCTION_TOKENS - 1)) + " "
 
 
 def prompts(batch: int, call: int) -> list[str]:
-    """Short prompts, all of one length, others at every call: nothing can be remembered."""
+    """Returns short prompts of one length, new ones at every call, so that no cache helps."""
     starts = range(batch * call, batch * (call + 1))
     words = [WORDS[start % len(WORDS) :] + WORDS for start in starts]
     return [" ".join(some[: PROMPT_TOKENS - 1]) for some in words]
 
 
 def trunk(batch: int, side: int, channels: int, rows: int, width: int) -> dict[str, np.ndarray]:
-    """Both halves of guidance, every row of text in use."""
+    """Returns the inputs of one step: both halves of guidance, with every row of text in use."""
     rng = np.random.default_rng(0)
     return dict(
         latents=rng.standard_normal((2 * batch, side, side, channels), np.float32),
@@ -65,7 +68,7 @@ def trunk(batch: int, side: int, channels: int, rows: int, width: int) -> dict[s
 
 
 def loop(batch: int, side: int, channels: int, rows: int, width: int) -> dict[str, np.ndarray]:
-    """Noise, short prompts, and the empty negative prompt, of one token."""
+    """Returns the inputs of sampling: noise, short prompts, and empty negatives of one token."""
     rng = np.random.default_rng(0)
     lengths = np.array([PROMPT_TOKENS, 1])[:, None, None]
     masks = np.broadcast_to(np.arange(rows) < lengths, (2, batch, rows))
@@ -81,10 +84,10 @@ def loop(batch: int, side: int, channels: int, rows: int, width: int) -> dict[st
 
 
 def decode(batch: int, side: int, channels: int) -> np.ndarray:
-    """Latents as a sampler leaves them."""
+    """Returns latents of unit variance, like a sampler's."""
     return np.random.default_rng(0).standard_normal((batch, side, side, channels), np.float32)
 
 
 def encode(batch: int, size: int) -> np.ndarray:
-    """Pixels in [-1, 1]."""
+    """Returns random pixels in [-1, 1]."""
     return np.random.default_rng(0).uniform(-1, 1, (batch, size, size, 3)).astype(np.float32)

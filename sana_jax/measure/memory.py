@@ -1,8 +1,8 @@
-"""The compiler's account of the memory that drawing needs. Nothing runs, no weight exists.
+"""The memory that drawing needs, as the compiler counts it. Nothing runs, and no weight exists.
 
-The compiler is that of the mesh's platform. Of pictures that are decoded in tiles one tile counts,
-without the picture that it is a part of. At its peak the device holds the weights of all networks
-and, of the part that needs most, inputs, outputs and what the compiler calls temporary.
+The compiler is that of the mesh's platform. For pictures that are decoded in tiles, one tile
+counts, without the whole picture. At its peak the device holds the weights of all networks, and the
+inputs, outputs and temporary arrays of the part that needs most.
 """
 
 import math
@@ -23,16 +23,15 @@ from sana_jax.pipeline.request import tiles
 from sana_jax.sharding import batch_divisor
 from sana_jax.text.prompts import tokenize
 
-STEPS = 20  # whatever the number, a step's memory is used again by the next
+STEPS = 20  # any number will do: all steps use the same memory
 
 
 def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
-    """Bytes: `weights` a network, `working` a part, and the peaks of all, with and without Gemma.
+    """Returns bytes: `weights` of each network, `working` memory of each part, and two peaks.
 
-    `mesh`: one device, which need not be there; None: this host's first.
-
-    `peak`: all three networks on the device. `peak_without_text_encoder`: it was dropped, or moved
-    to the host, when the prompts were encoded.
+    `peak` has all three networks on the device. For `peak_without_text_encoder`, the text encoder
+    was dropped, or moved to the host, after it encoded the prompts. `mesh` has one device, which
+    need not exist; None is this host's first device.
     """
     pipe = make_pipeline(settings, mesh)
     params = {
@@ -40,6 +39,7 @@ def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
     }
     weights = {name: _bytes(tree) for name, tree in params.items()}
     working = {}
+    # A part's memory beside the weights of its network.
     for part in ("text", "loop", "decode"):
         name = PARTS[part]
         compiled = _compile(pipe, part, params[name], settings)
@@ -68,7 +68,7 @@ def _bytes(tree) -> int:
 
 
 def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
-    """The part's program, as the pipeline runs it, with weights as arguments."""
+    """Compiles the part's program as the pipeline runs it, with weights as arguments."""
     batch, side = settings.batch, settings.size // pipe.factor
     network = getattr(pipe, PARTS[part])
     if part == "decode" and (tile := tiles(pipe.factor, "auto", settings.size, settings.size)):
@@ -102,5 +102,5 @@ def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
         "decode": (decode, (latents,)),
     }[part]
     with pipe.context():
-        # Also what the part does not read, such as the encoder's weights in decoding.
+        # Keeps unread arguments too, such as the encoder's weights in decoding.
         return jax.jit(function, keep_unused=True).lower(params, *arguments).compile()

@@ -21,7 +21,7 @@ from sana_jax.sharding import make_mesh
 
 
 def make_pipeline(settings: Settings, mesh: Mesh | None = None) -> SanaPipeline:
-    """The preset's pipeline without any weights; without a mesh, on this host's first device."""
+    """Returns the preset's pipeline without weights, by default on this host's first device."""
     checkpoint = inputs.checkpoint(settings)
     checkpoint.params = {}
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
@@ -31,13 +31,14 @@ def make_pipeline(settings: Settings, mesh: Mesh | None = None) -> SanaPipeline:
 
 
 class Ours:
-    """One part: `load` its weights, then `run(call)`, which waits for its result."""
+    """Runs one part: first `load` its weights, then `run(call)`, which waits for the result."""
 
     def __init__(self, settings: Settings):
         self.settings, self.device = settings, jax.local_devices()[0]
         self.pipe = make_pipeline(settings)
 
     def load(self) -> None:
+        """Makes the weights of the part's network and puts them on the device."""
         pipe, name = self.pipe, PARTS[self.settings.part]
         weights = inputs.checkpoint(self.settings).params[name]
         dtype = component_dtype(name, self.settings.dtype)
@@ -45,12 +46,15 @@ class Ours:
         self._run = prepare(pipe, self.settings)
 
     def run(self, call: int) -> jax.Array:
+        """Runs the part on the inputs of this call and waits for the result."""
         return jax.block_until_ready(self._run(call))
 
     def to_numpy(self, out: jax.Array) -> np.ndarray:
+        """Returns the result in float32, for the comparison with the reference."""
         return np.asarray(out, np.float32)
 
     def describe(self) -> dict[str, Any]:
+        """Returns the device, the FLOPs of a call and the bytes of the weights."""
         name = PARTS[self.settings.part]
         shapes = param_shapes(getattr(self.pipe.checkpoint, name)).values()
         weights = sum(math.prod(leaf.shape) for leaf in shapes)
@@ -64,17 +68,17 @@ class Ours:
         )
 
     def peak_bytes(self) -> int | None:
-        """The most that was in use of the device's memory; None where it is the host's."""
+        """Returns the peak use of the device's memory; None if that is the host's memory."""
         return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
 
     def peak_flops(self) -> float:
-        """FLOP/s of the fastest of some large square products in the same dtype."""
+        """Returns the FLOP/s of the fastest of several large square products in the same dtype."""
         side, calls = (2048, 1) if self.device.platform == "cpu" else (8192, 10)
         float32 = self.settings.dtype == "float32"
 
         @jax.jit
         def product(a, b):
-            # With float32 sums in every dtype: a narrow product is fastest so, on a CPU too.
+            # Float32 sums in every dtype make narrow products fastest, on a CPU too.
             return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
         best = math.inf
@@ -91,7 +95,7 @@ class Ours:
 
 
 def prepare(pipe: SanaPipeline, settings: Settings):
-    """The part as a function of the number of the call; its inputs are on the device."""
+    """Returns the part as a function of the call's number, with its inputs on the device."""
     batch, side, dit = settings.batch, settings.size // pipe.factor, pipe.checkpoint.dit
     channels, rows = pipe.latent_channels, pipe.checkpoint.text_rows
     network = batch, side, channels, rows, dit.caption_channels
@@ -125,10 +129,10 @@ def prepare(pipe: SanaPipeline, settings: Settings):
 
 
 def count(pipe: SanaPipeline, settings: Settings) -> int:
-    """The operations of one call, as flops.py counts them, without padding of prompts.
+    """Returns the operations of one call, as flops.py counts them, without padding of prompts.
 
-    What earlier calls or steps have left is not counted again: the instruction's keys and values,
-    and in the loop the captions'.
+    Results of earlier calls or steps do not count again: the instruction's keys and values, and in
+    the loop those of the captions.
     """
     checkpoint, size, batch = pipe.checkpoint, settings.size, settings.batch
     side, rows = size // pipe.factor, checkpoint.text_rows

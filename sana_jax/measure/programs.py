@@ -1,6 +1,6 @@
-"""The programs that `compile` costs: those of the pipeline and of the trainings, nothing run.
+"""The programs whose cost `compile` estimates: the pipeline's and the trainings'. Nothing runs.
 
-Arguments are abstract and live on a mesh whose devices need not be there.
+Arguments are abstract and live on a mesh whose devices need not exist.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import batch_divisor, batch_sharding
 
-DTYPE = "bfloat16"  # of weights and activations where pictures are drawn
-TEXT_ROWS, FLOW_SHIFT = 300, 3.0
+DTYPE = "bfloat16"  # of weights and activations in drawing
+TEXT_ROWS, FLOW_SHIFT = 300, 3.0  # of the released pipelines
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function and what to compile it for."""
+    """A function, and the arguments to compile it for."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings
-    batch: int  # pictures, of all chips
+    batch: int  # pictures on all chips together
     size: int  # their side in pixels
     flops: float | None  # of one call on all chips, as flops.py counts; None: not counted
-    calls: int = 1  # a picture takes so many
+    calls: int = 1  # calls that a picture takes
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of jax.jit
 
 
@@ -54,10 +54,11 @@ def drawing(
     steps: int = 20,
     implementation: str = "auto",
 ) -> Program:
-    """`what` is "forward", "sample" or "decode", with bfloat16 weights.
+    """Returns the program of `what`, "forward", "sample" or "decode", with bfloat16 weights.
 
-    `batch`: pictures of all chips; `size`: None: the native one. As in the pipeline, pictures above
-    2048 x 2048 pixels are decoded in tiles, a call each. Raises UserError.
+    `batch` counts the pictures of all chips; a `size` of None is the native one. As in the
+    pipeline, pictures above 2048 x 2048 pixels are decoded in tiles, with one call for each tile.
+    Raises UserError if the size does not divide into latents.
     """
     size = dit.sample_size * vae.factor if size is None else size
     checks.multiple(f"--size={size}", size, vae.factor * dit.patch_size)
@@ -75,6 +76,7 @@ def drawing(
         function = partial(predict_velocity, module)
         return Program(function, (params, *inputs), batch, size, count)
 
+    # "sample": rows without and with the prompt, guided at every step.
     def sample(params, noise, schedule, captions, masks, scale):
         inputs = noise, schedule, captions, masks, scale
         return denoise.sample(module, params, *inputs, None, sequential=False)
@@ -88,10 +90,11 @@ def drawing(
 
 
 def training(config: ConfigDict, mesh: Mesh, batch: int | None, phase: str | None) -> Program:
-    """The step of a recipe of configs/, with its optimizer, averages and losses.
+    """Returns the step of a recipe in configs/, with its optimizer, averages and losses.
 
-    `batch`: pictures of all chips; None: the config's own. `phase`: of an autoencoder's training;
-    None: the first that it runs. Raises UserError.
+    `batch` counts the pictures of all chips; None is the config's own. `phase` names a phase of an
+    autoencoder's training; None is the first that it runs. Raises UserError if the config, phase or
+    batch does not fit.
     """
     if "phases" in config:
         found = _autoencoder_training(config, mesh, batch, phase)
@@ -147,6 +150,8 @@ def _autoencoder_training(
         phase = read_phase(config.phases[name].to_dict())
     except (TypeError, ValueError) as error:
         raise UserError(f"--config: {error}") from None
+
+    # The task, with an abstract state.
     phase = dataclasses.replace(phase, batch_size=batch or phase.batch_size)
     check_phase(name, phase, network, mesh)
     distance, weights = _perceptual(config.perceptual.name, dtype, mesh)
@@ -156,6 +161,7 @@ def _autoencoder_training(
     state, _ = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
     size, count = phase.image_size, None
     images = _array((phase.batch_size, size, size, 3), sharding=batch_sharding(mesh))
+    # Forward and twice that backward. Other phases train a part, which is not counted.
     if phase.trainable == (".*",):
         once = flops.encode(network, size, size) + flops.decode(network, size, size)
         count = 3 * phase.batch_size * once
@@ -164,7 +170,7 @@ def _autoencoder_training(
 
 
 def _perceptual(name: str, dtype, mesh: Mesh):
-    """(distance, weights) of a perceptual loss, without the file of its weights."""
+    """Returns (distance, weights) of a perceptual loss, without reading a file of weights."""
     from sana_jax.training.autoencoder.perceptual import STAND_INS, make_perceptual
 
     tower = name.removeprefix("lpips_")

@@ -1,4 +1,4 @@
-"""Figures as a table for people."""
+"""Formats the figures of a measurement as a table."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ COLUMNS = {
 
 
 def text(result: dict[str, Any]) -> str:
-    """Everything that the command found, but for the single repetitions."""
+    """Returns all results as text, except the single repetitions."""
     lines = []
     if result["parts"]:
         lines += [_heading(result), table(result["parts"])]
@@ -49,7 +49,7 @@ def _heading(result: dict[str, Any]) -> str:
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:
-    """A line a part; columns that no part fills are left out."""
+    """Returns a table with one line for each part; columns that no part fills are left out."""
     rows = [{"part": part, **row} for part, row in parts.items()]
     used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     cells = [[COLUMNS[name] for name in used]]
@@ -62,7 +62,7 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
 
 
 def memory(found: dict[str, Any]) -> str:
-    """What measure.memory found, in words."""
+    """Returns the results of measure.memory as text."""
 
     def list_of(some):
         return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in some.items())

@@ -1,7 +1,6 @@
-"""The reference's side of a measurement: diffusers, with the weights that our side has.
+"""The reference's side of a measurement: diffusers, with the same weights as our side.
 
-The only file of the package that uses torch and diffusers, in a process of its own; everything
-else does without them.
+The only file of the package that uses torch and diffusers, in a process of its own.
 """
 
 import gc
@@ -17,9 +16,9 @@ from sana_jax.measure.inputs import PARTS, Settings
 
 
 class Diffusers:
-    """As measure.ours.Ours. Eager at its best: inference mode, all cores, channels last.
+    """Like measure.ours.Ours, for diffusers at its best: inference mode, all cores, channels last.
 
-    That order suits torch: on two CPU cores its depthwise convolution takes 20 ms so and 53 ms in
+    Channels last suits torch: on two CPU cores its depthwise convolution takes 20 ms, and 53 ms in
     the default order (float32, 5760 channels of 32 x 32), the autoencoder's encoder 8 % less time,
     its decoder 1 to 4 % less.
     """
@@ -28,17 +27,19 @@ class Diffusers:
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        # As precise as we are where float32 is asked for.
+        # With float32, as precise as our side.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
         self.settings, self.cuda = settings, torch.cuda.is_available()
 
     def load(self) -> None:
+        """Makes the part's network with our weights, on the device."""
         checkpoint = inputs.checkpoint(self.settings)
         module = _make_module(checkpoint, self.settings, "cuda" if self.cuda else "cpu")
         self._run = _prepare(checkpoint, self.settings, module)
 
     def run(self, call: int):
+        """Runs the part on the inputs of this call and waits for the result."""
         import torch
 
         with torch.inference_mode():
@@ -48,10 +49,12 @@ class Diffusers:
         return out
 
     def to_numpy(self, out) -> np.ndarray:
+        """Returns the result in float32, channels last as on our side."""
         array = out.float().cpu().numpy()
         return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
     def describe(self) -> dict[str, str]:
+        """Returns the versions of the libraries and the kind of device."""
         import diffusers
         import torch
 
@@ -62,20 +65,21 @@ class Diffusers:
         )
 
     def peak_bytes(self) -> int | None:
+        """Returns the peak use of the GPU's memory; None on a CPU."""
         import torch
 
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
 
 def _make_module(checkpoint, settings: Settings, device: str):
-    """The network of the part, with the random weights of our side."""
+    """Returns the part's network with the random weights of our side."""
     import torch
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     from torch.overrides import TorchFunctionMode
     from transformers import Gemma2Config, Gemma2Model
 
     class Uninitialised(TorchFunctionMode):
-        """Leaves out the drawing of weights that are overwritten at once."""
+        """Skips torch's initialisation of weights, which are overwritten at once."""
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
@@ -83,6 +87,7 @@ def _make_module(checkpoint, settings: Settings, device: str):
                 return kwargs["tensor"] if "tensor" in kwargs else args[0]
             return function(*args, **kwargs)
 
+    # The module, in its dtype from the start.
     name, dtype = PARTS[settings.part], getattr(torch, settings.dtype)
     config = getattr(checkpoint, name)
     standard = torch.get_default_dtype()
@@ -96,6 +101,8 @@ def _make_module(checkpoint, settings: Settings, device: str):
                 module = kind.from_config(config_json(config))
     finally:
         torch.set_default_dtype(standard)
+
+    # Our weights, one tensor at a time. Only counters of batches may be left over.
     tensors = module.state_dict()
     for key, lazy in write_params(entries(config), checkpoint.params[name]):
         array = np.asarray(lazy)
@@ -123,7 +130,7 @@ def _prepare(checkpoint, settings: Settings, module):
     network = batch, side, channels, checkpoint.text_rows, dit.caption_channels
 
     def tensor(array, dtype=dtype):
-        """On the device; pictures and latents in the order of torch, channels last in memory."""
+        """Returns a tensor on the device; images get torch's axes, channels last in memory."""
         value = torch.tensor(array, device=device)
         if value.ndim == 4:
             value = value.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -154,6 +161,7 @@ def _prepare(checkpoint, settings: Settings, module):
         scale = module.config.scaling_factor
         return lambda call: run(images, return_dict=False)[0] * scale
 
+    # The other parts run in diffusers' own pipeline.
     pipe = SanaPipeline(
         tokenizer=checkpoint.tokenizer if settings.part == "text" else None,
         text_encoder=compiled(module) if settings.part == "text" else None,
@@ -191,5 +199,5 @@ def _prepare(checkpoint, settings: Settings, module):
         output_type="latent",
         return_dict=False,
     )
-    # The negative prompt is named by its embeddings alone.
+    # Without a text, the pipeline uses the embeddings of the negative prompt.
     return lambda call: pipe(negative_prompt=None, **options)[0]

@@ -1,22 +1,22 @@
-"""What a program would cost on a TPU that is not here, by the TPU compiler's own estimate.
+"""Estimates the cost of a program on a TPU by the TPU compiler's own figures, without a TPU.
 
 libtpu (from PyPI, pinned by jax[tpu]) compiles on any x86-64 Linux host. Its executable names the
 cycles of every fused operation, and `estimate` adds them up: loop bodies times their trips, the
-costliest branch of a conditional. Collectives carry no cycles and are listed beside, with bytes.
+costliest branch of a conditional. Collectives have no cycles; they are listed with their bytes.
 
 The compiler has no estimate for a Pallas kernel. Here a kernel costs the largest of
 
     bundles    scheduled instruction bundles, each times the trips of all loops around it
     compute    the FLOPs it declares over the chip's peak
-    memory     the bytes it declares, else those of its operands and results, over the bandwidth
+    memory     the bytes it declares, or of its operands and results, over the bandwidth
 
 and a kernel whose schedule was not found is an error. Bundles under `pl.when` count every time,
 and a grid's pipeline takes two steps more than the grid has.
 
-It is a model of one chip and no measurement: compare programs that the same compiler compiled. On
-v5e and v5p a plain matrix product reads 94 % of peak, on v6e 57 %.
+This is a model of one chip, not a measurement: compare programs of the same compiler. On v5e and
+v5p the estimate of a plain matrix product is 94 % of peak, on v6e 57 %.
 
-Import this before anything that loads libtpu: it asks the compiler to write its schedules down.
+Import this before anything that loads libtpu: it tells the compiler to write its schedules.
 """
 
 import atexit
@@ -32,6 +32,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# libtpu reads these variables once, when it is loaded: it must not look for a TPU or its host, must
+# let other processes load it too, and write the schedules of kernels into _DUMP.
 _DUMP = Path(tempfile.mkdtemp(prefix="sana_jax_tpu_"))
 atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
 for _name, _value in {
@@ -57,13 +59,13 @@ from sana_jax.runtime.errors import UserError  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Vendor figures of one device as JAX counts them."""
+    """The vendor's figures of one device, in JAX's sense of a device."""
 
     prefix: str  # of the topology's name
     hertz: float
     flops_per_cycle: int  # bfloat16
     hbm_bytes_per_second: float
-    hbm_bytes: int  # that a program may fill, by the compiler; a little less than the chip has
+    hbm_bytes: int  # the compiler's limit for a program, a little less than the chip has
 
 
 CHIPS = {
@@ -75,7 +77,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Cycles of one call of a Pallas kernel, by what may bound it."""
+    """The cycles of one call of a Pallas kernel, for each possible bound."""
 
     bundles: int
     compute: int
@@ -83,27 +85,28 @@ class Kernel:
 
     @property
     def cycles(self) -> int:
+        """The cycles of a call: the largest of the three bounds."""
         return max(self.bundles, self.compute, self.memory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Of a program on one chip."""
+    """The memory of a program on one chip."""
 
     argument_bytes: int
     output_bytes: int
     temp_bytes: int
-    alias_bytes: int  # of outputs that take the place of donated arguments
+    alias_bytes: int  # of outputs in the place of donated arguments
 
     @property
     def hbm_bytes(self) -> int:
-        """What must fit at once; donated arguments count once."""
+        """The bytes that must fit at once; donated arguments count once."""
         return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate(Memory):
-    """Per chip. `cycles` covers XLA's operations, `kernel_cycles` the Pallas calls."""
+    """The cost on one chip: `cycles` of XLA's operations, `kernel_cycles` of Pallas calls."""
 
     chip: Chip
     operations: list[tuple[int, str]]  # (cycles, name), largest first, kernels included
@@ -114,15 +117,16 @@ class Estimate(Memory):
 
     @property
     def seconds(self) -> float:
+        """The time of all operations and kernels, one after the other, without collectives."""
         return (self.cycles + self.kernel_cycles) / self.chip.hertz
 
     def utilisation(self, model_flops: float) -> float:
-        """Model FLOPs over what the chip could do in the estimated time (MFU)."""
+        """Returns model FLOPs over the chip's peak in the estimated time (MFU)."""
         return model_flops / (self.chip.flops_per_cycle * (self.cycles + self.kernel_cycles))
 
 
 class TooLarge(Exception):
-    """A program that needs more of the chip's memory than there is."""
+    """Raised for a program that needs more memory than the chip has."""
 
     def __init__(self, needed: int, available: int):
         super().__init__(f"{needed / 2**30:.2f} GiB needed, {available / 2**30:.2f} available")
@@ -130,7 +134,7 @@ class TooLarge(Exception):
 
     @classmethod
     def read(cls, message: str) -> "TooLarge | None":
-        """Of the compiler's message, if that is what it says."""
+        """Returns the error that the compiler's message states; None for any other message."""
         size = r"([\d.]+)([KMGT])"
         used = rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)"
         found = re.search(used, message)
@@ -142,7 +146,7 @@ class TooLarge(Exception):
 
 
 def tpu_mesh(topology: str, axes: dict[str, int], chip: str = "v5e") -> Mesh:
-    """A mesh of compile-only devices, e.g. tpu_mesh("4x4", {"replica": 4, "fsdp": 4})."""
+    """Returns a mesh of compile-only devices: tpu_mesh("4x4", {"replica": 4, "fsdp": 4})."""
     description = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{CHIPS[chip].prefix}:{topology}"
     )
@@ -152,12 +156,15 @@ def tpu_mesh(topology: str, axes: dict[str, int], chip: str = "v5e") -> Mesh:
 
 
 def has_libtpu() -> bool:
-    """Whether the TPU compiler is installed."""
+    """Returns True if the TPU compiler is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def tpu_devices(topology: str) -> tuple[str, list[jax.Device]]:
-    """The chip and the compile-only devices of "v5e:16x16". Raises UserError."""
+    """Returns the chip and the compile-only devices of a topology such as "v5e:16x16".
+
+    Raises UserError for an unknown topology, or without libtpu.
+    """
     chip, _, shape = topology.partition(":")
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(
@@ -175,27 +182,30 @@ def tpu_devices(topology: str) -> tuple[str, list[jax.Device]]:
 
 
 def write_no_schedules() -> None:
-    """Before libtpu is loaded: `memory` then takes a fraction of the time, `estimate` fails."""
+    """Switches schedules off, before libtpu is loaded: `memory` gets faster, `estimate` fails."""
     os.environ["LIBTPU_INIT_ARGS"] = _ARGS
 
 
 def memory(fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Memory:
-    """What `estimate` says of memory, and raises where it does not suffice; costs nothing."""
+    """Returns the memory of a program without costing it; arguments and errors as `estimate`."""
     return Memory(**_memory(_compile(fn, *args, **jit_options)))
 
 
 def estimate(fn: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_options: Any) -> Estimate:
     """Compiles `fn` for `args`, ShapeDtypeStructs with shardings over devices of a topology.
 
-    Raises TooLarge for a program that the chip's memory does not hold, and ValueError for a Pallas
-    kernel that cannot be costed.
+    Raises TooLarge for a program that does not fit into the chip's memory, and ValueError for a
+    Pallas kernel whose cost is unknown.
     """
+    # The schedules are the files that this compilation adds.
     before = set(_DUMP.iterdir())
     compiled = _compile(fn, *args, **jit_options)
     schedules = set(_DUMP.iterdir()) - before
     program = _Program(compiled.as_text(), schedules, CHIPS[chip])
     for path in schedules:
         path.unlink()
+
+    # The costs, kernels listed among the operations.
     total = program.cost(program.entry)
     operations = Counter(total.operations)
     kernels = {name: (calls, program.kernels[name]) for name, calls in total.kernels.items()}
@@ -254,7 +264,7 @@ _BITS = {"pred": 8, "bf16": 16}
 
 
 def _array_bytes(text: str) -> int:
-    """The bytes of all array types that stand in `text`."""
+    """Returns the bytes of all array types in `text`."""
     bits = 0
     for dtype, sizes in _ARRAY.findall(text):
         count = int(np.prod([int(size) for size in sizes.split(",") if size] or [1]))
@@ -270,7 +280,7 @@ class _Program:
         self.kernels: dict[str, Kernel] = {}
         self.entry = name = ""
         types: dict[str, str] = {}
-        calls = []
+        calls = []  # (name, line) of every kernel
         for line in text.splitlines():
             head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if head:
@@ -284,7 +294,9 @@ class _Program:
                     types[made[1]] = made[2]
                 if 'custom_call_target="tpu_custom_call"' in line:
                     calls.append((made[1], line))
-        bodies = {}  # identical kernels are scheduled once
+        # The cost of every kernel. Identical kernels are scheduled once: those with a schedule
+        # come first, and the others find its bundles by their body.
+        bodies = {}
         for name, line in sorted(calls, key=lambda call: not _find(schedules, call[0])):
             body = re.search(r'"body":"([^"]*)"', line)[1]
             found = _find(schedules, name)
@@ -306,6 +318,7 @@ class _Program:
             )
 
     def cost(self, computation: str) -> _Cost:
+        """Returns the cost of a computation and of all that it calls."""
         total = _Cost()
         for line in self.computations.get(computation, ()):
             cycles = re.search(r'"estimated_cycles":"?(\d+)', line)
@@ -337,6 +350,7 @@ class _Program:
         return kernels + sum(cost.operations.values())
 
     def _trips(self, line: str) -> int:
+        """Returns the trips of a loop, or the largest constant in its condition."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         if known:
             return int(known[1])
@@ -361,17 +375,19 @@ _DELAY_SLOTS = 4  # bundles after a branch that still belong to its loop
 
 
 def scheduled_bundles(text: str) -> int:
-    """Instruction bundles that a kernel's final schedule executes, loops unrolled.
+    """Returns the instruction bundles that a kernel's final schedule executes, loops unrolled.
 
     A loop ends in a branch back to the start of its region, on a predicate that compares the
-    loop's counter with its end, or is constant for a loop of one trip. Raises ValueError for a loop
-    of unknown length.
+    loop's counter with its end, or that is constant for a loop of one trip. Raises
+    ValueError for a loop of unknown length.
     """
     bundles = _BUNDLE.split(text)[1:]
+    # Where every region starts, and the comparison of every predicate.
     starts = {}
     for i, bundle in enumerate(bundles):
         starts.update((region, i) for region in re.findall(r"Start region (\d+)", bundle))
     exits = {found[1]: found for found in _EXIT.finditer(text)}
+    # A branch back multiplies the executions of all bundles of its loop.
     executions = np.ones(len(bundles), np.int64)
     for i, bundle in enumerate(bundles):
         for predicate, region in _BRANCH.findall(bundle):
@@ -384,7 +400,7 @@ def scheduled_bundles(text: str) -> int:
 
 
 def _loop_trips(text: str, counter: str, end: int) -> int:
-    """Steps from where the counter starts to `end`."""
+    """Returns the number of steps from the counter's start to `end`."""
     step = re.search(rf"{re.escape(counter)} = sadd\.s32 (\d+), (\S+?)[ ;,]", text)
     if not step:
         raise ValueError("a kernel's schedule holds a loop of unknown step")

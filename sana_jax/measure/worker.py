@@ -1,7 +1,8 @@
-"""One side of a measurement in a process of its own.
+"""Runs one side of a measurement in a process of its own.
 
-So no side's weights, threads or memory are in the other's way, torch stays out of our process, and
-what is resident at most belongs to one side alone. The parent asks, the worker answers.
+So the weights, threads and memory of one side do not disturb the other, torch stays out of our
+process, and the peak of resident memory belongs to one side only. The parent asks, the worker
+answers.
 """
 
 import contextlib
@@ -17,13 +18,16 @@ from typing import Any
 from sana_jax.measure.inputs import Settings
 from sana_jax.runtime.errors import UserError
 
-LONG_ENOUGH = 0.3  # seconds; what is faster is run more than once
-MOST_CALLS = 50
+LONG_ENOUGH = 0.3  # seconds; a faster part runs more than once
+MOST_CALLS = 50  # in one measurement of a fast part
 FAREWELL = 10  # seconds that an idle worker may take to end
 
 
 class Worker:
-    """The parent's end. `ours`, `diffusers` and `memory` are the kinds."""
+    """The parent's end; the kinds are `ours`, `diffusers` and `memory`.
+
+    As a context manager it ends the process.
+    """
 
     def __init__(self, kind: str, settings: Settings):
         self.kind, self.part, self._busy = kind, settings.part, False
@@ -35,12 +39,17 @@ class Worker:
         end.close()
 
     def send(self, question: str, *arguments) -> None:
+        """Asks the worker to call its method `question`; `receive` returns the answer."""
         self._busy = True
-        # A worker that is gone shows when its answer is missing.
+        # `receive` notices if the worker is dead.
         with contextlib.suppress(OSError):
             self._connection.send((question, *arguments))
 
     def receive(self) -> Any:
+        """Waits for the answer. Raises UserError if the worker died or reports one.
+
+        Raises RuntimeError, with the worker's traceback, for any other error in it.
+        """
         try:
             status, answer = self._connection.recv()
         except (EOFError, ConnectionError):
@@ -58,6 +67,7 @@ class Worker:
         return answer
 
     def ask(self, question: str, *arguments) -> Any:
+        """Sends a question and returns its answer."""
         self.send(question, *arguments)
         return self.receive()
 
@@ -68,7 +78,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Ends the process, at once where it is busy; again is no harm."""
+        """Ends the process, at once if it is busy. May be called again."""
         self._connection.close()
         if self._busy:
             self._process.kill()
@@ -77,21 +87,22 @@ class Worker:
 
 
 def _serve(kind: str, settings: Settings, connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on
-    os.dup2(2, 1)  # the parent's output is a table, and no library's notes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent acts on it
+    os.dup2(2, 1)  # the parent's output is a table, without notes of libraries
     try:
-        import jax  # which the main module may have imported already: its variables are read then
+        # The main module may have imported JAX already, which then has read its variables.
+        import jax
 
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two processes share a device
         if kind == "diffusers":
-            jax.config.update("jax_platforms", "cpu")  # it only lends its tables of names there
+            jax.config.update("jax_platforms", "cpu")  # JAX only lends its tables of names there
         jax.config.update("jax_enable_compilation_cache", False)  # it would hide compilation
         answers = _Memory(settings) if kind == "memory" else _Side(kind, settings)
         while True:
             question, *arguments = connection.recv()
             connection.send(("ok", getattr(answers, question)(*arguments)))
     except (EOFError, ConnectionError):
-        pass  # the parent is done, or gone
+        pass  # the parent is done or dead
     except UserError as error:
         connection.send(("user", str(error)))
     except Exception as error:
@@ -114,7 +125,7 @@ class _Memory:
 
 
 class _Side:
-    """What a worker of kind `ours` or `diffusers` answers."""
+    """The answers of a worker of kind `ours` or `diffusers`."""
 
     def __init__(self, kind: str, settings: Settings):
         if kind == "ours":
@@ -125,9 +136,9 @@ class _Side:
 
     def load(self) -> None:
         self.subject.load()
-        with contextlib.suppress(OSError):  # weights were made in more memory than they take
+        with contextlib.suppress(OSError):  # making weights took more memory than they do
             with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
+                file.write("5")  # resets the peak of resident memory
 
     def describe(self) -> dict[str, Any]:
         return self.subject.describe()
@@ -136,13 +147,13 @@ class _Side:
         return self.subject.peak_flops()
 
     def first(self):
-        """Seconds of the first call, compilation included, and what it gave."""
+        """Returns the seconds of the first call, compilation included, and its result."""
         start = time.perf_counter()
         out = self._call()
         return time.perf_counter() - start, self.subject.to_numpy(out)
 
     def run(self) -> float:
-        """Seconds of a call; the mean of several, after a first, where they are fast."""
+        """Returns the seconds of a call; for fast calls the mean of several, after a first one."""
         start = time.perf_counter()
         self._call()
         seconds = time.perf_counter() - start
@@ -155,7 +166,7 @@ class _Side:
         return (time.perf_counter() - start) / calls
 
     def peak_bytes(self) -> int:
-        """The device's memory, or where that is the host's, what was resident of the process."""
+        """Returns the peak of the device's memory; if that is the host's, of resident memory."""
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return self.subject.peak_bytes() or resident
 
