@@ -100,7 +100,9 @@ def draw_levels(
     return sigma[index], timestep[index]
 
 
-def draw_noise(key: Array, latents: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+def draw_noise(
+    key: Array, latents: Float[Array | jax.ShapeDtypeStruct, "B h w c"]
+) -> Float[Array, "B h w c"]:
     """Draws standard normal noise of the latents' shape, in float32."""
     keys = row_keys(key, latents.shape[0])
     return jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(keys)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import SanaPipeline, checkpoints
+from sana_jax import SanaPipeline
 from sana_jax.batch import draw as batch
 from sana_jax.batch import outputs
 from sana_jax.batch.draw import draw
@@ -147,7 +147,7 @@ def test_interrupted_run_continues(checkpoint, unbroken, tmp_path, monkeypatch):
 
 
 def test_nothing_to_do_loads_nothing(checkpoint, unbroken, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoints, "place_all", None)
+    monkeypatch.setattr(batch, "place_all", None)
     before = contents(unbroken)
     draw(tasks(), options(checkpoint, unbroken, grid=False))
     assert capsys.readouterr().err == "nothing to draw: 20 of 20 images are done\n"
@@ -184,7 +184,7 @@ def test_refusal_says_which_settings_differ(checkpoint, unbroken):
 
 def test_defaults_are_settings_too(checkpoint, unbroken, monkeypatch):
     """What is given is the same picture as what is left to the checkpoint."""
-    monkeypatch.setattr(checkpoints, "place_all", None)
+    monkeypatch.setattr(batch, "place_all", None)
     draw(tasks(), options(checkpoint, unbroken, flow_shift=3, dtype="float32", no_instruction=True))
 
 
@@ -236,7 +236,7 @@ def test_device_out_of_memory(checkpoint, unbroken, tmp_path, monkeypatch):
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes."
         )
 
-    monkeypatch.setattr(checkpoints, "place_all", lambda *args: None)
+    monkeypatch.setattr(batch, "place_all", lambda *args: None)
     monkeypatch.setattr(SanaPipeline, "draw", fail)
     with pytest.raises(UserError) as error:
         draw(tasks(), options(checkpoint, tmp_path / "out"))
@@ -291,7 +291,7 @@ def test_other_errors_of_jax_are_bugs(checkpoint, unbroken, tmp_path, monkeypatc
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("INTERNAL: something")
 
-    monkeypatch.setattr(checkpoints, "place_all", lambda *args: None)
+    monkeypatch.setattr(batch, "place_all", lambda *args: None)
     monkeypatch.setattr(SanaPipeline, "draw", fail)
     with pytest.raises(jax.errors.JaxRuntimeError):
         draw(tasks(), options(checkpoint, tmp_path / "out"))
@@ -330,7 +330,7 @@ def test_disk_that_fills_up(checkpoint, unbroken, tmp_path, monkeypatch):
     ],
 )
 def test_bad_options_write_nothing(checkpoint, tmp_path, monkeypatch, common, changes, words):
-    monkeypatch.setattr(checkpoints, "place_all", None)
+    monkeypatch.setattr(batch, "place_all", None)
     opts = dataclasses.replace(options(checkpoint, tmp_path / "out"), **changes)
     with pytest.raises(UserError) as error:
         draw(tasks(**common), dataclasses.replace(opts, overwrite=True))

@@ -18,7 +18,7 @@ from sana_jax.checkpoints.find import checkpoint_hash
 from sana_jax.checkpoints.load import load, open_checkpoint
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import make_mesh
-from sana_jax.text import prompts
+from sana_jax.text import instruction
 from tests import toy
 
 
@@ -416,7 +416,7 @@ def test_instruction_of_a_diffusers_folder(written, tmp_path, monkeypatch, caplo
     file = tmp_path / "instruction.txt"
     file.write_text("draw: ")
     assert load_on_one_device(written, instruction_file=str(file)).instruction.text == "draw: "
-    monkeypatch.setattr(prompts, "_diffusers_instruction", lambda: None)
+    monkeypatch.setattr(instruction, "_diffusers_instruction", lambda: None)
     with caplog.at_level("WARNING"):
         assert load_on_one_device(written).instruction is None
     (line,) = [r.getMessage() for r in caplog.records if "instruction" in r.getMessage()]
