@@ -15,6 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ["local", "slurm", "tpu", "gke", "sweep"]
 SLICE = dict(NAME="run1", ZONE="us-west4-a", ACCELERATOR="v5litepod-16", RUNTIME="v2-alpha")
@@ -106,7 +108,7 @@ def test_ctrl_c_is_not_tried_again(tmp_path):
     while not (tmp_path / "started").exists() and run.poll() is None:
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(30) == 130 and (tmp_path / "started").read_text() == "x"
+    assert run.wait(PATIENCE) == 130 and (tmp_path / "started").read_text() == "x"
 
 
 def test_local_processes_meet(tmp_path):
@@ -333,7 +335,7 @@ def test_tpu_ends_what_still_runs(tmp_path):
     (tmp_path / "sana_jax/.pid").write_text(str(old.pid))
     threading.Thread(target=old.wait).start()  # or it would stay as a zombie
     time.sleep(0.5)  # its trap is set
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout.splitlines()[-1] == "worker ended with 7", result
     assert (tmp_path / "saved").exists() and not (tmp_path / "sana_jax/.pid").exists()
 
@@ -435,7 +437,7 @@ def test_a_bad_sweep_ends_at_once(tmp_path):
 def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     body = (
         'case "$2" in\n'
-        "    sana_jax.train*)\n"
+        "    sana_jax.train | sana_jax.train_dc_ae)\n"
         f'        if [ ! -e "{tmp_path}/$2" ]; then touch "{tmp_path}/$2"; exit 75; fi ;;\n'
         "esac"
     )
@@ -447,7 +449,7 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     assert result.returncode == 0, result.stderr
     ran = [line.split()[1].removeprefix("sana_jax.") for line in log.read_text().splitlines()]
     assert ran == [
-        *["train_dc_ae"] * 2, "data.tokenizer", "data.shapes", *["precompute"] * 2,
+        *["train_dc_ae"] * 2, "train_tokenizer", "make_shapes", *["precompute"] * 2,
         *["train"] * 2, "evaluate",
     ]  # fmt: skip
     # Of other numbers of pictures, which one folder would refuse.
@@ -456,7 +458,7 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     (tokenizer / "tokenizer.json").write_text("{}")
     log.unlink()
     assert launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python")).returncode == 0
-    assert "data.tokenizer" not in log.read_text()
+    assert "train_tokenizer" not in log.read_text()
 
 
 def test_train_shapes_goes_on_from_weights(tmp_path):
@@ -477,7 +479,7 @@ def test_tpu_workers_go_on_without_a_connection(tmp_path):
     assert worker.stdout.readline() == b"started\n"
     worker.stdout.close()
     worker.stderr.close()
-    worker.wait(30)
+    worker.wait(PATIENCE)
     assert (tmp_path / "saved").exists() and not (tmp_path / "sana_jax/.pid").exists()
 
 
@@ -493,12 +495,12 @@ def test_tpu_keeps_the_pid_of_a_later_start(tmp_path):
     while not (tmp_path / "first").exists():
         time.sleep(0.05)
     second = worker(f"touch {tmp_path}/second; sleep 4")
-    first.wait(30)  # it has removed now what it would remove
+    first.wait(PATIENCE)  # it has removed now what it would remove
     while second.poll() is None and not (tmp_path / "second").exists():
         time.sleep(0.05)
     time.sleep(1)  # it has written its own
     assert second.poll() is None and (tmp_path / "sana_jax/.pid").exists()
-    second.wait(30)
+    second.wait(PATIENCE)
     assert not (tmp_path / "sana_jax/.pid").exists()
 
 
@@ -524,4 +526,4 @@ def test_ctrl_c_lets_local_processes_save(tmp_path):
         time.sleep(0.05)
     run.stdin.write(b"\x03")
     run.stdin.flush()
-    assert run.wait(30) == 130 and (tmp_path / "saved").exists()
+    assert run.wait(PATIENCE) == 130 and (tmp_path / "saved").exists()

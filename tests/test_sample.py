@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests import mini
+from tests import PATIENCE, mini
 
 ROOT = Path(__file__).parents[1]
 # python -m sana_jax.sample, which hears Ctrl-C even where a parent ignores it.
@@ -53,7 +53,7 @@ def sample(shared, tmp_path):
 
 
 def finish(process) -> tuple[int, str, str]:
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     return process.returncode, stdout, stderr
 
 

@@ -17,6 +17,7 @@ from sana_jax.data.rejections import Budget, Counts
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
+from tests import PATIENCE
 from tests.data import bad_files
 from tests.data.bad_files import encode, picture
 from tests.data.test_folder import make
@@ -406,5 +407,5 @@ def test_batches_are_made_ahead_of_the_step():
 
     batches = iter(loader(Watched(30), prefetch=2))
     next(batches)
-    assert third.wait(10)
+    assert third.wait(PATIENCE)
     batches.close()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 
 COMMAND = '''"""Draws a picture.
@@ -107,7 +109,7 @@ def call(tmp_path):
         (tmp_path / "command.py").write_text(script)
         command = [sys.executable, "command.py", *arguments]
         return subprocess.run(
-            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
         )
 
     return run
@@ -317,7 +319,7 @@ RESUMES = "; the same command goes on from what is saved\n"
 def test_signal_cleans_up(tmp_path, resumes, number, status, line):
     process = start_waiting(tmp_path, resumes)
     process.send_signal(number)
-    stdout, stderr = process.communicate("0\n", timeout=30)
+    stdout, stderr = process.communicate("0\n", timeout=PATIENCE)
     assert (process.returncode, stdout, stderr) == (status, "cleaned up\n", line)
 
 
@@ -327,7 +329,7 @@ def test_second_sigterm_kills_at_once(tmp_path):
     assert process.stdout.readline() == "cleaned up\n"
     start = time.monotonic()
     process.terminate()
-    assert process.wait(timeout=30) == -signal.SIGTERM
+    assert process.wait(timeout=PATIENCE) == -signal.SIGTERM
     assert time.monotonic() - start < 10
     process.communicate()
 
@@ -387,5 +389,5 @@ cli.run(main)
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=20)
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
     assert result.returncode == status and len(result.stderr.splitlines()) == 1, result.stderr

@@ -9,6 +9,7 @@ from sana_jax import sharding
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.prefetch import Prefetch
+from tests import PATIENCE
 from tests.training.toy_loop import Batches, run
 
 
@@ -41,7 +42,7 @@ def test_a_batch_is_read_ahead_and_the_position_is_that_of_the_batch_taken():
         for number in range(3):
             taken = source.take(busy=lambda: True, stop=lambda: False)
             assert (taken.position, taken.rows, taken.waited) == (number + 1, 8, 0.0)
-            assert read[number + 1].wait(10)  # while this one would train
+            assert read[number + 1].wait(PATIENCE)  # while this one would train
             np.testing.assert_array_equal(taken.batch["x"], number)
 
 
@@ -52,7 +53,7 @@ def test_only_an_idle_device_waits_for_data():
         looks.append(len(looks) < 2)
         return looks[-1] or released.set()
 
-    batches = Batches(before=lambda number: released.wait(10))
+    batches = Batches(before=lambda number: released.wait(PATIENCE))
     with Prefetch(batches, sharding.make_mesh()) as source:
         taken = source.take(busy, stop=lambda: False)
     assert looks == [True, True, False] and 0 < taken.waited < 10

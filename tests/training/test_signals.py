@@ -9,6 +9,7 @@ import pytest
 from sana_jax.runtime.errors import Retry
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig
+from tests import PATIENCE
 from tests.training.toy_loop import Batches, run
 
 
@@ -43,7 +44,7 @@ def test_signal_while_there_is_no_data(tmp_path):
     def stall(batch):
         if batch == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-            released.wait(30)
+            released.wait(PATIENCE)
 
     try:
         with pytest.raises(Retry, match="after step 4 of 20"):
