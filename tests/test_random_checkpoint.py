@@ -1,4 +1,4 @@
-"""Random checkpoints: reproducible, loadable in both layouts, without neutral values."""
+"""Random checkpoints: loadable in both layouts, and a failed command leaves nothing behind."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sana_jax import random_checkpoint
+from sana_jax.checkpoints import random_weights
 from sana_jax.checkpoints.load import open_checkpoint
 
 
@@ -21,21 +21,10 @@ def test_both_layouts_hold_the_same_weights(tmp_path, layout):
     result = write(f"--out={tmp_path / 'c'}", f"--format={layout}", "--max_shard_mb=1")
     assert result.returncode == 0, result.stderr
     found = open_checkpoint(str(tmp_path / "c"))
-    expected = random_checkpoint.make("tiny")
+    expected = random_weights.make("tiny")
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     assert found.dit == expected.dit and found.vae == expected.vae
     assert found.text_encoder == expected.text_encoder
-
-
-def test_nothing_is_neutral():
-    for path, leaf in jax.tree.leaves_with_path(random_checkpoint.make("tiny").params):
-        values = np.asarray(leaf)
-        assert np.isfinite(values).all() and values.std() > 1e-3, path
-
-
-def test_seeds_differ():
-    first, second = (random_checkpoint.make("tiny", seed=s).params["dit"] for s in (0, 1))
-    assert (np.asarray(first["final_table"]) != np.asarray(second["final_table"])).all()
 
 
 @pytest.mark.parametrize(

@@ -1,60 +1,19 @@
 """Folders of diffusers: every way they are written is read, and what is wrong is named."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import SanaPipeline as TheirPipeline
-from flax import traverse_util
 from safetensors.torch import load_file, save_file
 
-from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.find import checkpoint_hash
-from sana_jax.checkpoints.load import load, open_checkpoint
+from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.runtime.errors import UserError
-from sana_jax.sharding import make_mesh
-from sana_jax.text import instruction
 from tests import toy
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    return toy.pipeline(qk_norm="rms_norm_across_heads")
-
-
-@pytest.fixture(scope="module")
-def written(theirs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("written")
-    theirs.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written, tmp_path):
-    """A copy to spoil."""
-    return shutil.copytree(written, tmp_path / "checkpoint")
-
-
-def load_on_one_device(folder, dtype="float32", **kwargs):
-    return load(str(folder), dtype, make_mesh(devices=toy.devices(1)), **kwargs)
-
-
-def flat(checkpoint) -> dict:
-    leaves = traverse_util.flatten_dict(checkpoint.params, sep="/")
-    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
-
-
-def assert_same(found, expected):
-    found, expected = flat(found), flat(expected)
-    assert found.keys() == expected.keys()
-    for path, array in expected.items():
-        assert found[path].dtype == array.dtype, path
-        np.testing.assert_array_equal(found[path], array, err_msg=path)
+from tests.checkpoints.folders import assert_same, edit_json, flat, load_on_one_device
 
 
 def test_single_files(theirs, written):
@@ -96,25 +55,6 @@ def test_only_a_variant(theirs, tmp_path):
     theirs.save_pretrained(tmp_path, variant="fp16")
     with pytest.raises(UserError, match="has no .* there are files of variant fp16"):
         load_on_one_device(tmp_path)
-
-
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_types(written, folder, stored, dtype):
-    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    save_file({n: t.to(stored) for n, t in load_file(path).items()}, path)
-    found = load_on_one_device(folder, dtype).params["dit"]["proj_out"]["kernel"]
-    exact = load_file(path)["proj_out.weight"].float().numpy().T
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(np.asarray(found), exact.astype(jnp.dtype(dtype)))
-
-
-def edit_json(path, **changes):
-    contents = json.loads(path.read_text())
-    contents.update({k: v for k, v in changes.items() if v is not ...})
-    for key in [k for k, v in changes.items() if v is ...]:
-        contents.pop(key, None)
-    path.write_text(json.dumps(contents))
 
 
 def test_spellings_of_transformers_4(written, folder):
@@ -160,104 +100,6 @@ def test_batch_norm_counters_are_not_read(theirs, folder):
     jax.tree.map(
         np.testing.assert_array_equal, checkpoint.params["vae"], toy.params(vae, checkpoint.vae)
     )
-
-
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-def spoil(folder, change):
-    """Rewrites the transformer's tensors."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def rename(tensors):
-    tensors["proj.weight"] = tensors.pop("proj_out.weight")
-
-
-def transpose(tensors):
-    tensors["caption_projection.linear_1.weight"] = tensors[
-        "caption_projection.linear_1.weight"
-    ].T.contiguous()
-
-
-def poison(value):
-    def change(tensors):
-        tensors["transformer_blocks.1.ff.conv_depth.weight"][3, 0, 1, 1] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (rename, ["missing proj_out.weight", "unexpected proj.weight"]),
-        (transpose, ["caption_projection.linear_1.weight is [48, 64] instead of [64, 48]"]),
-        (lambda t: t.update({"proj_out.bias": t["proj_out.bias"].int()}), ["proj_out.bias is I32"]),
-        (lambda t: t.clear(), ["missing", "in all)"]),
-        (poison(float("nan")), ["conv_depth.weight", "NaN"]),
-        (poison(float("inf")), ["conv_depth.weight", "Inf"]),
-    ],
-)
-def test_wrong_tensors_are_named(folder, change, words):
-    spoil(folder, change)
-    with pytest.raises(UserError) as error:
-        load_on_one_device(folder)
-    for word in [*words, "transformer"]:
-        assert word in str(error.value), error.value
-    assert "\n" not in str(error.value)
-
-
-def test_values_beyond_float16_are_named(folder):
-    spoil(folder, poison(1e6))
-    load_on_one_device(folder, "bfloat16")
-    with pytest.raises(UserError, match="conv_depth.weight overflows float16"):
-        load_on_one_device(folder, "float16")
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (truncate, "not a whole safetensors file"),
-        (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
-        (lambda p: p.write_text("<html><body>404</body></html>"), "a web page"),
-        (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-LFS pointer"),
-        (lambda p: p.unlink(), "has no diffusion_pytorch_model.safetensors"),
-        (lambda p: p.rename(p.with_suffix(".bin")), "pickled .bin"),
-    ],
-)
-def test_damaged_files_are_named(folder, change, words):
-    change(folder / WEIGHTS)
-    with pytest.raises(UserError, match="transformer.*" + words):
-        load_on_one_device(folder)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda i: i.unlink(), "has no diffusion_pytorch_model"),
-        (lambda i: i.write_text("{}"), "not an index"),
-        (lambda i: i.write_text("not json"), "not an index"),
-        (lambda i: next(i.parent.glob("*-of-*")).unlink(), "is missing"),
-        (lambda i: i.write_text(i.read_text().replace('": "', '": "../')), "outside its folder"),
-        (lambda i: i.write_text(i.read_text().replace('": "', '": "/')), "outside its folder"),
-        (
-            lambda i: i.write_text(i.read_text().replace('"scale_shift_table"', '"no_such"')),
-            "lacks no_such",
-        ),
-    ],
-)
-def test_damaged_indices_are_named(theirs, folder, change, words):
-    (folder / WEIGHTS).unlink()
-    theirs.transformer.save_pretrained(folder / "transformer", max_shard_size="100KB")
-    change(folder / f"{WEIGHTS}.index.json")
-    with pytest.raises(UserError, match=words):
-        load_on_one_device(folder)
 
 
 @pytest.mark.parametrize(
@@ -339,111 +181,6 @@ def test_an_autoencoder_alone(written, tmp_path):
     assert checkpoint_hash(copy) != checkpoint_hash(written / "vae")
     with pytest.raises(UserError, match="SanaTransformer2DModel checkpoint; only SanaPipeline"):
         load_on_one_device(written / "transformer")
-
-
-def test_names_that_lead_nowhere(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="native folder, a diffusers folder, a bundled name"):
-        load_on_one_device("no_such_model")
-    with pytest.raises(UserError, match="neither model.json"):
-        load_on_one_device(tmp_path)
-    with pytest.raises(UserError, match="some/model is no folder here"):
-        load_on_one_device("some/model")  # tests are offline
-
-
-def test_native_round_trip(written, tmp_path):
-    """diffusers -> native -> diffusers: the same weights to the bit, and diffusers loads them."""
-    first = load_on_one_device(written)
-    native.save(first, tmp_path / "native", max_shard_bytes=100_000)
-    assert (tmp_path / "native" / "dit.safetensors.index.json").is_file()
-    second = load_on_one_device(tmp_path / "native")
-    assert_same(second, first)
-    for name in ("dit", "vae", "text_encoder", "flow_shift", "text_rows", "instruction"):
-        assert getattr(second, name) == getattr(first, name), name
-    diffusers.save(second, tmp_path / "diffusers", max_shard_bytes=100_000)
-    assert_same(load_on_one_device(tmp_path / "diffusers"), first)
-    their = TheirPipeline.from_pretrained(tmp_path / "diffusers")
-    again = toy.params(their.transformer, first.dit)
-    jax.tree.map(np.testing.assert_array_equal, again, first.params["dit"])
-
-
-def test_damaged_native_folder(written, tmp_path):
-    native.save(load_on_one_device(written), tmp_path / "native")
-    weights = tmp_path / "native" / "dit.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-5] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(UserError, match="dit.safetensors is damaged"):
-        load_on_one_device(tmp_path / "native")
-    native.save(load_on_one_device(written), tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "dit.safetensors", weights)
-    load_on_one_device(tmp_path / "native")
-    shutil.copy(weights, tmp_path / "native" / "extra.safetensors")
-    with pytest.raises(UserError, match="extra.safetensors is not in model.json"):
-        load_on_one_device(tmp_path / "native")
-    (tmp_path / "native" / "extra.safetensors").unlink()
-    edit_json(tmp_path / "native" / "model.json", version=2)
-    with pytest.raises(UserError, match="version 2"):
-        load_on_one_device(tmp_path / "native")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(files=None),
-        dict(files=["a"]),
-        dict(files={}),
-        dict(files={"../outside": "0"}),
-        dict(sampler=...),
-        dict(sampler=dict(flow_shift="3", text_rows=300)),
-        dict(sampler=dict(flow_shift=3.0, text_rows=0)),
-        dict(instruction=dict(text=5, source="x", sha256="y")),
-        dict(instruction=dict(text="a", source="x", sha256="y")),
-        dict(dit=dict(depth="2")),
-        dict(dit=dict(no_such_field=2)),
-        dict(format="other"),
-    ],
-)
-def test_broken_model_json(written, tmp_path, changes):
-    native.save(load_on_one_device(written), tmp_path / "native")
-    edit_json(tmp_path / "native" / "model.json", **changes)
-    with pytest.raises(UserError, match="model.json"):
-        load_on_one_device(tmp_path / "native")
-
-
-def test_instruction_of_a_diffusers_folder(written, tmp_path, monkeypatch, caplog):
-    """From the file given, else from the installed diffusers; without either one line says so."""
-    assert load_on_one_device(written).instruction.source.startswith("diffusers/")
-    file = tmp_path / "instruction.txt"
-    file.write_text("draw: ")
-    assert load_on_one_device(written, instruction_file=str(file)).instruction.text == "draw: "
-    monkeypatch.setattr(instruction, "_diffusers_instruction", lambda: None)
-    with caplog.at_level("WARNING"):
-        assert load_on_one_device(written).instruction is None
-    (line,) = [r.getMessage() for r in caplog.records if "instruction" in r.getMessage()]
-    assert "--instruction_file" in line and "\n" not in line
-
-
-@pytest.mark.parametrize(
-    "name, options, told",
-    [
-        ("Sana_600M_1024px_diffusers", {}, True),
-        ("Sana_600M_1024px_diffusers", {"dtype": "float16"}, False),
-        ("models--org--Sana_1600M_512px_MultiLing_diffusers/snapshots/0123abc", {}, True),
-        ("Sana_600M_1024px_diffusers", {"clip_attention": True}, False),
-        ("Sana_1600M_1024px_BF16_diffusers", {}, False),
-        ("SANA1.5_1.6B_1024px_diffusers", {}, False),
-    ],
-)
-def test_weights_trained_in_float16_are_told_of(written, tmp_path, caplog, name, options, told):
-    """Of a folder that was converted too, which has another name."""
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).symlink_to(written)
-    found = load_on_one_device(tmp_path / name, **options)
-    assert ("was trained in float16" in caplog.text) == told
-    caplog.clear()
-    native.save(found, tmp_path / "native")
-    load_on_one_device(tmp_path / "native", options.get("dtype", "float32"))
-    assert ("was trained in float16" in caplog.text) == told
 
 
 def test_where_a_checkpoint_is_from(written, tmp_path):

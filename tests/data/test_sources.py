@@ -1,15 +1,12 @@
-"""open_source: what a name may mean, and fingerprints."""
-
-import json
+"""open_source: what a name may mean."""
 
 import pytest
 
 from sana_jax.data.images import decode
-from sana_jax.data.records import Record, fingerprint
+from sana_jax.data.records import Record
 from sana_jax.data.sources import open_source
 from sana_jax.runtime.errors import UserError
 from sana_jax.shapes.dataset import prepare
-from tests.data.bad_files import encode, picture
 from tests.data.test_folder import PNG, make
 
 
@@ -37,41 +34,6 @@ def test_a_folder_that_is_none(tmp_path):
         open_source(str(tmp_path / "missing"))
     with pytest.raises(UserError, match="a.png: there is no such folder"):
         open_source(str(make(tmp_path, {"a.png": PNG}) / "a.png"))
-
-
-def test_the_fingerprint_is_that_of_the_files(tmp_path):
-    files = {f"{i}.png": encode(picture(i), "PNG") for i in range(5)}
-    files["3.json"] = {"captions": ["a cat"]}
-    print_of = {
-        change: open_source(str(make(tmp_path / change, files | changed))).fingerprint
-        for change, changed in {
-            "none": {},
-            "copy": {},
-            "one bit": {"2.png": files["2.png"][:-1] + b"\x83"},
-            "caption": {"3.json": {"captions": ["a dog"]}},
-            "one more": {"5.png": PNG},
-            "no image, but a caption": {"9.txt": "a cat"},
-            "unreadable": {"3.json": "{"},
-        }.items()
-    }
-    assert print_of["none"] == print_of["copy"] and len(print_of["none"]) == 16
-    assert len(set(print_of.values())) == len(print_of) - 1
-
-
-def test_the_fingerprint_of_many_reads_few():
-    class Counting(list):
-        reads = 0
-
-        def __getitem__(self, index):
-            self.reads += 1
-            return super().__getitem__(index)
-
-    records = Counting({"key": str(i), "image": b"", "captions": []} for i in range(10_000))
-    first = fingerprint(records)
-    assert records.reads <= 256
-    records[-1]["captions"].append("not looked at")
-    assert fingerprint(records) == first != fingerprint(records, "another description")
-    assert json.dumps(first)
 
 
 def test_shapes_is_read_from_where_it_was_prepared(tmp_path):

@@ -1,0 +1,73 @@
+"""Native folders: exact in both directions, and damage is named."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from diffusers import SanaPipeline as TheirPipeline
+
+from sana_jax.checkpoints import diffusers, native
+from sana_jax.runtime.errors import UserError
+from tests import toy
+from tests.checkpoints.folders import assert_same, edit_json, load_on_one_device
+
+
+def test_native_round_trip(written, tmp_path):
+    """diffusers -> native -> diffusers: the same weights to the bit, and diffusers loads them."""
+    first = load_on_one_device(written)
+    native.save(first, tmp_path / "native", max_shard_bytes=100_000)
+    assert (tmp_path / "native" / "dit.safetensors.index.json").is_file()
+    second = load_on_one_device(tmp_path / "native")
+    assert_same(second, first)
+    for name in ("dit", "vae", "text_encoder", "flow_shift", "text_rows", "instruction"):
+        assert getattr(second, name) == getattr(first, name), name
+    diffusers.save(second, tmp_path / "diffusers", max_shard_bytes=100_000)
+    assert_same(load_on_one_device(tmp_path / "diffusers"), first)
+    their = TheirPipeline.from_pretrained(tmp_path / "diffusers")
+    again = toy.params(their.transformer, first.dit)
+    jax.tree.map(np.testing.assert_array_equal, again, first.params["dit"])
+
+
+def test_damaged_native_folder(written, tmp_path):
+    native.save(load_on_one_device(written), tmp_path / "native")
+    weights = tmp_path / "native" / "dit.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match="dit.safetensors is damaged"):
+        load_on_one_device(tmp_path / "native")
+    native.save(load_on_one_device(written), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "dit.safetensors", weights)
+    load_on_one_device(tmp_path / "native")
+    shutil.copy(weights, tmp_path / "native" / "extra.safetensors")
+    with pytest.raises(UserError, match="extra.safetensors is not in model.json"):
+        load_on_one_device(tmp_path / "native")
+    (tmp_path / "native" / "extra.safetensors").unlink()
+    edit_json(tmp_path / "native" / "model.json", version=2)
+    with pytest.raises(UserError, match="version 2"):
+        load_on_one_device(tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(files=None),
+        dict(files=["a"]),
+        dict(files={}),
+        dict(files={"../outside": "0"}),
+        dict(sampler=...),
+        dict(sampler=dict(flow_shift="3", text_rows=300)),
+        dict(sampler=dict(flow_shift=3.0, text_rows=0)),
+        dict(instruction=dict(text=5, source="x", sha256="y")),
+        dict(instruction=dict(text="a", source="x", sha256="y")),
+        dict(dit=dict(depth="2")),
+        dict(dit=dict(no_such_field=2)),
+        dict(format="other"),
+    ],
+)
+def test_broken_model_json(written, tmp_path, changes):
+    native.save(load_on_one_device(written), tmp_path / "native")
+    edit_json(tmp_path / "native" / "model.json", **changes)
+    with pytest.raises(UserError, match="model.json"):
+        load_on_one_device(tmp_path / "native")
