@@ -319,7 +319,7 @@ def test_tpu_setup_on_workers(tmp_path):
 
 
 def on_a_worker(*command):
-    """What `launch/tpu run` has a worker's shell run, in its home folder."""
+    """Returns the command that `launch/tpu run` gives to a worker's shell, in its home folder."""
     line = launch("tpu", "--dry_run", "run", *command, **SLICE).stdout
     (flag,) = (word for word in shlex.split(line) if word.startswith("--command="))
     return ["bash", "-c", flag.removeprefix("--command=")]

@@ -171,7 +171,7 @@ def test_missing_and_broken_configs(folder):
 
 
 def test_an_autoencoder_alone(written, tmp_path):
-    """As DC-AE is published: config and weights, no pipeline around them."""
+    """DC-AE is published like this: config and weights, without a pipeline around them."""
     alone, whole = load_on_one_device(written / "vae"), load_on_one_device(written)
     assert alone.configs() == {"vae": whole.vae}
     assert_same(alone, dataclasses.replace(whole, params={"vae": whole.params["vae"]}))

@@ -1,4 +1,4 @@
-"""What a job's log shows of long work."""
+"""Progress in a job's log, and on a terminal."""
 
 import io
 
