@@ -161,8 +161,7 @@ def _prepare(checkpoint, settings: Settings, module):
         scale = module.config.scaling_factor
         return lambda call: run(images, return_dict=False)[0] * scale
 
-    # The other parts run in diffusers' own pipeline.
-    pipe = SanaPipeline(
+    pipe = SanaPipeline(  # diffusers' own, for the other parts
         tokenizer=checkpoint.tokenizer if settings.part == "text" else None,
         text_encoder=compiled(module) if settings.part == "text" else None,
         transformer=compiled(module) if settings.part == "loop" else None,
