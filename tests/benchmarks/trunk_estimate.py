@@ -1,4 +1,4 @@
-"""Estimates the cost of the transformer's blocks on one TPU chip, for The table.
+"""Estimates the cost of the transformer's blocks on one TPU chip, for the table in a README.md.
 
     python -m tests.benchmarks.trunk_estimate --model=1.6B --what=backward --chip=v5e
 
