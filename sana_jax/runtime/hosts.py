@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sana_jax.runtime.errors import UserError
+
 
 def log_first_host(line: str) -> None:
     """Prints a line to stderr, on the first host only."""
@@ -50,7 +52,9 @@ def raise_together(action: Callable[..., Any], *args: Any) -> Any:
         raise  # a host may be lost, and would never answer
     except Exception as caught:
         error = caught
-    for host, told in enumerate(gather_values(error and (type(error), str(error)))):
+    # Kinds of UserError may take more than a message, so that they travel as UserErrors.
+    kind = UserError if isinstance(error, UserError) else type(error)
+    for host, told in enumerate(gather_values(error and (kind, str(error)))):
         if error and host == jax.process_index():
             raise error
         if told:

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from sana_jax.runtime import hosts
+from sana_jax.runtime.checks import BadArgument
 from sana_jax.runtime.errors import Retry, UserError
 
 
@@ -35,3 +36,14 @@ def test_what_others_raise(monkeypatch):
         hosts.raise_together(fail, Retry("mine"))
     with pytest.raises(UserError, match="^the first's$"):
         hosts.on_first_host(lambda: pytest.fail("only the first acts"))
+
+
+def test_an_error_of_several_arguments_reaches_the_others(monkeypatch):
+    sent = []
+    monkeypatch.setattr(hosts, "gather_values", lambda mine: sent.append(mine) or [mine])
+    error = BadArgument("seed", "-1 is too small")
+    with pytest.raises(BadArgument):
+        hosts.raise_together(fail, error)
+    (kind, message) = sent[0]
+    with pytest.raises(UserError, match="^seed -1 is too small$"):
+        raise kind(message)
