@@ -129,9 +129,10 @@ def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -
         config = ConfigDict(config.to_dict())
         config.recipe.batch_size = batch
     check_batches(config, mesh)
-    step, state, rows, inputs, size, each = abstract_training(config, mesh)
+    made = abstract_training(config, mesh)
     batch = config.recipe.batch_size
-    return Program(step, (state, rows, *inputs), batch, size, batch * each)
+    inputs = made.state, made.batch, *made.inputs
+    return Program(made.step, inputs, batch, made.size, batch * made.flops)
 
 
 def _autoencoder_training(
@@ -147,10 +148,9 @@ def _autoencoder_training(
         raise UserError(f"--phase={name} is not one of {', '.join(config.phases)}")
     try:
         network, dtype = DCAEConfig(**config.network.to_dict()), jnp.dtype(config.dtype)
-        phase = read_phase(config.phases[name].to_dict())
     except (TypeError, ValueError) as error:
         raise UserError(f"--config: {error}") from None
-
+    phase = read_phase(config.phases[name].to_dict(), f"config.phases.{name}")
     # The task, with an abstract state.
     phase = dataclasses.replace(phase, batch_size=batch or phase.batch_size)
     check_phase(name, phase, network, mesh)

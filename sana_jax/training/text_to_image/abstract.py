@@ -1,7 +1,7 @@
 """A text-to-image training by shapes alone: its step, to be compiled ahead, and its FLOPs."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +42,22 @@ def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool)
     return count
 
 
-def abstract_training(
-    config: ConfigDict, mesh: Mesh
-) -> tuple[Any, Any, Any, tuple[Any, ...], int, int]:
-    """Returns a training to compile ahead, without checkpoints: the step and its arguments.
+class AbstractTraining(NamedTuple):
+    """A step to compile ahead, by step.lower(state, batch, *inputs) with the mesh set."""
 
-    Returns (step, state, batch, inputs, size, flops): the step under jit, for
-    step.lower(state, batch, *inputs) with `mesh` set; its arguments as ShapeDtypeStructs with
-    shardings; the pixels a side, and the FLOPs of an image. Checkpoints that the config names are
-    not opened: the autoencoder is SANA's, the text encoder is config.text_encoder.network, with an
-    instruction as long as SANA's.
+    step: Any  # under jit
+    state: Any  # ShapeDtypeStructs with shardings, as are the next two
+    batch: Any
+    inputs: tuple[Any, ...]
+    size: int  # pixels a side
+    flops: int  # of an image
+
+
+def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
+    """Makes the step of a training, and the shapes of its arguments, without checkpoints.
+
+    Checkpoints that the config names are not opened: the autoencoder is SANA's, the text encoder is
+    config.text_encoder.network, with an instruction as long as SANA's.
     """
     encoder, rows = config.text_encoder, config.text_encoder.rows
     base = Checkpoint(
@@ -93,4 +99,5 @@ def abstract_training(
         )
         frozen = Frozen(vae, params, *constants)
     count = flops_of_row(task, size, "image" in batch, captions=True)
-    return compile_step(task.step, state), state, batch, (frozen,), size, count
+    step = compile_step(task.step, state)
+    return AbstractTraining(step, state, batch, (frozen,), size, count)
