@@ -18,10 +18,10 @@ from PIL import Image
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import reason_of, write_atomically
 
-Picture = UInt8[np.ndarray, "H W 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]  # height, width: those of a sheet may differ
 
 
-def to_float(images: UInt8[Any, "*B H W 3"]) -> Float[Any, "*B H W 3"]:
+def to_float(images: UInt8[Any, "*B H W C"]) -> Float[Any, "*B H W C"]:
     """Converts 0 .. 255 to float32 in [-1, 1]; NumPy arrays stay in NumPy, JAX arrays in JAX.
 
     XLA multiplies by a reciprocal, so the two may differ in the last place.

@@ -29,6 +29,11 @@ def local(folder: str | os.PathLike) -> Path:
     return Path(folder)
 
 
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """Returns a local path as an absolute one, links and `..` kept; an address as it is."""
+    return epath.Path(os.path.abspath(path) if is_local(path) else path)
+
+
 # What opening a path raises; ImportError where what reads such addresses is not installed.
 UNREACHABLE = OSError, ImportError
 

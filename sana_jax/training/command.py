@@ -12,6 +12,7 @@ from ml_collections.config_flags import config_flags
 from sana_jax.runtime import devices, hosts
 from sana_jax.runtime.devices import enable_compilation_cache
 from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.training.checkpoints.manager import check_name
 
 JOIN_SECONDS = 1800  # a preempted host may come back minutes after the others
 # Errors of JAX for a program that is wrong or too large, which fails again at every retry.
@@ -55,6 +56,7 @@ def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> 
     """
     try:
         with devices.memory_errors(SMALLER):
+            check_name(workdir)  # before anything is written, or opened for minutes
             training = make_training(config, workdir)
             hosts.log_first_host(f"training on {devices.describe()}")
             training.run()

@@ -28,6 +28,11 @@ def test_a_lost_host_is_worth_another_try(monkeypatch, hosts, message, kind):
         command.run(Training, None, "run")
 
 
+def test_a_folder_that_saves_what_nobody_reads_is_refused_at_once():
+    with pytest.raises(UserError, match="could not be read back"):
+        command.run(lambda config, workdir: pytest.fail("too late"), None, "runs [1]/a")
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_too_large_a_batch_is_the_user_s(monkeypatch, hosts):
     def make_training(config, workdir):

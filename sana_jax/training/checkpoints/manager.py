@@ -12,6 +12,7 @@ host's data iterator, and the fingerprint of every leaf (document.py, checksums.
 import contextlib
 import fnmatch
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from etils import epath
 from flax import traverse_util
 
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
-from sana_jax.runtime.files import UNREACHABLE, is_local, reason_of
+from sana_jax.runtime.files import UNREACHABLE, absolute, is_local, reason_of
 from sana_jax.runtime.hosts import gather_values, on_first_host, raise_together
 from sana_jax.runtime.lock import locked
 from sana_jax.training.checkpoints.arrays import (
@@ -51,6 +52,7 @@ from sana_jax.training.checkpoints.document import (
 
 State = TypeVar("State")
 
+PATTERNS = "[]\\"
 SAVE_ATTEMPTS = 3  # this many failures in a row end the run
 
 _TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's names
@@ -82,7 +84,9 @@ class Checkpoints:
           keep_every: steps that are multiples of it are kept for good.
           free: globs of keys of the config that may change, with dots between levels.
         """
-        self.workdir, self.folder = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
+        check_name(workdir)
+        self.workdir = epath.Path(workdir)
+        self.folder = absolute(workdir) / "checkpoints"  # Orbax saves to absolute paths alone
         self._remote = not is_local(workdir)
         self._about = json.loads(json.dumps({"config": config, "data": data}))
         self._free = [f"config.{glob}" for glob in free]
@@ -335,6 +339,18 @@ class Checkpoints:
                 if (document if older == step else self._document(older))["good"]:
                     return older
         return None
+
+
+def check_name(workdir: str | epath.Path) -> None:
+    """Raises UserError for a folder whose checkpoints Orbax 0.12 could save, but not read back.
+
+    It looks for arrays by a pattern, in which the folder's own brackets and backslashes count.
+    """
+    if wrong := sorted(set(PATTERNS) & set(os.fspath(absolute(workdir)))):
+        raise UserError(
+            f"--workdir={workdir}: checkpoints below a folder with {' and '.join(wrong)} in its"
+            " name could not be read back; rename it, or name another"
+        )
 
 
 def read_newest(workdir: str | epath.Path, part: str) -> tuple[Document, Any]:

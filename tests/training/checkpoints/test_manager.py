@@ -25,6 +25,29 @@ def test_newest_is_restored(folder):
     assert checkpoints.steps() == [1, 2, 3] and checkpoints.last_good == 3
 
 
+@pytest.mark.parametrize("name", ["run", "./run/", ".", "linked/../run", "link"])
+def test_a_folder_may_be_named_as_users_do(tmp_path, monkeypatch, name):
+    """Orbax wants absolute paths: a relative --workdir saved nothing."""
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints(name, CONFIG, DATA) as checkpoints:
+        checkpoints.save(3, make(3), {"row": 3})
+        checkpoints.wait()
+        assert checkpoints.last_good == 3
+    found, position, _ = restore(name)
+    assert same(found, make(3)) and position == {"row": 3}
+    document, _ = manager.read_newest(name, "params")
+    assert document["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["exp [v2]", "a\\b"])
+def test_a_folder_that_could_not_be_read_back_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="could not be read back; rename it"):
+        Checkpoints(tmp_path / name / "run", CONFIG, DATA)
+    assert not (tmp_path / name).exists()
+
+
 def flip_bit(step):
     largest = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
