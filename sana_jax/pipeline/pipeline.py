@@ -55,7 +55,7 @@ class SanaPipeline:
     """Draws images from prompts. The result of a call depends on its arguments alone.
 
     The text encoder's output for instructions and negative prompts is cached between calls, so make
-    another pipeline for another text encoder's weights.
+    another pipeline for another text encoder's weights. Threads may share a pipeline.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):

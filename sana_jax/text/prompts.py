@@ -10,6 +10,7 @@ Everything here runs on the host, except `gather_window`. Nothing is downloaded.
 """
 
 import dataclasses
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,9 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int32
 
 SHORTEST = 16  # lengths are rounded up to this times a power of two, so that few are compiled
+
+# Truncation is a state of a fast tokenizer, which a call without it switches off for all threads.
+_one_thread = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +55,17 @@ def tokenize(
     cut.
 
     `fixed_width`: pad to the longest possible prompt, so that one program reads all batches, and
-    do not warn about cuts.
+    do not warn about cuts. Threads may share a tokenizer.
     """
     before = mend(instruction or "")
     texts = [before + clean_prompt(mend(prompt)) for prompt in prompts]
-    told = tokenizer.encode(before) if before else []
-    limit = len(told) + rows - 2 if before else rows
-    sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]
-    lengths = np.array([len(sequence) for sequence in sequences])
-    if not fixed_width:
-        _warn_of_cuts(tokenizer, texts, lengths, limit, rows)
+    with _one_thread:
+        told = tokenizer.encode(before) if before else []
+        limit = len(told) + rows - 2 if before else rows
+        sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]
+        lengths = np.array([len(sequence) for sequence in sequences])
+        if not fixed_width:
+            _warn_of_cuts(tokenizer, texts, lengths, limit, rows)
 
     # The last one may merge with the prompt; a strange prompt reaches further.
     prefix = told[: min(len(told), limit) - 1]

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -152,6 +153,19 @@ def test_prompts_that_reach_into_the_instruction(tokenizer, encoders):
     ours, our_mask = rows_of(tokenizer, apply, prompts, ROWS, lines[0])
     np.testing.assert_array_equal(our_mask, mask)
     toy.assert_close(ours[our_mask], theirs[our_mask], 2e-5)
+
+
+def test_threads_share_a_tokenizer(tokenizer):
+    """Truncation is its state: threads took one another's, and got other tokens or an error."""
+    words = "a red circle above a blue square, " * 40
+    batches = [[words[: 20 + 113 * ((i + j) % 9)] for j in range(8)] for i in range(9)]
+
+    def tokens(i):
+        return tokenize(tokenizer, batches[i], 24, ["draw: ", None][i % 2]).tokens.tolist()
+
+    alone = [tokens(i) for i in range(9)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokens, [*range(9)] * 40)) == alone * 40
 
 
 def test_hidden_rows_are_zeros_whatever_stands_there():
