@@ -22,6 +22,7 @@ from sana_jax.checkpoints.diffusers_configs import (
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
+from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, read_json
 from sana_jax.text.tokenizers import load_tokenizer
@@ -203,6 +204,7 @@ SCHEDULERS = {
         "thresholding": (False, False),
         **OTHER_GRIDS,
         "use_lu_lambdas": (False, False),
+        "num_train_timesteps": (NUM_TIMESTEPS, NUM_TIMESTEPS),
     },
     "FlowMatchEulerDiscreteScheduler": {
         "use_dynamic_shifting": (False, False),
@@ -210,6 +212,7 @@ SCHEDULERS = {
         **OTHER_GRIDS,
         "invert_sigmas": (False, False),
         "shift_terminal": (None, None),
+        "num_train_timesteps": (NUM_TIMESTEPS, NUM_TIMESTEPS),
     },
 }
 

@@ -123,6 +123,11 @@ def test_batch_norm_counters_are_not_read(theirs, folder):
         ("scheduler/scheduler_config.json", dict(use_flow_sigmas=...), "use_flow_sigmas False"),
         ("scheduler/scheduler_config.json", dict(use_karras_sigmas=True), "use_karras_sigmas True"),
         ("scheduler/scheduler_config.json", dict(use_lu_lambdas=True), "use_lu_lambdas True"),
+        (
+            "scheduler/scheduler_config.json",
+            dict(num_train_timesteps=500),
+            "num_train_timesteps 500",
+        ),
         ("scheduler/scheduler_config.json", dict(flow_shift=None), "flow_shift None"),
         ("scheduler/scheduler_config.json", dict(flow_shift="3"), "flow_shift '3'"),
         ("scheduler/scheduler_config.json", dict(flow_shift=-1), "flow_shift -1"),
