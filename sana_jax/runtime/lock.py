@@ -15,7 +15,8 @@ from etils import epath
 from sana_jax.runtime.errors import UserError
 
 NAME = ".sana_jax.lock"
-OURS = re.compile(rb"sana_jax: (pid \d+, .*)", re.DOTALL)
+START = b"sana_jax: pid "
+OURS = re.compile(rb"sana_jax: (pid \d+, .+)", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -68,11 +69,17 @@ def _owner(path: epath.Path, file: int) -> str:
     """Returns who wrote the file. Raises UserError if another program did."""
     if not stat.S_ISREG(os.fstat(file).st_mode):
         raise _foreign(path)
-    content = os.pread(file, 1000, 0)
+    # A power cut may leave the beginning of our line, or NULs in its place.
+    content = os.pread(file, 1000, 0).rstrip(b"\0")
     found = OURS.fullmatch(content)
-    if content and not found:
+    if not found and not _is_torn(content):
         raise _foreign(path)
     return found[1].decode(errors="replace") if found else "just started"
+
+
+def _is_torn(content: bytes) -> bool:
+    """Returns True for the beginning of this program's line, the empty one included."""
+    return START.startswith(content) or re.fullmatch(START + rb"\d+,? ?", content) is not None
 
 
 def _foreign(path: epath.Path) -> UserError:

@@ -109,3 +109,13 @@ def test_a_full_disk_is_locked_too(folder, monkeypatch):
         with pytest.raises(UserError, match="another run .just started"), locked(folder):
             pass
     assert [*folder.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"\0" * 40, b"sana", b"sana_jax: pid 12", b"sana_jax: pid 1, h\0\0"]
+)
+def test_a_lock_that_a_power_cut_left_half_written_is_stale(folder, left):
+    (folder / NAME).write_bytes(left)
+    with locked(folder):
+        assert f"pid {os.getpid()}," in (folder / NAME).read_text()
+    assert [*folder.iterdir()] == []
