@@ -108,7 +108,7 @@ def test_keys_and_values_once_a_prompt():
     params = toy.params(module, config)
     latents, caption, mask = inputs(config)
     model, timestep = SanaTransformer(config), jnp.array([420.0])
-    variables = {"params": params}
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
     keys_values = model.apply(variables, caption, method="keys_values")
     assert keys_values.shape == (3, BATCH, ROWS, 2 * 2 * 32)
     ours = model.apply(variables, latents, timestep, keys_values, mask, method="denoise")

@@ -175,7 +175,7 @@ def test_hidden_rows_are_zeros_whatever_stands_there():
     assert rows.dtype == jnp.float32
     np.testing.assert_array_equal(rows, np.array([[[1.5] * 3, [1.5] * 3, [0] * 3]]))
     first = jnp.full((1, 3), 2, jnp.bfloat16)
-    rows = gather_window(hidden, np.array([1, 2, 3]), mask, first)
+    rows = gather_window(hidden, np.array([1, 2, 3], np.int32), mask, first)
     np.testing.assert_array_equal(rows, np.array([[[2.0] * 3, [1.5] * 3, [0] * 3]]))
 
 
