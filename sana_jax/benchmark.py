@@ -72,7 +72,7 @@ _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation",
     "auto",
     IMPLEMENTATIONS,
-    "of our transformer: pallas with kernels, xla without",
+    "kernels of our transformer: auto (on TPU only), pallas (always) or xla (never)",
 )
 _STEPS = flags.DEFINE_integer("num_steps", 20, "steps of the loop", 1, 1000)
 flags.DEFINE_alias("steps", "num_steps")

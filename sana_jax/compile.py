@@ -10,9 +10,9 @@
 
 This needs the compiler for TPUs, which pip install 'jax[tpu]' installs on x86-64 Linux, but no TPU.
 The figures are those of one chip, by the estimate of measure/tpu_estimate.py, which is a model and
-not a measurement. Networks that the program does not use are not in its memory. MFU counts the work
-that the architecture asks for, so recomputed activations show as slowness; a training step counts
-three times the forward pass of the networks that train.
+not a measurement. Networks that the program does not use are not in its memory. MFU, the share of
+the chip's peak, counts the work that the architecture asks for, so recomputed activations show as
+slowness; a training step counts three times the forward pass of the networks that train.
 
 Most of the time goes into the schedules from which the cost of kernels is computed. --memory leaves
 them out and only says whether the program fits.
@@ -46,7 +46,7 @@ WHAT = ("forward", "train", "sample", "decode")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe to train, a file in configs/")
 _PRESET = flags.DEFINE_string(
-    "preset", None, "the networks to draw with, one of the presets of benchmark"
+    "preset", None, "sizes of the networks to draw with, such as sana_600m_1024; or give --config"
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology",

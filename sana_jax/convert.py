@@ -34,7 +34,7 @@ _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
-    "of the weights; float16 is for the transformer alone: the other networks overflow it and"
+    "dtype of the weights; float16 is for the transformer alone: the other networks overflow it and"
     " become bfloat16; default: as they are",
 )
 _VARIANT = checkpoint_flags.define("variant")

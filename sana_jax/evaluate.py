@@ -74,7 +74,7 @@ _SPLIT = flags.DEFINE_string(
 _SIZE = flags.DEFINE_integer(
     "size",
     128,
-    "side of the images in pixels; the task shapes draws at the model's native size",
+    "side of the images in pixels; shapes uses it only for an autoencoder without a transformer",
     16,
     2**13,
 )

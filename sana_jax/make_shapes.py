@@ -7,7 +7,7 @@
 Running the same command again changes nothing. DIR/shapes/SIZE/VERSION holds ArrayRecord files as
 TFDS writes them; a run that was killed leaves a folder `incomplete.*` beside it, which is never
 read. The functions `scene(seed, split)`, `draw(scene, height, width)` and `captions(scene)` of
-sana_jax/shapes give the same without files: record i has the seed (seed, i).
+sana_jax/shapes give the same scenes without files: record i has the seed (seed, i).
 """
 
 from absl import flags

@@ -28,10 +28,12 @@ _CHECKPOINT = checkpoint_flags.define("checkpoint")
 _DATA = flags.DEFINE_string(
     "data", None, "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]", required=True
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder where shapes or TFDS data were prepared")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "folder where shapes or TFDS data were prepared; needed for shapes"
+)
 _SPLIT = flags.DEFINE_string("split", "train", "split of the data")
 _OUT = flags.DEFINE_string("out", None, "folder to write, made if missing", required=True)
-_SIZE = flags.DEFINE_integer("size", None, "side of the images in pixels", 16, 2**13)
+_SIZE = flags.DEFINE_integer("size", None, "side in pixels, or give --buckets", 16, 2**13)
 _BUCKETS = flags.DEFINE_integer(
     "buckets", None, "instead of --size: the published sizes at 512, 1024, 2048 or 4096 px"
 )

@@ -23,8 +23,12 @@ from sana_jax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
 checkpoint_flags.define("checkpoint")
-_PROMPT = flags.DEFINE_string("prompt", None, "the prompt; an empty one draws unconditionally")
-_PROMPTS = flags.DEFINE_string("prompts", None, "a .txt or .jsonl file of prompts")
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "the prompt, or give --prompts; an empty one draws unconditionally"
+)
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "a .txt or .jsonl file of prompts, or give --prompt"
+)
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures, made if missing", required=True)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "text to steer away from")
 _HEIGHT = flags.DEFINE_integer(
@@ -72,7 +76,12 @@ _IMAGES = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer(
     "seed", 0, "seed of the first picture, 0 .. 4294967295; the others count up from it"
 )
-flags.DEFINE_enum("sampler", "flow_dpm_solver", ["flow_dpm_solver", "flow_euler"], "the solver")
+flags.DEFINE_enum(
+    "sampler",
+    "flow_dpm_solver",
+    ["flow_dpm_solver", "flow_euler"],
+    "the solver: flow_dpm_solver (second order, SANA's) or flow_euler",
+)
 flags.DEFINE_float("flow_shift", None, "shift of the noise schedule; default: the checkpoint's")
 checkpoint_flags.define("instruction_file")
 flags.DEFINE_bool("no_instruction", False, "encode the prompts without an instruction")
@@ -80,7 +89,7 @@ flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
-    "of weights and activations; default: bfloat16, or float32 on a CPU",
+    "dtype of weights and activations; default: bfloat16, or float32 on a CPU",
 )
 checkpoint_flags.define("variant")
 checkpoint_flags.define("revision")

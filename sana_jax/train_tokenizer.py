@@ -1,4 +1,4 @@
-"""Trains a small tokenizer on captions; it behaves as Gemma's does.
+"""Trains a small tokenizer on captions. As with Gemma's, `<bos>` comes first and nothing last.
 
     python -m sana_jax.train_tokenizer --out=DIR                    # on the built-in data set
     python -m sana_jax.train_tokenizer --out=DIR --data=PHOTOS --vocab_size=8192

@@ -7,7 +7,7 @@ HELP = {
     "variant": "variant of the weights in a diffusers folder, such as bf16",
     "revision": "branch, tag or commit of a hub id",
     "instruction_file": "complex human instruction, a text file or an NVlabs yaml;"
-    " default: the checkpoint's",
+    " default: the checkpoint's, else for a diffusers folder that of an installed diffusers",
 }
 
 flags.disclaim_key_flags()  # the flags are those of the module that calls

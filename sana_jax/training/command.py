@@ -24,13 +24,17 @@ flags.disclaim_key_flags()  # the flags are those of the module that calls
 
 def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]], None]:
     """Defines the flags, and returns a main that calls make_training(config, workdir).run()."""
-    config = config_flags.DEFINE_config_file("config", None, "the recipe, a file in configs/")
+    config = config_flags.DEFINE_config_file(
+        "config", None, "the recipe, a file in configs/; --config.FIELD=VALUE changes a field"
+    )
     workdir = flags.DEFINE_string(
         "workdir",
         None,
         "folder of the run, made if missing, mounted by all hosts; it may become large",
     )
-    multihost = flags.DEFINE_bool("multihost", False, "find and join the other hosts of the job")
+    multihost = flags.DEFINE_bool(
+        "multihost", False, "join the other hosts of the job; leave it out on one host"
+    )
     cache = flags.DEFINE_string(
         "compilation_cache",
         None,
