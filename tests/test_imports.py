@@ -40,9 +40,6 @@ COVERED = {
     "pipeline/denoise.py": "tests/pipeline/test_pipeline.py",
     "shapes/builder.py": "tests/shapes/test_dataset.py",
     "shapes/language.py": "tests/shapes/test_captions.py",
-    "training/command.py": "tests/test_train.py",
-    "training/meter.py": "tests/training/test_loop.py",
-    "training/watchdog.py": "tests/training/test_loop.py",
 }
 
 

@@ -12,9 +12,10 @@ from sana_jax.batch.settings import Options, settings_of, shows_steps, with_requ
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint, place_all
-from sana_jax.pipeline import SanaPipeline, tiling
-from sana_jax.pipeline.pipeline import NOT_FINITE
-from sana_jax.pipeline.request import LARGE, Request
+from sana_jax.pipeline import tiling
+from sana_jax.pipeline.pipeline import NOT_FINITE, SanaPipeline
+from sana_jax.pipeline.request import Request
+from sana_jax.pipeline.tiling import LARGE
 from sana_jax.runtime import devices
 from sana_jax.runtime.devices import enable_compilation_cache
 from sana_jax.runtime.errors import UserError

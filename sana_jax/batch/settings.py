@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from sana_jax.batch.tasks import Batch
-from sana_jax.pipeline import SanaPipeline
+from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.pipeline.request import BadSide, Request
 from sana_jax.runtime.checks import BadArgument
 from sana_jax.runtime.errors import UserError

@@ -65,7 +65,7 @@ class Batch:
         return self.tasks + self.tasks[-1:] * (self.size - len(self.tasks))
 
 
-def _is_whole(value, low: int, high: int) -> bool:
+def _is_integer(value, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
@@ -77,10 +77,10 @@ def _is_text(value) -> bool:
 FIELDS = {
     "prompt": ("a string", _is_text),
     "negative_prompt": ("a string", _is_text),
-    "seed": (f"a whole number in 0 .. {MAX_SEED}", lambda v: _is_whole(v, 0, MAX_SEED)),
-    "height": ("a whole number of pixels above 0", lambda v: _is_whole(v, 1, 2**31)),
-    "width": ("a whole number of pixels above 0", lambda v: _is_whole(v, 1, 2**31)),
-    "num_steps": (f"a whole number in 1 .. {MAX_STEPS}", lambda v: _is_whole(v, 1, MAX_STEPS)),
+    "seed": (f"a whole number in 0 .. {MAX_SEED}", lambda v: _is_integer(v, 0, MAX_SEED)),
+    "height": ("a whole number of pixels above 0", lambda v: _is_integer(v, 1, 2**31)),
+    "width": ("a whole number of pixels above 0", lambda v: _is_integer(v, 1, 2**31)),
+    "num_steps": (f"a whole number in 1 .. {MAX_STEPS}", lambda v: _is_integer(v, 1, MAX_STEPS)),
     "guidance_scale": (
         "a number in 0 .. 1000, where up to 1 is no guidance",
         lambda v: type(v) in (int, float) and 0 <= v <= 1000,

@@ -147,7 +147,7 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
 
 def component_names(folder: Path) -> list[str]:
     """Returns the names of the networks that a folder of its kind holds. Raises UserError."""
-    whole = _is_whole(folder)
+    whole = _is_pipeline(folder)
     kind = read_json(folder / ("model_index.json" if whole else "config.json")).get("_class_name")
     for mark, name in UNSUPPORTED.items():
         if mark in str(kind):
@@ -168,13 +168,13 @@ def _provenance(folder: Path, variant: str | None) -> dict[str, str]:
     return made | ({"variant": variant} if variant else {})
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_pipeline(folder: Path) -> bool:
     """Returns True if a folder holds a whole pipeline, not an autoencoder alone."""
     return (folder / "model_index.json").is_file() or not (folder / "config.json").is_file()
 
 
 def _subfolder(folder: Path, name: str) -> Path:
-    return folder / COMPONENTS[name][0] if _is_whole(folder) else folder
+    return folder / COMPONENTS[name][0] if _is_pipeline(folder) else folder
 
 
 def _read_config(folder: Path, name: str) -> Config:

@@ -18,7 +18,8 @@ from sana_jax.diffusion import dpm_solver
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
-from sana_jax.pipeline import SanaPipeline, denoise, programs
+from sana_jax.pipeline import denoise, programs
+from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.pipeline.request import tiles
 from sana_jax.sharding import batch_divisor
 from sana_jax.text.prompts import tokenize

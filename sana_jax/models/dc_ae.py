@@ -28,7 +28,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.kernels import res_block
-from sana_jax.kernels.glumbconv.reference import depthwise_conv
+from sana_jax.kernels.glumbconv import reference as mix_ffn
 from sana_jax.kernels.linear_attention import reference
 from sana_jax.kernels.res_block.reference import EPSILON  # of every norm
 from sana_jax.models.dc_ae_config import DCAEConfig
@@ -180,7 +180,7 @@ class Multiscale(nn.Module):
             (width // head_dim, head_dim, head_dim),
             self.param_dtype,
         )
-        x = depthwise_conv(qkv, depthwise_kernel).astype(self.dtype)
+        x = mix_ffn.depthwise_conv(qkv, depthwise_kernel).astype(self.dtype)
         x = rearrange(x, "b h w (g d) -> b h w g d", d=head_dim)
         x = jnp.einsum("bhwgd,gde->bhwge", x, pointwise_kernel.astype(self.dtype))
         return rearrange(x, "b h w g d -> b h w (g d)")

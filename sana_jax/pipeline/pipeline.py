@@ -192,7 +192,7 @@ class SanaPipeline:
         if output == "latent":
             return self._sample(request, on_step)[: request.count]
         if output == "float":
-            return programs.to_float(self._paint(request, on_step))[: request.count]
+            return programs.to_unit_range(self._paint(request, on_step))[: request.count]
         pictures, finite = self.draw(request, on_step)
         pictures = np.asarray(pictures)
         if not finite.all():
@@ -210,7 +210,7 @@ class SanaPipeline:
     def draw(
         self, request: Request, on_step: Callable[[int, Array], None] | None = None
     ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
-        """Draws uint8 pictures, and says which are finite: on the device, not waited for."""
+        """Draws uint8 pictures, and says which are finite: device arrays that may not be ready."""
         pictures, finite = programs.to_uint8(self._paint(request, on_step))
         return pictures[: request.count], finite[: request.count]
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt8, UInt32
 
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pipeline import tiling
-from sana_jax.pipeline.request import LARGE
+from sana_jax.pipeline.tiling import LARGE
 from sana_jax.text.prompts import gather_window
 
 
@@ -91,7 +91,7 @@ def draw_noise(seeds: UInt32[Array, " B"], shape: tuple[int, ...]) -> Float[Arra
 
 
 @jax.jit
-def to_float(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+def to_unit_range(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     """Maps [-1, 1] to [0, 1], clamped."""
     return jnp.clip(images * 0.5 + 0.5, 0, 1)
 
@@ -102,7 +102,7 @@ def to_uint8(
 ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
     """Maps [-1, 1] to 0 .. 255; also says which images were finite, which uint8 cannot show."""
     finite = jnp.isfinite(images).all(axis=(1, 2, 3))
-    return jnp.round(to_float(images) * 255).astype(jnp.uint8), finite
+    return jnp.round(to_unit_range(images) * 255).astype(jnp.uint8), finite
 
 
 @partial(jax.jit, static_argnums=1)

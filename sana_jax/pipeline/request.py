@@ -14,6 +14,7 @@ from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.diffusion import dpm_solver
 from sana_jax.models import buckets
 from sana_jax.pipeline import tiling
+from sana_jax.pipeline.tiling import LARGE, LARGE_TILE
 from sana_jax.runtime.checks import (
     MAX_SEED,
     MAX_STEPS,
@@ -29,10 +30,6 @@ from sana_jax.runtime.errors import UserError
 OUTPUTS = ("pil", "np", "float", "latent")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SIDE = 2**16  # pixels
-
-# Pixels above which pictures are decoded in tiles unless told otherwise, and size and stride of
-# these: what the reference recommends for 4096 px. The seams of smaller tiles show in flat areas.
-LARGE, LARGE_TILE = 2048 * 2048, (1024, 896)
 
 Tile = tuple[tiling.Size, tiling.Size]  # size, stride
 
@@ -73,7 +70,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """P prompts and `images_each` pictures of each, B in all; no default is left to resolve."""
+    """P prompts with `images_each` pictures each, B in total; only "auto" is resolved later."""
 
     prompts: list[str] | None  # None: embeddings and their mask are given
     embeddings: Float[Array, "P L T"] | None

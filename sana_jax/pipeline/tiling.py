@@ -21,6 +21,10 @@ from sana_jax.runtime.errors import UserError
 
 Size = int | tuple[int, int]  # pixels: both sides, or (height, width)
 
+# Pixels above which pictures are decoded in tiles unless told otherwise, and their size and stride:
+# the reference's recommendation for 4096 px. The seams of smaller tiles show in flat areas.
+LARGE, LARGE_TILE = 2048 * 2048, (1024, 896)
+
 
 def tiled_encode(
     encode: Callable[[Array], Array],

@@ -98,17 +98,19 @@ def write_atomically(path: epath.Path, content: bytes, part: str = ".part") -> N
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder, which replaces `folder` when the block ends.
 
-    The old folder stays until then, and also if the block raises. Raises OSError.
+    The old folder stays until then, and also if the block raises. A rename that fails leaves the
+    new one as NAME.part. Raises OSError.
     """
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

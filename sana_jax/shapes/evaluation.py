@@ -22,7 +22,7 @@ from sana_jax.checkpoints.components import component_dtype, module_for
 from sana_jax.checkpoints.load import open_checkpoint, place_all
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.pictures import Picture, in_rows, make_grid, to_float
-from sana_jax.pipeline import SanaPipeline
+from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.progress import Progress

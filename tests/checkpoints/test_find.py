@@ -1,4 +1,4 @@
-"""Two checkpoints have two fingerprints; a copy has the same."""
+"""Two checkpoints have two hashes; a copy has the same."""
 
 import shutil
 

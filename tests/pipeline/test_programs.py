@@ -27,7 +27,7 @@ def test_values_become_bytes_and_those_that_are_not_finite_are_told():
     found, finite = programs.to_uint8(images)
     assert found.dtype == np.uint8 and finite.tolist() == [True, False, False]
     assert found[0, 0].tolist() == [[0, 128, 255], [0, 191, 255]]
-    assert programs.to_float(images)[0, 0].tolist() == [[0, 0.5, 1], [0, 0.75, 1]]
+    assert programs.to_unit_range(images)[0, 0].tolist() == [[0, 0.5, 1], [0, 0.75, 1]]
 
 
 @pytest.mark.parametrize("size", [(40, 20), (16, 24), (32, 48), (30, 36)])

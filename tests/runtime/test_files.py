@@ -8,7 +8,7 @@ from etils import epath
 from sana_jax.runtime.files import replace_folder, write_atomically
 
 
-def test_write_whole_leaves_no_part(tmp_path, monkeypatch):
+def test_write_atomically_leaves_no_part(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "a")
     write_atomically(path, b"old")
     monkeypatch.setattr(type(path), "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))

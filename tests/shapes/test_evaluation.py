@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from sana_jax.pipeline import SanaPipeline
+from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import UserError
 from sana_jax.shapes.captions import prompts
 from sana_jax.shapes.draw import draw

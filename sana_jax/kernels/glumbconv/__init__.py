@@ -1,7 +1,7 @@
 """The middle of Mix-FFN.
 
 Log: TPU compiler's estimate, v5e, 0.6B at 1024 px, batch 16, million cycles a layer (see
-tpu_estimate.py).
+measure/tpu_estimate.py).
 
 - Nine unaligned loads from a zero-bordered float32 scratch, SiLU as tanh. Predicted 0.58 (25 vector
   operations on four slots), found 1.39: the loops were too short to hide tanh.

@@ -1,7 +1,7 @@
 """ReLU linear attention.
 
 Log: TPU compiler's estimate, v5e, 0.6B at 1024 px, batch 16, million cycles a layer (see
-tpu_estimate.py).
+measure/tpu_estimate.py).
 
 - Two halves with a compact state, heads packed four to the lanes. Predicted 0.28 (reading q, k, v
   once and writing the result: HBM-bound), found 0.29; backward predicted 0.62, found 0.66.

@@ -76,13 +76,13 @@ class AutoencoderTraining:
             dtype = jnp.dtype(config.dtype)
         except (TypeError, ValueError) as error:
             raise UserError(f"--config: {error}") from None
-        phases = {
-            name: read_phase(fields, f"config.phases.{name}")
-            for name, fields in config.phases.to_dict().items()
-        }
-        if not config.run or set(config.run) - set(phases):
-            known = ", ".join(phases)
+        if not config.run or set(config.run) - set(config.phases):
+            known = ", ".join(config.phases)
             raise UserError(f"config.run={config.run}: name some of its phases, {known}")
+        phases = {
+            name: read_phase(config.phases[name].to_dict(), f"config.phases.{name}")
+            for name in config.run
+        }
         check_figures(config)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         distance, weights = make_perceptual(**config.perceptual, dtype=dtype)
@@ -162,7 +162,7 @@ class AutoencoderTraining:
         return json.loads(json.dumps(about | {"phase": phase}))
 
     def _open(self, folder: Path) -> tuple[Checkpoint, str]:
-        """Returns a model that a phase starts from, and its fingerprint."""
+        """Returns a model that a phase starts from, and its hash."""
         checkpoint = open_checkpoint(str(folder))
         known = dataclasses.replace(self.network, scaling_factor=checkpoint.vae.scaling_factor)
         if checkpoint.vae != known:

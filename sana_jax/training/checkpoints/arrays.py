@@ -1,4 +1,4 @@
-"""Reads a checkpoint's arrays, with the shardings wanted now, and verifies their fingerprints."""
+"""Reads a checkpoint's arrays, with the shardings wanted now, and verifies their checksums."""
 
 import contextlib
 import re
@@ -64,7 +64,7 @@ def read_arrays(folder: epath.Path, document: Document, wanted: dict[str, Any]) 
     def compare():
         wrong = [name for name in found if found[name] != saved[name]]
         if wrong:
-            raise Damaged(f"its fingerprints: {some(wrong)}")
+            raise Damaged(f"its checksums: {some(wrong)}")
 
     raise_together(compare)
     return arrays

@@ -1,8 +1,8 @@
 """Fingerprints of arrays: they reveal a damaged checkpoint, which Orbax reads without complaint.
 
-The fingerprint of an array is sum_i mix(bits_i ^ mix(i)) mod 2**32 over its elements i, with `mix`
-the finaliser of MurmurHash3, a bijection. Any change of one element changes the fingerprint; of
-other changes, one in 2**32 goes unnoticed. Addition has no order, so the fingerprint depends
+The checksum of an array is sum_i mix(bits_i ^ mix(i)) mod 2**32 over its elements i, with `mix`
+the finaliser of MurmurHash3, a bijection. Any change of one element changes the checksum; of
+other changes, one in 2**32 goes unnoticed. Addition has no order, so the checksum depends
 neither on the mesh nor on the files.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, UInt32
 
 
 def checksums(tree: Any) -> Any:
-    """Returns the fingerprint of every leaf, as a tree of ints; waits for the leaves.
+    """Returns the checksum of every leaf, as a tree of ints; waits for the leaves.
 
     Leaves are arrays of numbers, booleans or PRNG keys, on devices or not, sharded or not.
     """

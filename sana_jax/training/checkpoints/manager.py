@@ -2,7 +2,7 @@
 
 Orbax writes and restores the arrays. It neither detects bit rot nor goes back to an older step, so
 each step also has a document: the config, a fingerprint of the training data, the state of every
-host's data iterator, and the fingerprint of every leaf (document.py, checksums.py).
+host's data iterator, and the checksum of every leaf (document.py, checksums.py).
 
     workdir/checkpoints/1200/state   arrays, under their "/"-joined paths
     workdir/checkpoints/1200/run     the document
@@ -348,7 +348,7 @@ def check_name(workdir: str | epath.Path) -> None:
     """
     if wrong := sorted(set(PATTERNS) & set(os.fspath(absolute(workdir)))):
         raise UserError(
-            f"--workdir={workdir}: checkpoints below a folder with {' and '.join(wrong)} in its"
+            f"{workdir}: checkpoints below a folder with {' and '.join(wrong)} in its"
             " name could not be read back; rename it, or name another"
         )
 

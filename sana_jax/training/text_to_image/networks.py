@@ -1,7 +1,7 @@
 """Opens the networks that a text-to-image config names, and makes the task that trains them.
 
 Frozen networks come from checkpoints that the config names. Their weights stay in those folders;
-the training's own checkpoints hold the fingerprints.
+the training's own checkpoints hold their hashes.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ READER = "text_encoder.network"
 
 
 def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
-    """Returns the checkpoint without the weights that train, and the fingerprints of its parts.
+    """Returns the checkpoint without the weights that train, and the hashes of its parts.
 
     Raises UserError, naming the key, where a part is missing or the parts do not fit together.
     """

@@ -24,7 +24,8 @@ from sana_jax.checkpoints.components import place
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
 from sana_jax.models import flops
-from sana_jax.pipeline import SanaPipeline
+from sana_jax.pictures import in_rows
+from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime import checks, hosts
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import is_local, read_json, storage
@@ -47,7 +48,7 @@ from sana_jax.training.text_to_image.result import complete
 from sana_jax.training.text_to_image.task import Frozen
 
 # Keys that may change from one run in a folder to the next. Names of checkpoints may, since their
-# fingerprints are compared; but not the name `start`, whose folder is not opened again.
+# hashes are compared; but not the name `start`, whose folder is not opened again.
 FREE = (
     *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
     *("unroll", "peak_flops", "data.data_dir", "autoencoder", "text_encoder.checkpoint"),
@@ -68,7 +69,7 @@ class TextToImageTraining:
             raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
         self.config, self.workdir = config, epath.Path(workdir)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
-        self.base, self.fingerprints = open_base(config)
+        self.base, self.hashes = open_base(config)
         instruction = self.base.instruction
         self.captions = CaptionTokens(
             self.base.tokenizer, self.base.text_rows, instruction and instruction.text
@@ -90,7 +91,7 @@ class TextToImageTraining:
 
     def _run(self) -> None:
         config = self.config
-        about = config.to_dict() | {"fingerprints": self.fingerprints}
+        about = config.to_dict() | {"fingerprints": self.hashes}  # as runs of before call them
         free = FREE + (("recipe.steps",) * (config.recipe.optimizer.schedule == "constant"))
         given = about, self.loader.fingerprint, config.keep, config.keep_every, free
         abstract, create = on_mesh(lambda: self.task.init(jax.random.key(config.seed)), self.mesh)
@@ -150,8 +151,7 @@ class TextToImageTraining:
         size = dict(height=self.size, width=self.size)
         images, _ = pipe.draw(pipe.request(prompts, seed=seed, **size, **settings))
         images = list(np.asarray(hosts.gather_arrays(images)))
-        rows = [images[i : i + SHEET_COLUMNS] for i in range(0, len(images), SHEET_COLUMNS)]
-        writer.images(step, "samples", rows)
+        writer.images(step, "samples", in_rows(images, SHEET_COLUMNS))
 
     def _frozen_params(self) -> dict[str, Any]:
         frozen = {"vae": self._frozen.vae, "text_encoder": self._frozen.text_encoder}

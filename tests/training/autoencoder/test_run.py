@@ -64,7 +64,7 @@ def unbroken(config, tmp_path_factory):
 
 
 def last_document(workdir, phase):
-    """Returns the last checkpoint's document: fingerprints of its leaves, the data's position."""
+    """Returns the last checkpoint's document: checksums of its leaves, the data's position."""
     checkpoints = workdir / phase / "checkpoints"
     step = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
     return json.loads((checkpoints / str(step) / "run" / "metadata").read_text())

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
-from sana_jax.pipeline import SanaPipeline
+from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.training.checkpoints.manager import read_newest
 from sana_jax.training.state import TrainState
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def document(workdir):
-    """Returns the newest checkpoint's document: its leaves' fingerprints, the data's position."""
+    """Returns the newest checkpoint's document: its leaves' checksums, the data's position."""
     return read_newest(workdir, "params")[0]
 
 
