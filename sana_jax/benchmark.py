@@ -203,7 +203,7 @@ def measure(
 
 
 def _relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """||ours - theirs|| / ||theirs||; NaN, which no bar lets pass, where one is not finite."""
+    """Returns ||ours - theirs|| / ||theirs||, or NaN, which passes no bar, if one is not finite."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

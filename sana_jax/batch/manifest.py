@@ -1,4 +1,4 @@
-"""manifest.jsonl, the record of a folder of pictures: one JSON object a line, one line a picture.
+"""manifest.jsonl, the record of a folder of pictures: one JSON object per line, one line a picture.
 
 A line is written after its picture is complete. Its `key` is a hash of everything that decides the
 pixels, up to rounding. (Rounding depends on the other prompts of the batch, since the longest

@@ -34,7 +34,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """The throughput of all batches that were not the first of their shape."""
+    """Images and seconds without the first batch of each shape, which compiles."""
 
     images: int
     seconds: float

@@ -58,7 +58,7 @@ class Batch:
 
     tasks: list[Task]
     size: int
-    request: "Request | None" = None  # of so many images, the padding among them
+    request: "Request | None" = None  # for `size` images, padding included
 
     def padded(self) -> list[Task]:
         """Repeats the last task up to `size`: a smaller batch would be compiled anew."""
@@ -170,7 +170,7 @@ def with_sizes(tasks: Iterable[Task], native: int, max_pixels: int) -> list[Task
     """Fills in the tasks' sizes. Raises UserError for one that is too large.
 
     Args:
-      native: pixels a side for tasks without a size.
+      native: pixels per side for tasks without a size.
       max_pixels: the largest height x width; a side may reach four times its square root.
     """
     return [_with_size(task, native, max_pixels) for task in tasks]

@@ -41,12 +41,12 @@ class Entry:
     sizes: tuple[tuple[str, int], ...] = ()
 
     def layer_names(self) -> list[tuple[str, ...]]:
-        """Returns their names, layer by layer; a parameter that is not stacked has one layer."""
+        """Returns the other format's names for each layer; an unstacked parameter has one layer."""
         layers = [None] if self.layers is None else self.layers
         return [tuple(name.replace("{i}", str(i)) for name in self.names) for i in layers]
 
     def read(self, theirs: Mapping[str, np.ndarray], dtype=None) -> np.ndarray:
-        """Returns our parameter from their tensors, cast to `dtype`.
+        """Assembles our parameter from the other format's tensors, cast to `dtype`.
 
         Besides the result, only one layer is in memory. Raises UserError, naming the tensor, if a
         value is NaN or infinite, in the file or after the cast.

@@ -37,11 +37,11 @@ MAX_ATTEMPTS = 100  # records tried for one place in a batch
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """How a run reads its data; batches do not depend on it."""
+    """The settings for reading data; they do not change the batches."""
 
     threads: int | None = 8  # that decode; None: as many as there are cores, up to 16
     prefetch: int = 4  # batches made ready ahead
-    # A run stands so many bad records of those that it reads, or ten an epoch and host.
+    # The share of bad records that a run tolerates, or ten per epoch and host if that is more.
     bad_fraction: float = 0.001
 
     def __post_init__(self):

@@ -143,7 +143,7 @@ def bucket_order(
 
 
 def _shuffle(count: int, seed) -> grain.MapDataset:
-    """An endless sequence of shuffles of 0 .. count - 1."""
+    """Returns shuffles of 0 .. count - 1 without end."""
     shuffled = grain.MapDataset.range(count).shuffle(int(seed)).repeat()
     shuffled[0]  # grain sets itself up at the first access, which threads must not share
     return shuffled

@@ -78,7 +78,7 @@ class Counts:
         return Counts(self.read + other.read, self.used + other.used, rejected, examples, hosts)
 
     def state(self) -> dict[str, Any]:
-        """The counts for a checkpoint, always with the same keys and types."""
+        """Returns the counts to store in a checkpoint, always with the same keys and types."""
         rejected = dict(self.rejected)
         return {"read": self.read, "used": self.used, "rejected": rejected, "hosts": self.hosts}
 

@@ -72,7 +72,7 @@ Velocity = Callable[[Array, Array, Array], Array]
 
 
 def step(velocity: Velocity, carry: tuple[Array, Array], row: Schedule) -> tuple[Array, Array]:
-    """Takes one step: (state, x0 of the step before) at `row` -> the same, one row later."""
+    """Takes one step. The carry is (state, x0 of the step before), `row` its coefficients."""
     x, previous = carry
     x0 = x - row.sigma * velocity(x, row.timestep, row.sigma)
     return row.keep * x + row.move * x0 + row.correct * (x0 - previous), x0

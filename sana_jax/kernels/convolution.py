@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 def convolve(
     x: Float[Array, "B H W C"], kernel: Float[Array, "K K C D"], stride: int = 1, padding: int = 1
 ) -> Float[Array, "B I J D"]:
-    """Cross-correlation with `padding` rows and columns of zeros on every side, as in torch.
+    """Cross-correlates, with `padding` rows and columns of zeros on every side, as torch does.
 
     The padding is explicit because "SAME" at stride 2 pads below and to the right only, which
     shifts the picture by a pixel against torch.
@@ -67,7 +67,7 @@ convolve.defvjp(_forward, _backward)
 def convolve_doubled(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]
 ) -> Float[Array, "B 2*H 2*W D"]:
-    """`convolve` of x at twice its size, nearest neighbour: the same sums with 4/9 of the products.
+    """Convolves x enlarged to twice its size by nearest neighbour, with 4/9 of the products.
 
     Of three neighbouring rows of the large picture, two are the same row of x. So a row of the
     result is two rows of x times two sums of the kernel's rows: k0 and k1 + k2 for an even row,

@@ -1,4 +1,4 @@
-"""The parts that are measured and their inputs, the same for us and for the reference."""
+"""The parts that are measured and their inputs, the same for us and for diffusers."""
 
 import dataclasses
 import itertools

@@ -55,7 +55,7 @@ class Report(NamedTuple):
 
 
 def reconstruction(name: str, options: Options, draw_sheet: bool = False) -> Report:
-    """Measures the autoencoder of the checkpoint `name`, with a sheet of pictures if asked for.
+    """Measures the autoencoder of the checkpoint `name`; `draw_sheet` adds a sheet of pictures.
 
     Raises UserError.
     """

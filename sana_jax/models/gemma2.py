@@ -99,7 +99,10 @@ def attend(
     mask: Bool[Array, "L M"],
     config: Gemma2Config,
 ) -> Float[Array, "B L C"]:
-    """Grouped-query attention; `mask` is True where row L sees row M. The softmax is float32."""
+    """Computes grouped-query attention, softmax in float32.
+
+    `mask` is True where row L sees row M.
+    """
     q = rearrange(q, "b l (k g) d -> b l k g d", k=config.num_kv_heads)
     logits = einsum_float32("blkgd,bmkd->bkglm", q, k)
     logits = logits * config.query_pre_attn_scalar**-0.5

@@ -53,7 +53,7 @@ def sample(
 
 
 def sample_slowly(on_step, module, params, noise, schedule, captions, *guidance, sequential):
-    """As `sample`, with one dispatch a step; on_step(step, latents) is called after each."""
+    """Samples like `sample`, one dispatch per step, and calls on_step(step, latents) after each."""
     keys_values = keys_values_of(module, params, captions)
     carry = noise, jnp.zeros_like(noise)
     for i in range(len(schedule.sigma)):

@@ -59,7 +59,7 @@ class SanaPipeline:
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):
-        """`checkpoint` comes from `checkpoints.load.load`, with its weights on `mesh`."""
+        """`checkpoint`: the result of `checkpoints.load.load`, with its weights on `mesh`."""
         if missing := CONFIGS.keys() - checkpoint.configs():
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: it draws nothing")
         check_fit(checkpoint)
@@ -147,12 +147,12 @@ class SanaPipeline:
         """Draws `num_images_per_prompt` images of every prompt, the images of a prompt together.
 
         Args:
-          negative_prompt: one for all, or one a prompt.
+          negative_prompt: one for all, or one per prompt.
           height, width: pixels, multiples of the autoencoder's factor; None: the native size.
           num_steps: evaluations of the network (pairs of them, under guidance).
-          guidance_scale: one for all, or one a prompt; <= 1 means no guidance.
+          guidance_scale: one for all, or one per prompt; <= 1 means no guidance.
           guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
-          seed: 0 .. 2**32 - 1; one an image, or the first image's: the next images count up.
+          seed: 0 .. 2**32 - 1; one per image, or the first image's: the next images count up.
           latents: the noise to start from, float32; overrides `seed`.
           prompt_embeddings, prompt_mask: from `encode_prompt`, instead of prompts.
           sampler: "flow_dpm_solver" or "flow_euler".
@@ -293,7 +293,7 @@ class SanaPipeline:
         return _remembered(self._prefixes, tokens, read) if tokens else None
 
     def _encode_negative(self, prompts: list[str]) -> tuple[Array, Array]:
-        """As `encode_prompt`, without an instruction; one row if all prompts are the same.
+        """Encodes negative prompts, without an instruction: one row if all prompts are equal.
 
         A single prompt is encoded alone, so that its bits do not depend on the first batch.
         """

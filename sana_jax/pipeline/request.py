@@ -75,18 +75,18 @@ class Request:
     prompts: list[str] | None  # None: embeddings and their mask are given
     embeddings: Float[Array, "P L T"] | None
     mask: Bool[Array, "P L"] | None
-    negative_prompts: list[str]  # one for all, or one a prompt
+    negative_prompts: list[str]  # one for all, or one per prompt
     instruction: str | None  # "auto": the checkpoint's
     images_each: int
     height: int  # pixels that are sampled
     width: int
     crop: tuple[int, int] | None  # (height, width) that pictures are resized and cropped to
-    tile: Tile | None  # that pictures are decoded in; None: the whole at once
+    tile: Tile | None  # None: decode the whole picture at once
     seeds: UInt32[np.ndarray, " B"] | None  # None: latents are given
     latents: Float[Array, "B h w c"] | None
-    scale: Float32[np.ndarray, " P"]  # of guidance
+    scale: Float32[np.ndarray, " P"]  # guidance scales
     interval: tuple[np.float32, np.float32] | None  # in sigma, where there is guidance
-    sequential: bool  # the halves of guidance
+    sequential: bool  # compute the two halves of guidance one after the other
     sampler: str
     num_steps: int
     flow_shift: float
@@ -222,7 +222,7 @@ def instruction_text(value) -> str | None:
 
 
 def per_prompt(name: str, value, count: int) -> np.ndarray:
-    """Returns a number for all prompts, or one a prompt, as float32 (count,)."""
+    """Returns one number per prompt, float32 (count,), from a single number or a list."""
     one = isinstance(value, numbers.Real)
     values = [value] * count if one else value
     if not isinstance(values, Sequence | np.ndarray) or len(values) != count:

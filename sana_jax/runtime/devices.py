@@ -15,7 +15,7 @@ from sana_jax.runtime.files import is_local
 
 
 def find(all_hosts: bool = False) -> list[jax.Device]:
-    """Returns this host's devices, or all hosts'. Raises UserError where JAX cannot open any."""
+    """Returns this host's devices, or all hosts'. Raises UserError if JAX cannot open any."""
     try:
         return jax.devices() if all_hosts else jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS=cuda without CUDA

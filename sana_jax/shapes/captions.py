@@ -28,7 +28,7 @@ from sana_jax.shapes.scene import (
 
 @dataclasses.dataclass(frozen=True)
 class Captioner:
-    """How often a captioner states an attribute, and which language it writes."""
+    """The probabilities with which a captioner states each attribute, and its language."""
 
     words: Callable[[dict, np.random.Generator], str]
     colour: float

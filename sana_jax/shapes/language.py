@@ -57,7 +57,7 @@ def pick(options: Sequence, rng: np.random.Generator):
 
 
 def _noun(thing: dict, article: str = "a") -> str:
-    """ "a small red circle": size, colour and shape, as far as stated."""
+    """Returns a noun with its stated facts, such as "a small red circle"."""
     words = " ".join(thing[name] for name in ("size", "colour", "shape") if name in thing)
     if article == "a" and words[0] in "aeiou":
         article = "an"
@@ -65,7 +65,7 @@ def _noun(thing: dict, article: str = "a") -> str:
 
 
 def _name(thing: dict, article: str = "the") -> str:
-    """ "the red circle": what tells it from the others."""
+    """Returns a name that tells the object from the others, such as "the red circle"."""
     return _noun({name: thing[name] for name in ("shape", "colour") if name in thing}, article)
 
 

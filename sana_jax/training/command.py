@@ -71,7 +71,7 @@ def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> 
 
 
 def open_devices(multihost: bool) -> None:
-    """Raises UserError where there are no devices, and Retry in a job of several hosts.
+    """Raises UserError if there are no devices, and Retry in a job of several hosts.
 
     In such a job a process that has just been killed may not have given its chips back.
     """
@@ -84,7 +84,7 @@ def open_devices(multihost: bool) -> None:
 
 
 def join_hosts() -> None:
-    """Waits for the other hosts of the job. Raises Retry where they do not come."""
+    """Waits for the other hosts of the job. Raises Retry if they do not come."""
     try:
         jax.distributed.initialize(initialization_timeout=JOIN_SECONDS)
     except ValueError as error:

@@ -58,7 +58,7 @@ def mean_over_microbatches(
 def map_microbatches(function: Callable[[PyTree], PyTree], batch: PyTree, count: int = 1) -> PyTree:
     """Returns `function(batch)`, which maps rows to rows, in the memory of a `count`th of a batch.
 
-    Raises UserError where `count` does not divide the batch.
+    Raises UserError if `count` does not divide the batch.
     """
     if count == 1:
         return function(batch)

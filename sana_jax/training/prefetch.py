@@ -15,7 +15,7 @@ POLL_SECONDS = 0.002  # between two looks at the device while it works
 
 
 class Taken(NamedTuple):
-    """A batch on the devices, and what is known of it."""
+    """A batch on the devices, its position, its rows and the time it was waited for."""
 
     batch: Any
     position: Any  # the iterator's state after it

@@ -125,7 +125,7 @@ class Session:
 
 @contextlib.contextmanager
 def computing(mesh: Mesh, dtype: str) -> Iterator[None]:
-    """A context that computes on `mesh`; products of float32 numbers in full for dtype "float32".
+    """Sets the mesh; for dtype "float32", computes float32 products in full precision.
 
     With another `dtype` the precision of such products is the device's default.
     """

@@ -18,7 +18,7 @@ def cross_attention(
     heads: int,
     implementation: str = "auto",
 ) -> Float[Array, "B N C"]:
-    """Softmax attention of every token to the text rows, as reference.py specifies it."""
+    """Computes softmax attention from every token to the text rows, as reference.py does."""
     unsupported = None
     if not tpu.supported(kv.shape[1]):
         unsupported = f"{kv.shape[1]} text rows"

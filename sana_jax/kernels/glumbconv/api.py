@@ -30,7 +30,7 @@ def glumbconv(
     split_rows: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "B H W E"]:
-    """A product up to D2 = 2 D channels, the middle of reference.py, a product back, and a factor.
+    """Computes Mix-FFN: a product to D2 = 2 D channels, reference.py's middle, one back, a factor.
 
     `weights` are the bias, depthwise kernel and depthwise bias of the middle. `scale` is the factor
     in float32; None means one. `split_rows` splits rows over the mesh axis that splits tokens;

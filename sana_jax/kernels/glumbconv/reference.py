@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 def depthwise_conv(
     x: Float[Array, "B H W C"], kernel: Float[Array, "K K C"]
 ) -> Float[Array, "B H W C"]:
-    """Depthwise K x K convolution, K odd, zero padding, stride 1; float32 sums and result.
+    """Computes a depthwise K x K convolution (K odd, zero padding, stride 1) in float32.
 
     Written as K * K shifted multiply-adds: XLA's grouped convolution is 7 to 19 times slower on
     CPU. Supports reverse-mode derivatives only: the kernel's gradient has its own form on CPU.

@@ -80,7 +80,7 @@ def forward(
 
 
 def _as_matrix(kernel):
-    """(3, 3, C, D) to (3 C, 3 D): rows of taps below one another, columns side by side."""
+    """Reshapes (3, 3, C, D) to (3 C, 3 D): rows of taps stacked, columns side by side."""
     channels, features = kernel.shape[2:]
     return kernel.transpose(0, 2, 1, 3).reshape(3 * channels, 3 * features)
 

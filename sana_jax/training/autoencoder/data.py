@@ -22,7 +22,7 @@ class AutoencoderData:
     """The data of a config. Pictures of the data set shapes are drawn when first asked for."""
 
     def __init__(self, config: ConfigDict, folder: Path, mesh: Mesh, phases: Mapping[str, Phase]):
-        """Raises UserError where the data does not suffice for a phase; nothing is written.
+        """Raises UserError if the data does not suffice for a phase; nothing is written.
 
         Args:
           config: the config of the whole training.
@@ -72,7 +72,7 @@ class AutoencoderData:
         return self._sources[split, size]
 
     def _check(self, phases: Mapping[str, Phase]) -> None:
-        """Raises UserError where the data does not suffice for a phase; nothing is written."""
+        """Raises UserError if the data does not suffice for a phase; nothing is written."""
         data, evaluation = self._config.data, self._config.evaluation
         if data.source.startswith("precomputed:"):
             raise UserError(f"config.data.source={data.source}: these are latents; give images")

@@ -146,7 +146,7 @@ class AutoencoderTraining:
                 _copy_model(folder / "model", self.workdir / "model")
 
     def _everywhere(self, array: np.ndarray) -> Array:
-        """Puts an array on every device, lest it be sent from the host with every step."""
+        """Puts an array on every device once, so that no step sends it from the host."""
         whole = NamedSharding(self.mesh, PartitionSpec())
         return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
 
@@ -286,7 +286,7 @@ def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _copy_model(model: Path, target: Path) -> None:
-    """Copies `model` to `target` as a whole, unless it is there already."""
+    """Copies `model` to `target`, completely or not at all, unless it is already there."""
     if (target / "model.json").exists() and checkpoint_hash(target) == checkpoint_hash(model):
         return
     with replace_folder(target) as part:

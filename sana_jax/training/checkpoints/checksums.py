@@ -36,7 +36,7 @@ def _checksum(array: Array) -> UInt32[Array, ""]:
 
 
 def _bits(array: Array) -> UInt32[Array, "..."]:
-    """The bits of each element; an element of 64 bits becomes two along a new last axis."""
+    """Returns the bits of each element; a 64-bit element becomes two along a new last axis."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:

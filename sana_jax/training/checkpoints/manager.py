@@ -61,7 +61,7 @@ _TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's
 class Checkpoints:
     """The checkpoints of a folder; a context in which no other run writes there.
 
-    Raises UserError where another run does. (An object store has no locks, mounted or not.) All
+    Raises UserError if another run does. (An object store has no locks, mounted or not.) All
     methods but `steps` are collective. The first host alone lists the folder, since on shared
     storage other hosts may see a new file later.
     """
@@ -132,7 +132,7 @@ class Checkpoints:
         return sorted(int(p.name) for p in paths if p.name.isdecimal() and self._is_finished(p))
 
     def _is_finished(self, path: epath.Path) -> bool:
-        """A save that ends renames its folder or, on an object store, marks it."""
+        """Returns True if the save has ended: its folder was renamed or, if remote, marked."""
         return not self._remote or (path / _FINISHED).exists()
 
     def restore(self, abstract: State, batches: Any = None) -> State | None:
@@ -283,7 +283,7 @@ class Checkpoints:
         return document
 
     def _check(self, step: int, document: Document, wanted: dict[str, Any]) -> None:
-        """Raises UserError where the checkpoint is of another run."""
+        """Raises UserError if the checkpoint belongs to another run."""
         then = keys({name: document[name] for name in ("config", "data")})
         now = keys(self._about)
         changed = [key for key in now | then if now.get(key, ABSENT) != then.get(key, ABSENT)]

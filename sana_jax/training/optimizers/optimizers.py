@@ -123,7 +123,7 @@ def _muon(config: OptimizerConfig, layers: PyTree) -> optax.GradientTransformati
 
 
 def _muon_axes(params: PyTree) -> PyTree:
-    """The axes that Muon makes orthogonal: dense kernels and whole filters, (all inputs, outputs).
+    """Returns the axes that Muon makes orthogonal, of dense kernels and of whole filters.
 
     Fused projections are one matrix, as for CAME. Adam takes the rest: depthwise kernels are a few
     numbers for each channel, and rows of tables and of embeddings are vectors of their own.
@@ -173,7 +173,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate of update 0, 1, ...: linear warm-up, then the named schedule.
 
     Update k < warmup_steps has (k + 1) / warmup_steps of the peak, so that no update has rate 0.
-    Raises UserError where the warm-up is longer than `steps`.
+    Raises UserError if the warm-up is longer than `steps`.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if not 0 <= warmup <= steps:

@@ -27,7 +27,7 @@ INSTRUCTION_TOKENS = 240
 
 
 def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool) -> int:
-    """Returns the FLOPs that a step needs for one image of `size` pixels a side.
+    """Returns the FLOPs that a step needs for one image of `size` pixels per side.
 
     `images`, `captions`: whether the step encodes these; otherwise they are stored encoded.
     """

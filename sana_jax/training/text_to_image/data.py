@@ -48,7 +48,7 @@ def make_loaders(
 ) -> list[TrainingLoader]:
     """Returns the loader of the training split and, if the config evaluates, of the test split.
 
-    Raises UserError where the data does not fit the config or the networks. Only after these
+    Raises UserError if the data does not fit the config or the networks. Only after these
     checks does it write: the data set shapes, and the sizes of images for buckets, below `workdir`.
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
@@ -113,7 +113,7 @@ def make_loaders(
 def _draw_shapes(
     folder: epath.Path, size: int, records: ConfigDict, splits: Iterable[Split]
 ) -> None:
-    """Draws the built-in data set. Raises UserError where a split has less than a batch."""
+    """Draws the built-in data set. Raises UserError if a split has less than a batch."""
     for name, rows, *_ in splits:
         if name not in ("train", "test"):
             raise UserError(f"shapes has no split {name!r}; it has train and test")
@@ -125,7 +125,7 @@ def _draw_shapes(
 
 
 def _check_sequence(mesh: Mesh, base: Checkpoint, heights: Iterable[int]) -> None:
-    """Raises UserError where the mesh cannot split the tokens of images of these heights."""
+    """Raises UserError if the mesh cannot split the tokens of images of these heights."""
     parts, token = mesh.shape["sequence"], base.vae.factor * base.dit.patch_size
     wrong = [height for height in sorted(heights) if height // token % parts]
     if wrong:
@@ -143,7 +143,7 @@ def _check_stored(
     mesh: Mesh,
     size: int,
 ) -> None:
-    """Raises UserError where stored data is of other networks, texts or sizes than the config."""
+    """Raises UserError if stored data is of other networks, texts or sizes than the config."""
     data, factor, patch = config.data, base.vae.factor, base.dit.patch_size
     autoencoder = weights_sha256(base.vae, base.params["vae"])
     text = json.loads(json.dumps(captions.settings))

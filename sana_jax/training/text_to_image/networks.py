@@ -115,7 +115,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
 def open_start(config: ConfigDict) -> Any:
     """Returns the transformer's weights that config.start names, which only step 0 needs.
 
-    Raises UserError where the checkpoint has no transformer, or one of other shapes.
+    Raises UserError if the checkpoint has no transformer, or one of other shapes.
     """
     found, network = open_checkpoint(config.start), read_network(SanaConfig, config, "network")
     if found.dit is None:

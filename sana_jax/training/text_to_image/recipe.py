@@ -156,7 +156,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError where a batch does not split over the devices and into its parts."""
+    """Raises UserError if a batch does not split over the devices and into its parts."""
     recipe = config.recipe
     divisor = sharding.batch_divisor(mesh) * recipe.microbatches * recipe.encoder_microbatches
     for key in ("recipe", "evaluation")[: 2 if config.loop.evaluate_every else 1]:
