@@ -8,7 +8,6 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from sana_jax.diffusion import dpm_solver
-from sana_jax.diffusion.flow import shift_sigma
 from tests import toy
 
 
@@ -89,8 +88,3 @@ def test_second_order_converges_faster():
     exact = solve(960)
     coarse, fine = abs(solve(30) - exact), abs(solve(60) - exact)
     assert coarse / fine > 3
-
-
-def test_shift_keeps_the_ends():
-    assert shift_sigma(0.0, 3.0) == 0 and shift_sigma(1.0, 3.0) == 1
-    assert shift_sigma(0.5, 3.0) == pytest.approx(0.75)
