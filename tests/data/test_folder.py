@@ -51,6 +51,18 @@ def test_linked_files_are_read_and_linked_folders_are_not(tmp_path):
         ({"a.txt": "\ufeffa cat"}, ["a cat"], [], ""),
         ({"a.json": {"captions": ["x", "y"], "scores": [1, 0.5]}}, ["x", "y"], [1.0, 0.5], ""),
         ({"a.json": {"captions": ["x"]}, "a.txt": "y"}, ["x"], [], ""),
+        # A downloader's metadata does not hide the captions; a camera writes endings in capitals.
+        ({"a.json": {"width": 7, "url": "u"}, "a.txt": "y"}, ["y"], [], ""),
+        ({"a.json": {"truth": "t"}, "a.txt": "y"}, ["y"], [], "t"),
+        ({"a.TXT": "y"}, ["y"], [], ""),
+        ({"a.Json": {"caption": "y"}}, ["y"], [], ""),
+        # Only line feeds end a caption, not what else Unicode and str.splitlines take for one.
+        (
+            {"a.txt": "a door\u2028with a\x0cbrass\x0bhandle\x85\n"},
+            ["a door\u2028with a\x0cbrass\x0bhandle"],
+            [],
+            "",
+        ),
         ({"a.json": {"captions": ["", "y "], "scores": [1, 2]}}, ["y"], [2.0], ""),
         ({"a.json": {"caption": "x", "width": 7}}, ["x"], [], ""),
         ({"a.json": {"truth": {"count": 2}}}, [], [], '{"count": 2}'),
