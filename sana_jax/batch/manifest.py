@@ -39,6 +39,8 @@ class Manifest:
         self._content: bytes | None = path.read_bytes() if path.exists() else b""
         self.lines: dict[str, Line] = {}
         for number, text in enumerate(self._content.split(b"\n")[:-1], 1):
+            if not text.strip(b"\0 \t\r"):  # an editor's empty line, or what a power cut left
+                continue
             line = _parse(text)
             if line is None:
                 raise UserError(f"{path} line {number} is not of this program; move the file away")

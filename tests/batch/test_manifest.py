@@ -82,6 +82,17 @@ def test_foreign_file_is_refused(path, text):
         Manifest(path)
 
 
+@pytest.mark.parametrize("added", ["\n", "  \r\n", "\0" * 30 + "\n"])
+def test_an_empty_line_says_nothing(path, added):
+    before = Manifest(path).lines
+    text = path.read_text()
+    path.write_text(added + text.replace("\n", "\r\n") + added)
+    found = Manifest(path)
+    assert found.lines == before
+    found.tidy()
+    assert path.read_text() == text
+
+
 def test_sort(path):
     found = Manifest(path)
     for i in 9, 3, 1, 7:
