@@ -118,7 +118,8 @@ def test_an_image_is_judged_alone(norm):
     params = init(module)
     together = module.apply({"params": params}, x)
     alone = module.apply({"params": params}, x[1:2])
-    np.testing.assert_allclose(together[1:2], alone, atol=1e-6)
+    # XLA sums a convolution in another order for another batch: 1.1e-6 of 0.6 on some processors.
+    np.testing.assert_allclose(together[1:2], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
