@@ -1,8 +1,8 @@
 """Makes the files beside it: python -m tests.golden.make
 
-They were made at commit 94a800c, before the package was rearranged, with the sana_jax of then and
-tests/test_same_as_before.py as it was added. Run it there again if one has to be made anew: what
-the code of now would write is no evidence.
+They were made at commit 94a800c, before the package was rearranged, with the sana_jax of then. To
+make one anew, check out 94a800c, and beside it this file and tests/test_same_as_before.py of the
+commit that added them (git log --diff-filter=A): what today's code writes is no evidence.
 """
 
 import gzip
