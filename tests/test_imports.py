@@ -29,19 +29,6 @@ PURE_IMPORTS = set(
 LONGEST_FUNCTION = 80
 LONGEST_FILE = 450
 
-# source file -> the tests of another name that cover it; they import it.
-COVERED = {
-    "checkpoints/scale.py": "tests/test_convert.py",
-    "data/encode.py": "tests/test_precompute.py",
-    "data/rejections.py": "tests/data/test_loader.py",
-    "data/transforms.py": "tests/data/test_text_image.py",
-    "measure/inputs.py": "tests/measure/test_ours.py",
-    "measure/programs.py": "tests/test_compile.py",
-    "pipeline/denoise.py": "tests/pipeline/test_pipeline.py",
-    "shapes/builder.py": "tests/shapes/test_dataset.py",
-    "shapes/language.py": "tests/shapes/test_captions.py",
-}
-
 
 class Import(NamedTuple):
     module: str  # the file's own, sana_jax.data.loader
@@ -182,7 +169,6 @@ def sources_without_tests(root: Path) -> list[str]:
         str(source)
         for source in sources
         if source.stem != "__init__"
-        and str(source) not in COVERED
         and not named(source)
         and not (source.parts[0] == "kernels" and named(source.parent))
     ]
@@ -215,13 +201,6 @@ def test_no_function_and_no_file_is_too_long():
 
 def test_every_source_file_is_found_among_the_tests():
     assert sources_without_tests(ROOT) == []
-
-
-def test_tests_of_another_name_import_what_they_cover():
-    modules = modules_of(ROOT)
-    for source, test in COVERED.items():
-        targets = {found.target for found in imports_of(ROOT / test, modules, ROOT)}
-        assert module_of(ROOT / "sana_jax" / source, ROOT) in targets, (source, test)
 
 
 def make_house(root: Path, files: dict[str, str]) -> Path:

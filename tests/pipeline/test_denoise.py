@@ -1,0 +1,73 @@
+"""The loop in one dispatch and with one dispatch a step, around a network of one line."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from sana_jax.diffusion import dpm_solver
+from sana_jax.pipeline import denoise
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    timestep_scale: float = 1.0
+
+
+class Network(nn.Module):
+    """A velocity that depends on latents, timestep, text and its mask."""
+
+    config: Config = Config()
+
+    def keys_values(self, captions):
+        return captions[None]  # (depth 1, B, L, C)
+
+    def denoise(self, latents, timestep, keys_values, mask):
+        text = (keys_values[0] * mask[..., None]).sum((1, 2))
+        return 0.5 * latents + (1e-3 * timestep)[:, None, None, None] + text[:, None, None, None]
+
+
+def inputs(halves):
+    rng = np.random.default_rng(0)
+    return SimpleNamespace(
+        noise=jnp.asarray(rng.standard_normal((2, 2, 2, 3), np.float32)),
+        captions=jnp.asarray(rng.standard_normal((2, halves, 4, 5), np.float32)),
+        masks=jnp.asarray(rng.random((2, halves, 4)) < 0.7),
+        scale=jnp.full((2, 1, 1, 1), 3.0),
+        schedule=dpm_solver.flow_dpm_solver(5, 3.0),
+    )
+
+
+def run(given, sequential):
+    arguments = given.noise, given.schedule, given.captions, given.masks, given.scale, None
+    return denoise.sample(Network(), {}, *arguments, sequential=sequential)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_dispatch_a_step_gives_the_same_and_shows_every_step(halves):
+    given, seen = inputs(halves), []
+    slow = denoise.sample_slowly(
+        lambda i, latents: seen.append((i, latents)),
+        *(Network(), {}, given.noise, given.schedule, given.captions),
+        *(given.masks, given.scale, None),
+        sequential=False,
+    )
+    np.testing.assert_allclose(slow, run(given, False), rtol=1e-6, atol=1e-6)
+    assert [i for i, _ in seen] == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(seen[-1][1], slow)
+
+
+def test_the_halves_of_guidance_may_be_computed_in_turn():
+    given = inputs(2)
+    np.testing.assert_allclose(run(given, True), run(given, False), rtol=1e-6, atol=1e-6)
+
+
+def test_guidance_is_without_effect_where_both_halves_are_equal():
+    given, alone = inputs(2), inputs(1)
+    given.captions = given.captions.at[:, 0].set(given.captions[:, 1])
+    given.masks = given.masks.at[:, 0].set(given.masks[:, 1])
+    alone.captions, alone.masks = given.captions[:, 1:], given.masks[:, 1:]
+    np.testing.assert_allclose(run(given, False), run(alone, False), rtol=1e-5, atol=1e-5)
