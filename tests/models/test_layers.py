@@ -19,7 +19,7 @@ def normal(*shape):
 def randomised(module, x):
     """Parameters that a wrong formula cannot hide behind, of the shapes that the module has."""
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))
-    return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape)), shapes)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
