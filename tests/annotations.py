@@ -1,8 +1,8 @@
 """Checks for jaxtyping's import hook: the annotations of arrays with a shape, in every test.
 
 Annotations of other arguments are promises to callers; UserErrors refuse what breaks them, and have
-tests of their own. A parameter that is an `Array` may be NumPy's too, as JAX allows; a result must
-be of the annotated type.
+tests of their own. Where `Array` is written, NumPy's is taken too, as JAX does: a function that is
+called outside jit hands such an array through. Shapes and dtypes must be those of the annotation.
 """
 
 import types
@@ -32,10 +32,9 @@ def check_arrays(function: Callable) -> Callable:
     if function.__name__ == "__init__":  # of a tree, which JAX also makes of shapes and shardings
         return function
     hints = {name: hint for name, hint in function.__annotations__.items() if _has_shape(hint)}
-    returned = {name: hint for name, hint in hints.items() if name == "return"}
     if function.__qualname__.startswith(FACES):
-        hints = {}
-    function.__annotations__ = {name: _or_numpy(hint) for name, hint in hints.items()} | returned
+        hints = {name: hint for name, hint in hints.items() if name == "return"}
+    function.__annotations__ = {name: _or_numpy(hint) for name, hint in hints.items()}
     return beartype(function) if function.__annotations__ else function
 
 
