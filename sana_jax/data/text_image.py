@@ -11,7 +11,6 @@ CaptionEmbeddings instead of the tokens read the output of `python -m sana_jax.p
 import copy
 import dataclasses
 import hashlib
-import threading
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.images import BadImage
 from sana_jax.data.records import Record
 from sana_jax.data.transforms import Example, Transform
-from sana_jax.text.prompts import TokenizedPrompts, tokenize
+from sana_jax.text.prompts import ONE_THREAD, TokenizedPrompts, tokenize
 
 
 class CaptionTransform(Protocol):
@@ -63,8 +62,7 @@ class CaptionTokens:
     """
 
     def __init__(self, tokenizer, rows: int, instruction: str | None = None):
-        # A copy, and one thread at a time: truncation is a state of the tokenizer.
-        self._tokenizer, self._lock = copy.deepcopy(tokenizer), threading.Lock()
+        self._tokenizer = copy.deepcopy(tokenizer)
         self._rows, self._instruction = rows, instruction
         told = self._tokenize("", instruction)
         self.prefix, self.window = told.prefix, told.window
@@ -80,15 +78,14 @@ class CaptionTokens:
     @property
     def settings(self) -> dict[str, Any]:
         backend = self._tokenizer.backend_tokenizer
-        with self._lock:
+        with ONE_THREAD:
             backend.no_truncation()
             digest = hashlib.sha256(backend.to_str().encode())
         told = self._instruction and hashlib.sha256(self._instruction.encode()).hexdigest()
         return {"tokenizer": digest.hexdigest(), "rows": self._rows, "instruction": told}
 
     def _tokenize(self, caption: str, instruction: str | None) -> TokenizedPrompts:
-        with self._lock:
-            return tokenize(self._tokenizer, [caption], self._rows, instruction, True)
+        return tokenize(self._tokenizer, [caption], self._rows, instruction, True)
 
 
 @dataclasses.dataclass(frozen=True)

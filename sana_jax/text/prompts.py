@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 SHORTEST = 16  # lengths are rounded up to this times a power of two, so that few are compiled
 
-# Truncation is a state of a fast tokenizer, which a call without it switches off for all threads.
-_one_thread = threading.Lock()
+# Held while a tokenizer is used: truncation is a state of a fast one, which a call without it
+# switches off for all threads.
+ONE_THREAD = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def tokenize(
     """
     before = mend(instruction or "")
     texts = [before + clean_prompt(mend(prompt)) for prompt in prompts]
-    with _one_thread:
+    with ONE_THREAD:
         told = tokenizer.encode(before) if before else []
         limit = len(told) + rows - 2 if before else rows
         sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]
