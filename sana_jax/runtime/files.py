@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,20 @@ def storage(path: os.PathLike | None) -> Iterator[None]:
         yield
     except OSError as error:
         raise Retry(f"{path}: {reason_of(error)}") from error
+
+
+def check_is_file(path: str | os.PathLike, name: str) -> None:
+    """Raises UserError, which begins with `name`, if what is there is no file, nor a link to one.
+
+    A pipe would be read for ever. Nothing there, and an address, pass. Raises OSError.
+    """
+    if not is_local(path) or not os.path.lexists(path) or os.path.isfile(path):
+        return
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    mode = os.stat(path).st_mode if os.path.exists(path) else 0
+    kind = next((kind for test, kind in kinds.items() if test(mode)), "a device")
+    what = kind if mode else "a link that leads to nothing"
+    raise UserError(f"{name} is {what}, where a file is needed; move it away")
 
 
 def check_readable(path: os.PathLike) -> None:

@@ -5,7 +5,21 @@ import os
 import pytest
 from etils import epath
 
-from sana_jax.runtime.files import replace_folder, write_atomically
+from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import check_is_file, replace_folder, write_atomically
+
+
+def test_only_files_and_links_to_them_are_read(tmp_path):
+    (tmp_path / "file").touch()
+    os.symlink(tmp_path / "file", tmp_path / "link")
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    for name in "file", "link", "absent":
+        check_is_file(tmp_path / name, name)
+    check_is_file("gs://bucket/x", "x")
+    for name, kind in ("loop", "a link that leads"), ("pipe", "a pipe"), ("", "a folder"):
+        with pytest.raises(UserError, match=f"^--data is {kind}"):
+            check_is_file(tmp_path / name, "--data")
 
 
 def test_write_atomically_leaves_no_part(tmp_path, monkeypatch):
