@@ -3,22 +3,32 @@
 A line is written after its picture is complete. Its `key` is a hash of everything that decides the
 pixels, up to rounding. (Rounding depends on the other prompts of the batch, since the longest
 decides how many tokens are read, and on the version of JAX.)
+
+A file that a power cut or another system has changed is read as far as it is whole: JSON escapes
+line ends and NULs, so these only ever stand between lines. Pictures that lose their line prove
+themselves by their header, or are drawn again.
 """
 
+import codecs
 import errno
 import hashlib
 import json
 import os
+import re
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import is_local, write_atomically
 
 UPLOAD_SECONDS = 10  # between two uploads, where a file cannot be appended to
+
+MAX_LEVELS = 32  # of lists and objects in a line; JSON's writer ends at Python's own limit
+ASIDE = ".aside"  # ends the name of the file that takes what is no line of this program
 
 Line = dict[str, Any]
 
@@ -33,18 +43,38 @@ class Manifest:
     """The lines of a manifest by their `file`. Threads may append."""
 
     def __init__(self, path: epath.Path):
-        """Reads the file, if it exists. A torn last line of a killed run is left out."""
+        """Reads the file, if it exists. A torn last line of a killed run is left out.
+
+        Other text that is no line of this program is in `strange`.
+        """
         self._path, self._lock = path, threading.Lock()
         self._uploaded, self._took = time.monotonic(), 0.0  # the last upload, in seconds
         self._content: bytes | None = path.read_bytes() if path.exists() else b""
         self.lines: dict[str, Line] = {}
-        for number, text in enumerate(self._content.split(b"\n")[:-1], 1):
-            if not text.strip(b"\0 \t\r"):  # an editor's empty line, or what a power cut left
-                continue
-            line = _parse(text)
+        self.strange: list[bytes] = []
+        found = list(_pieces(self._content))
+        for line, text in found:
             if line is None:
-                raise UserError(f"{path} line {number} is not of this program; move the file away")
-            self.lines[line["file"]] = line
+                self.strange.append(text)
+            else:
+                self.lines[line["file"]] = line
+        if self.strange and self.strange[-1] is found[-1][1] and _is_torn(self._content):
+            self.strange.pop()
+
+    def set_aside(self) -> None:
+        """Keeps what is strange in a file of its own, and says so; `tidy` then removes it."""
+        if not self.strange:
+            return
+        aside = self._path.with_name(self._path.name + ASIDE)
+        kept = aside.read_bytes() if aside.exists() else b""
+        write_atomically(aside, kept + b"".join(text + b"\n" for text in self.strange))
+        count = f"{len(self.strange)} line{'s' * (len(self.strange) > 1)}"
+        print(
+            f"{self._path}: what is not whole, or not of this program, is in {aside.name} now"
+            f" ({count}); pictures of such lines prove themselves, or are drawn again",
+            file=sys.stderr,
+        )
+        self.strange = []
 
     def tidy(self) -> None:
         """Rewrites the file so that it holds exactly `lines`."""
@@ -91,6 +121,24 @@ def _encode(line: Line) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
+def _pieces(content: bytes) -> Iterator[tuple[Line | None, bytes]]:
+    """Yields every line with its text; None for the line where the text is of another shape."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Windows' shell copies
+        content = content.decode("utf-16", "replace").encode("utf-8", "replace")
+    for text in re.split(rb"[\r\n\0]+", content):
+        line = _parse(text)
+        # Of two that lost the end between them, each may still be whole.
+        for part in [text] if line else re.split(rb'(?=\{"file": ")', text):
+            if part.strip():
+                yield line or _parse(part), part
+
+
+def _is_torn(content: bytes) -> bool:
+    """Returns True if the last line lacks its end, and is the beginning of one of this program."""
+    start, last = b'{"file": "', content[content.rfind(b"\n") + 1 :]
+    return last.startswith(start) or bool(last) and start.startswith(last)
+
+
 def _parse(text: bytes) -> Line | None:
     try:
         line = json.loads(text)
@@ -98,4 +146,12 @@ def _parse(text: bytes) -> Line | None:
         return None
     names = "file", "key", "sha256"
     known = isinstance(line, dict) and all(isinstance(line.get(name), str) for name in names)
-    return line if known else None
+    return line if known and not nests(line, MAX_LEVELS) else None
+
+
+def nests(value: Any, levels: int) -> bool:
+    """Returns True if lists and objects of JSON lie in one another more than `levels` deep."""
+    if not isinstance(value, dict | list):
+        return False
+    values = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(nests(each, levels - 1) for each in values)

@@ -8,7 +8,6 @@ from etils import epath
 
 from sana_jax.batch import manifest
 from sana_jax.batch.manifest import Manifest, key_of
-from sana_jax.runtime.errors import UserError
 
 
 def line(i: int) -> dict:
@@ -49,7 +48,8 @@ def test_torn_at_every_byte(path):
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         found = Manifest(path)
-        assert len(found.lines) == sum(end <= size for end in ends)
+        assert len(found.lines) == sum(end - 1 <= size for end in ends)  # whole without its end
+        assert not found.strange
         found.tidy()
         found.append(line(7))
         assert lines_of(path) == [*(line(i) for i in range(len(found.lines) - 1)), line(7)]
@@ -70,16 +70,55 @@ def test_tidy_drops_what_is_not_in_lines(path):
         "{}",
         "[]",
         "nonsense",
+        "7" * 5000,
+        "[" * 10**5,
         '{"file": "a.png", "key": "b"}',
         '{"file": ["a.png"], "key": "b", "sha256": "c"}',
         '{"file": "a.png", "key": 1, "sha256": "c"}',
         '{"file": "a.png", "key": "b", "sha256": null}',
+        '{"file": "a.png", "key": "b", "sha256": "c", "more": ' + "[" * 99 + "]" * 99 + "}",
     ],
 )
-def test_foreign_file_is_refused(path, text):
-    path.write_text(path.read_text() + text + "\n")
-    with pytest.raises(UserError, match="line 4 is not of this program"):
-        Manifest(path)
+def test_a_line_of_another_shape_is_set_aside_and_the_others_are_read(path, text, capsys):
+    before, whole = Manifest(path).lines, path.read_text()
+    for _ in range(2):
+        path.write_text(f"{text}\n{whole}{text}\n")
+        found = Manifest(path)
+        assert found.lines == before and found.strange == [text.encode()] * 2
+        found.set_aside()
+        found.tidy()
+        assert path.read_text() == whole and not Manifest(path).strange
+        told = capsys.readouterr().err
+        assert "2 lines" in told and told.count("\n") == 1
+    assert (path.parent / "manifest.jsonl.aside").read_text() == f"{text}\n" * 4
+
+
+@pytest.mark.parametrize(
+    "change, numbers",
+    [
+        (lambda text: text[9:], [1, 2]),
+        (lambda text: b"\0" * 4096 + text[50:], [1, 2]),
+        (lambda text: text[:50] + text, [0, 1, 2]),  # a torn line, and whole ones behind it
+        (lambda text: text.replace(b"\n", b"\r"), [0, 1, 2]),
+        (lambda text: text.replace(b"\n", b"") + b"\n", [0, 1, 2]),
+        (lambda text: text.replace(b"\n", b"\0" * 7), [0, 1, 2]),
+        (lambda text: b"\xef\xbb\xbf" + text, [0, 1, 2]),
+        (lambda text: text.decode().encode("utf-16"), [0, 1, 2]),
+        (lambda text: b"\xfe\xff" + text.decode().encode("utf-16-be"), [0, 1, 2]),
+        (lambda text: text[:-1], [0, 1, 2]),
+        (lambda text: text + text, [0, 1, 2]),
+    ],
+)
+def test_what_is_whole_is_read_after_a_power_cut_and_another_system(path, change, numbers):
+    path.write_bytes(change(path.read_bytes()))
+    assert Manifest(path).lines == {line(i)["file"]: line(i) for i in numbers}
+
+
+def test_an_object_in_a_line_does_not_cut_it(path):
+    inside = line(5) | {"more": {"file": "x", "key": "y", "sha256": "z"}}
+    Manifest(path).append(inside)
+    found = Manifest(path)
+    assert found.lines[line(5)["file"]] == inside and not found.strange
 
 
 @pytest.mark.parametrize("added", ["\n", "  \r\n", "\0" * 30 + "\n"])
