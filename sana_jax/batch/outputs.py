@@ -2,6 +2,7 @@
 
 A picture is NUMBER_SEED.png. Its header and its line of manifest.jsonl hold the prompt and all
 settings. Only complete files get a name; the next run repairs what a killed run leaves behind.
+Pictures that are there are not decoded to look at them: a small file can hold very many pixels.
 """
 
 import contextlib
@@ -12,9 +13,10 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -22,15 +24,18 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sana_jax.batch.manifest import Line, Manifest, key_of
+from sana_jax.batch import png
+from sana_jax.batch.manifest import ASIDE, Line, Manifest, key_of
 from sana_jax.pictures import encode_png, in_rows, make_grid
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import is_local, reason_of, write_atomically
+from sana_jax.runtime.files import check_is_file, is_local, reason_of, write_atomically
 from sana_jax.runtime.lock import locked
 
-LEFTOVER = re.compile(r"(\d{6,}_\d+\.png|manifest\.jsonl|grid\.png|probe)\.part")
+LEFTOVER = re.compile(rf"(\d{{6,}}_\d+\.png|manifest\.jsonl({ASIDE})?|grid\.png|probe)\.part")
+OWN = {"manifest.jsonl", f"manifest.jsonl{ASIDE}"}  # names beside those of pictures
 THUMBNAIL, THUMBNAILS = 256, 64  # pixels a side, and how many the contact sheet shows at most
 OF_GRID = "grid"  # the contact sheet's mark, where pictures have their key
+CHANGED = "changed since it was drawn"
 
 
 class OutputFolder:
@@ -46,16 +51,19 @@ class OutputFolder:
         notes: Line,
         overwrite: bool = False,
         grid: bool = False,
+        extras: Mapping[str, Line] = types.MappingProxyType({}),
     ):
         """
         Args:
           path: the folder, made if missing; it may be remote.
-          wanted: file -> the settings that decide its pixels.
+          wanted: file -> the settings that decide its pixels, `height` and `width` among them.
           notes: fields that every line of the manifest holds too.
           overwrite: replace pictures of other settings that have a wanted name.
           grid: whether grid.png is wanted too.
+          extras: file -> further fields of its line.
         """
         self.path, self._wanted, self._notes = epath.Path(path), wanted, notes
+        self._extras = extras
         self._overwrite, self._grid = overwrite, grid
         self._stack, self._done = contextlib.ExitStack(), set()
         self._manifest: Manifest | None = None
@@ -65,13 +73,16 @@ class OutputFolder:
             stack.enter_context(_made(self.path))
             if is_local(self.path):
                 stack.enter_context(locked(self.path))
+                self._check_files()
             self._manifest = Manifest(self.path / "manifest.jsonl")
             stack.callback(self._manifest.close)
             self._survey()
+            self._check_manifest()
             self._check_grid()
             for path in [*self.path.iterdir()] if self.path.exists() else ():  # no key, no folder
                 if LEFTOVER.fullmatch(path.name):
                     path.unlink()
+            self._manifest.set_aside()
             self._manifest.tidy()
             self._stack = stack.pop_all()
         return self
@@ -102,7 +113,7 @@ class OutputFolder:
         content = _encode_png(pixels, self._wanted[file])
         with self._errors(Retry):
             write_atomically(self.path / file, content)
-            self._manifest.append(self._line(file, content))
+            self._manifest.append(self._line(file, hashlib.sha256(content).hexdigest()))
             self._done.add(file)
 
     def write_grid(self) -> None:
@@ -110,9 +121,7 @@ class OutputFolder:
         images = []
         with self._errors(Retry), _of_any_size():
             for file in [*self._wanted][:THUMBNAILS]:
-                image = Image.open(io.BytesIO((self.path / file).read_bytes()))
-                image.thumbnail((THUMBNAIL, THUMBNAIL))
-                images.append(np.asarray(image.convert("RGB")))
+                images.append(_thumbnail(self.path / file))
             columns = math.ceil(math.sqrt(len(images)))
             sheet = make_grid(in_rows(images, columns), gap=0)
             content = encode_png(sheet, pnginfo=_texts({"sana_jax": OF_GRID}))
@@ -129,7 +138,7 @@ class OutputFolder:
             # What reads remote addresses has errors of its own, or is not installed.
             if is_local(self.path) and not isinstance(error, OSError):
                 raise
-            reason = f"--out={self.path}: {reason_of(error)}"
+            reason = f"--out={self.path}: {_name_in(self.path, error)}{reason_of(error)}"
             if self._manifest and (done := len(self._wanted) - len(self.missing)):
                 reason += (
                     f"; {done} of {len(self._wanted)} images are done,"
@@ -137,27 +146,43 @@ class OutputFolder:
                 )
             raise kind(reason) from error
 
-    def _line(self, file: str, content: bytes) -> Line:
+    def _line(self, file: str, sha256: str) -> Line:
         settings = self._wanted[file]
-        sha256 = hashlib.sha256(content).hexdigest()
-        key = key_of(settings)
-        return {"file": file, **settings, **self._notes, "sha256": sha256, "key": key}
+        own = {"file": file, **settings, **self._notes, "sha256": sha256, "key": key_of(settings)}
+        return own | self._extras.get(file, {})
+
+    def _check_files(self) -> None:
+        """Refuses what has one of our names and is no file: a pipe is read for ever."""
+        names = {*self._wanted, *OWN, *(["grid.png"] if self._grid else [])}
+        for name in os.listdir(self.path):
+            if name in names or LEFTOVER.fullmatch(name):
+                check_is_file(self.path / name, f"{self.path / name}")
+
+    def _check_manifest(self) -> None:
+        """Refuses a file that holds nothing of this program, where no picture is of it either."""
+        found = self._manifest
+        if found.strange and not found.lines and not self._overwrite:
+            raise UserError(
+                f"{self.path / 'manifest.jsonl'} is not of this program; move the file away, use"
+                " another --out, or --overwrite to replace what is there"
+            )
 
     def _check_grid(self) -> None:
         path = self.path / "grid.png"
         if self._grid and not self._overwrite and path.exists():
-            if _read(path.read_bytes())[0].get("sana_jax") != OF_GRID:
-                raise UserError(
-                    f"{path} is not of this program; use another --out, or --overwrite to replace"
-                    " what is there"
-                )
+            with path.open("rb") as file:
+                if png.read(file).texts.get("sana_jax") != OF_GRID:
+                    raise UserError(
+                        f"{path} is not of this program; use another --out, or --overwrite to"
+                        " replace what is there"
+                    )
 
     def _survey(self) -> None:
         """Finds the pictures that are done, and adds missing lines for them.
 
         A line for another picture stays until the picture that replaces it is written.
         """
-        with _of_any_size(), ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor() as pool:
             found = dict(zip(self._wanted, pool.map(self._find, self._wanted), strict=True))
         others = [file for file, line in found.items() if isinstance(line, str)]
         if others and not self._overwrite:
@@ -176,19 +201,50 @@ class OutputFolder:
         key = key_of(settings)
         ours = line is not None and line["key"] == key
         try:
-            content = (self.path / file).read_bytes()
+            with (self.path / file).open("rb") as content:
+                sha256 = _sha256_of(content)
+                if ours and sha256 == line["sha256"]:
+                    return line | settings | self._extras.get(file, {})
+                content.seek(0)
+                texts, size, whole = png.read(content)
         except FileNotFoundError:
             return _differences(line, settings) if line and not ours else None
-        if ours and hashlib.sha256(content).hexdigest() == line["sha256"]:
-            return line
-        texts, whole = _read(content)
-        if ours:
-            return "changed since it was drawn" if whole else None
-        if texts.get("sana_jax") == key:  # the run was killed before it wrote the line
-            return self._line(file, content) if whole else None
+        if ours or texts.get("sana_jax") == key:
+            if not whole:
+                return None
+            if ours or size != (settings["height"], settings["width"]):
+                return CHANGED
+            return self._line(file, sha256)  # the run was killed before it wrote the line
         if line is None and "settings" not in texts:
             return "of another program"
         return _differences(line or _parse(texts["settings"]), settings)
+
+
+def _sha256_of(file: BinaryIO) -> str:
+    found = hashlib.sha256()
+    while block := file.read(png.BLOCK):
+        found.update(block)
+    return found.hexdigest()
+
+
+def _thumbnail(path: epath.Path) -> np.ndarray:
+    content = path.read_bytes()
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be shown in grid.png ({error}); remove it, and the same command draws"
+            " it again"
+        ) from None
+
+
+def _name_in(folder: epath.Path, error: Exception) -> str:
+    """Returns the name of the file in `folder` that could not be read, with a colon, or nothing."""
+    path = getattr(error, "filename", None)
+    inside = isinstance(path, str) and os.path.dirname(path) == os.fspath(folder)
+    return f"{os.path.basename(path)}: " if inside else ""
 
 
 @contextlib.contextmanager
@@ -213,20 +269,6 @@ def _texts(texts: dict[str, str]) -> PngInfo:
         # Text chunks hold no half surrogates and no NUL; the JSON has them escaped.
         info.add_itxt(name, text.encode("utf-8", "replace").decode().replace("\0", ""))
     return info
-
-
-def _read(content: bytes) -> tuple[dict[str, str], bool]:
-    """Returns the texts in a PNG's header, and True if the picture can be read to its end."""
-    texts = {}
-    try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            texts = {**image.info}
-            image.load()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            image.verify()  # the checksums, at which loading does not look
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return texts, False
-    return texts, True
 
 
 def _parse(text: str) -> Line:

@@ -19,7 +19,8 @@ STRANGE = "../../etc/x\0\n🎨 שלום \ud83c end"
 
 
 def settings(i: int, prompt: str = "a") -> dict:
-    return {"prompt": prompt, "negative_prompt": "", "seed": i, "num_steps": 4}
+    size = {"height": 32, "width": 48}
+    return {"prompt": prompt, "negative_prompt": "", "seed": i, "num_steps": 4, **size}
 
 
 def wanted(count=3, prompt="a") -> dict[str, dict]:
@@ -30,9 +31,9 @@ def pixels(i: int) -> np.ndarray:
     return np.random.default_rng(i).integers(0, 256, (32, 48, 3), np.uint8)
 
 
-def run(path, want=None, count=None, overwrite=False) -> set[str]:
+def run(path, want=None, count=None, overwrite=False, **more) -> set[str]:
     """Draws what is missing, `count` pictures at most, and returns what was missing."""
-    with OutputFolder(str(path), want or wanted(), NOTES, overwrite) as out:
+    with OutputFolder(str(path), want or wanted(), NOTES, overwrite, **more) as out:
         missing = out.missing
         for file in sorted(missing)[:count]:
             out.save(file, pixels(int(file[:6])))
@@ -134,6 +135,21 @@ def tear_the_picture_without_a_line(out):
     lose_the_line(out)
 
 
+def tear_the_first_line(out):
+    text = (out / "manifest.jsonl").read_bytes()
+    (out / "manifest.jsonl").write_bytes(bytes(100) + text[100:])
+
+
+def fill_the_manifest_with_nuls(out):
+    size = (out / "manifest.jsonl").stat().st_size
+    (out / "manifest.jsonl").write_bytes(bytes(size))
+
+
+def repeat_the_manifest_as_windows_does(out):
+    text = (out / "manifest.jsonl").read_text()
+    (out / "manifest.jsonl").write_bytes((text + text).replace("\n", "\r\n").encode("utf-16"))
+
+
 def leave_parts(out):
     for name in "000002_2.png.part", "manifest.jsonl.part", "probe.part":
         (out / name).write_bytes(b"half")
@@ -145,6 +161,9 @@ def leave_parts(out):
         (lose_the_line, 0),
         (tear_the_line, 0),
         (lose_the_manifest, 0),
+        (tear_the_first_line, 0),
+        (fill_the_manifest_with_nuls, 0),
+        (repeat_the_manifest_as_windows_does, 0),
         (lose_the_picture, 1),
         (damage_the_picture, 1),
         (tear_the_picture, 1),
@@ -156,7 +175,10 @@ def test_next_run_mends(out, harm, redrawn):
     before = contents(out)
     harm(out)
     assert len(run(out)) == redrawn
-    assert contents(out) == before
+    after = contents(out)
+    aside = after.pop("manifest.jsonl.aside", None)
+    assert after == before
+    assert (aside is not None) == (harm is tear_the_first_line)
 
 
 def test_lines_are_in_the_order_of_the_pictures(tmp_path):
@@ -239,10 +261,54 @@ def test_folder_that_cannot_be_written(tmp_path):
     for path in tmp_path / "file", tmp_path / "file" / "deeper", "/proc/nothing":
         with pytest.raises(UserError, match=f"--out={path}: "):
             run(path)
-    (tmp_path / "000000_0.png").mkdir()
-    with pytest.raises(UserError, match="Is a directory"):
-        run(tmp_path)
-    assert files(tmp_path) == {"file", "000000_0.png"}
+
+
+@pytest.mark.parametrize("name", ["000000_0.png", "manifest.jsonl", "grid.png", "probe.part"])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (os.mkdir, "a folder"),
+        (os.mkfifo, "a pipe"),
+        (lambda path: os.symlink("nothing", path), "a link that leads to nothing"),
+        (lambda path: os.symlink(path, path), "a link that leads to nothing"),
+        (lambda path: os.symlink("/dev/null", path), "a device"),
+    ],
+)
+def test_what_is_no_file_is_named_and_stays(tmp_path, name, overwrite, make, kind):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"{tmp_path / name} is {kind}, .*move it away"):
+        run(tmp_path, overwrite=overwrite, grid=True)
+    assert files(tmp_path) == {name}
+
+
+def test_pictures_behind_links_are_done(out, tmp_path):
+    """As some programs keep large files; so may the folder be one."""
+    os.rename(out / "000001_1.png", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", out / "000001_1.png")
+    os.symlink(out, tmp_path / "link")
+    assert run(tmp_path / "link") == set()
+    lose_the_manifest(out)
+    assert run(f"{tmp_path / 'link'}/") == set() and len(lines(out)) == 3
+
+
+def test_a_file_that_cannot_be_read_is_named(out, monkeypatch):
+    def denied(file):
+        raise PermissionError(13, "Permission denied", str(out / "000001_1.png"))
+
+    monkeypatch.setattr(outputs, "_sha256_of", denied)
+    with pytest.raises(UserError, match=f"--out={out}: 000001_1.png: Permission denied$"):
+        run(out)
+
+
+def test_further_fields_stand_in_the_lines_and_decide_nothing(out):
+    extras = {"000001_1.png": {"tag": "two", "include": [{"class": "cat", "count": 2}]}}
+    before = lines(out)
+    assert run(out, extras=extras) == set()
+    assert lines(out) == [before[0], before[1] | extras["000001_1.png"], before[2]]
+    lose_the_manifest(out)
+    assert run(out, extras=extras) == set()
+    assert lines(out) == [before[0], before[1] | extras["000001_1.png"], before[2]]
 
 
 @pytest.mark.parametrize("count, side", [(1, 1), (5, 3), (70, 8)])

@@ -1,7 +1,7 @@
 """Pictures in an output folder that this run did not draw are refused, or replaced if asked to."""
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from sana_jax.batch.outputs import OutputFolder
@@ -69,6 +69,42 @@ def test_retouched_picture_is_the_users(out):
         run(out)
     assert contents(out) == before
     assert run(out, overwrite=True) == {"000001_1.png"}
+
+
+def test_a_picture_of_another_size_is_the_users(out):
+    """Whatever its header says: it is not what these settings draw."""
+    lose_the_manifest(out)
+    with Image.open(out / "000001_1.png") as image:
+        info = PngInfo()
+        for name, text in image.text.items():
+            info.add_itxt(name, text)
+        image.resize((8, 8)).save(out / "000001_1.png", pnginfo=info)
+    before = contents(out)
+    with pytest.raises(UserError, match="000001_1.png is there, changed since it was drawn; use"):
+        run(out)
+    assert contents(out) == before
+    assert run(out, overwrite=True) == {"000001_1.png"}
+
+
+def test_pictures_are_not_decoded_to_look_at_them(out, monkeypatch):
+    """A few of the largest fill any memory."""
+    lose_the_manifest(out)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert run(out) == set()
+    Image.new("1", (20_000, 20_000)).save(out / "000001_1.png")
+    with pytest.raises(UserError, match="000001_1.png is there"):
+        run(out)
+
+
+@pytest.mark.parametrize("text", ["my notes\n", "{}\n", "my notes", '{"prompt": "a"}\n' * 3])
+def test_a_manifest_of_another_is_refused_and_kept(tmp_path, text):
+    (tmp_path / "manifest.jsonl").write_text(text)
+    with pytest.raises(UserError, match="manifest.jsonl is not of this program; move the file"):
+        run(tmp_path)
+    assert contents(tmp_path) == {"manifest.jsonl": text.encode()}
+    run(tmp_path, overwrite=True)
+    assert (tmp_path / "manifest.jsonl.aside").read_text().strip() == text.strip()
+    assert len(lines(tmp_path)) == 3
 
 
 def test_failing_replacement_loses_no_line(out):
