@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int32
 
+LONGEST = 128  # characters for every row: tokens are shorter, and each takes memory before the cut
 SHORTEST = 16  # lengths are rounded up to this times a power of two, so that few are compiled
 
 # Held while a tokenizer is used: truncation is a state of a fast one, which a call without it
@@ -59,14 +60,14 @@ def tokenize(
     do not warn about cuts. Threads may share a tokenizer.
     """
     before = mend(instruction or "")
-    texts = [before + clean_prompt(mend(prompt)) for prompt in prompts]
+    texts = [before + clean_prompt(mend(prompt))[: LONGEST * rows] for prompt in prompts]
     with ONE_THREAD:
         told = tokenizer.encode(before) if before else []
         limit = len(told) + rows - 2 if before else rows
         sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]
         lengths = np.array([len(sequence) for sequence in sequences])
         if not fixed_width:
-            _warn_of_cuts(tokenizer, texts, lengths, limit, rows)
+            _warn_of_cuts(tokenizer, texts, lengths, limit, rows, len(before) + LONGEST * rows)
 
     # The last one may merge with the prompt; a strange prompt reaches further.
     prefix = told[: min(len(told), limit) - 1]
@@ -110,9 +111,15 @@ def mend(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _warn_of_cuts(tokenizer, texts: list[str], lengths: np.ndarray, limit: int, rows: int) -> None:
-    """Logs one line that says how many tokens of each cut prompt are kept, of how many."""
-    full = (len(tokenizer.encode(t)) for t, n in zip(texts, lengths, strict=True) if n == limit)
-    cuts = [f"{rows}/{n - limit + rows}" for n in full if n > limit]
+def _warn_of_cuts(
+    tokenizer, texts: list[str], lengths: np.ndarray, limit: int, rows: int, longest: int
+) -> None:
+    """Logs one line that says how many tokens of each cut prompt are kept, of how many.
+
+    Of texts with `longest` characters, that number has a plus.
+    """
+    long = [text for text, length in zip(texts, lengths, strict=True) if length == limit]
+    full = ((len(tokenizer.encode(text)), "+" * (len(text) == longest)) for text in long)
+    cuts = [f"{rows}/{n - limit + rows}{more}" for n, more in full if n > limit]
     if cuts:
         logging.warning("prompts were cut, tokens kept/given: %s", ", ".join(cuts))

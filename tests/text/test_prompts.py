@@ -19,6 +19,7 @@ from diffusers import SanaPipeline
 from sana_jax.checkpoints.diffusers_configs import config_json
 from sana_jax.models.gemma2 import Gemma2, Gemma2Config
 from sana_jax.runtime.errors import UserError
+from sana_jax.text import prompts as module
 from sana_jax.text.prompts import clean_prompt, gather_window, tokenize
 from sana_jax.text.tokenizers import load_tokenizer, toy_tokenizer
 from tests import toy
@@ -213,6 +214,22 @@ def test_cut_prompts_are_told_in_one_line(tokenizer, caplog):
     caplog.clear()
     tokenize(tokenizer, prompts[:1], ROWS, None)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("text", ["a red circle ", "a", "é🎨", " \n a"])
+def test_of_a_prompt_without_end_little_is_looked_at(tokenizer, monkeypatch, caplog, text):
+    """The same tokens are kept as if all were made, which would take gigabytes."""
+    caplog.set_level(logging.WARNING, "absl")
+    long = text * (100 * module.LONGEST * ROWS // len(text))
+    for instruction in None, "Think. ":
+        monkeypatch.undo()
+        caplog.clear()
+        found = tokenize(tokenizer, [long], ROWS, instruction)
+        assert caplog.records[0].getMessage().endswith("+")
+        monkeypatch.setattr(module, "LONGEST", 10**9)
+        whole = tokenize(tokenizer, [long], ROWS, instruction)
+        np.testing.assert_array_equal(found.tokens, whole.tokens)
+        np.testing.assert_array_equal(found.mask, whole.mask)
 
 
 def test_clean_prompt():
