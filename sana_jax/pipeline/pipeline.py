@@ -1,6 +1,7 @@
 """SanaPipeline: a request -> embeddings -> latents -> pixels, sharded over a mesh."""
 
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
 from sana_jax import sharding
@@ -38,6 +39,7 @@ from sana_jax.pipeline.request import (
     instruction_text,
     texts,
     tiles,
+    truths,
 )
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
@@ -48,6 +50,7 @@ NOT_FINITE = (
     "have NaN or infinite values: try another dtype, or clip_attention for weights that were"
     " trained in float16"
 )
+_CACHES = threading.Lock()  # held while a cache of a pipeline is looked at or changed
 REMEMBERED = 4  # instructions, and as many negative prompts; 50 MB an instruction in float32
 
 
@@ -55,7 +58,12 @@ class SanaPipeline:
     """Draws images from prompts. The result of a call depends on its arguments alone.
 
     The text encoder's output for instructions and negative prompts is cached between calls, so make
-    another pipeline for another text encoder's weights. Threads may share a pipeline.
+    another pipeline for another text encoder's weights.
+
+    Threads may share a pipeline: all its methods may run at once, with any arguments, and return
+    what they return alone. They wait for one another where they tokenize. `on_step` is called on
+    the thread of its own call. Memory is needed for all calls that run. What is not safe is to
+    change `checkpoint` or `params` while another thread draws.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):
@@ -99,6 +107,8 @@ class SanaPipeline:
         the hub does not answer.
         """
         checks.choice("dtype", dtype, DTYPES)
+        if clip_attention is not None:
+            clip_attention = checks.truth("clip_attention", clip_attention)
         mesh = sharding.make_mesh() if mesh is None else mesh
         sharding.check_mesh(mesh)
         checkpoint = load(
@@ -115,8 +125,7 @@ class SanaPipeline:
     def save_pretrained(self, path: str | Path, format: str = "native") -> None:
         """Writes a folder for from_pretrained; diffusers reads the "diffusers" format too."""
         formats = {"native": native.save, "diffusers": diffusers.save}
-        if format not in formats:
-            raise UserError(f"format {format!r} is not one of {', '.join(formats)}")
+        checks.choice("format", format, formats)
         with new_folder(path := local(path)):
             formats[format](self.checkpoint, path)
 
@@ -134,7 +143,7 @@ class SanaPipeline:
         seed: int | Sequence[int] = 0,
         latents: Float[Array, "B h w c"] | None = None,
         prompt_embeddings: Float[Array, "B L T"] | None = None,
-        prompt_mask: Bool[Array, "B L"] | None = None,
+        prompt_mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
         sampler: str = "flow_dpm_solver",
         flow_shift: float | None = None,
         instruction: str | None = "auto",
@@ -152,9 +161,10 @@ class SanaPipeline:
           num_steps: evaluations of the network (pairs of them, under guidance).
           guidance_scale: one for all, or one per prompt; <= 1 means no guidance.
           guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
-          seed: 0 .. 2**32 - 1; one per image, or the first image's: the next images count up.
+          seed: 0 .. 2**64 - 1; one per image, or the first image's: the next images count up.
           latents: the noise to start from, float32; overrides `seed`.
-          prompt_embeddings, prompt_mask: from `encode_prompt`, instead of prompts.
+          prompt_embeddings, prompt_mask: from `encode_prompt`, instead of prompts; the mask's
+            values may be the whole numbers 0 and 1, as diffusers has them.
           sampler: "flow_dpm_solver" or "flow_euler".
           flow_shift: of the noise schedule; None: the checkpoint's.
           instruction: "auto": the checkpoint's own; None: no instruction; or a text.
@@ -164,7 +174,8 @@ class SanaPipeline:
           sequential_guidance: compute the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
 
-        Raises UserError, a ValueError, if an argument is out of range.
+        Scalars and lists of NumPy and JAX are taken wherever Python's are. Raises UserError, a
+        ValueError, if an argument is out of range.
         """
         checks.choice("output", output, OUTPUTS)
         if on_step is not None and not callable(on_step):
@@ -223,7 +234,7 @@ class SanaPipeline:
         captions, masks = self._read(request)
         if request.latents is None:
             sides = request.height // self.factor, request.width // self.factor
-            noise = programs.draw_noise(request.seeds, (*sides, self.latent_channels))
+            noise = programs.draw_noise(request.keys, (*sides, self.latent_channels))
         else:
             noise = jnp.asarray(request.latents, jnp.float32)
         scale = np.maximum(request.scale, 1).repeat(request.images_each)[:, None, None, None]
@@ -307,7 +318,7 @@ class SanaPipeline:
         latents: Float[Array, "B h w c"],
         timestep: Float[Array, " B"],
         embeddings: Float[Array, "B L T"],
-        mask: Bool[Array, "B L"],
+        mask: Bool[Array, "B L"] | Int[Array, "B L"],
     ) -> Float[Array, "B h w c"]:
         """Evaluates the network once, without guidance; `timestep` in 0 .. 1000, used as given."""
         patch, rows = self._facts.patch_size, "text rows"
@@ -316,7 +327,7 @@ class SanaPipeline:
             raise UserError(f"latents {latents.shape} do not divide into patches of {patch}")
         embeddings_shape = (batch, rows, self._facts.caption_channels)
         rows = array("embeddings", embeddings, embeddings_shape).shape[1]
-        array("mask", mask, (batch, rows), np.bool_)
+        mask = truths("mask", mask, (batch, rows))
         if np.ndim(timestep):
             array("timestep", timestep, (batch,), np.number)
         timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
@@ -400,8 +411,13 @@ class SanaPipeline:
 
 def _remembered(cache: OrderedDict, key: Hashable, compute: Callable[[], Any]) -> Any:
     """Returns the cached result of `compute` for this key; drops the least recently used entry."""
-    value = cache.pop(key, None) or compute()
-    cache[key] = value
-    if len(cache) > REMEMBERED:
-        cache.popitem(last=False)
+    with _CACHES:
+        value = cache.get(key)
+    if value is None:
+        value = compute()  # without the lock: two threads may, and get the same
+    with _CACHES:
+        cache[key] = value
+        cache.move_to_end(key)
+        if len(cache) > REMEMBERED:
+            cache.popitem(last=False)
     return value

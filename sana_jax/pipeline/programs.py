@@ -77,17 +77,20 @@ def decode_latents(
 
 
 @partial(jax.jit, static_argnums=1)
-def draw_noise(seeds: UInt32[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
-    """Draws standard normal noise, each image from its own key.
+def draw_noise(keys: UInt32[Array, "B 2"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    """Draws standard normal noise, each image from its own key: the high and low word of its seed.
+
+    Seeds of one word give the noise of jax.random.key(seed).
 
     The generator is named here, or the environment's default would change the picture.
     """
 
-    def draw(seed):
-        return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape, jnp.float32)
+    def draw(words):
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        return jax.random.normal(key, shape, jnp.float32)
 
     with jax.threefry_partitionable(True):
-        return jax.vmap(draw)(seeds)
+        return jax.vmap(draw)(keys)
 
 
 @jax.jit

@@ -4,11 +4,10 @@ All checks raise UserError, a ValueError, naming the argument.
 """
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt32, UInt64
 
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.diffusion import dpm_solver
@@ -16,14 +15,17 @@ from sana_jax.models import buckets
 from sana_jax.pipeline import tiling
 from sana_jax.pipeline.tiling import LARGE, LARGE_TILE
 from sana_jax.runtime.checks import (
-    MAX_SEED,
+    MAX_PICTURE_SEED,
     MAX_STEPS,
+    MAX_TEXT,
     BadArgument,
     choice,
     integer,
     multiple,
     near,
     number,
+    plain,
+    truth,
 )
 from sana_jax.runtime.errors import UserError
 
@@ -82,7 +84,7 @@ class Request:
     width: int
     crop: tuple[int, int] | None  # (height, width) that pictures are resized and cropped to
     tile: Tile | None  # None: decode the whole picture at once
-    seeds: UInt32[np.ndarray, " B"] | None  # None: latents are given
+    seeds: UInt64[np.ndarray, " B"] | None  # None: latents are given
     latents: Float[Array, "B h w c"] | None
     scale: Float32[np.ndarray, " P"]  # guidance scales
     interval: tuple[np.float32, np.float32] | None  # in sigma, where there is guidance
@@ -107,7 +109,7 @@ class Request:
         seed: int | Sequence[int] = 0,
         latents: Float[Array, "B h w c"] | None = None,
         prompt_embeddings: Float[Array, "P L T"] | None = None,
-        prompt_mask: Bool[Array, "P L"] | None = None,
+        prompt_mask: Bool[Array, "P L"] | Int[Array, "P L"] | None = None,
         sampler: str = "flow_dpm_solver",
         flow_shift: float | None = None,
         instruction: str | None = "auto",
@@ -116,10 +118,12 @@ class Request:
         tile: Tile | str | None = "auto",
     ) -> "Request":
         """Makes a request from SanaPipeline's arguments, for a checkpoint with these facts."""
-        height, width, crop = sizes(facts, height, width, use_resolution_binning)
+        binning = truth("use_resolution_binning", use_resolution_binning)
+        height, width, crop = sizes(facts, height, width, binning)
         each = integer("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
-        prompts, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
-        negatives = texts("negative_prompt", negative_prompt or "")
+        prompts, mask, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
+        none = negative_prompt is None or listed(negative_prompt) == []
+        negatives = texts("negative_prompt", "" if none else negative_prompt)
         if len(negatives) not in (1, count):
             raise UserError(f"{len(negatives)} negative prompts for {count} prompts")
         sides = height // facts.factor, width // facts.factor
@@ -129,7 +133,7 @@ class Request:
         return cls(
             prompts=prompts,
             embeddings=prompt_embeddings,
-            mask=prompt_mask,
+            mask=mask,
             negative_prompts=negatives,
             instruction=instruction_text(instruction),
             images_each=each,
@@ -141,7 +145,7 @@ class Request:
             latents=latents,
             scale=per_prompt("guidance_scale", guidance_scale, count),
             interval=interval("guidance_interval", guidance_interval),
-            sequential=sequential_guidance,
+            sequential=truth("sequential_guidance", sequential_guidance),
             sampler=choice("sampler", sampler, dpm_solver.SAMPLERS),
             num_steps=integer("num_steps", num_steps, 1, MAX_STEPS),
             flow_shift=number("flow_shift", shift, 1e-3, 1e3),
@@ -151,6 +155,11 @@ class Request:
     def count(self) -> int:
         """The number of pictures, B."""
         return len(self.scale) * self.images_each
+
+    @property
+    def keys(self) -> UInt32[np.ndarray, "B 2"]:
+        """The high and low words of the seeds."""
+        return np.stack([self.seeds >> 32, self.seeds & 0xFFFFFFFF], axis=1).astype(np.uint32)
 
     @property
     def guided(self) -> bool:
@@ -181,51 +190,70 @@ def tiles(factor: int, tile: Tile | str | None, height: int, width: int) -> Tile
         return LARGE_TILE if height * width > LARGE else None
     if tile is None:
         return None
-    if not isinstance(tile, Sequence) or isinstance(tile, str) or len(tile) != 2:
+    pair = tuple(_size(each) for each in listed(tile) or ())
+    if len(pair) != 2:
         raise UserError(f"tile {tile!r} is not a pair (size, stride) in pixels")
-    for side in (side for pair in tiling.check(*tile, factor) for side in pair):
+    for side in (side for size in tiling.check(pair[0], pair[1], factor) for side in size):
         # Else the strips of the tiles would not end where the picture does.
-        multiple(f"tile {tuple(tile)}: {side}", side, factor)
-    return tile[0], tile[1]
+        multiple(f"tile {pair}: {side}", side, factor)
+    return pair[0], pair[1]
 
 
-def _prompts(facts: Facts, prompt, embeddings, mask) -> tuple[list[str] | None, int]:
-    """Returns the prompts (None if embeddings replace them) and their number."""
+def _size(value):
+    """Returns a size of a tile, one number or two, as Python's numbers."""
+    several = listed(value)
+    return plain(value) if several is None else tuple(map(plain, several))
+
+
+def listed(value) -> list | None:
+    """Returns the values of a sequence, or of an array with one axis, else None."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(value)
+    return list(np.asarray(value)) if np.ndim(value) == 1 else None
+
+
+def _prompts(facts: Facts, prompt, embeddings, mask) -> tuple[list[str] | None, Array | None, int]:
+    """Returns the prompts (None if embeddings replace them), the embeddings' mask, their number."""
     if prompt is not None:
         if embeddings is not None or mask is not None:
             raise UserError("give prompt or prompt_embeddings, not both")
         prompts = texts("prompt", prompt)
-        return prompts, len(prompts)
+        return prompts, None, len(prompts)
     if embeddings is None:
         raise UserError("give a prompt, or prompt_embeddings and prompt_mask")
     shape = ("prompts", facts.text_rows, facts.caption_channels)
     count = array("prompt_embeddings", embeddings, shape).shape[0]
-    array("prompt_mask", mask, (count, facts.text_rows), np.bool_)
-    return None, count
+    return None, truths("prompt_mask", mask, (count, facts.text_rows)), count
 
 
 def texts(name: str, value) -> list[str]:
     """Returns a text or a list of texts as a list."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+    value = plain(value)
+    values = [value] if isinstance(value, str) else listed(value)
+    if values is None or not all(isinstance(v, str) for v in values):
         raise UserError(f"{name} {value!r} is neither a text nor a list of texts")
     if not values:
         raise UserError(f"{name} is an empty list")
-    return list(values)
+    if (longest := max(map(len, values))) > MAX_TEXT:
+        raise UserError(f"{name} has {longest} characters: it takes up to {MAX_TEXT}")
+    return [str(v) for v in values]
 
 
 def instruction_text(value) -> str | None:
     """Checks that an instruction is a text ("auto" is one) or None."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"instruction {value!r} is neither a text nor None")
+    if value is not None and len(value) > MAX_TEXT:
+        raise UserError(f"instruction has {len(value)} characters: it takes up to {MAX_TEXT}")
     return value
 
 
 def per_prompt(name: str, value, count: int) -> np.ndarray:
     """Returns one number per prompt, float32 (count,), from a single number or a list."""
-    one = isinstance(value, numbers.Real)
-    values = [value] * count if one else value
-    if not isinstance(values, Sequence | np.ndarray) or len(values) != count:
+    values = listed(value)
+    if values is None:
+        values = [number(name, value, -1e6, 1e6)] * count
+    if len(values) != count:
         raise UserError(f"{name} {value!r} is neither a number nor {count} of them, one a prompt")
     return np.asarray([number(name, v, -1e6, 1e6) for v in values], np.float32)
 
@@ -234,23 +262,34 @@ def interval(name: str, value) -> tuple[np.float32, np.float32] | None:
     """Checks an interval (low, high) with low < high, or None."""
     if value is None:
         return None
-    if not isinstance(value, Sequence) or len(value) != 2:
+    pair = listed(value) or ()
+    if len(pair) != 2:
         raise UserError(f"{name} {value!r} is not a pair (low, high) of noise levels")
-    low, high = (number(name, v, -1e6, 1e6) for v in value)
+    low, high = (number(name, v, -1e6, 1e6) for v in pair)
     if not low < high:
         raise UserError(f"{name} {value!r}: low must be below high")
     return np.float32(low), np.float32(high)
 
 
 def seeds(value, count: int) -> np.ndarray:
-    """Returns uint32 (count,) from one seed an image, or from the first image's by counting up."""
-    if isinstance(value, numbers.Integral) or np.ndim(value) == 0:
-        first = integer("seed", value, 0, MAX_SEED)
-        return np.asarray([(first + i) % (MAX_SEED + 1) for i in range(count)], np.uint32)
-    values = [integer("seed", seed, 0, MAX_SEED) for seed in value]
+    """Returns uint64 (count,) from one seed an image, or from the first image's by counting up."""
+    values = listed(value)
+    if values is None:
+        first = integer("seed", value, 0, MAX_PICTURE_SEED)
+        values = [(first + i) % (MAX_PICTURE_SEED + 1) for i in range(count)]
+    values = [integer("seed", seed, 0, MAX_PICTURE_SEED) for seed in values]
     if len(values) != count:
         raise UserError(f"{len(values)} seeds for {count} images")
-    return np.asarray(values, np.uint32)
+    return np.asarray(values, np.uint64)
+
+
+def truths(name: str, value, shape: tuple[int | str, ...]):
+    """Checks a mask's shape and kind; returns whole numbers, which are 0 or 1, as truth values."""
+    whole = "int" in str(getattr(value, "dtype", ""))
+    array(name, value, shape, np.integer if whole else np.bool_)
+    if whole and not bool(((value == 0) | (value == 1)).all()):
+        raise UserError(f"{name} has other values than 0 and 1")
+    return value.astype(np.bool_)
 
 
 def array(name: str, value, shape: tuple[int | str, ...], kind=np.floating):

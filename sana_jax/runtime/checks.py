@@ -1,5 +1,6 @@
 """Checks of arguments and of a recipe's figures. Each raises UserError, naming the argument."""
 
+import contextlib
 import dataclasses
 import numbers
 import operator
@@ -8,7 +9,9 @@ from typing import Any
 
 from sana_jax.runtime.errors import UserError
 
-MAX_SEED = 2**32 - 1  # jax.random.key keeps 32 bits
+MAX_SEED = 2**32 - 1  # of a training: jax.random.key keeps 32 bits
+MAX_PICTURE_SEED = 2**64 - 1  # the two words of a key
+MAX_TEXT = 2**20  # characters; a prompt is cut after some hundred tokens, and all are made first
 MAX_STEPS = 1000
 # The least that numbers of every recipe may be which belong to no group with a dataclass.
 LEAST = {
@@ -26,8 +29,25 @@ class BadArgument(UserError):
         super().__init__(f"{name} {wrong}")
 
 
+def plain(value: Any) -> Any:
+    """Returns a scalar of NumPy or JAX, an array without axes included, as one of Python."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        with contextlib.suppress(TypeError, RuntimeError):  # traced, or deleted: it has no value
+            return value.item()
+    return value
+
+
+def truth(name: str, value) -> bool:
+    """Returns `value` as a bool. 0 and 1 count."""
+    value = plain(value)
+    if not isinstance(value, int) or value not in (0, 1):
+        raise BadArgument(name, f"{value!r} is neither True nor False")
+    return bool(value)
+
+
 def integer(name: str, value, low: int, high: int) -> int:
-    """Returns `value` as an int in low .. high. NumPy's integers count, truth values do not."""
+    """Returns `value` as an int in low .. high. Integers of NumPy and JAX count, bools do not."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise BadArgument(name, f"{value!r} is not a whole number in {low} .. {high}")
     if not low <= int(value) <= high:
@@ -36,7 +56,8 @@ def integer(name: str, value, low: int, high: int) -> int:
 
 
 def number(name: str, value, low: float, high: float) -> float:
-    """Returns `value` as a float in low .. high."""
+    """Returns `value` as a float in low .. high. Numbers of NumPy and JAX count, bools do not."""
+    value = plain(value)
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not low <= value <= high:
         raise BadArgument(name, f"{value!r} is not a number in {low:g} .. {high:g}")
@@ -74,7 +95,7 @@ def near(side: int, step: int) -> str:
 
 
 def choice(name: str, value, choices: Collection[str]) -> str:
-    if value not in list(choices):
+    if not isinstance(value, str) or value not in choices:
         raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
     return value
 

@@ -11,13 +11,25 @@ from sana_jax.pipeline import programs
 
 def test_noise_does_not_depend_on_the_environment():
     """TPU users set the rbg generator, whose numbers depend on the batch."""
-    seeds = np.arange(3, dtype=np.uint32)
-    expected = np.asarray(programs.draw_noise(seeds, (4, 4, 8)))
+    keys = np.arange(6, dtype=np.uint32).reshape(3, 2)
+    expected = np.asarray(programs.draw_noise(keys, (4, 4, 8)))
     with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), jax.enable_x64(True):
-        found = np.asarray(programs.draw_noise(seeds, (4, 4, 8)))
+        found = np.asarray(programs.draw_noise(keys, (4, 4, 8)))
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(programs.draw_noise(seeds[2:], (4, 4, 8))[0], expected[2])
+    np.testing.assert_array_equal(programs.draw_noise(keys[2:], (4, 4, 8))[0], expected[2])
+
+
+def test_noise_is_that_of_the_seed_as_a_key():
+    """With 64 bits, JAX makes a key of them; without, seeds of one word give the same."""
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**64 - 1]
+    keys = np.array([divmod(seed, 2**32) for seed in seeds], np.uint32)
+    found = np.asarray(programs.draw_noise(keys, (2, 2, 8)))
+    with jax.enable_x64(True), jax.threefry_partitionable(True):
+        for seed, noise in zip(seeds, found, strict=True):
+            key = jax.random.key(np.uint64(seed), impl="threefry2x32")
+            expected = jax.random.normal(key, (2, 2, 8), jax.numpy.float32)
+            np.testing.assert_array_equal(noise, expected)
 
 
 def test_values_become_bytes_and_those_that_are_not_finite_are_told():

@@ -1,7 +1,9 @@
 """What SanaPipeline's arguments may not be, and that the message names them."""
 
+import dataclasses
 import inspect
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,16 @@ from tests.pipeline.test_pipeline import (  # noqa: F401 (fixtures)
         (dict(num_steps=10**9), "num_steps 1000000000"),
         (dict(guidance_scale=float("nan")), "guidance_scale nan"),
         (dict(seed=-1), "seed -1"),
-        (dict(seed=2**32), "seed 4294967296"),
+        (dict(seed=2**64), "seed 18446744073709551616"),
+        (dict(seed=np.bool_(True)), "seed True"),
+        (dict(seed=np.float32(1)), "seed 1.0"),
+        (dict(num_steps=jnp.float32(2)), "num_steps 2.0"),
+        (dict(prompts="a" * (2**20 + 1)), "prompt has 1048577 characters: it takes up to 1048576"),
+        (dict(negative_prompt=["", "a" * 2**21, ""]), "negative_prompt has 2097152 characters"),
+        (dict(instruction="a" * 2**21), "instruction has 2097152 characters"),
+        (dict(sequential_guidance="no"), "sequential_guidance 'no' is neither True nor False"),
+        (dict(use_resolution_binning=np.ones(2)), "use_resolution_binning array([1., 1.])"),
+        (dict(output=np.zeros(2)), "output array([0., 0.])"),
         (dict(seed=[1, 2]), "2 seeds for 3 images"),
         (dict(seed=None), "seed None"),
         (dict(seed=1.5), "seed 1.5"),
@@ -72,6 +83,14 @@ from tests.pipeline.test_pipeline import (  # noqa: F401 (fixtures)
                 prompt_mask=np.ones((2, 300), bool),
             ),
             "prompt_mask is (2, 300)",
+        ),
+        (
+            dict(
+                prompts=None,
+                prompt_embeddings=np.zeros((3, 300, 48)),
+                prompt_mask=np.full((3, 300), 2),
+            ),
+            "prompt_mask has other values than 0 and 1",
         ),
         (dict(sampler="ddim"), "sampler 'ddim'"),
         (dict(output="jpg"), "output 'jpg'"),
@@ -157,6 +176,49 @@ def test_nothing_is_left_to_a_default():
     assert (found.height, found.width, found.crop, found.tile) == (1024, 1024, None, None)
     assert (found.prompts, found.negative_prompts, found.count) == (["a cat"], [""], 1)
     assert found.flow_shift == 3.0 and found.seeds.tolist() == [0] and found.guided
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray, lambda x: np.asarray(x)[()]])
+def test_scalars_and_lists_of_numpy_and_jax_are_those_of_python(of):
+    arguments = dict(
+        height=832,
+        width=1216,
+        num_steps=3,
+        guidance_scale=2.5,
+        guidance_interval=[0.25, 0.5],
+        num_images_per_prompt=2,
+        seed=7,
+        flow_shift=1.5,
+        use_resolution_binning=True,
+        sequential_guidance=False,
+        tile=[64, 32],
+    )
+    expected = Request.of(FACTS, ["a", "b"], **arguments)
+    found = Request.of(FACTS, ["a", "b"], **{name: of(x) for name, x in arguments.items()})
+    for field in dataclasses.fields(Request):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        assert type(one) is type(other), field.name
+        np.testing.assert_array_equal(one, other, field.name)
+    several = dict(guidance_scale=[1.5, 2.5], seed=[3, 2**31 - 1])
+    found = Request.of(FACTS, np.array(["a", "b"]), **{name: of(x) for name, x in several.items()})
+    assert found.prompts == ["a", "b"] and found.seeds.tolist() == [3, 2**31 - 1]
+    assert [type(prompt) for prompt in found.prompts] == [str, str]
+    assert found.scale.tolist() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize("kind", [bool, np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray])
+def test_masks_may_be_of_whole_numbers(of, kind):
+    mask = np.arange(300)[None] < 5
+    found = Request.of(FACTS, prompt_embeddings=EMBEDDINGS, prompt_mask=of(mask.astype(kind)))
+    assert found.mask.dtype == np.bool_ and np.array_equal(found.mask, mask)
+
+
+def test_seeds_of_64_bits_count_up_over_the_words_of_a_key():
+    found = Request.of(FACTS, "a", seed=2**32 - 1, num_images_per_prompt=2)
+    assert found.seeds.tolist() == [2**32 - 1, 2**32]
+    assert found.keys.tolist() == [[0, 2**32 - 1], [1, 0]]
+    assert Request.of(FACTS, "a", seed=2**64 - 1).keys.tolist() == [[2**32 - 1] * 2]
 
 
 def test_binning_samples_a_published_size_and_crops():

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -19,6 +21,34 @@ def test_what_is_no_whole_number_in_the_range_is_refused(value):
 def test_numbers_of_numpy_become_those_of_python():
     found = checks.integer("steps", np.int64(9), 1, 9), checks.number("x", np.float32(0.5), 0, 1)
     assert found == (9, 0.5) and [*map(type, found)] == [int, float]
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray])
+def test_arrays_without_axes_are_numbers(of):
+    assert checks.integer("steps", of(3), 1, 9) == 3
+    assert checks.number("x", of(0.5), 0, 1) == 0.5
+    assert checks.truth("x", of(True)) is True and checks.truth("x", of(False)) is False
+    for check in checks.integer, checks.number:
+        for value in of(True), of([1]):
+            with pytest.raises(checks.BadArgument):
+                check("x", value, 0, 9)
+
+
+def test_what_is_neither_true_nor_false_is_refused():
+    assert [checks.truth("x", value) for value in (True, 0, 1, np.bool_(True))] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    for value in 2, None, "yes", 1.0, np.ones(2):
+        with pytest.raises(checks.BadArgument, match="^x .* is neither True nor False"):
+            checks.truth("x", value)
+
+
+def test_a_number_that_is_traced_is_refused():
+    with pytest.raises(checks.BadArgument, match="^steps .* is not a whole number"):
+        jax.jit(lambda steps: checks.integer("steps", steps, 1, 9))(3)
 
 
 @pytest.mark.parametrize("value", [True, "0.5", float("nan"), 1.5, None])
