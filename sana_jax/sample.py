@@ -5,7 +5,8 @@
 
 A .txt file has one prompt per line. A .jsonl file has one object per line, such as
 {"prompt": "a red fox", "seed": 7, "width": 768}, with the keys prompt, negative_prompt, seed,
-height, width, num_steps and guidance_scale; these take precedence over the flags.
+height, width, num_steps and guidance_scale; these take precedence over the flags, and null stands
+for a key that is absent. Other keys are copied into manifest.jsonl.
 
 Pictures are written as NUMBER_SEED.png, numbered in the order of the prompts. The prompt and the
 settings are in the PNG header and in a line of manifest.jsonl, never in the name. Running the same
@@ -14,6 +15,8 @@ command again draws the pictures that are missing. The batch is split over all d
 
 import dataclasses
 import os
+import secrets
+import sys
 
 from absl import flags
 
@@ -73,8 +76,27 @@ flags.DEFINE_bool(
 _IMAGES = flags.DEFINE_integer(
     "num_images_per_prompt", 1, "pictures for each prompt", lower_bound=1
 )
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "seed of the first picture, 0 .. 4294967295; the others count up from it"
+
+
+class _SeedParser(flags.IntegerParser):
+    """Takes "random" too, for a seed that no other run has."""
+
+    drawn: int | None = None
+
+    def parse(self, argument):
+        if argument != "random":
+            return super().parse(argument)
+        self.drawn = secrets.randbits(32)
+        return self.drawn
+
+
+_SEEDS = _SeedParser()
+_SEED = flags.DEFINE(
+    _SEEDS,
+    "seed",
+    0,
+    "seed of the first picture, 0 .. 18446744073709551615; the others count up from it; random:"
+    " another one for every run, which is told, and is in the pictures' names and manifest.jsonl",
 )
 flags.DEFINE_enum(
     "sampler",
@@ -155,6 +177,10 @@ def main(argv):
     if _PROMPTS.value is not None:
         rows = read_rows(_PROMPTS.value)
     tasks = make_tasks(rows, common, _SEED.value, _IMAGES.value)
+
+    if _SEEDS.drawn is not None:
+        told = f"--seed={_SEEDS.drawn} was drawn: with it, the same command draws what is missing"
+        print(told, file=sys.stderr)
 
     from sana_jax.batch.draw import draw  # jax: errors above need not wait for it
     from sana_jax.batch.settings import Options

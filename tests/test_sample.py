@@ -71,9 +71,10 @@ def names(folder) -> list[str]:
         (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale=nan"),
         (["--prompt=a", "--guidance_scale=-1"], "--guidance_scale=-1"),
         (["--prompt=a", "--num_steps=1000000000"], "--num_steps=1000000000: it takes"),
-        (["--prompt=a", "--seed=-1"], "--seed=-1: it takes a whole number in 0 .. 4294967295"),
+        (["--prompt=a", "--seed=-1"], "--seed=-1: it takes a whole number in 0 .. 18446744"),
         (["--prompt=a", f"--seed={2**64}"], "--seed=18446744073709551616"),
-        (["--prompt=a", f"--seed={2**32 - 1}", "--num_images_per_prompt=2"], "seeds count up"),
+        (["--prompt=a", f"--seed={2**64 - 1}", "--num_images_per_prompt=2"], "seeds count up"),
+        (["--prompt=a", "--seed=randomly"], "--seed=randomly"),
         (["--prompt=a", "--sampler=ddim"], "--sampler=ddim"),
         (["--prompt=a", "--dtype=float64"], "--dtype=float64"),
         (["--prompt=a", "--flow_shift=inf"], "--flow_shift inf is not a number in 0.001 .. 1000"),
@@ -118,6 +119,22 @@ def test_draws_into_out_and_nowhere_else(sample, tmp_path, shared):
         assert image.size == (mini.NATIVE_SIZE, mini.NATIVE_SIZE)
         assert image.text["prompt"] == prompt
     assert names(shared / "caches" / "sana_jax")
+
+
+def test_fields_of_other_programs_and_a_random_seed_are_in_the_manifest(sample, tmp_path):
+    given = [{"prompt": "a", "tag": "two", "include": [{"class": "cat", "count": 2}], "seed": None}]
+    given.append({"prompt": "b", "seed": 2**64 - 1, "height": None})
+    (tmp_path / "p.jsonl").write_text("\r\n".join(map(json.dumps, given)))
+    arguments = f"--prompts={tmp_path / 'p.jsonl'}", "--num_steps=1", "--out=out", "--height=32"
+    status, _, stderr = finish(sample(*arguments, "--seed=random"))
+    assert status == 0, stderr
+    seed = int(re.search(r"--seed=(\d+) was drawn", stderr)[1])
+    found = [json.loads(line) for line in lines(tmp_path / "here/out")]
+    assert [line["seed"] for line in found] == [seed, 2**64 - 1]
+    assert found[0]["include"] == given[0]["include"] and found[0]["tag"] == "two"
+    assert names(tmp_path / "here/out")[:2] == [f"000000_{seed}.png", f"000001_{2**64 - 1}.png"]
+    status, _, stderr = finish(sample(*arguments, f"--seed={seed}"))
+    assert status == 0 and "nothing to draw: 2 of 2 images are done" in stderr
 
 
 def lines(out) -> list[bytes]:

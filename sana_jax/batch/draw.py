@@ -8,7 +8,7 @@ import jax
 from sana_jax import sharding
 from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
-from sana_jax.batch.settings import Options, settings_of, shows_steps, with_requests
+from sana_jax.batch.settings import Options, extras_of, settings_of, shows_steps, with_requests
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint, place_all
@@ -37,7 +37,8 @@ def draw(tasks: list[Task], options: Options) -> None:
     batches = with_requests(batches, pipe, options)
     wanted = settings_of(batches, pipe, options, checkpoint_hash(folder, options.variant))
     notes = {"checkpoint": options.checkpoint}
-    with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid) as out:
+    extras = extras_of(tasks, wanted, notes)
+    with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid, extras) as out:
         if out.missing:
             out.probe(3 * max(task.height * task.width for task in tasks))
             enable_compilation_cache(options.compilation_cache)

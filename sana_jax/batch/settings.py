@@ -1,11 +1,14 @@
 """The options of a run, its requests to the pipeline, and the settings that decide a picture."""
 
 import dataclasses
+import reprlib
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from sana_jax.batch.tasks import Batch
+from sana_jax.batch.tasks import Batch, Task
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.pipeline.request import BadSide, Request
 from sana_jax.runtime.checks import BadArgument
@@ -88,6 +91,28 @@ def settings_of(
         | shared
         for task, batch in owns
     }
+
+
+def extras_of(
+    tasks: list[Task], settings: Mapping[str, Any], notes: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns file -> the other fields of its prompt's line, for its line of the manifest.
+
+    Says which there are. Raises UserError for one that the manifest uses itself.
+    """
+    found = {task.file: task.extras for task in tasks if task.extras}
+    own = {"file", "sha256", "key", *notes, *settings[tasks[0].file]}
+    for task in tasks:
+        if taken := sorted(own & task.extras.keys()):
+            raise UserError(
+                f"{task.row[0]}{taken[0]} is a field of manifest.jsonl, and not read from prompts:"
+                " give the flag of the name, where there is one, and rename this key"
+            )
+    if names := sorted({reprlib.repr(name) for extras in found.values() for name in extras}):
+        more = f" and {len(names) - 9} others" if names[9:] else ""
+        text = f"{', '.join(names[:9])}{more} of the prompts are copied into manifest.jsonl alone"
+        print(text, file=sys.stderr)
+    return found
 
 
 def _shared(pipe: SanaPipeline, options: Options, flow_shift: float) -> dict[str, Any]:

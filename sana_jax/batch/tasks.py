@@ -3,21 +3,26 @@
 import codecs
 import dataclasses
 import difflib
+import functools
 import json
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from sana_jax.runtime.checks import MAX_SEED, MAX_STEPS
+from sana_jax.batch.manifest import nests
+from sana_jax.runtime.checks import MAX_PICTURE_SEED, MAX_STEPS, MAX_TEXT
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, reason_of
+from sana_jax.runtime.files import UNREACHABLE, check_is_file, reason_of
 
 if TYPE_CHECKING:  # flags and files are read before jax is
     from sana_jax.pipeline.request import Request
 
 MAX_IMAGES = 10**6  # of one run: names have six digits
+MAX_FILE, MAX_LINE = 2**27, 2**22  # bytes of prompts: they take several times as much memory
+MAX_LEVELS = 16  # of lists and objects in a line
 
 Row = tuple[str, dict[str, Any]]  # how complaints about it begin, and the fields that it gives
 
@@ -35,6 +40,11 @@ class Task:
     num_steps: int = 20
     guidance_scale: float = 4.5
     row: Row = dataclasses.field(default=("", {}), repr=False, compare=False)  # where it came from
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """The fields of its line that this program does not read."""
+        return {name: value for name, value in self.row[1].items() if name not in FIELDS}
 
     def place_of(self, name: str) -> str:
         """Returns where a field was given: its line, or "--" for the flags."""
@@ -70,14 +80,18 @@ def _is_integer(value, low: int, high: int) -> bool:
 
 
 def _is_text(value) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
+TEXT = f"a string of up to {MAX_TEXT} characters"
 # What a line of a .jsonl file may hold: what it takes, and whether a value is that.
 FIELDS = {
-    "prompt": ("a string", _is_text),
-    "negative_prompt": ("a string", _is_text),
-    "seed": (f"a whole number in 0 .. {MAX_SEED}", lambda v: _is_integer(v, 0, MAX_SEED)),
+    "prompt": (TEXT, _is_text),
+    "negative_prompt": (TEXT, _is_text),
+    "seed": (
+        f"a whole number in 0 .. {MAX_PICTURE_SEED}",
+        lambda v: _is_integer(v, 0, MAX_PICTURE_SEED),
+    ),
     "height": ("a whole number of pixels above 0", lambda v: _is_integer(v, 1, 2**31)),
     "width": ("a whole number of pixels above 0", lambda v: _is_integer(v, 1, 2**31)),
     "num_steps": (f"a whole number in 1 .. {MAX_STEPS}", lambda v: _is_integer(v, 1, MAX_STEPS)),
@@ -91,27 +105,34 @@ FIELDS = {
 def read_rows(path: str) -> list[Row]:
     """Reads the prompts of a file: .txt, one a line; .jsonl, an object a line with keys of FIELDS.
 
-    Blank lines are skipped. Raises UserError.
+    There null stands for a key that is absent, and other keys are kept. Blank lines are skipped.
+    Raises UserError.
     """
     file = epath.Path(path)
-    if file.suffix not in (".txt", ".jsonl"):
+    kind = file.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
         raise UserError(
             f"--prompts={path}: give a .txt file with a prompt a line, or a .jsonl file"
             ' with an object a line, such as {"prompt": "a red circle", "seed": 1}'
         )
     try:
+        check_is_file(file, f"--prompts={path}")
+        if (size := file.stat().length) > MAX_FILE:
+            raise UserError(f"--prompts={path} has {size} bytes, {MAX_FILE} at most: split it")
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except UNREACHABLE as error:
         raise UserError(f"--prompts={path}: {reason_of(error)}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}: "
+        if len(line) > MAX_LINE:
+            raise UserError(f"{where}it has {len(line)} bytes, {MAX_LINE} at most")
         try:
             text = line.decode().strip()
         except UnicodeDecodeError:
             raise UserError(f"{where}it is not UTF-8 text") from None
         if text:
-            rows.append((where, {"prompt": text} if file.suffix == ".txt" else _parse(text, where)))
+            rows.append((where, {"prompt": text} if kind == ".txt" else _parse(text, where)))
     if not rows:
         raise UserError(f"--prompts={path} holds no prompt")
     return rows
@@ -119,26 +140,57 @@ def read_rows(path: str) -> list[Row]:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_once)
+    except _Twice as error:
+        raise UserError(f"{where}{reprlib.repr(error.args[0])} is there twice") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}it is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}it is no JSON object")
+    if nests(row, MAX_LEVELS):
+        raise UserError(f"{where}lists and objects nest more than {MAX_LEVELS} deep")
+    row = {name: x for name, x in row.items() if x is not None or name not in FIELDS}
     if "prompt" not in row:
+        check_fields(row, where)  # it may be misspelt
         raise UserError(f'{where}"prompt" is missing')
     return row
 
 
+class _Twice(Exception):
+    """A key that an object has twice: JSON's readers take one of the values in silence."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Twice(name)
+        found[name] = value
+    return found
+
+
 def check_fields(values: dict[str, Any], where: str) -> None:
-    """Raises UserError for the first field that is unknown or out of range."""
+    """Raises UserError for the first field that is out of range, or misspelt."""
     for name, value in values.items():
-        if name not in FIELDS:
-            close = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
-            raise UserError(f"{where}unknown key {reprlib.repr(name)}; {hint}")
-        takes, accepts = FIELDS[name]
-        if not accepts(value):
-            raise UserError(f"{where}{name}={reprlib.repr(value)}: it takes {takes}")
+        if name in FIELDS:
+            takes, accepts = FIELDS[name]
+            if not accepts(value):
+                raise UserError(f"{where}{name}={reprlib.repr(value)}: it takes {takes}")
+        elif meant := next((known for known in FIELDS if _is_misspelt(name, known)), None):
+            if meant not in values:
+                wrong = f"unknown key {reprlib.repr(name)}; did you mean {meant}?"
+                raise UserError(where + wrong)
+
+
+@functools.lru_cache
+def _is_misspelt(name: str, known: str) -> bool:
+    """Returns True for other cases and hyphens, letters that changed places, one too many or few.
+
+    One that is another makes a word, such as weight, which may be a key of another program.
+    """
+    one, other = (re.sub(r"[\W_]", "", each).lower() for each in (name[:40], known))
+    near = difflib.SequenceMatcher(None, one, other).ratio() > 0.85 and len(one) != len(other)
+    return near or sorted(one) == sorted(other)
 
 
 def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: int) -> list[Task]:
@@ -155,10 +207,10 @@ def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: 
     for i, (where, row) in enumerate(rows):
         check_fields(row, where)
         first = row.get("seed", seed + i * images_each)
-        if first + images_each - 1 > MAX_SEED:
+        if first + images_each - 1 > MAX_PICTURE_SEED:
             wrong = f"{where}seed={first}" if "seed" in row else f"--seed={seed}"
-            raise UserError(f"{wrong}: seeds count up from it, and end at {MAX_SEED}")
-        values = {**common, **row}
+            raise UserError(f"{wrong}: seeds count up from it, and end at {MAX_PICTURE_SEED}")
+        values = common | {name: value for name, value in row.items() if name in FIELDS}
         values["guidance_scale"] = float(values["guidance_scale"])  # 4 and 4.0 are one setting
         for j in range(images_each):
             values["seed"] = first + j
