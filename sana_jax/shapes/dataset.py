@@ -5,13 +5,14 @@ import io
 import re
 import tempfile
 import textwrap
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import reason_of, unwritten
+from sana_jax.runtime.files import check_readable, reason_of, unwritten
 
 
 def prepare(
@@ -47,9 +48,10 @@ def prepare(
         epath.Path(data_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data_dir {data_dir}: {reason_of(error)}; name another") from None
-    builder = Shapes(data_dir=data_dir, config=config, train=train, test=test, seed=seed)
+    with _damage_named(epath.Path(data_dir) / "shapes" / name):
+        builder = Shapes(data_dir=data_dir, config=config, train=train, test=test, seed=seed)
+        there = dict(builder.info.metadata or {})
     if builder.data_path.exists():
-        there = dict(builder.info.metadata)
         if there != builder.settings:
             raise UserError(
                 f"{builder.data_path} holds {_settings(there)}, not {_settings(builder.settings)};"
@@ -69,6 +71,22 @@ def prepare(
     return builder.data_path
 
 
+@contextlib.contextmanager
+def _damage_named(folder: epath.Path) -> Iterator[None]:
+    """Turns what TFDS raises where files are damaged, of every kind, into UserErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: epath.Path, error: Exception) -> UserError:
+    reason = " ".join(f"{error}".split()) or type(error).__name__
+    return UserError(f"{folder} is damaged ({reason:.200}); delete that folder, and make it again")
+
+
 def _settings(values: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(values.items()))
 
@@ -84,8 +102,8 @@ class Records:
     (str, JSON: `scene.truth`, and `captions`: each one's style, errors and facts).
     """
 
-    def __init__(self, source):
-        self._source = source
+    def __init__(self, source, folder: epath.Path):
+        self._source, self._folder = source, folder
 
     def __len__(self) -> int:
         return len(self._source)
@@ -93,7 +111,11 @@ class Records:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        record = self._source[index]
+        try:
+            record = self._source[index]
+        except (RuntimeError, ValueError) as error:  # of damage, or of a storage that is away
+            check_readable(self._folder / "dataset_info.json")
+            raise _damaged(self._folder, error) from error
         return {
             "key": record["key"].decode(),
             "image": record["image"],
@@ -119,11 +141,13 @@ def open_split(
     if not folder.exists():
         command = f"python -m sana_jax.make_shapes --data_dir={data_dir} --size={height}"
         raise UserError(f"{folder} is not there; make it with {command}")
-    builder = tfds.builder_from_directory(folder)
-    if split not in builder.info.splits:
-        raise UserError(f"shapes has no split {split!r}; it has {', '.join(builder.info.splits)}")
-    skip = {"image": tfds.decode.SkipDecoding()}
-    return Records(builder.as_data_source(split, decoders=skip))
+    with _damage_named(folder):
+        builder = tfds.builder_from_directory(folder)
+        if split not in builder.info.splits:
+            has = ", ".join(builder.info.splits)
+            raise UserError(f"shapes has no split {split!r}; it has {has}")
+        skip = {"image": tfds.decode.SkipDecoding()}
+        return Records(builder.as_data_source(split, decoders=skip), folder)
 
 
 def preview(records: list[dict], width: int = 900) -> Image.Image:

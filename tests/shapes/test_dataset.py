@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,20 @@ def test_records_are_those_of_the_pure_functions(data_dir, split, count):
         assert [about["facts"] for about in known.pop("captions")] == [each.facts for each in said]
         assert known == json.loads(json.dumps(truth(drawn)))
     assert len({record["key"] for record in records}) == count
+
+
+@pytest.mark.parametrize("harm", [lambda b: b[: len(b) // 2], lambda b: bytes(len(b)), None])
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "*-test.array_record*"])
+def test_damaged_files_are_told_and_what_to_do(data_dir, tmp_path, name, harm):
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    (path,) = tmp_path.rglob(name)
+    if harm is None:
+        path.unlink()
+    else:
+        path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(UserError, match=f"^{tmp_path}/shapes/32.* is damaged .*make it again$"):
+        prepare(tmp_path, **SMALL)
+        list(open_split(tmp_path, "test", 32))
 
 
 def test_readers_travel_to_other_processes(data_dir):
