@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import reason_of, write_atomically
+from sana_jax.runtime.files import check_is_file, reason_of, write_atomically
 
 Picture = UInt8[np.ndarray, "_ _ 3"]  # height, width: those of a sheet may differ
 
@@ -73,6 +73,7 @@ def check_out(out: str | None) -> Path | None:
     try:
         if path.is_dir():
             raise UserError(f"--out={out} is a folder; name a file")
+        check_is_file(path, f"--out={out}")
         if not path.parent.is_dir():
             raise UserError(f"--out={out}: the folder {path.parent} is not there; make it first")
     except OSError as error:  # no file can have such a name

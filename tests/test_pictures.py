@@ -1,6 +1,7 @@
 """Sheets, 8 bits and floats, PNG files."""
 
 import io
+import os
 import re
 
 import jax
@@ -56,9 +57,11 @@ def test_a_png_file_holds_the_picture(tmp_path):
         ("a.jpg", "a name that ends with .png"),
         ("folder.png", "is a folder"),
         ("new/a.png", "is not there; make it first"),
+        ("pipe.png", "is a pipe, where a file is needed"),
     ],
 )
 def test_a_bad_out_is_told_before_any_work(tmp_path, name, words):
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match=f"^--out={re.escape(str(tmp_path))}.*{words}"):
         check_out(str(tmp_path / name))

@@ -149,7 +149,7 @@ def load(tower: str, weights: str | Path) -> Any:
     shape or not finite.
     """
     tensors = {}
-    for path in map(Path, str(weights).split(",")):
+    for path in (Path(part).expanduser() for part in str(weights).split(",")):
         reader = PthReader if path.suffix in (".pth", ".pt") else TensorReader
         tensors |= dict.fromkeys((found := reader(path)), found)
     convs, heads, channels = {}, [], 3
