@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import re
 import reprlib
@@ -119,11 +120,12 @@ def read_rows(path: str) -> list[Row]:
         check_is_file(file, f"--prompts={path}")
         if (size := file.stat().length) > MAX_FILE:
             raise UserError(f"--prompts={path} has {size} bytes, {MAX_FILE} at most: split it")
-        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except UNREACHABLE as error:
         raise UserError(f"--prompts={path}: {reason_of(error)}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
+    content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    rows: list[Row] = []
+    for number, line in enumerate(io.BytesIO(content), 1):
         where = f"{path} line {number}: "
         if len(line) > MAX_LINE:
             raise UserError(f"{where}it has {len(line)} bytes, {MAX_LINE} at most")
@@ -131,6 +133,8 @@ def read_rows(path: str) -> list[Row]:
             text = line.decode().strip()
         except UnicodeDecodeError:
             raise UserError(f"{where}it is not UTF-8 text") from None
+        if text and len(rows) == MAX_IMAGES:
+            raise UserError(f"{where}{MAX_IMAGES} prompts stand before it, which is the most")
         if text:
             rows.append((where, {"prompt": text} if kind == ".txt" else _parse(text, where)))
     if not rows:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from sana_jax.batch import tasks
 from sana_jax.batch.tasks import Task, check_fields, make_batches, make_tasks, read_rows, with_sizes
 from sana_jax.runtime.errors import UserError
 
@@ -88,6 +89,13 @@ def test_a_file_of_prompts_has_a_largest_size(tmp_path):
     os.truncate(path, 2**27 + 1)
     with pytest.raises(UserError, match="has 134217729 bytes, 134217728 at most: split it"):
         read_rows(str(path))
+
+
+def test_a_file_of_prompts_has_a_largest_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "MAX_IMAGES", 3)
+    assert len(rows_of(tmp_path, "p.txt", "a\rb\r\n\nc\n")) == 3
+    with pytest.raises(UserError, match="p.txt line 5: 3 prompts stand before it"):
+        rows_of(tmp_path, "p.txt", "a\rb\r\n\nc\nd")
 
 
 def test_the_longest_prompt(tmp_path):
