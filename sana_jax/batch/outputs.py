@@ -199,7 +199,8 @@ class OutputFolder:
         """Returns a done picture's line, None if it is missing, or why the file is another's."""
         line, settings = self._manifest.lines.get(file), self._wanted[file]
         key = key_of(settings)
-        ours = line is not None and line["key"] == key
+        same = line is not None and line["key"] == key
+        ours = same and re.fullmatch("[0-9a-f]{64}", line["sha256"])  # else it is damaged
         try:
             with (self.path / file).open("rb") as content:
                 sha256 = _sha256_of(content)
@@ -208,7 +209,8 @@ class OutputFolder:
                 content.seek(0)
                 texts, size, whole = png.read(content)
         except FileNotFoundError:
-            return _differences(line, settings) if line and not ours else None
+            lost = line and not same and _changes(line, settings)
+            return _differences(line, settings) if lost else None
         if ours or texts.get("sana_jax") == key:
             if not whole:
                 return None
@@ -279,14 +281,17 @@ def _parse(text: str) -> Line:
 
 
 def _differences(old: Line, new: Line) -> str:
+    return f"of other settings ({', '.join(_changes(old, new)) or 'of another version'})"
+
+
+def _changes(old: Line, new: Line) -> list[str]:
     """Names the settings that differ, such as "batch_size 8 -> 3"."""
     new = json.loads(json.dumps(new))  # tuples are lists there
-    changes = [
+    return [
         f"{name} {reprlib.repr(old[name]) if name in old else 'unknown'} -> {reprlib.repr(value)}"
         for name, value in new.items()
         if name not in old or old[name] != value
     ]
-    return f"of other settings ({', '.join(changes) or 'of another version'})"
 
 
 @contextlib.contextmanager

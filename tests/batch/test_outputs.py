@@ -150,6 +150,26 @@ def repeat_the_manifest_as_windows_does(out):
     (out / "manifest.jsonl").write_bytes((text + text).replace("\n", "\r\n").encode("utf-16"))
 
 
+def change_a_hash(out, name="sha256"):
+    changed = lines(out)
+    changed[1][name] = changed[1][name][:-1] + "~"
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+
+def change_a_key(out):
+    change_a_hash(out, "key")
+
+
+def change_a_hash_and_lose_the_picture(out):
+    change_a_hash(out)
+    (out / "000001_1.png").unlink()
+
+
+def change_a_key_and_lose_the_picture(out):
+    change_a_key(out)
+    (out / "000001_1.png").unlink()
+
+
 def leave_parts(out):
     for name in "000002_2.png.part", "manifest.jsonl.part", "probe.part":
         (out / name).write_bytes(b"half")
@@ -164,6 +184,10 @@ def leave_parts(out):
         (tear_the_first_line, 0),
         (fill_the_manifest_with_nuls, 0),
         (repeat_the_manifest_as_windows_does, 0),
+        (change_a_hash, 0),
+        (change_a_key, 0),
+        (change_a_hash_and_lose_the_picture, 1),
+        (change_a_key_and_lose_the_picture, 1),
         (lose_the_picture, 1),
         (damage_the_picture, 1),
         (tear_the_picture, 1),
