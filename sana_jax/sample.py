@@ -178,16 +178,16 @@ def main(argv):
         rows = read_rows(_PROMPTS.value)
     tasks = make_tasks(rows, common, _SEED.value, _IMAGES.value)
 
-    if _SEEDS.drawn is not None:
-        told = f"--seed={_SEEDS.drawn} was drawn: with it, the same command draws what is missing"
-        print(told, file=sys.stderr)
-
     from sana_jax.batch.draw import draw  # jax: errors above need not wait for it
     from sana_jax.batch.settings import Options
 
     names = [field.name for field in dataclasses.fields(Options)]
     values = {name: FLAGS[name].value for name in names} | {"guidance_interval": interval}
     draw(tasks, Options(**values | {"tile": parse_tile(FLAGS.tile)}))
+    if _SEEDS.drawn is not None:
+        print(
+            f"--seed={_SEEDS.drawn} was drawn: with it, the same command goes on", file=sys.stderr
+        )
     out = _OUT.value
     print(f"{len(tasks)} pictures in {out}" if tasks[1:] else os.path.join(out, tasks[0].file))
 

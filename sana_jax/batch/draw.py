@@ -8,7 +8,14 @@ import jax
 from sana_jax import sharding
 from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
-from sana_jax.batch.settings import Options, extras_of, settings_of, shows_steps, with_requests
+from sana_jax.batch.settings import (
+    Options,
+    copied,
+    extras_of,
+    settings_of,
+    shows_steps,
+    with_requests,
+)
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint, place_all
@@ -39,6 +46,8 @@ def draw(tasks: list[Task], options: Options) -> None:
     notes = {"checkpoint": options.checkpoint}
     extras = extras_of(tasks, wanted, notes)
     with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid, extras) as out:
+        if extras:
+            print(copied(extras), file=sys.stderr)
         if out.missing:
             out.probe(3 * max(task.height * task.width for task in tasks))
             enable_compilation_cache(options.compilation_cache)

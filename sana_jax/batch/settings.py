@@ -2,7 +2,6 @@
 
 import dataclasses
 import reprlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,9 +97,8 @@ def extras_of(
 ) -> dict[str, dict[str, Any]]:
     """Returns file -> the other fields of its prompt's line, for its line of the manifest.
 
-    Says which there are. Raises UserError for one that the manifest uses itself.
+    Raises UserError for one that the manifest uses itself.
     """
-    found = {task.file: task.extras for task in tasks if task.extras}
     own = {"file", "sha256", "key", *notes, *settings[tasks[0].file]}
     for task in tasks:
         if taken := sorted(own & task.extras.keys()):
@@ -108,11 +106,14 @@ def extras_of(
                 f"{task.row[0]}{taken[0]} is a field of manifest.jsonl, and not read from prompts:"
                 " give the flag of the name, where there is one, and rename this key"
             )
-    if names := sorted({reprlib.repr(name) for extras in found.values() for name in extras}):
-        more = f" and {len(names) - 9} others" if names[9:] else ""
-        text = f"{', '.join(names[:9])}{more} of the prompts are copied into manifest.jsonl alone"
-        print(text, file=sys.stderr)
-    return found
+    return {task.file: task.extras for task in tasks if task.extras}
+
+
+def copied(extras: dict[str, dict[str, Any]]) -> str:
+    """Returns a line that names the fields, which may be misspelt ones that were to decide."""
+    names = sorted({reprlib.repr(name) for fields in extras.values() for name in fields})
+    more = f" and {len(names) - 9} others" if names[9:] else ""
+    return f"{', '.join(names[:9])}{more} of the prompts are copied into manifest.jsonl alone"
 
 
 def _shared(pipe: SanaPipeline, options: Options, flow_shift: float) -> dict[str, Any]:

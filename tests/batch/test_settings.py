@@ -8,7 +8,7 @@ import pytest
 from sana_jax import sharding
 from sana_jax.batch import draw
 from sana_jax.batch.manifest import key_of
-from sana_jax.batch.settings import Options, extras_of, settings_of, with_requests
+from sana_jax.batch.settings import Options, copied, extras_of, settings_of, with_requests
 from sana_jax.batch.tasks import Task, make_batches, make_tasks
 from sana_jax.models import buckets
 from sana_jax.runtime.errors import UserError
@@ -105,15 +105,14 @@ def test_bad_sizes_are_named_where_they_were_given(checkpoint, row, common, word
     assert str(error.value).startswith(words)
 
 
-def test_other_fields_of_a_line_go_to_the_manifest_and_say_so(capsys):
+def test_other_fields_of_a_line_go_to_the_manifest_and_are_named():
     rows = [("", {"prompt": "a", "tag": 1}), ("", {"prompt": "b"}), ("", {"prompt": "c", "id": 2})]
     drawn = make_tasks(rows, {"num_steps": 2, "guidance_scale": 4.5}, 0, 2)
     found = extras_of(drawn, {task.file: {"sampler": ""} for task in drawn}, {})
     files = [task.file for task in drawn]
     tags, ids = dict.fromkeys(files[:2], {"tag": 1}), dict.fromkeys(files[4:], {"id": 2})
     assert found == tags | ids
-    told = "'id', 'tag' of the prompts are copied into manifest.jsonl alone\n"
-    assert capsys.readouterr().err == told
+    assert copied(found) == "'id', 'tag' of the prompts are copied into manifest.jsonl alone"
 
 
 @pytest.mark.parametrize("name", ["file", "sha256", "key", "sampler", "checkpoint"])
