@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import vmem_bytes
+from sana_jax.kernels.mosaic import compiler_params
 
 LOG2_E = 1.4426950408889634
 _RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # jax 0.10
@@ -27,19 +27,16 @@ def forward(q, kv, bias, heads):
     rows = kv.shape[1]
     block = min(TOKENS, -(-tokens // 16) * 16)
     array = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
+    text = pl.BlockSpec((1, rows, 2 * channels), lambda b, i: (b, 0, 0))
+    row_bias = pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0))
+    blocks = (array, q), (text, kv), (row_bias, bias), (array, q)
     return pl.pallas_call(
         partial(_forward_kernel, heads=heads),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(batch, pl.cdiv(tokens, block)),
-        in_specs=[
-            array,
-            pl.BlockSpec((1, rows, 2 * channels), lambda b, i: (b, 0, 0)),
-            pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0)),
-        ],
+        in_specs=[array, text, row_bias],
         out_specs=array,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes()
-        ),
+        compiler_params=compiler_params(("parallel", "parallel"), blocks),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * tokens * rows * channels,
             bytes_accessed=(2 * q.size + kv.size) * q.dtype.itemsize,
@@ -91,18 +88,16 @@ def backward(q, kv, bias, cotangent, heads):
     block = min(BACKWARD_TOKENS, -(-tokens // 16) * 16)
     array = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
     text = pl.BlockSpec((1, rows, 2 * channels), lambda b, i: (b, 0, 0))
+    row_bias = pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0))
+    d_kv = jax.ShapeDtypeStruct(kv.shape, jnp.float32)
+    blocks = (array, q), (text, kv), (row_bias, bias), (array, q), (array, q), (text, d_kv)
     return pl.pallas_call(
         partial(_backward_kernel, heads=heads, tokens=tokens),
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(kv.shape, jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), d_kv],
         grid=(batch, pl.cdiv(tokens, block)),
-        in_specs=[array, text, pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0)), array],
+        in_specs=[array, text, row_bias, array],
         out_specs=[array, text],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
-        ),
+        compiler_params=compiler_params(("parallel", "arbitrary"), blocks),
         cost_estimate=pl.CostEstimate(
             flops=10 * batch * tokens * rows * channels,
             bytes_accessed=3 * q.size * q.dtype.itemsize + kv.size * (q.dtype.itemsize + 4),

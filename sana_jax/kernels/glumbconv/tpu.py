@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import LANES, half_silu, vmem_bytes
+from sana_jax.kernels.mosaic import LANES, compiler_params, half_silu, vmem_bytes
 
 BORDER = 8  # columns, a sublane tile
 FILL, CONVOLVE = TPU["glumbconv_fill"], TPU["glumbconv_convolve"]
@@ -66,8 +66,10 @@ def _call(body, images, weights, image_results, weight_results):
     taps = pl.BlockSpec((9, 2, LANES), lambda j, b: (0, 0, j))
     weight_specs = [vector, taps, vector]
     columns = -(-width // 8) * 8 + 2 * BORDER
-    scratch = pltpu.VMEM((2, height + 2, columns, LANES), jnp.float32)
+    scratch_shape = (2, height + 2, columns, LANES)
+    scratches = 2 if weight_results else 1
     moved = (len(images) + image_results) * images[0].size * dtype.itemsize
+    blocks = [(image, images[0])] * (len(images) + image_results)
     return pl.pallas_call(
         body,
         out_shape=[jax.ShapeDtypeStruct(images[0].shape, dtype)] * image_results
@@ -75,9 +77,9 @@ def _call(body, images, weights, image_results, weight_results):
         grid=(pl.cdiv(channels, LANES), batch),
         in_specs=[image] * len(images) + weight_specs,
         out_specs=[image] * image_results + weight_specs[:weight_results],
-        scratch_shapes=[scratch] * (2 if weight_results else 1),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
+        scratch_shapes=[pltpu.VMEM(scratch_shape, jnp.float32)] * scratches,
+        compiler_params=compiler_params(
+            ("parallel", "arbitrary"), blocks, scratches * math.prod(scratch_shape) * 4
         ),
         cost_estimate=pl.CostEstimate(
             flops=0, bytes_accessed=moved, transcendentals=3 * images[0].size

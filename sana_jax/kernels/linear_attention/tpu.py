@@ -16,11 +16,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import LANES, vmem_bytes
+from sana_jax.kernels.mosaic import LANES, compiler_params
 
 TOKENS = TPU["linear_attention"]  # of a grid step in bfloat16; half as many in float32
 
@@ -115,17 +114,18 @@ def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
     sizes = {"qkv": 3, "rows": 1, "q": 1, "kv": 2, "state": 0}  # in (tokens, channels)
     moved = sum(sizes[kind] for kind in (*ins, out)) * tokens * channels * qkv.dtype.itemsize
     moved += (*ins, out).count("state") * 2 * head_dim * channels * 4
+    result = jax.ShapeDtypeStruct(
+        (batch, *shapes[out]), jnp.float32 if out == "state" else qkv.dtype
+    )
+    arrays = (qkv, *others, result)
+    blocks = [(specs[kind], array) for kind, array in zip((*ins, out), arrays, strict=True)]
     return pl.pallas_call(
         partial(kernel, **options),
-        out_shape=jax.ShapeDtypeStruct(
-            (batch, *shapes[out]), jnp.float32 if out == "state" else qkv.dtype
-        ),
+        out_shape=result,
         grid=(batch, pl.cdiv(tokens, rows)),
         in_specs=[specs[kind] for kind in ins],
         out_specs=specs[out],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
-        ),
+        compiler_params=compiler_params(("parallel", "arbitrary"), blocks),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * tokens * groups * LANES * LANES * products,
             bytes_accessed=batch * moved,

@@ -11,11 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.modulated_norm.reference import EPSILON
-from sana_jax.kernels.mosaic import vmem_bytes
+from sana_jax.kernels.mosaic import compiler_params
 
 TOKENS = TPU["modulated_norm"]  # of a grid step
 
@@ -38,6 +37,7 @@ def _call(kernel, arrays, vectors, array_results, vector_results):
     array = pl.BlockSpec((1, rows, channels), lambda b, i: (b, i, 0))
     vector = pl.BlockSpec((1, 1, channels), lambda b, i: (b, 0, 0))
     moved = (len(arrays) + array_results) * arrays[0].size * dtype.itemsize
+    blocks = [(array, arrays[0])] * (len(arrays) + array_results)
     return pl.pallas_call(
         partial(kernel, tokens=tokens),
         out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, dtype)] * array_results
@@ -45,9 +45,7 @@ def _call(kernel, arrays, vectors, array_results, vector_results):
         grid=(batch, pl.cdiv(tokens, rows)),
         in_specs=[array] * len(arrays) + [vector] * len(vectors),
         out_specs=[array] * array_results + [vector] * vector_results,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
-        ),
+        compiler_params=compiler_params(("parallel", "arbitrary"), blocks),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
         name=f"modulated_norm{kernel.__name__.removesuffix('_kernel')}",
     )(*arrays, *vectors)
