@@ -21,6 +21,7 @@ from sana_jax.models.layers import Dtype
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import shardings_for
 from sana_jax.text.instruction import Instruction
+from sana_jax.text.tokenizers import vocabulary_size
 
 Config = SanaConfig | DCAEConfig | Gemma2Config
 CONFIGS = {"dit": SanaConfig, "vae": DCAEConfig, "text_encoder": Gemma2Config}
@@ -63,7 +64,7 @@ def check_fit(checkpoint: Checkpoint) -> None:
             f"the transformer reads text of width {dit.caption_channels}, the text encoder writes"
             f" {text_encoder.hidden_size}: they do not belong together"
         )
-    tokens = len(checkpoint.tokenizer) if checkpoint.tokenizer is not None else 0
+    tokens = vocabulary_size(checkpoint.tokenizer) if checkpoint.tokenizer is not None else 0
     if text_encoder and tokens > text_encoder.vocab_size:
         raise UserError(
             f"the tokenizer has {tokens} tokens, the text encoder {text_encoder.vocab_size}: they"

@@ -25,7 +25,7 @@ from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, wr
 from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, read_json
-from sana_jax.text.tokenizers import load_tokenizer
+from sana_jax.text.tokenizers import load_tokenizer, save_tokenizer
 
 # our name -> their folder, the stem of its weight files, the reader of its config.json
 COMPONENTS = {
@@ -127,7 +127,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         write_json(folder / subfolder / "config.json", contents)
         theirs = "Gemma2Model" if is_text else contents["_class_name"]
         index[subfolder] = ["transformers" if is_text else "diffusers", theirs]
-    checkpoint.tokenizer.save_pretrained(folder / "tokenizer")
+    save_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
     index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
     scheduler = {
         "_class_name": "DPMSolverMultistepScheduler",

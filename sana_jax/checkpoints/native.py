@@ -13,7 +13,7 @@ from sana_jax.checkpoints.tensors import TensorReader, write_tensors
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, read_json, sha256_of
 from sana_jax.text.instruction import Instruction
-from sana_jax.text.tokenizers import load_tokenizer
+from sana_jax.text.tokenizers import load_tokenizer, save_tokenizer
 
 FORMAT, VERSION = "sana_jax", 1
 
@@ -26,7 +26,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         flat = traverse_util.flatten_dict(checkpoint.params[name], sep="/")
         write_tensors(flat.items(), folder, name, max_shard_bytes)
     if checkpoint.tokenizer is not None:
-        checkpoint.tokenizer.save_pretrained(folder / "tokenizer")
+        save_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
     instruction = checkpoint.instruction
     model = {
         "format": FORMAT,

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from sana_jax.checkpoints.tensors import NO_WEIGHTS, numpy_dtype
+from sana_jax.checkpoints.tensors import numpy_dtype
 from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import check_itself
 
 TORCH = "Double  Float   Half    BFloat16 Long  Int   Short Char Byte  Bool".split()
 NUMPY = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
@@ -35,9 +36,6 @@ INERT = (
 )
 SETS = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET
 HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
-OTHERS = NO_WEIGHTS | {  # the first bytes of another file -> what it is
-    b"": "not a PyTorch file, or of before 1.6: load and save that once in a newer PyTorch",
-}
 
 
 class _Member(NamedTuple):
@@ -226,10 +224,12 @@ def _directory(path: Path) -> dict[str, zipfile.ZipInfo]:
     if not path.is_file():
         raise UserError(f"{path} is {'a directory' if path.is_dir() else 'missing'}")
     with path.open("rb") as file:
-        head = file.read(64).lstrip()
-        if not head.startswith(HEADER):
-            reason = next(reason for sign, reason in OTHERS.items() if head.startswith(sign))
-            raise UserError(f"{path} is {reason}")
+        if file.read(len(HEADER)) != HEADER:
+            check_itself(path)
+            raise UserError(
+                f"{path} is not a PyTorch file, or of before 1.6: load and save that once in a"
+                " newer PyTorch"
+            )
         try:
             return {info.filename: info for info in zipfile.ZipFile(file).infolist()}
         except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError):

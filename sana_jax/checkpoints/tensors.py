@@ -13,16 +13,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import check_itself
 
 # safetensors' spelling of the dtypes of weights, and of the counters among them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": ml_dtypes.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in FLOAT_DTYPES.items()} | {
     np.dtype("int64"): "I64"
-}
-# The first bytes of a file that holds no weights -> what it is.
-NO_WEIGHTS = {
-    b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
-    b"<": "a web page, not the weights: download it again",
 }
 
 
@@ -90,11 +86,10 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip()
-        kinds = [kind for start, kind in NO_WEIGHTS.items() if head.startswith(start)]
-        kinds.append(f"not a whole safetensors file ({error}): download it again")
-        raise UserError(f"{path} is {kinds[0]}") from None
+        check_itself(path)
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}): download it again"
+        ) from None
 
 
 def read_index(path: Path) -> dict[str, Path]:
@@ -103,6 +98,8 @@ def read_index(path: Path) -> dict[str, Path]:
         weight_map = json.loads(path.read_text())["weight_map"]
         files = {name: path.parent / file for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if path.is_file():
+            check_itself(path)
         raise UserError(f"{path} is not an index of safetensors files ({error!r})") from None
     for file in files.values():
         # A symbolic link, as in the hub's cache, is fine; a name that leaves the folder is not.

@@ -3,6 +3,9 @@
 The message is one line that names the thing and the remedy. Any other exception is a bug of ours.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """The user's input cannot be used (status 2)."""
@@ -18,3 +21,20 @@ class Stopped(Retry):
 
 class DoNotRetry(Exception):
     """The command stopped itself and would again; the message names the last good step (76)."""
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turns every error of another library's code into a UserError, "WHAT: its first line".
+
+    A panic of native code is a BaseException, so that no `except Exception` would see it.
+    """
+    try:
+        yield
+    except (UserError, Retry, DoNotRetry):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # a signal
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{what}: {reason}") from error

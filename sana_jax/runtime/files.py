@@ -128,6 +128,24 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     partial.rename(folder)
 
 
+# The first bytes of a file that stands for another one -> what it is, and the remedy.
+STAND_INS = {
+    b"version https://git-lfs": "a git-LFS pointer, not the file itself: run `git lfs pull`",
+    **dict.fromkeys(
+        (b"<!doctype", b"<html", b"<?xml"), "a web page, not the file itself: download it again"
+    ),
+}
+
+
+def check_itself(path: Path) -> None:
+    """Raises UserError if a file holds what a failed download leaves in its place."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip().lower()
+    for start, what in STAND_INS.items():
+        if head.startswith(start):
+            raise UserError(f"{path} is {what}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises UserError."""
     try:
@@ -135,6 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError:
         raise UserError(f"{path} is missing") from None
     except ValueError as error:
+        check_itself(path)
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds no JSON object")

@@ -10,7 +10,7 @@ import yaml
 from etils import epath
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, reason_of
+from sana_jax.runtime.files import UNREACHABLE, check_itself, reason_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ def find_instruction(instruction_file: str | Path | None = None) -> Instruction 
         return _diffusers_instruction()
     path = epath.Path(instruction_file)
     try:
+        check_itself(path)
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UNREACHABLE as error:
         raise UserError(f"instruction file {path} cannot be read: {reason_of(error)}") from error

@@ -17,6 +17,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int32
 
+from sana_jax.runtime.errors import refused
+
 LONGEST = 128  # characters for every row: tokens are shorter, and each takes memory before the cut
 SHORTEST = 16  # lengths are rounded up to this times a power of two, so that few are compiled
 
@@ -57,11 +59,11 @@ def tokenize(
     cut.
 
     `fixed_width`: pad to the longest possible prompt, so that one program reads all batches, and
-    do not warn about cuts. Threads may share a tokenizer.
+    do not warn about cuts. Threads may share a tokenizer. Raises UserError if it fails.
     """
     before = mend(instruction or "")
     texts = [before + clean_prompt(mend(prompt))[: LONGEST * rows] for prompt in prompts]
-    with ONE_THREAD:
+    with ONE_THREAD, refused("the tokenizer fails on a prompt"):
         told = tokenizer.encode(before) if before else []
         limit = len(told) + rows - 2 if before else rows
         sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]

@@ -3,14 +3,20 @@
 The two that are made here behave like Gemma's: `<bos>` comes first, nothing comes last.
 """
 
+import importlib
 import json
 import logging as standard_logging
+import re
 import string
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from sana_jax.runtime.errors import UserError
-from sana_jax.text.prompts import clean_prompt
+from absl import logging
+
+from sana_jax.runtime.errors import UserError, refused
+from sana_jax.runtime.files import check_itself, read_json
+from sana_jax.text.prompts import ONE_THREAD, clean_prompt
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -109,26 +115,103 @@ def import_transformers():
 
 
 def load_tokenizer(folder: str | Path):
-    """Loads the tokenizer in a folder that transformers wrote. Raises UserError."""
+    """Loads the tokenizer in a folder that transformers wrote. Raises UserError.
+
+    The tokens of a text follow from the text alone, and `<bos>` comes first: see `_settle`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: it should hold the tokenizer")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder} has no tokenizer.json")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".model"):
+            check_itself(path)
+    config = folder / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    if (folder / "tokenizer.json").is_file():
+        _check_prefix(folder / "tokenizer.json")
+    else:
+        _check_sentencepiece(folder / "tokenizer.model")
     transformers = import_transformers()
-    # transformers raises all kinds, bare Exception among them.
-    try:
-        config = folder / "tokenizer_config.json"
-        name = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    with refused(f"{folder} holds no tokenizer that transformers reads"):
+        name = str(settings.get("tokenizer_class"))
         # By its name, because AutoTokenizer imports torch where that is installed.
-        known = getattr(transformers, str(name), None) if "Token" in str(name) else None
+        known = getattr(transformers, name, None) if "Token" in name else None
         kind = known or transformers.AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{folder} holds no tokenizer that transformers reads: {reason}") from error
-    tokenizer.padding_side = "right"
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} is not one of the library `tokenizers`")
+        return _settle(tokenizer, folder, settings)
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """Writes a tokenizer as transformers does, without the state that its last call left."""
+    with ONE_THREAD:
+        _drop_state(tokenizer)
+        tokenizer.save_pretrained(folder)
+
+
+def vocabulary_size(tokenizer) -> int:
+    """Returns the rows that an embedding needs: the tokenizer's largest id, and one."""
+    return max((*tokenizer.get_vocab().values(), *tokenizer.encode("")), default=-1) + 1
+
+
+def _check_prefix(path: Path) -> None:
+    """Refuses what `tokenizers` 0.23 cuts inside a character, which ends the process."""
+    found = re.search(rb'"continuing_subword_prefix"\s*:\s*"([^"]*)', path.read_bytes())
+    if found and (not found[1].isascii() or b"\\" in found[1]):
+        raise UserError(f"{path}: continuing_subword_prefix is not plain ASCII")
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """Checks a tokenizer.model, which transformers takes for another format if it is damaged."""
+    for package, module in ("sentencepiece",) * 2, ("protobuf", "google.protobuf"):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise UserError(
+                f"{path} needs {package}, which is not installed: pip install {package}, or put"
+                " the same model's tokenizer.json beside it"
+            ) from None
+    with refused(f"{path} is no SentencePiece model"):
+        importlib.import_module("sentencepiece").SentencePieceProcessor(model_file=str(path))
+
+
+def _settle(tokenizer, folder: Path, settings: dict[str, Any]):
+    """Returns a loaded tokenizer, set to tokenise as the published models' does.
+
+    Dropout is for training tokenizers' models; to cut and to pad is our own business. Gemma's
+    `<bos>` comes first: transformers 5 leaves it out where neither tokenizer.json nor
+    tokenizer_config.json asks for it, which its version 4, that wrote the published folders, did
+    not. Raises UserError if it is switched off.
+    """
+    model = tokenizer.backend_tokenizer.model
+    if getattr(model, "dropout", None):
+        logging.warning("%s: dropout %g is switched off, for training only", folder, model.dropout)
+        model.dropout = None
+    _drop_state(tokenizer)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    first, bos = tokenizer.encode("")[:1], tokenizer.bos_token_id
+    if first and bos in (None, *first):
+        return tokenizer
+    if settings.get("add_bos_token") is False:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} has add_bos_token false, but the text encoder"
+            " needs <bos> before every prompt: set it to true"
+        )
+    if bos is None:
+        raise UserError(
+            f"{folder} names no bos_token, which the text encoder needs before every prompt: set it"
+            " in tokenizer_config.json"
+        )
+    tokenizer.add_bos_token = True
     return tokenizer
+
+
+def _drop_state(tokenizer) -> None:
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
 
 
 def toy_tokenizer():

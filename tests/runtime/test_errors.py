@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from sana_jax.runtime import hosts
-from sana_jax.runtime.errors import DoNotRetry, Retry, Stopped, UserError
+from sana_jax.runtime.errors import DoNotRetry, Retry, Stopped, UserError, refused
 
 KINDS = UserError, Retry, Stopped, DoNotRetry
 
@@ -23,3 +23,17 @@ def test_an_error_of_another_host_is_the_same_error_here(monkeypatch, kind):
     with pytest.raises(kind, match="^why; do this$") as caught:
         hosts.raise_together(max, 1, 2)
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("kind", [*KINDS, KeyboardInterrupt, SystemExit])
+def test_what_has_a_status_of_its_own_is_not_refused(kind):
+    with pytest.raises(kind, match="^why$"), refused("the file"):
+        raise kind("why")
+
+
+@pytest.mark.parametrize("base", [Exception, BaseException])
+def test_another_librarys_error_is_one_line(base):
+    for message, line in ("one\ntwo", "one"), (" ", "PanicException(' ')"):
+        with pytest.raises(UserError) as caught, refused("the file"):
+            raise type("PanicException", (base,), {})(message)
+        assert str(caught.value) == f"the file: {line}"

@@ -6,7 +6,13 @@ import pytest
 from etils import epath
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import check_is_file, replace_folder, write_atomically
+from sana_jax.runtime.files import (
+    check_is_file,
+    check_itself,
+    read_json,
+    replace_folder,
+    write_atomically,
+)
 
 
 def test_only_files_and_links_to_them_are_read(tmp_path):
@@ -64,3 +70,21 @@ def test_a_folder_stays_until_the_next_is_whole(tmp_path):
         (part / "b").touch()
         assert [p.name for p in folder.iterdir()] == ["a"]
     assert [p.name for p in folder.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "head, words",
+    [
+        ("version https://git-lfs.github.com/spec/v1\n", "is a git-LFS pointer.*git lfs pull"),
+        ("\n<!DOCTYPE html><html>", "is a web page.*download it again"),
+        ("<?xml version='1.0'?><Error>", "is a web page"),
+    ],
+)
+def test_what_stands_for_a_file_is_named(tmp_path, head, words):
+    path = tmp_path / "config.json"
+    path.write_text(head)
+    for read in check_itself, read_json:
+        with pytest.raises(UserError, match=f"config.json {words}"):
+            read(path)
+    path.write_text("<bos> is a text")
+    check_itself(path)

@@ -122,3 +122,6 @@ def test_instruction_file_that_cannot_be_read(tmp_path):
     (tmp_path / "picture.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="picture.txt is not UTF-8"):
         find_instruction(tmp_path / "picture.txt")
+    (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="pointer.txt is a git-LFS pointer"):
+        find_instruction(tmp_path / "pointer.txt")

@@ -28,7 +28,7 @@ from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import sha256_of
-from sana_jax.text.tokenizers import load_tokenizer
+from sana_jax.text.tokenizers import load_tokenizer, vocabulary_size
 from sana_jax.training.text_to_image.recipe import read_recipe
 from sana_jax.training.text_to_image.task import CaptionWindow, TextToImageTask
 
@@ -100,10 +100,10 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         names = "tokenizer.json", "tokenizer.model"  # a tokenizer has one of these
         file = next(path for path in map(folder.joinpath, names) if path.is_file())
         prints["text_encoder.tokenizer"] = sha256_of(file)
-    if len(base.tokenizer) > base.text_encoder.vocab_size:
+    if (tokens := vocabulary_size(base.tokenizer)) > base.text_encoder.vocab_size:
         raise UserError(
             f"config.text_encoder.network.vocab_size={base.text_encoder.vocab_size}: the tokenizer"
-            f" has {len(base.tokenizer)} tokens"
+            f" has {tokens} tokens"
         )
     base.dit = read_network(SanaConfig, config, "network")
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
