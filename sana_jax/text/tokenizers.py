@@ -124,17 +124,17 @@ def load_tokenizer(folder: str | Path):
         raise UserError(f"{folder} is missing: it should hold the tokenizer")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder} has no tokenizer.json")
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".model"):
-            check_itself(path)
-    config = folder / "tokenizer_config.json"
-    settings = read_json(config) if config.is_file() else {}
-    if (folder / "tokenizer.json").is_file():
-        _check_prefix(folder / "tokenizer.json")
-    else:
-        _check_sentencepiece(folder / "tokenizer.model")
     transformers = import_transformers()
     with refused(f"{folder} holds no tokenizer that transformers reads"):
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".model") and path.is_file():
+                check_itself(path)
+        if (folder / "tokenizer.json").is_file():
+            _check_prefix(folder / "tokenizer.json")
+        else:
+            _check_sentencepiece(folder / "tokenizer.model")
+        config = folder / "tokenizer_config.json"
+        settings = read_json(config) if config.is_file() else {}
         name = str(settings.get("tokenizer_class"))
         # By its name, because AutoTokenizer imports torch where that is installed.
         known = getattr(transformers, name, None) if "Token" in name else None

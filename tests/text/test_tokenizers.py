@@ -185,6 +185,12 @@ def test_the_vocabulary_reaches_to_the_largest_id(toy_folder):
     assert vocabulary_size(load_tokenizer(toy_folder)) == 5001
 
 
+def test_a_tokenizer_of_another_library_is_refused(toy_folder):
+    edit(toy_folder / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer")
+    with pytest.raises(UserError, match="ByT5Tokenizer is not one of the library `tokenizers`"):
+        load_tokenizer(toy_folder)
+
+
 @pytest.mark.parametrize("prefix", ["é", "\\u00e9"])
 def test_a_prefix_that_is_no_ascii_is_refused(tmp_path, prefix):
     text = f'{{"model": {{"continuing_subword_prefix": "{prefix}"}}}}'
