@@ -50,13 +50,18 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
     """
     folder = Path(folder)
     names = component_names(folder)
+    if "vae" not in names:
+        raise UserError(
+            f"{folder} holds the transformer alone; this adds the other networks: python -m"
+            f" sana_jax.convert --source={folder} --rest=DIR --out=NATIVE_DIR"
+        )
     if variant and not any(_find_weights(folder, name, variant)[1] for name in names):
         raise UserError(f"{folder} has no files of variant {variant!r}")
     networks = {name: open_component(folder, name, variant) for name in names}
     checkpoint = Checkpoint(
         **{name: config for name, (config, _) in networks.items()},
         params={name: params for name, (_, params) in networks.items()},
-        provenance=_provenance(folder, variant),
+        provenance=provenance(folder, variant),
     )
     if "text_encoder" not in names:
         return checkpoint
@@ -73,7 +78,7 @@ def open_component(folder: Path, name: str, variant: str | None = None) -> tuple
 
     `name` is "dit", "vae" or "text_encoder". Raises UserError.
     """
-    config = _read_config(folder, name)
+    config = read_config(_subfolder(folder, name) / "config.json", name)
     path, is_variant = _find_weights(folder, name, variant)
     if variant and not is_variant:
         logging.warning("%s has no variant %s: reading %s", path.parent, variant, path.name)
@@ -148,19 +153,31 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
 def component_names(folder: Path) -> list[str]:
     """Returns the names of the networks that a folder of its kind holds. Raises UserError."""
     whole = _is_pipeline(folder)
-    kind = read_json(folder / ("model_index.json" if whole else "config.json")).get("_class_name")
+    contents = read_json(folder / ("model_index.json" if whole else "config.json"))
+    kind = contents.get("_class_name")
     for mark, name in UNSUPPORTED.items():
         if mark in str(kind):
             raise UserError(f"{folder} is a {name} checkpoint ({kind}), which is not supported")
-    if kind != ("SanaPipeline" if whole else "AutoencoderDC"):
+    if kind == ("SanaPipeline" if whole else "AutoencoderDC"):
+        return list(COMPONENTS) if whole else ["vae"]
+    theirs = str(contents.get("model_name"))
+    if not whole and theirs.startswith("dc-ae"):
         raise UserError(
-            f"{folder} is a {kind or 'nothing'} checkpoint;"
-            " only SanaPipeline, and AutoencoderDC alone, are supported"
+            f"{folder} is an autoencoder in its authors' own layout, which is not supported: give"
+            f" the one for diffusers, mit-han-lab/{theirs}-diffusers"
         )
-    return list(COMPONENTS) if whole else ["vae"]
+    if not whole and (folder.parent / "model_index.json").is_file():
+        raise UserError(f"{folder} is a part of a checkpoint: give the whole, {folder.parent}")
+    if not whole and kind == "SanaTransformer2DModel":
+        return ["dit"]
+    raise UserError(
+        f"{folder} is {f'a {kind} checkpoint' if kind else 'a checkpoint without a _class_name'};"
+        " only SanaPipeline, and AutoencoderDC alone, are supported"
+    )
 
 
-def _provenance(folder: Path, variant: str | None) -> dict[str, str]:
+def provenance(folder: Path, variant: str | None = None) -> dict[str, str]:
+    """Returns where a diffusers folder is from: its name, or that on the hub and the commit."""
     made = {"source": folder.name, "layout": "diffusers"}
     if folder.parent.name == "snapshots":  # the hub's cache: models--ORG--NAME/snapshots/COMMIT
         name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -177,8 +194,8 @@ def _subfolder(folder: Path, name: str) -> Path:
     return folder / COMPONENTS[name][0] if _is_pipeline(folder) else folder
 
 
-def _read_config(folder: Path, name: str) -> Config:
-    path = _subfolder(folder, name) / "config.json"
+def read_config(path: Path, name: str) -> Config:
+    """Returns the config of a network from its config.json. Raises UserError."""
     try:
         return COMPONENTS[name][-1](read_json(path))
     except UserError:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from sana_jax.runtime.files import is_full, sha256_of
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # Every checkpoint has one of these files: native, diffusers, an autoencoder alone.
-MARKERS = "model.json", "model_index.json", "config.json"
+WHOLE = "model.json", "model_index.json"
+MARKERS = *WHOLE, "config.json"
 # The files of a hub repository that we read besides its weights, which are fetched by variant.
 HUB_FILES = ["*.json", "tokenizer/*"]
 
@@ -47,11 +49,14 @@ def file_sha256(path: Path) -> str:
 def find(name: str, revision: str | None = None, variant: str | None = None) -> Path:
     """Returns the folder of a checkpoint; downloads it if `name` is a hub id.
 
-    Raises UserError, or Retry if the hub does not answer.
+    The hub cache's folder of a repository, models--ORG--NAME, stands for its only snapshot. Raises
+    UserError, or Retry if the hub does not answer.
     """
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"a checkpoint is named by a text, not by {name!r}")
     name = os.fspath(name)
+    if page := re.match(r"https?://(?:huggingface\.co|hf\.co)/([^/\s?#]+/[^/\s?#]+)", name):
+        raise UserError(f"{name} is a page of the hub: give the id alone, {page[1]}")
     if "://" in name:
         raise UserError(f"{name}: checkpoints are read from local folders; copy it to one first")
     path = Path(os.path.expanduser(name))
@@ -59,22 +64,16 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
         raise UserError(f"no checkpoint {name!r:.60}: {error.strerror}") from None
-    if is_file and path.suffix == ".pth":
-        command = f"python -m sana_jax.convert --source={name} --rest=DIR --out=NATIVE_DIR"
-        raise UserError(f"{name} has to be converted before it is used: {command}")
     if is_file:
-        raise UserError(f"{name} is a file; name the folder of the checkpoint that it belongs to")
+        raise UserError(_of_file(path, name))
     if is_folder:
         if revision:
             raise UserError(f"{name} is a folder, which has no revision {revision!r}")
-        if any((path / marker).is_file() for marker in MARKERS):
+        if _has_one(path, MARKERS):
             return path
         if name in bundled():  # the folder holds something else, such as the data set
             return bundled()[name]
-        lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"
-        if (path / "model" / "model.json").is_file():  # where a training puts its result
-            lacks += f": give {os.path.join(name, 'model')}"
-        raise UserError(lacks)
+        return _only_snapshot(path, name)
     if name in bundled():
         return bundled()[name]
     # The parent is a folder here, so `name` is a mistyped path rather than a hub id.
@@ -87,6 +86,52 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
         f"no checkpoint {name!r}: give a native folder, a diffusers folder, "
         f"a bundled name ({names}) or a hub id (org/name){no_hub}"
     )
+
+
+def convert_command(source: str | os.PathLike, *flags: str) -> str:
+    """Returns the command that makes a native folder of `source`, for messages."""
+    return " ".join(
+        ("python -m sana_jax.convert", f"--source={source}", *flags, "--out=NATIVE_DIR")
+    )
+
+
+def _has_one(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _of_file(path: Path, name: str) -> str:
+    """Returns why a file is no checkpoint, and what to give instead."""
+    for folder in path.absolute().parents[:2]:
+        if _has_one(folder, WHOLE):
+            return f"{name} is a file of a checkpoint: give the folder {folder}"
+    if path.suffix in (".pth", ".safetensors"):
+        command = convert_command(name, "--rest=DIR")
+        return f"{name} has to be converted before it is used: {command}"
+    return f"{name} is a file; name the folder of the checkpoint that it belongs to"
+
+
+def _only_snapshot(path: Path, name: str) -> Path:
+    """Returns the only snapshot in the hub cache's folder of a repository. Raises UserError."""
+    cached = path / "snapshots" if (path / "snapshots").is_dir() else path
+    is_cache = cached.name == "snapshots"
+    marks = MARKERS if is_cache else WHOLE
+    inside = [child for child in sorted(cached.iterdir()) if _has_one(child, marks)]
+    if is_cache and len(inside) == 1:
+        return inside[0]
+    lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"
+    if inside:
+        lacks += f": give {' or '.join(map(str, inside[:4]))}"
+    elif is_cache:
+        lacks += ", and no whole snapshot of the hub: give its id, org/name, to fetch it"
+    elif _has_one(path.parent, WHOLE):
+        lacks += f": give {path.parent}"
+    elif (path / "checkpoints").is_dir():  # of a training, or of NVlabs'
+        source = next(iter(sorted(path.glob("checkpoints/*.pth"))), name)
+        flags = () if source == name else ("--rest=DIR",)
+        lacks += f": convert it first, {convert_command(source, *flags)}"
+    elif (path / "transformer" / "config.json").is_file():
+        lacks += f": convert its transformer first, {convert_command(name, '--rest=DIR')}"
+    raise UserError(lacks)
 
 
 def bundled() -> dict[str, Path]:
@@ -106,7 +151,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     plain = dict(allow_patterns=["*.safetensors"], ignore_patterns=["*.*.safetensors"])
     try:
         folder = Path(fetch(allow_patterns=HUB_FILES))
-        if not any((folder / marker).is_file() for marker in MARKERS):
+        if not _has_one(folder, MARKERS):
             raise UserError(
                 f"{name} has no {' or '.join(MARKERS)}; of NVlabs' repositories give the one whose"
                 " name ends in _diffusers, or convert a .pth file of it"

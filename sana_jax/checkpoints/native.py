@@ -11,7 +11,7 @@ from sana_jax.checkpoints.components import CONFIGS, Checkpoint, param_shapes
 from sana_jax.checkpoints.mapping import Entry, check, lazy_params
 from sana_jax.checkpoints.tensors import TensorReader, write_tensors
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import local, read_json, sha256_of
+from sana_jax.runtime.files import check_itself, local, read_json, sha256_of
 from sana_jax.text.instruction import Instruction
 from sana_jax.text.tokenizers import load_tokenizer, save_tokenizer
 
@@ -102,6 +102,7 @@ def _verify(folder: Path, files: dict[str, str]) -> None:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing")
         if sha256_of(folder / name) != digest:
+            check_itself(folder / name)
             raise UserError(f"{folder / name} is damaged: its sha256 is not the one in model.json")
     if loose := sorted(_files(folder) - files.keys()):
         raise UserError(

@@ -1,6 +1,7 @@
 """Folders of diffusers: every way they are written is read, and what is wrong is named."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -184,8 +185,25 @@ def test_an_autoencoder_alone(written, tmp_path):
     assert checkpoint_hash(copy) == checkpoint_hash(written / "vae")
     edit_json(copy / "config.json", scaling_factor=2.0)
     assert checkpoint_hash(copy) != checkpoint_hash(written / "vae")
-    with pytest.raises(UserError, match="SanaTransformer2DModel checkpoint; only SanaPipeline"):
+    with pytest.raises(UserError, match=f"is a part of a checkpoint: give the whole, {written}"):
         load_on_one_device(written / "transformer")
+    copy = shutil.copytree(written / "transformer", tmp_path / "fine-tune")
+    with pytest.raises(UserError, match="fine-tune holds the transformer alone.*convert.*--rest"):
+        load_on_one_device(copy)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"model_name": "dc-ae-f32c32-sana-1.0"}, "give.* mit-han-lab/dc-ae-f32c32-sana-1.0-diff"),
+        ({"architectures": ["Gemma2Model"]}, "without a _class_name; only SanaPipeline"),
+        ({"_class_name": "UNet2DModel"}, "a UNet2DModel checkpoint; only SanaPipeline"),
+    ],
+)
+def test_other_kinds_are_named_with_the_remedy(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(str(tmp_path))
 
 
 def test_where_a_checkpoint_is_from(written, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 
 from sana_jax import random_checkpoint
 from sana_jax.checkpoints import diffusers
-from sana_jax.checkpoints.find import checkpoint_hash, file_sha256
+from sana_jax.checkpoints.find import checkpoint_hash, file_sha256, find
+from sana_jax.runtime.errors import UserError
 from tests import mini
 
 
@@ -74,3 +75,66 @@ def test_links_of_the_hub_cache_are_not_read(tmp_path):
     (tmp_path / "link").symlink_to(blob)
     assert file_sha256(tmp_path / "link") == "ab" * 32
     assert file_sha256(blob) != "ab" * 32
+
+
+def hub_cache(root, *commits, marker="model_index.json"):
+    """The folders that huggingface_hub makes for a repository."""
+    cached = root / "models--org--name"
+    for commit in commits:
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "snapshots" / commit / marker).write_text("{}")
+    (cached / "refs").mkdir(parents=True)
+    return cached
+
+
+def test_the_hub_caches_folder_stands_for_its_only_snapshot(tmp_path):
+    cached = hub_cache(tmp_path, "0123")
+    (cached / "snapshots" / "4567").mkdir()  # its download never began
+    for given in cached, cached / "snapshots", cached / "snapshots" / "0123":
+        assert find(str(given)) == cached / "snapshots" / "0123"
+
+
+@pytest.mark.parametrize("commits", [(), ("0123", "4567")])
+def test_of_several_snapshots_one_has_to_be_given(tmp_path, commits):
+    cached = hub_cache(tmp_path, *commits)
+    (cached / "snapshots").mkdir(exist_ok=True)
+    told = " or ".join(str(cached / "snapshots" / commit) for commit in commits)
+    with pytest.raises(UserError, match=f"give {told}$" if told else "no whole snapshot.*org/name"):
+        find(str(cached))
+
+
+def layout(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "files, given, words",
+    [
+        (["model_index.json", "scheduler/a.json"], "scheduler", "give {root}$"),
+        (["model_index.json", "vae/a.safetensors"], "vae/a.safetensors", "the folder {root}$"),
+        (["model.json", "dit.safetensors"], "dit.safetensors", "the folder {root}$"),
+        (["model/model.json", "checkpoints/0/x"], ".", "give {root}/model$"),
+        (["checkpoints/0/x"], ".", "convert it first, .*--source={root}/. --out"),
+        (["checkpoints/Sana.pth"], ".", "--source={root}/checkpoints/Sana.pth --rest"),
+        (["transformer/config.json"], ".", "its transformer first, .*--source={root}/. --rest"),
+        (["a/model_index.json", "b/model.json"], ".", "give {root}/a or {root}/b$"),
+        (["Sana.pth"], "Sana.pth", "has to be converted.*--rest"),
+        (["tune.safetensors"], "tune.safetensors", "has to be converted.*--rest"),
+        (["a.zip"], "a.zip", "is a file; name the folder"),
+        (["a"], ".", "nor model_index.json .diffusers.$"),
+    ],
+)
+def test_what_to_give_instead_is_said(tmp_path, files, given, words):
+    layout(tmp_path, *files)
+    with pytest.raises(UserError, match=words.format(root=tmp_path)):
+        find(f"{tmp_path}/{given}")
+
+
+def test_a_page_of_the_hub_is_answered_with_its_id():
+    for page in "https://huggingface.co/org/name", "https://hf.co/org/name/tree/main?x=1":
+        with pytest.raises(UserError, match="give the id alone, org/name$"):
+            find(page)
+    with pytest.raises(UserError, match="read from local folders"):
+        find("gs://bucket/name")

@@ -37,6 +37,9 @@ def test_damaged_native_folder(written, tmp_path):
     weights.write_bytes(data)
     with pytest.raises(UserError, match="dit.safetensors is damaged"):
         load_on_one_device(tmp_path / "native")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="dit.safetensors is a git-LFS pointer"):
+        load_on_one_device(tmp_path / "native")
     native.save(load_on_one_device(written), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "dit.safetensors", weights)
     load_on_one_device(tmp_path / "native")
