@@ -3,11 +3,13 @@
     python -m sana_jax.convert --source=DIR_OR_HUB_ID --out=DIR
     python -m sana_jax.convert --source=NATIVE_DIR --out=DIR --format=diffusers --dtype=bfloat16
     python -m sana_jax.convert --source=Sana_600M_1024px.pth --rest=DIR --out=DIR
+    python -m sana_jax.convert --source=FINE_TUNE/transformer --rest=DIR --out=DIR
     python -m sana_jax.convert --source=WORKDIR --out=DIR --ema
 
 Tensors pass through one by one: memory holds the largest tensor, not the checkpoint (for a
-training, the networks it trained). A .pth file holds the transformer alone; --rest names the
-checkpoint that provides the autoencoder, the text encoder and the tokenizer. WORKDIR is the
+training, the networks it trained). A .pth or .safetensors file and a fine-tune's transformer/ hold
+the transformer alone; --rest names the checkpoint that provides the autoencoder, the text encoder
+and the tokenizer. WORKDIR is the
 --workdir of `train`; its newest checkpoint that is complete and undamaged is read. The complex
 human instruction is stored with its sha256 and its origin.
 """
@@ -26,7 +28,10 @@ from sana_jax.runtime.files import check_new, new_folder
 
 FLAGS = flags.FLAGS
 _SOURCE = flags.DEFINE_string(
-    "source", None, "a folder, a hub id, a .pth file, or the --workdir of a training", required=True
+    "source",
+    None,
+    "a folder, a hub id, a .pth or .safetensors file, or the --workdir of a training",
+    required=True,
 )
 _OUT = flags.DEFINE_string("out", None, "folder to write, new or empty", required=True)
 _FORMAT = flags.DEFINE_enum("format", "native", ["native", "diffusers"], "layout of --out")
@@ -43,19 +48,19 @@ _INSTRUCTION = checkpoint_flags.define("instruction_file")
 _REST = flags.DEFINE_string(
     "rest",
     None,
-    "for a .pth: the checkpoint with the other networks; for a training: the same, if the names in"
-    " its config do not lead to them from here",
+    "for a transformer alone: the checkpoint with the other networks; for a training: the same, if"
+    " the names in its config do not lead to them from here",
 )
 _EMA = flags.DEFINE_bool("ema", False, "for a .pth or a training: take the averaged weights")
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size",
     None,
-    "for a .pth: the side in pixels that it was trained at; default: by its name",
+    "for a file: the side in pixels that it was trained at; default: by its name",
 )
 _CROSS_HEADS = flags.DEFINE_integer(
     "cross_heads",
     None,
-    "for a .pth of an unpublished width: the number of heads of the cross-attention",
+    "for a file of an unpublished width: the number of heads of the cross-attention",
 )
 _CLIP = flags.DEFINE_bool(
     "clip_attention",
@@ -70,10 +75,10 @@ _SHARD = flags.DEFINE_integer(
 
 def open_source():
     """Opens the Checkpoint that --source names, without reading its weights. Raises UserError."""
-    from sana_jax.checkpoints import nvlabs
+    from sana_jax.checkpoints import nvlabs, transformer
     from sana_jax.checkpoints.load import open_checkpoint
 
-    options = dict(revision=_REVISION.value, instruction_file=_INSTRUCTION.value)
+    options = dict(instruction_file=_INSTRUCTION.value)
     source = Path(_SOURCE.value)
     weights = epath.Path(_SOURCE.value) / "checkpoints"
     if found := sorted(weights.glob("*.pth")):
@@ -85,27 +90,32 @@ def open_source():
             if flag.value:
                 raise UserError(f"--{flag.name} is not for a training; --source={source} is one")
         return open_workdir(_SOURCE.value, _EMA.value, _REST.value)
-    if source.suffix != ".pth":
-        for flag in (_REST, _EMA, _IMAGE_SIZE, _CROSS_HEADS):
+    if _REST.value is None and source.suffix not in transformer.FILES:
+        for flag in (_EMA, _IMAGE_SIZE, _CROSS_HEADS):
             if flag.value:
                 also = " or a training, which has checkpoints/" if flag is _EMA else ""
                 raise UserError(f"--{flag.name} is for a .pth file{also}; {source} is none")
-        return open_checkpoint(_SOURCE.value, _VARIANT.value, **options)
+        return open_checkpoint(_SOURCE.value, _VARIANT.value, _REVISION.value, **options)
     if _REST.value is None:
         raise UserError(f"{source} holds the transformer alone: name the others with --rest=DIR")
-    config, params = nvlabs.open_dit(
-        source,
+    # A file has neither variants nor revisions: there they are the other networks'.
+    which = {flag.name: flag.value for flag in (_VARIANT, _REVISION)}
+    is_file = source.suffix in transformer.FILES
+    found = transformer.open_transformer(
+        _SOURCE.value,
         use_ema=_EMA.value,
         image_size=_IMAGE_SIZE.value,
         cross_heads=_CROSS_HEADS.value,
+        **({} if is_file else which),
     )
-    rest = open_checkpoint(_REST.value, _VARIANT.value, **options)
+    rest = open_checkpoint(_REST.value, **(which if is_file else {}), **options)
+    theirs = found.provenance["layout"] == "nvlabs"
     return dataclasses.replace(
         rest,
-        dit=config,
-        params={**rest.params, "dit": params},
-        flow_shift=nvlabs.flow_shift(config),
-        provenance={"source": source.name, "layout": "nvlabs", "rest": rest.provenance},
+        dit=found.config,
+        params={**rest.params, "dit": found.params},
+        flow_shift=nvlabs.flow_shift(found.config) if theirs else rest.flow_shift,
+        provenance={**found.provenance, "rest": rest.provenance},
     )
 
 

@@ -210,6 +210,21 @@ def test_a_wrong_scaling_factor_is_noticed(tmp_path):
     assert stderr("random", 1.4 * right, {}) == []
 
 
+def test_a_fine_tunes_transformer_with_the_rest_of_another(folder, tmp_path):
+    module, config = toy.transformer(seed=1)
+    source, out = tmp_path / "tune" / "transformer", tmp_path / "out"
+    module.save_pretrained(source)
+    result = convert(f"--source={source}", f"--rest={folder}", f"--out={out}")
+    assert result.returncode == 0, result.stderr
+    found, rest = open_checkpoint(str(out)), open_checkpoint(str(folder))
+    assert found.dit == config and found.flow_shift == rest.flow_shift
+    jax.tree.map(np.testing.assert_array_equal, found.params["dit"], toy.params(module, config))
+    for name in "vae", "text_encoder":
+        jax.tree.map(np.testing.assert_array_equal, found.params[name], rest.params[name])
+    told = {"source": "tune", "layout": "diffusers", "rest": rest.provenance}
+    assert found.provenance == told
+
+
 def spoiled(folder, tmp_path, change):
     import shutil
 
@@ -285,6 +300,7 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
         (["--source={folder}", "--format=onnx"], ["--format"]),
         (["--source={folder}", "--instruction_file=/no/such"], ["/no/such"]),
         (["--source=missing.pth"], ["--rest"]),
+        (["--source=missing.safetensors"], ["--rest"]),
         (["--source=missing.pth", "--rest={folder}"], ["missing.pth"]),
         ([], ["--source"]),
     ],

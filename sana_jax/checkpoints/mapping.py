@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import traverse_util
 
-from sana_jax.checkpoints.tensors import FLOAT_DTYPES, LazyArray, TensorReader, on_host
+from sana_jax.checkpoints.tensors import FLOAT_DTYPES, LazyArray, Tensors, on_host
 from sana_jax.runtime.errors import UserError
 
 LINEAR = "o i -> i o"
@@ -105,7 +105,7 @@ def check(
     component: str,
     entries: Iterable[Entry],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
-    theirs: TensorReader,
+    theirs: Tensors,
     ignored: tuple[str, ...] = (),
 ) -> None:
     """Checks that `theirs` holds exactly the tensors that our parameters need. Raises UserError.
@@ -142,7 +142,7 @@ def check(
         raise UserError(f"{component} does not fit its architecture: {'; '.join(problems)}")
 
 
-def lazy_params(entries: Iterable[Entry], shapes, theirs: TensorReader):
+def lazy_params(entries: Iterable[Entry], shapes, theirs: Tensors):
     """Returns our nested parameters as LazyArrays of the tensors' own dtypes."""
     params = {}
     for entry in entries:

@@ -7,7 +7,7 @@ the architecture follows from the shapes, except for the arguments of `open_chec
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from absl import logging
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from sana_jax.checkpoints.components import param_shapes, place
 from sana_jax.checkpoints.mapping import DEPTHWISE, POINTWISE, Entry, check, lazy_params, linear
 from sana_jax.checkpoints.pth import PthReader
+from sana_jax.checkpoints.tensors import Tensors, Unprefixed
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.layers import Dtype
 from sana_jax.runtime.errors import UserError
@@ -23,7 +24,7 @@ from sana_jax.runtime.errors import UserError
 # Tensors in the files that are no part of the network: positions, which are computed; the text
 # embedding of an empty prompt; a head that only a distillation loss needs.
 IGNORED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
-PATCH = "x_embedder.proj.weight"
+PATCH = "x_embedder.proj.weight"  # every file of theirs has it
 # part of a tensor's name, or of the file's -> the relative of SANA that it belongs to
 UNSUPPORTED = {
     "Sana_Sprint": "Sana Sprint",  # its teacher has the usual names, but timesteps from 0 to 1
@@ -31,6 +32,8 @@ UNSUPPORTED = {
     "controlnet.": "Sana ControlNet",
     ".t_conv.": "Sana Video",
     ".flash_attn_additional.": "Sana Video",
+    ".guidance_embedder.": "Sana Sprint",  # diffusers' name
+    "controlnet_blocks.": "Sana ControlNet",
 }
 CROSS_HEADS = {1152: 16, 2240: 20}  # published width -> heads of the cross-attention
 PIXELS = 32  # image pixels along one side of a latent pixel
@@ -82,12 +85,10 @@ def open_checkpoint(
     use_ema: bool = False,
     image_size: int | None = None,
     cross_heads: int | None = None,
-) -> tuple[SanaConfig, PthReader]:
+) -> tuple[SanaConfig, Unprefixed]:
     """Returns the architecture of a .pth file and its tensors. Raises UserError.
 
-    use_ema: read the averaged weights. image_size: the native side in pixels, which decides about
-    positions; None takes it from the length of the stored positions, else from the file's name,
-    else 1024. cross_heads: heads of the cross-attention; None is enough for the published widths.
+    use_ema: read the averaged weights. The other arguments are those of `infer`.
     """
     path = Path(path)
     reader = PthReader(path)
@@ -96,10 +97,8 @@ def open_checkpoint(
     section = "state_dict_ema" if use_ema else "state_dict"
     if section in reader.sections:
         reader = PthReader(path, reader.sections[section])
-    for mark, kind in UNSUPPORTED.items():
-        if any(mark in name for name in (path.stem, *reader)):
-            raise UserError(f"{path} is a {kind} checkpoint, which is not supported")
-    return _infer(path, reader, image_size, cross_heads), reader
+    tensors = Unprefixed(reader)
+    return infer(path, tensors, dit_entries, image_size, cross_heads), tensors
 
 
 def flow_shift(config: SanaConfig) -> float:
@@ -130,21 +129,38 @@ def load_dit(path: Path, dtype: Dtype, mesh: Mesh, **kwargs):
         raise UserError(f"{Path(path).name}: {error}") from None
 
 
-def _infer(
-    path: Path, reader: PthReader, image_size: int | None, cross_heads: int | None
+def infer(
+    path: Path,
+    reader: Tensors,
+    entries: Callable[[SanaConfig], Iterable[Entry]],
+    image_size: int | None = None,
+    cross_heads: int | None = None,
 ) -> SanaConfig:
-    def shape(name: str, axes: int) -> tuple[int, ...]:
+    """Returns the architecture of a transformer from its tensors' shapes. Raises UserError.
+
+    entries: the table with their names. image_size: the native side in pixels, which decides about
+    positions; None takes it from the length of the stored positions, else from the file's name,
+    else 1024. cross_heads: heads of the cross-attention; None is enough for the published widths.
+    """
+    for mark, kind in UNSUPPORTED.items():
+        if any(mark in name for name in (path.stem, *reader)):
+            raise UserError(f"{path} is a {kind} checkpoint, which is not supported")
+    names = {entry.path: entry.names[0] for entry in entries(SanaConfig(qk_norm=True))}
+
+    def shape(ours: str, axes: int) -> tuple[int, ...]:
+        name = names[ours].replace("{i}", "0")
         found = reader.shape(name) if name in reader else None
         if found is None or len(found) != axes or not all(0 < n < 2**20 for n in found):
             what = "no" if found is None else f"{list(found)} as"
             raise UserError(f"{path} is no Sana transformer: it has {what} {name}")
         return found
 
-    if PATCH in reader and len(reader.shape(PATCH)) == 5:
+    patch_name = names["patch_embed/kernel"]
+    if patch_name in reader and len(reader.shape(patch_name)) == 5:
         raise UserError(f"{path} is a Sana Video checkpoint, which is not supported")
-    width, channels, patch, _ = shape(PATCH, 4)
-    _, hidden, _, _ = shape("blocks.0.mlp.point_conv.conv.weight", 4)
-    _, caption_channels = shape("y_embedder.y_proj.fc1.weight", 2)
+    width, channels, patch, _ = shape("patch_embed/kernel", 4)
+    _, hidden, _, _ = shape("blocks/ffn/contract/kernel", 4)
+    _, caption_channels = shape("caption_embed/linear_1/kernel", 2)
     head_dim = SanaConfig.head_dim
     heads = cross_heads or CROSS_HEADS.get(width)
     if not heads or heads < 1 or width % heads or width % head_dim:
@@ -156,10 +172,10 @@ def _infer(
     sample_size = _sample_size(path, reader, image_size, patch)
     # The network rounds width * ratio down: the ratio must give `hidden` again.
     ratio = hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width
-    blocks = {found[1] for name in reader if (found := re.match(r"blocks\.(\d+)\.", name))}
+    block = re.escape(names["blocks/modulation_table"].partition("{i}")[0]) + r"(\d+)\."
     return SanaConfig(
         latent_channels=channels,
-        depth=len(blocks),
+        depth=len({found[1] for name in reader if (found := re.match(block, name))}),
         width=width,
         cross_heads=heads,
         caption_channels=caption_channels,
@@ -167,13 +183,14 @@ def _infer(
         patch_size=patch,
         sample_size=sample_size,
         interpolation_scale=INTERPOLATION_SCALES.get(sample_size),
-        qk_norm="blocks.0.attn.q_norm.weight" in reader,
+        qk_norm=names["blocks/attention/q_norm/scale"].replace("{i}", "0") in reader,
     )
 
 
-def _sample_size(path: Path, reader: PthReader, image_size: int | None, patch: int) -> int:
+def _sample_size(path: Path, reader: Tensors, image_size: int | None, patch: int) -> int:
     """Returns the side of the native latent, in latent pixels."""
-    positions = reader.shape("pos_embed") if "pos_embed" in reader else ()
+    stored = [name for name in ("pos_embed", "patch_embed.pos_embed") if name in reader]
+    positions = reader.shape(stored[0]) if stored else ()
     if image_size is None and len(positions) == 3:
         side = math.isqrt(positions[1])
         if side and side**2 == positions[1]:

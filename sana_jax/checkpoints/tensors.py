@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,9 @@ class TensorReader(Mapping):
             if name not in held[file]:
                 raise UserError(f"{file} lacks {name}, which {path.name} says it holds")
         self._where = {n.removeprefix(prefix): (handles[f], n) for n, f in files.items()}
+        if len(self._where) < len(files):
+            twice = next(n for n in files if prefix + n in files)
+            raise UserError(f"{path} holds {twice} twice: as {prefix}{twice} too")
 
     def _slice(self, name: str):
         handle, name = self._where[name]
@@ -78,6 +82,51 @@ class TensorReader(Mapping):
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+class Tensors(Protocol):
+    """What the readers of all formats do: names to arrays, and their shapes without reading."""
+
+    def __getitem__(self, name: str, /) -> np.ndarray: ...
+    def __contains__(self, name, /) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+
+
+class Unprefixed(Mapping):
+    """The tensors of another reader, without the prefixes that all their names share."""
+
+    PREFIXES = "model.", "diffusion_model.", "transformer.", "module.", "_orig_mod."
+
+    def __init__(self, reader: Tensors):
+        self._reader, self._prefix, names = reader, "", list(reader)
+
+        def longer() -> list[str]:
+            tried = [self._prefix + part for part in self.PREFIXES]
+            return [prefix for prefix in tried if all(n.startswith(prefix) for n in names)]
+
+        while names and (shared := longer()):
+            self._prefix = shared[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._reader.shape(self._prefix + name)
+
+    def dtype(self, name: str) -> str:
+        return self._reader.dtype(self._prefix + name)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._reader[self._prefix + name]
+
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
+        return self._prefix + name in self._reader
+
+    def __iter__(self):
+        return (name.removeprefix(self._prefix) for name in self._reader)
+
+    def __len__(self) -> int:
+        return len(self._reader)
 
 
 def _open(path: Path):

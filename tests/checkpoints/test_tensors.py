@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from sana_jax.checkpoints.tensors import TensorReader, on_host, write_tensors
+from sana_jax.checkpoints.tensors import TensorReader, Unprefixed, on_host, write_tensors
 from sana_jax.runtime.errors import UserError
 from tests.checkpoints.folders import WEIGHTS, load_on_one_device
 
@@ -82,3 +82,26 @@ def test_damaged_indices_are_named(theirs, folder, change, words):
     change(folder / f"{WEIGHTS}.index.json")
     with pytest.raises(UserError, match=words):
         load_on_one_device(folder)
+
+
+def test_a_prefix_that_all_names_share_is_dropped(tmp_path):
+    def names(*given):
+        save_file({name: np.zeros(1, np.float32) for name in given}, tmp_path / "a")
+        found = Unprefixed(TensorReader(tmp_path / "a"))
+        assert len(found) == len(given) and all(
+            found.shape(name) == found[name].shape == (1,) and found.dtype(name) == "F32"
+            for name in found
+        )
+        assert all(name in found for name in found) and "model" not in found
+        return set(found)
+
+    assert names("model.diffusion_model.a", "model.diffusion_model.b") == {"a", "b"}
+    assert names("module.a", "module.model.b") == {"a", "model.b"}
+    assert names("model.a", "b") == {"model.a", "b"}
+    assert names() == set()
+
+
+def test_a_tensor_with_and_without_the_prefix_is_named(tmp_path):
+    save_file({name: np.zeros(1, np.float32) for name in ("model.a", "a")}, tmp_path / "twice")
+    with pytest.raises(UserError, match="twice holds a twice: as model.a too"):
+        TensorReader(tmp_path / "twice", prefix="model.")
