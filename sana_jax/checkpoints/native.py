@@ -88,6 +88,16 @@ def open_folder(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def is_whole(folder: Path) -> bool:
+    """Returns True if there is a model.json, and every file that it names has its hash."""
+    try:
+        files = read_json(folder / "model.json")["files"]
+        whole = all(sha256_of(folder / name) == digest for name, digest in files.items())
+        return whole and bool(files)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def _files(folder: Path) -> set[str]:
     """Returns the files that are read besides model.json."""
     paths = *folder.glob("*.safetensors*"), *(folder / "tokenizer").rglob("*")

@@ -124,6 +124,11 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    for path in filter(Path.is_file, partial.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut may leave the new name of empty files
+    if folder.is_symlink():
+        folder.unlink()  # what it leads to stays
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -152,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
         contents = json.loads(path.read_text())
     except OSError:
         raise UserError(f"{path} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
         check_itself(path)
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(contents, dict):

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.runtime import hosts
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import replace_folder, storage
+from sana_jax.text.prompts import ONE_THREAD
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
@@ -138,11 +139,15 @@ def export(model: Checkpoint, folder: Path) -> None:
     """Writes `model`, whose weights every host holds in full, as a native folder; collective.
 
     A model already in `folder` stays until the new one is complete. Raises Retry on all hosts where
-    the folder cannot be written.
+    the folder cannot be written, or is not whole after that.
     """
 
     def write() -> None:
-        with storage(folder), replace_folder(folder) as part:
+        with storage(folder), replace_folder(folder) as part, ONE_THREAD:
+            if model.tokenizer is not None:  # which keeps how it was used last
+                model.tokenizer.backend_tokenizer.no_truncation()
             native.save(model, part)
+        if not native.is_whole(folder):
+            raise Retry(f"{folder} is not what was written to it: look at the disk")
 
     hosts.on_first_host(write)

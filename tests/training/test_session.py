@@ -1,6 +1,7 @@
 """A session starts or resumes, says so, and trains; an exported model is whole."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from sana_jax import sharding
 from sana_jax.checkpoints import native
 from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.runtime.files import sha256_of
 from sana_jax.training import session as session_module
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig
@@ -105,23 +107,36 @@ def test_inputs_are_made_when_the_wait_for_them_is_told(tmp_path, mesh, model, c
 
 def test_a_model_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
     def save(model, folder):
-        (folder / "model.json").write_text(model)
+        (folder / "weights").write_text(model.name)
+        files = {"weights": sha256_of(folder / "weights")}
+        (folder / "model.json").write_text(json.dumps({"files": files}))
+
+    def named(name):
+        return SimpleNamespace(tokenizer=None, name=name)
 
     def full(model, folder):
-        (folder / "model.json").write_text("ha")
+        (folder / "weights").write_text("ha")
         raise OSError(28, "No space left on device")
 
     folder = tmp_path / "model"
     monkeypatch.setattr(native, "save", save)
-    export("first", folder)
+    export(named("first"), folder)
     monkeypatch.setattr(native, "save", full)
     with pytest.raises(Retry, match="model: No space left on device"):
-        export("second", folder)
-    assert (folder / "model.json").read_text() == "first"
+        export(named("second"), folder)
+    assert (folder / "weights").read_text() == "first"
     monkeypatch.setattr(native, "save", save)
-    export("third", folder)
-    assert (folder / "model.json").read_text() == "third"
+    export(named("third"), folder)
+    assert (folder / "weights").read_text() == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    def torn(model, folder):
+        save(model, folder)
+        (folder / "weights").write_text("fou")
+
+    monkeypatch.setattr(native, "save", torn)
+    with pytest.raises(Retry, match="model is not what was written to it"):
+        export(named("fourth"), folder)
 
 
 def test_weights_are_read_under_the_watchdog(tmp_path, mesh, model, monkeypatch):

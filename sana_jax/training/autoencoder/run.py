@@ -26,6 +26,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from sana_jax import sharding
+from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import Checkpoint, place
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint
@@ -37,6 +38,7 @@ from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.runtime import devices, hosts
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import (
+    check_readable,
     local,
     read_json,
     replace_folder,
@@ -49,7 +51,7 @@ from sana_jax.training.autoencoder.discriminator import Discriminator
 from sana_jax.training.autoencoder.perceptual import make_perceptual
 from sana_jax.training.autoencoder.recipe import check_figures, check_phase, read_phase
 from sana_jax.training.autoencoder.task import AutoencoderTask, Phase
-from sana_jax.training.checkpoints.manager import Checkpoints
+from sana_jax.training.checkpoints.manager import Checkpoints, read_newest
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.session import Session, computing, export
@@ -127,9 +129,10 @@ class AutoencoderTraining:
         for number, (name, task) in enumerate(self.tasks.items()):
             folder = self.workdir / name
             about = self._about(number, task.phase, parent)
-            if hosts.on_first_host((folder / "results.json").exists):
+            results = hosts.on_first_host(_read, folder / "results.json")
+            if results is not None:
                 # Keys that are free now may not have been free when the phase ran.
-                then = _fixed(read_json(folder / "results.json").get("about", {}))
+                then = _fixed(results.get("about", {}))
                 now = _fixed(about)
                 if changed := [key for key in now | then if then.get(key) != now.get(key)]:
                     raise UserError(
@@ -137,6 +140,8 @@ class AutoencoderTraining:
                         f" there now: {', '.join(changed)} changed; remove it to train it anew"
                     )
                 logging.warning("phase %s is over; remove %s to repeat it", name, folder)
+                if not hosts.on_first_host(native.is_whole, folder / "model"):
+                    self._export_again(folder, task.phase, results, before)
             else:
                 with computing(self.mesh, self.config.dtype):
                     self._run_phase(name, number, task, before, about)
@@ -195,9 +200,11 @@ class AutoencoderTraining:
             session = Session(checkpoints, loader, self.mesh, loop, **called)
             state = session.begin(abstract, lambda: self._start(create, before))
             # A run cut short before its first checkpoint may leave the figures of another model.
-            if not session.first or not hosts.on_first_host((folder / "before.json").exists):
+            if not session.first or hosts.on_first_host(_read, folder / "before.json") is None:
                 hosts.log_first_host(f"{name}: measuring the held-out images")
-                _write(folder / "before.json", self._figures(state.ema, held_out))
+                start = self._start(create, before) if session.first else state
+                _write(folder / "before.json", self._figures(start.ema, held_out))
+                del start
             state = session.fit(
                 state,
                 task.step,
@@ -275,6 +282,19 @@ class AutoencoderTraining:
         )
         export(model, folder / "model")
 
+    def _export_again(
+        self, folder: Path, phase: Phase, results: dict, before: Checkpoint | None
+    ) -> None:
+        """Writes the model of a phase that is over from its last checkpoint. Raises UserError."""
+        hosts.log_first_host(f"{folder / 'model'} is damaged or gone: it is written again")
+        document, params = read_newest(folder, "ema")
+        if document["step"] != phase.steps:
+            raise UserError(
+                f"{folder / 'model'} is damaged or gone, and so is the checkpoint of step"
+                f" {phase.steps}: bring one back, or remove {folder} to train it anew"
+            )
+        self._export(folder, params, results, before)
+
 
 def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Returns `about` without the keys that are FREE."""
@@ -286,8 +306,8 @@ def _fixed(about: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _copy_model(model: Path, target: Path) -> None:
-    """Copies `model` to `target`, completely or not at all, unless it is already there."""
-    if (target / "model.json").exists() and checkpoint_hash(target) == checkpoint_hash(model):
+    """Copies `model` to `target`, completely or not at all, unless it is already there, whole."""
+    if native.is_whole(target) and checkpoint_hash(target) == checkpoint_hash(model):
         return
     with replace_folder(target) as part:
         shutil.copytree(model, part, dirs_exist_ok=True)
@@ -302,6 +322,18 @@ def _training_seconds(folder: Path, phase: Phase) -> float:
             seconds += (row["step"] - last) * phase.batch_size / rate
         last = row["step"]
     return seconds
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Returns the JSON object in a file of ours; None if it is missing or damaged."""
+    if not path.exists():
+        return None
+    check_readable(path)
+    try:
+        return read_json(path)
+    except UserError as error:
+        hosts.log_first_host(f"{error}: it is made anew")
+        return None
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:

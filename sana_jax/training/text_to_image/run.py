@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sana_jax import sharding
+from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import place
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
@@ -184,7 +185,7 @@ class TextToImageTraining:
         return peak * jax.device_count() / flops_of_row(self.task, self.size, **encoded)
 
     def _export(self, state: TrainState, first: int) -> None:
-        """Writes WORKDIR/model, unless it is there and the run had nothing left from `first`."""
+        """Writes WORKDIR/model, unless it is whole and the run had nothing left from `first`."""
         params, step = hosts.gather_arrays(state.ema), int(state.step)
         if not is_local(self.workdir):
             line = f"python -m sana_jax.convert --source={self.workdir} --out=DIR --ema"
@@ -197,7 +198,8 @@ class TextToImageTraining:
 
 
 def _steps_of(folder: Path) -> int | None:
-    """Returns after how many steps a model was written; None where there is none."""
-    if not (folder / "model.json").exists():
+    """Returns after how many steps a model was written; None where none is whole."""
+    if not native.is_whole(folder):
         return None
-    return read_json(folder / "model.json").get("provenance", {}).get("steps")
+    made = read_json(folder / "model.json").get("provenance")
+    return made.get("steps") if isinstance(made, dict) else None

@@ -201,6 +201,33 @@ def test_a_model_left_half_copied_or_of_another_run_is_replaced(unbroken, tmp_pa
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_damaged_models_and_figures_are_made_again_by_the_same_command(unbroken, config, tmp_path):
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    (workdir / "model" / "model.json").write_bytes(b"\0" * 100)
+    (workdir / PHASES[0] / "model" / "vae.safetensors").write_bytes(b"half")
+    shutil.rmtree(workdir / PHASES[1] / "model")
+    for name in "before.json", "results.json":
+        (workdir / PHASES[2] / name).write_bytes(b"")
+    result = run(config, workdir)
+    assert result.returncode == 0, result.stderr
+    for model in ("model", *(f"{phase}/model" for phase in PHASES)):
+        assert native.is_whole(workdir / model)
+        for name, weight in weights(unbroken / model).items():
+            assert weight.tobytes() == weights(workdir / model)[name].tobytes(), (model, name)
+    for phase in PHASES[:2]:  # the last phase's model tells the time of its training
+        assert checkpoint_hash(workdir / phase / "model") == checkpoint_hash(
+            unbroken / phase / "model"
+        )
+    ours, theirs = (read_json(x / PHASES[2] / "results.json") for x in (workdir, unbroken))
+    assert ours["before"] == theirs["before"] and ours["after"] == theirs["after"]
+
+    shutil.rmtree(workdir / PHASES[0] / "model")
+    shutil.rmtree(workdir / PHASES[0] / "checkpoints" / "10")
+    result = run(config, workdir)
+    assert result.returncode == 2, result.stderr
+    assert "so is the checkpoint of step 10: bring one back, or remove" in result.stderr
+
+
 STARTED = ("--config.run=('low_resolution',)", "--config.phases.low_resolution.steps=2")
 
 

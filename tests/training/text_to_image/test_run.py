@@ -311,6 +311,24 @@ def test_a_good_model_stays_until_the_next_is_whole(config, tmp_path, monkeypatc
     assert not (tmp_path / "model.part").exists()
 
 
+@pytest.mark.parametrize("damage", ["half", "empty", "no weights", "half model.json", "gone"])
+def test_a_damaged_model_is_written_again_by_the_same_command(unbroken, config, tmp_path, damage):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    model, file = run / "model", run / "model" / "dit.safetensors"
+    if damage == "gone":
+        shutil.rmtree(model)
+    elif damage == "no weights":
+        file.unlink()
+    else:
+        file = model / "model.json" if "json" in damage else file
+        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-10])
+    TextToImageTraining(load(config), str(run)).run()
+    names = [path.relative_to(model) for path in model.rglob("*") if path.is_file()]
+    assert len(names) == len([p for p in (unbroken / "model").rglob("*") if p.is_file()])
+    for name in names:
+        assert (model / name).read_bytes() == (unbroken / "model" / name).read_bytes(), name
+
+
 HOST = """
 import sys, jax
 index, port, config, workdir = sys.argv[1:]
