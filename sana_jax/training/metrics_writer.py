@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from PIL import Image
 from tqdm import tqdm
 
-from sana_jax.pictures import Picture, make_grid
+from sana_jax.pictures import Picture, encode_png, make_grid
 from sana_jax.runtime.files import is_local, storage, write_atomically
 from sana_jax.runtime.hosts import log_first_host, on_first_host
 
@@ -77,8 +76,8 @@ class MetricsWriter:
                 self._remote = self.workdir
                 self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 if (self._remote / "metrics.jsonl").exists():
-                    text = (self._remote / "metrics.jsonl").read_text()
-                    (self._folder / "metrics.jsonl").write_text(text)
+                    content = (self._remote / "metrics.jsonl").read_bytes()
+                    (self._folder / "metrics.jsonl").write_bytes(content)
                 stack.callback(self._upload)
             else:
                 self._folder = Path(self.workdir)
@@ -128,7 +127,8 @@ class MetricsWriter:
         if not self._on:
             return
         sheet = make_grid(grid)
-        Image.fromarray(sheet).save(self._folder / "images" / f"{name}_{step:08d}.png")
+        path = epath.Path(self._folder / "images" / f"{name}_{step:08d}.png")
+        write_atomically(path, encode_png(sheet))
         self._board.write(step, summary.image(name, sheet, dataformats="HWC"))
         self._upload_if_due()
 
@@ -189,15 +189,34 @@ def _number(value: Any) -> float | int | None:
 
 
 def _keep(rows: Path, step: int) -> list[dict[str, Any]]:
-    """Drops rows after `step`, and the half row that a killed run may have left.
+    """Drops rows after `step`, and moves lines that are no rows to FILE.bad.
+
+    A killed run may leave half a row, and a power cut or another program anything.
 
     Returns the rows of `step`.
     """
-    kept, last = [], []
-    for line in rows.read_text().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if line.endswith("\n") and (row := json.loads(line))["step"] <= step:
-                kept.append(line)
-                last += [row] * (row["step"] == step)
-    write_atomically(rows, "".join(kept).encode())
+    kept, last, bad = [], [], []
+    for line in rows.read_bytes().splitlines(keepends=True):
+        row_step = _step_of(line)
+        if row_step is None:
+            bad.append(line)
+        elif row_step <= step:
+            kept.append(line.rstrip(b"\n") + b"\n")
+            last += [json.loads(line)] * (row_step == step)
+    if bad:
+        aside = rows.with_name(f"{rows.name}.bad")
+        with aside.open("ab") as file:
+            file.writelines(bad)
+        size = sum(map(len, bad))
+        log_first_host(f"{rows}: {size} bytes that are no whole row are now in {aside.name}")
+    write_atomically(epath.Path(rows), b"".join(kept))
     return last
+
+
+def _step_of(line: bytes) -> int | None:
+    """Returns the step of a line of metrics.jsonl; None where it is no whole row."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None

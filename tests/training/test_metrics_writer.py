@@ -66,6 +66,56 @@ def test_rows_after_the_step_are_dropped(tmp_path):
     assert 13 in starts  # TensorBoard hides what the run before wrote from there on
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"step": 9, "lo',
+        b"\0" * 4096,
+        b"\x80\xff\x00\n",
+        b'{"loss": ' + b"[" * 100_000 + b"\n",
+        b'{"loss": 1.0}\n',
+        b'["step"]\n',
+        b'{"step": "7"}\n',
+        b'{"step": ' + b"7" * 5000 + b"}\n",
+    ],
+)
+@pytest.mark.parametrize("after", [b"", b'{"step": 11, "loss": 1.0}\n'])
+def test_lines_that_are_no_rows_are_set_aside(tmp_path, capsys, bad, after):
+    rows = b'{"step": 5, "loss": 1.0}\n{"step": 10, "loss": 1.0}\n'
+    if after and not bad.endswith(b"\n"):
+        bad += b"\n"  # otherwise the row after it is no whole line
+    (tmp_path / "metrics.jsonl").write_bytes(rows + bad + after)
+    with MetricsWriter(tmp_path, step=11) as writer:
+        writer.write(15, {"loss": 2.0})
+    written = (tmp_path / "metrics.jsonl").read_bytes()
+    assert written == rows + after + b'{"step": 15, "loss": 2.0}\n'
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == bad
+    told = f"metrics.jsonl: {len(bad)} bytes that are no whole row are now in metrics.jsonl.bad\n"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def test_a_last_row_without_its_end_of_line_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 5}\n{"step": 10, "loss": 1.0}')
+    with MetricsWriter(tmp_path, step=11) as writer:
+        writer.write(15, {"loss": 2.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15]
+
+
+def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A resumed run does not draw the pictures again that it finds."""
+
+    def full(path, content, part=".part"):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError), MetricsWriter(tmp_path, step=2) as writer:
+        monkeypatch.setattr(metrics_writer, "write_atomically", full)
+        writer.images(2, "pairs", [[picture(1)]])
+    monkeypatch.undo()
+    with MetricsWriter(tmp_path, step=2) as writer:
+        assert "images" not in writer.made
+
+
 def test_nothing_is_written_behind_our_back(tmp_path, monkeypatch):
     """A writing thread would end without a word, and whoever waits for it would wait for ever."""
     threads = {*threading.enumerate()}
