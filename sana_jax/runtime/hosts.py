@@ -1,6 +1,7 @@
 """Multi-host helpers: an error on one host is raised on all of them.
 
-All but `log_first_host` are collective: every host must call them. With one host they cost nothing.
+All but `is_loss` and `log_first_host` are collective: every host must call them. With one host they
+cost nothing.
 """
 
 import contextlib
@@ -14,6 +15,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sana_jax.runtime.errors import UserError
+
+# Errors of JAX for a program that is wrong or too large, which fails again at every retry.
+OURS = "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"
+
+
+def is_loss(error: BaseException | None) -> bool:
+    """Returns True for an error of JAX that the loss of another host may have caused.
+
+    On CPUs, where Gloo connects the hosts, a small program runs as it is dispatched, and the error
+    is a ValueError there; otherwise it is a JaxRuntimeError where its result is awaited.
+    """
+    if jax.process_count() == 1 or any(mark in str(error) for mark in OURS):
+        return False
+    gloo = type(error) is ValueError and "gloo" in str(error).lower()
+    return gloo or isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def log_first_host(line: str) -> None:
@@ -48,9 +64,9 @@ def raise_together(action: Callable[..., Any], *args: Any) -> Any:
     value = error = None
     try:
         value = action(*args)
-    except jax.errors.JaxRuntimeError:
-        raise  # a host may be lost, and would never answer
     except Exception as caught:
+        if isinstance(caught, jax.errors.JaxRuntimeError) or is_loss(caught):
+            raise  # the other host would never answer
         error = caught
     # Kinds of UserError may take more than a message, so that they travel as UserErrors.
     kind = UserError if isinstance(error, UserError) else type(error)

@@ -1,5 +1,7 @@
 """The flags and the main function that the commands for training share."""
 
+import ctypes
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +12,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from sana_jax.runtime import devices, hosts
+from sana_jax.runtime.cli import EXIT_RETRY
 from sana_jax.runtime.devices import enable_compilation_cache
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.training.checkpoints.manager import check_name
 
 JOIN_SECONDS = 1800  # a preempted host may come back minutes after the others
-# Errors of JAX for a program that is wrong or too large, which fails again at every retry.
-OURS = "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"
 SMALLER = "a smaller batch_size in the config, more microbatches, or remat"
 
 flags.disclaim_key_flags()  # the flags are those of the module that calls
@@ -56,7 +57,7 @@ def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]],
 def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> None:
     """Calls make_training(config, workdir).run().
 
-    Raises Retry for errors of JAX that the loss of another host may have caused.
+    Raises Retry where another host is lost.
     """
     try:
         with devices.memory_errors(SMALLER):
@@ -64,8 +65,8 @@ def run(make_training: Callable[..., Any], config: ConfigDict, workdir: str) -> 
             training = make_training(config, workdir)
             hosts.log_first_host(f"training on {devices.describe()}")
             training.run()
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or any(mark in str(error) for mark in OURS):
+    except Exception as error:
+        if not hosts.is_loss(error):
             raise
         raise Retry(f"another host may be lost: {str(error).strip().splitlines()[0]}") from error
 
@@ -94,3 +95,20 @@ def join_hosts() -> None:
         raise Retry(f"the other hosts did not come: {str(error).splitlines()[0]}") from error
     # JAX has replaced the handler of SIGTERM below Python's, for a service that is not used here.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    retry_after_abort()
+
+
+def retry_after_abort() -> None:
+    """Lets an abort end this process with status 75, after its own message.
+
+    JAX aborts where it hears that another host is lost, from a thread of its own; the call back
+    that it offers instead cannot be a function of Python (jaxlib 0.10.2).
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, _end)  # Python's own handlers run too late
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end(number: int) -> None:
+    os.write(2, b"error: another host is lost, as is said above; the same command goes on\n")
+    os._exit(EXIT_RETRY)

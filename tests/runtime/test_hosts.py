@@ -22,6 +22,36 @@ def test_one_host_is_alone():
         assert caught.value is error and error.__cause__ is None
 
 
+GLOO = "UNKNOWN: Gloo all-reduce failed: [external/gloo/pair.cc:547] Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (ValueError(GLOO), True),  # where a small program is dispatched
+        (ValueError("INTERNAL: gloo context initialization failed: timeout"), True),
+        (jax.errors.JaxRuntimeError(GLOO), True),
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: a bug"), False),
+        (ValueError("NOT_FOUND: Error opening zarr"), False),
+        (UserError("data.source=gloo is no folder"), False),
+        (None, False),
+    ],
+)
+def test_errors_by_which_a_lost_host_is_known(monkeypatch, error, lost):
+    assert not hosts.is_loss(error)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert hosts.is_loss(error) is lost
+
+
+def test_a_lost_host_is_not_asked_for_its_error(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gather_values", lambda mine: pytest.fail("it would never answer"))
+    with pytest.raises(ValueError, match="Gloo"):
+        hosts.raise_together(fail, ValueError(GLOO))
+
+
 def test_what_others_raise(monkeypatch):
     """On the second of three hosts; the first that failed decides."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
