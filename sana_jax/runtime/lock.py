@@ -8,11 +8,12 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from etils import epath
 
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import Retry, UserError
 
 NAME = ".sana_jax.lock"
 START = b"sana_jax: pid "
@@ -20,18 +21,21 @@ OURS = re.compile(rb"sana_jax: (pid \d+, .+)", re.DOTALL)
 
 
 @contextlib.contextmanager
-def locked(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
+def locked(folder: epath.Path, flag: str = "--out") -> Iterator[Callable[[], None]]:
     """Locks a folder for the block. The system releases the lock of a process that dies.
 
     `flag` names the folder on the command line. Raises UserError if another process holds the lock,
     or a file of the lock's name is not this program's, and OSError.
+
+    The block gets a function that checks whether the folder of that name is still the locked one.
+    It raises UserError if the folder was renamed, Retry if it is gone or replaced, and OSError.
     """
     try:
         import fcntl
     except ImportError:  # not a Unix
-        yield
+        yield lambda: None
         return
-    path = folder / NAME
+    path, has_locks = folder / NAME, True
     with contextlib.ExitStack() as stack:
         while True:
             file = _open(path)
@@ -42,7 +46,7 @@ def locked(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
             except BlockingIOError:
                 raise UserError(f"another run ({owner}) writes to {flag}={folder}") from None
             except OSError:
-                pass  # a file system without locks
+                has_locks = False  # a file system without them
             # The run before may have removed the file between our opening and our locking it.
             if _is_at(path, file):
                 break
@@ -51,11 +55,24 @@ def locked(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
             with contextlib.suppress(OSError):  # a full disk: it is locked, though without a name
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"sana_jax: pid {os.getpid()}, {socket.gethostname()}".encode(), 0)
-            yield
+            yield partial(_check, path, file, flag) if has_locks else lambda: None
         finally:
             with contextlib.suppress(OSError):  # a mount that went away: what ended us says more
                 if _is_at(path, file):
                     os.unlink(path)
+
+
+def _check(path: epath.Path, file: int, flag: str) -> None:
+    if _is_at(path, file):
+        return
+    with contextlib.suppress(OSError):  # only Linux tells where an open file is
+        now = epath.Path(os.readlink(f"/proc/self/fd/{file}"))
+        if _is_at(now, file):
+            raise UserError(
+                f"{flag}={path.parent} was renamed to {now.parent} while this run wrote to it:"
+                " give it the new name"
+            )
+    raise Retry(f"{flag}={path.parent} is gone, or another folder than this run locked")
 
 
 def _open(path: epath.Path) -> int:

@@ -119,3 +119,21 @@ def test_a_lock_that_a_power_cut_left_half_written_is_stale(folder, left):
     with locked(folder):
         assert f"pid {os.getpid()}," in (folder / NAME).read_text()
     assert [*folder.iterdir()] == []
+
+
+def test_it_tells_whether_its_folder_is_still_there(folder):
+    folder = folder / "run"
+    folder.mkdir()
+    with locked(folder) as check:
+        check()
+        elsewhere = folder.rename(folder.with_name("elsewhere"))
+        with pytest.raises(UserError, match=f"--out={folder} was renamed to {elsewhere} while"):
+            check()
+        folder.mkdir()
+        with locked(folder) as check_other:
+            check_other()
+            with pytest.raises(UserError, match="was renamed"):
+                check()
+        (elsewhere / NAME).unlink()
+        with pytest.raises(Retry, match=f"--out={folder} is gone, or another folder"):
+            check()

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sana_jax.runtime.errors import Retry
-from sana_jax.runtime.hosts import raise_together
+from sana_jax.runtime.hosts import is_loss, raise_together
 from sana_jax.training.checkpoints.checksums import checksums
 from sana_jax.training.checkpoints.document import Document, brief, some
 
@@ -34,6 +34,8 @@ def damage(what: str):
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:  # readers raise anything for bytes that make no sense
+        if is_loss(error):
+            raise
         if _AWAY.search(str(error)):
             raise Retry(f"the checkpoints cannot be read: {brief(error)}") from error
         raise Damaged(f"{what}: {brief(error)}") from error
@@ -68,6 +70,18 @@ def read_arrays(folder: epath.Path, document: Document, wanted: dict[str, Any]) 
 
     raise_together(compare)
     return arrays
+
+
+def check_saved(folder: epath.Path, document: Document) -> None:
+    """Raises Damaged unless the arrays in a step's folder have the document's names and shapes.
+
+    It reads no array.
+    """
+    with damage("its arrays"), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        leaves, _ = flatten(reader.metadata(folder / "state").tree)
+        found = {name: list(leaf.shape) for name, leaf in leaves.items()}
+    if found != {name: leaf[1] for name, leaf in document["leaves"].items()}:
+        raise Damaged("its arrays: not those that were saved")
 
 
 def _restore(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:

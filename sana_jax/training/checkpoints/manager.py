@@ -13,7 +13,6 @@ import contextlib
 import fnmatch
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -25,11 +24,18 @@ from etils import epath
 from flax import traverse_util
 
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
-from sana_jax.runtime.files import UNREACHABLE, absolute, is_local, reason_of
-from sana_jax.runtime.hosts import gather_values, on_first_host, raise_together
+from sana_jax.runtime.files import UNREACHABLE, absolute, is_full, is_local, reason_of, storage
+from sana_jax.runtime.hosts import (
+    gather_values,
+    is_loss,
+    log_first_host,
+    on_first_host,
+    raise_together,
+)
 from sana_jax.runtime.lock import locked
 from sana_jax.training.checkpoints.arrays import (
     Damaged,
+    check_saved,
     damage,
     flatten,
     read_arrays,
@@ -93,6 +99,7 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._manager: ocp.CheckpointManager | None = None
         self._stack, self._failures = contextlib.ExitStack(), 0
+        self._check_folder: Callable[[], None] = lambda: None
         self._saving: tuple[int, bool] | None = None
         self.last_good: int | None = None  # newest step saved outside a streak of NaN
 
@@ -113,13 +120,18 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._remote:
-                stack.enter_context(locked(self.workdir, "--workdir"))
+                self._check_folder = stack.enter_context(locked(self.workdir, "--workdir"))
+            self._sweep()
         except UNREACHABLE as error:
-            raise UserError(f"--workdir={self.workdir}: {reason_of(error)}") from None
-        self._sweep()
+            reason = f"--workdir={self.workdir}: {reason_of(error)}"
+            if isinstance(error, OSError) and (is_full(error) or self.steps()):
+                raise Retry(reason) from error  # a run that has begun may go on later
+            raise UserError(reason) from None
 
-    def __exit__(self, kind, *error) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         with self._stack:
+            if is_loss(error):  # closing would wait for that host
+                return
             try:
                 if kind is None:  # after an error other hosts may not come here
                     self.wait()
@@ -127,9 +139,10 @@ class Checkpoints:
                 self._close()
 
     def steps(self) -> list[int]:
-        """Returns the steps in the folder, in order, whether they verify or not."""
-        paths = self.folder.iterdir() if self.folder.exists() else ()
-        return sorted(int(p.name) for p in paths if p.name.isdecimal() and self._is_finished(p))
+        """Returns the steps in the folder, in order, whether they verify or not. Raises Retry."""
+        with storage(self.folder):
+            paths = self.folder.iterdir() if self.folder.exists() else ()
+            return sorted(int(p.name) for p in paths if p.name.isdecimal() and self._is_finished(p))
 
     def _is_finished(self, path: epath.Path) -> bool:
         """Returns True if the save has ended: its folder was renamed or, if remote, marked."""
@@ -182,9 +195,12 @@ class Checkpoints:
           good: whether the last update was applied.
 
         Raises:
-          Retry: saving failed SAVE_ATTEMPTS times in a row; a single failure is logged.
+          Retry: saving failed SAVE_ATTEMPTS times in a row; a single failure is logged. The folder
+            is gone.
+          UserError: the folder was renamed.
         """
         self.wait()
+        on_first_host(self._check_folder)
         if step in on_first_host(self.steps):
             return
         flat, _ = flatten(state)
@@ -220,12 +236,23 @@ class Checkpoints:
         def finish():
             if self._manager is not None:
                 self._manager.wait_until_finished()
-            if jax.process_index() == 0 and step not in self.steps():
-                raise OSError("it is not there after it was saved")
+            if jax.process_index() == 0:
+                self._look(step)
 
         if self._forgive(finish):
             self._saving, self._failures = None, 0
             self.last_good = step if good else self.last_good
+
+    def _look(self, step: int) -> None:
+        """Raises an error, and sets the step aside, unless it is there and can be read."""
+        self._check_folder()
+        if step not in self.steps():
+            raise OSError("it is not there after it was saved")
+        try:
+            check_saved(self.folder / str(step), self._document(step))
+        except Damaged:
+            self._rename(step)
+            raise
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
@@ -259,12 +286,13 @@ class Checkpoints:
         """
         try:
             raise_together(action)
-        except jax.errors.JaxRuntimeError:
-            raise
         except Exception as error:  # Orbax and TensorStore raise various errors for a full disk
+            if isinstance(error, jax.errors.JaxRuntimeError) or is_loss(error):
+                raise
             step, _ = self._saving
             self._saving, self._failures = None, self._failures + 1
             self._close()
+            on_first_host(self._check_folder)  # or the saves of another run would be swept
             with contextlib.suppress(OSError):
                 self._sweep()
             reason = f"step {step} could not be saved to {self.folder}: {brief(error)}"
@@ -326,12 +354,17 @@ class Checkpoints:
         for damaged, reason in bad.items():
             line = f"checkpoint {damaged} is damaged ({reason}); going back to step {step}"
             logging.error("%s", line)
-            print(line, file=sys.stderr, flush=True)
-            number, path = 0, self.folder / f"{damaged}.bad"
-            while path.exists():
-                number += 1
-                path = self.folder / f"{damaged}.bad{number}"
-            (self.folder / str(damaged)).rename(path)
+            log_first_host(line)
+            with storage(self.folder / str(damaged)):
+                self._rename(damaged)
+
+    def _rename(self, step: int) -> None:
+        """Renames a damaged step, which would be taken for one that is saved."""
+        number, path = 0, self.folder / f"{step}.bad"
+        while path.exists():
+            number += 1
+            path = self.folder / f"{step}.bad{number}"
+        (self.folder / str(step)).rename(path)
 
     def _last_good(self, step: int, document: Document) -> int | None:
         for older in reversed([s for s in self.steps() if s <= step]):

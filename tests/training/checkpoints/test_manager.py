@@ -1,5 +1,6 @@
 """Only whole checkpoints of the same run are resumed."""
 
+import errno
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from sana_jax import sharding
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
-from sana_jax.training.checkpoints import manager
+from sana_jax.training.checkpoints import arrays, manager
 from sana_jax.training.checkpoints.manager import Checkpoints
 from tests.training.checkpoints.toy import CONFIG, DATA, Position, abstract, make, restore, same
 
@@ -231,6 +232,22 @@ def test_saved_while_the_next_steps_run(tmp_path):
     np.testing.assert_allclose(moved, 8, rtol=1e-5)
 
 
+def test_a_host_lost_in_a_save_or_a_restore_damages_nothing(folder, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+        monkeypatch.setattr(arrays, "_restore", fail)
+        monkeypatch.setattr(manager.ocp.CheckpointManager, "save", fail)
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="^UNKNOWN: Gloo"):
+            patch.setattr(arrays, "is_loss", lambda error: True)
+            checkpoints.restore(abstract(make()))
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="^UNKNOWN: Gloo"):
+            patch.setattr(manager, "is_loss", lambda error: True)
+            checkpoints.save(4, make(4))
+        assert checkpoints.steps() == [1, 2, 3]
+
+
 def test_failing_disk_is_forgiven_twice(folder, monkeypatch):
     with Checkpoints(folder, CONFIG, DATA) as checkpoints:
 
@@ -246,6 +263,92 @@ def test_failing_disk_is_forgiven_twice(folder, monkeypatch):
         checkpoints.save(7, make(7))
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3, 7] and checkpoints.last_good == 7
+
+
+def test_a_save_that_cannot_be_read_back_is_no_save(tmp_path, monkeypatch):
+    """In such a folder Orbax 0.12 says that it has saved; `check_name` refuses it otherwise."""
+    monkeypatch.setattr(manager, "check_name", lambda workdir: None)
+    with pytest.raises(Retry, match="step 4 could not be saved .*the newest checkpoint is none"):
+        with Checkpoints(tmp_path / "exp [v2]", CONFIG, DATA) as checkpoints:
+            checkpoints.save_surely(4, make(4))
+    assert checkpoints.steps() == [] and checkpoints.last_good is None
+
+
+def test_a_document_that_is_damaged_as_it_is_saved_is_no_save(folder, monkeypatch):
+    with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "check_saved", fail_with(manager.Damaged("its document: torn")))
+            checkpoints.save(4, make(4))
+            checkpoints.wait()
+        assert checkpoints.steps() == [2, 3] and checkpoints.last_good is None
+        checkpoints.save_surely(4, make(4))
+        assert checkpoints.steps() == [2, 3, 4] and checkpoints.last_good == 4
+
+
+def fail_with(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error, begun, kind",
+    [
+        (OSError(errno.EROFS, "Read-only file system"), True, Retry),
+        (OSError(errno.EROFS, "Read-only file system"), False, UserError),
+        (OSError(errno.ENOSPC, "No space left on device"), False, Retry),
+        (ImportError("gcsfs is missing"), False, UserError),
+    ],
+)
+def test_a_run_that_has_begun_may_go_on_later(folder, tmp_path, monkeypatch, error, begun, kind):
+    monkeypatch.setattr(manager, "locked", fail_with(error))
+    with pytest.raises(kind, match="^--workdir=.*: (Read-only|No space|gcsfs)"):
+        with Checkpoints(folder if begun else tmp_path / "new", CONFIG, DATA):
+            pytest.fail("too late")
+
+
+def test_a_damaged_step_that_cannot_be_renamed_is_worth_a_retry(folder, monkeypatch, capsys):
+    (folder / "checkpoints/3/run/metadata").write_bytes(b"")
+    rename = fail_with(OSError(errno.EROFS, "Read-only file system"))
+    monkeypatch.setattr(Checkpoints, "_rename", rename)
+    with pytest.raises(Retry, match="checkpoints/3: Read-only file system"):
+        restore(folder)
+    assert "checkpoint 3 is damaged" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert same(restore(folder)[0], make(2))
+
+
+def test_a_renamed_folder_does_not_come_back(folder):
+    with pytest.raises(UserError, match="run was renamed to .*elsewhere .*: give it the new name"):
+        with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+            checkpoints.save_surely(4, make(4))
+            folder.rename(folder.with_name("elsewhere"))
+            checkpoints.save(5, make(5))
+    assert not folder.exists()
+    assert Checkpoints(folder.with_name("elsewhere"), CONFIG, DATA).steps() == [2, 3, 4]
+
+
+def test_a_removed_folder_does_not_come_back(folder):
+    with pytest.raises(Retry, match="run is gone, or another folder"):
+        with Checkpoints(folder, CONFIG, DATA) as checkpoints:
+            shutil.rmtree(folder)
+            checkpoints.save_surely(5, make(5))
+    assert not folder.exists()
+
+
+def test_the_saves_of_a_run_in_a_folder_of_the_same_name_stay(folder, monkeypatch):
+    """The first run's folder is renamed while it saves; what it sweeps must be its own."""
+    with pytest.raises(UserError, match="was renamed"), Checkpoints(folder, CONFIG, DATA) as first:
+        folder.rename(folder.with_name("elsewhere"))
+        with Checkpoints(folder, CONFIG, DATA) as second:
+            begun = second.folder / "1.orbax-checkpoint-tmp"
+            begun.mkdir()
+            first._saving = 5, True
+            with pytest.raises(UserError, match="was renamed"):
+                first._forgive(fail_with(OSError(errno.ENOSPC, "No space left on device")))
+            assert begun.exists()
+            first.save(5, make(5))
 
 
 def test_second_run_is_refused(folder):
