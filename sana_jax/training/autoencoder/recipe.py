@@ -13,6 +13,7 @@ from sana_jax.runtime.checks import as_group, at_least, check_least, read_group
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.autoencoder.data import transform
 from sana_jax.training.autoencoder.task import Phase
+from sana_jax.training.config_types import check_types
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_schedule
 
@@ -39,6 +40,10 @@ class EvaluationConfig:
 
 def check_figures(config: ConfigDict) -> None:
     """Raises UserError for figures of a recipe that would otherwise be refused late in a run."""
+    recipe = autoencoder(DCAEConfig())
+    check_types(config, recipe, but=["network", "phases"])
+    for name, phase in config.phases.items():
+        check_types(phase, recipe.phases.low_resolution, key=f"config.phases.{name}")
     check_least(config, {"data.shapes.test": 1})
     read_group(LoopConfig, {"steps": 0} | config.loop.to_dict(), "config.loop")
     read_group(CachingLoaderConfig, config.loader.to_dict(), "config.loader")

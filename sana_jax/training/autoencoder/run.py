@@ -72,6 +72,7 @@ class AutoencoderTraining:
 
     def __init__(self, config: ConfigDict, workdir: str):
         """Raises UserError, naming the key, for a config that cannot be trained."""
+        check_figures(config)
         self.config, self.workdir = config, local(workdir)
         try:
             self.network = DCAEConfig(**config.network.to_dict())
@@ -85,7 +86,6 @@ class AutoencoderTraining:
             name: read_phase(config.phases[name].to_dict(), f"config.phases.{name}")
             for name in config.run
         }
-        check_figures(config)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         distance, weights = make_perceptual(**config.perceptual, dtype=dtype)
         self.perceptual_params = jax.tree.map(self._everywhere, weights)

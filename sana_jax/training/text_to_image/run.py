@@ -25,12 +25,14 @@ from sana_jax.checkpoints.components import place
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
 from sana_jax.models import flops
+from sana_jax.models.dit import SanaConfig
 from sana_jax.pictures import in_rows
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime import checks, hosts
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import is_local, read_json, storage
 from sana_jax.training.checkpoints.manager import Checkpoints
+from sana_jax.training.config_types import check_types
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.session import Session, computing, export
@@ -44,7 +46,7 @@ from sana_jax.training.text_to_image.networks import (
     open_encoder,
     open_start,
 )
-from sana_jax.training.text_to_image.recipe import check_batches, check_figures
+from sana_jax.training.text_to_image.recipe import check_batches, check_figures, text_to_image
 from sana_jax.training.text_to_image.result import complete
 from sana_jax.training.text_to_image.task import Frozen
 
@@ -68,6 +70,7 @@ class TextToImageTraining:
         """Raises UserError, naming the key, for a config that cannot be trained."""
         if "phases" in config:
             raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
+        check_types(config, text_to_image(SanaConfig(), 1, 1), but=["network"])
         self.config, self.workdir = config, epath.Path(workdir)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         self.base, self.hashes = open_base(config)

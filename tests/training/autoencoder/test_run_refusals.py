@@ -49,6 +49,12 @@ from tests.training.autoencoder.toy import SHAPES, load
             {"phases.local_refinement.discriminator.schedule": "step"},
             "config.phases.local_refinement.discriminator.schedule 'step'",
         ),
+        ({"loader.prefetch": 10**9}, "config.loader.prefetch=1000000000: give a number up to"),
+        ({"evaluation.sizes": (10**9,)}, "config.evaluation.sizes=1000000000: give a number up"),
+        (
+            {"phases.low_resolution.perceptual": float("nan")},
+            "config.phases.low_resolution.perceptual=nan: give a finite number",
+        ),
         ({"start": "shapes"}, "is of another config.network"),
     ],
     ids=str,

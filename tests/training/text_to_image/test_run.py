@@ -211,7 +211,7 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         (dict(loop__images_every=1, images__num_steps=0), "config.images.num_steps 0 is not"),
         (
             dict(loop__images_every=1, images__guidance_scale=float("nan")),
-            "config.images.guidance_scale nan is not",
+            "config.images.guidance_scale=nan: give a finite number",
         ),
         (dict(text_encoder__rows=0), "config.text_encoder.rows 0 is not"),
         (dict(text_encoder__tokenizer="here"), "config.text_encoder.tokenizer is for a new text"),
@@ -222,6 +222,10 @@ def test_another_run_is_refused_with_the_difference(unbroken, config):
         ),
         (dict(data__shapes__seed=-1), "config.data.shapes.seed=-1: it is at least 0"),
         (dict(phases=()), "it is for sana_jax.train_dc_ae"),
+        (dict(recipe__steps=10**400), "config.recipe.steps=1000"),
+        (dict(recipe__optimizer__learning_rate=float("inf")), "config.recipe.optimizer.learning_r"),
+        (dict(loader__threads=10**9), "config.loader.threads=1000000000: give a number up to"),
+        (dict(data__size=2**20), "config.data.size=1048576: give a number up to"),
     ],
     ids=str,
 )
