@@ -24,12 +24,14 @@ def is_loss(error: BaseException | None) -> bool:
     """Returns True for an error of JAX that the loss of another host may have caused.
 
     On CPUs, where Gloo connects the hosts, a small program runs as it is dispatched, and the error
-    is a ValueError there; otherwise it is a JaxRuntimeError where its result is awaited.
+    is a ValueError there; otherwise it is a JaxRuntimeError where its result is awaited. Libraries
+    raise errors of their own from these.
     """
-    if jax.process_count() == 1 or any(mark in str(error) for mark in OURS):
+    if error is None or jax.process_count() == 1 or any(mark in str(error) for mark in OURS):
         return False
     gloo = type(error) is ValueError and "gloo" in str(error).lower()
-    return gloo or isinstance(error, jax.errors.JaxRuntimeError)
+    lost = gloo or isinstance(error, jax.errors.JaxRuntimeError)
+    return lost or is_loss(error.__cause__)
 
 
 def log_first_host(line: str) -> None:

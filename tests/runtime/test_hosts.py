@@ -45,6 +45,15 @@ def test_errors_by_which_a_lost_host_is_known(monkeypatch, error, lost):
     assert hosts.is_loss(error) is lost
 
 
+def test_a_lost_host_is_known_by_an_error_s_cause(monkeypatch):
+    """As where Orbax waits for all hosts at the end of a save."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    error = TimeoutError("Timed out while waiting for async_write_complete barrier.")
+    assert not hosts.is_loss(error)
+    error.__cause__ = jax.errors.JaxRuntimeError("INTERNAL: Barrier failed because: task is set")
+    assert hosts.is_loss(error)
+
+
 def test_a_lost_host_is_not_asked_for_its_error(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts, "gather_values", lambda mine: pytest.fail("it would never answer"))

@@ -12,6 +12,7 @@ host's data iterator, and the checksum of every leaf (document.py, checksums.py)
 import contextlib
 import fnmatch
 import json
+import logging as standard_logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -62,6 +63,18 @@ PATTERNS = "[]\\"
 SAVE_ATTEMPTS = 3  # this many failures in a row end the run
 
 _TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's names
+
+
+class _OneLine(standard_logging.Filter):
+    """Leaves the tracebacks of Orbax out, whose errors are raised again where they are handled."""
+
+    def filter(self, record: standard_logging.LogRecord) -> bool:
+        if "/orbax/" in record.pathname:
+            record.exc_info = None
+        return True
+
+
+logging.get_absl_logger().addFilter(_OneLine())
 
 
 class Checkpoints:
