@@ -130,5 +130,5 @@ def _styles(truth: str) -> list[str]:
     """Returns the captions' styles that a record's `truth` names."""
     try:
         return [str(caption["style"]) for caption in json.loads(truth)["captions"]]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return []

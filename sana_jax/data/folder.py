@@ -1,140 +1,131 @@
-"""A folder of images as a source: `a/b.jpg`, its captions in `a/b.txt` or `a/b.json`.
+"""A folder of images as a source: `a/b.jpg`, its captions in the files beside it (sidecars.py).
 
-All subfolders are read, in the order of their paths. Names that begin with a dot and `__MACOSX`
-are skipped; links to files are followed, links to folders are not. A `.txt` holds one caption a
-line; a `.json` holds {"captions": [...], "scores": [...], "truth": ...}, or "caption" with a single
-one. If both files exist, the captions of the `.json` are used, if it has any.
+All subfolders are read, in the order of their paths, or those of a split (layout.py). Names that
+begin with a dot and `__MACOSX` are skipped; links to files are followed, links to folders only
+where they are the split. One line says what is not read, if there is any.
 """
 
 import json
-import math
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator
+from typing import BinaryIO
 
+from absl import logging
 from etils import epath
 
+from sana_jax.data import layout, sidecars
 from sana_jax.data.images import BadImage
-from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.data.records import NoData
+from sana_jax.data.sidecars import Sidecars
+from sana_jax.runtime.errors import Retry
 from sana_jax.runtime.files import reason_of
 
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff",
     ".webp",
 )  # fmt: skip
-MAX_CAPTION_BYTES = 1 << 20  # of one file
 
 
 class Folder:
-    """The records of a folder; keys are paths in it. Raises UserError if there is no image."""
+    """The records of a folder; keys are paths in it, or in the folder of the split.
 
-    def __init__(self, root: epath.PathLike):
+    Args:
+      root: the folder.
+      split: a name, by which layout.choose finds the images; None: all of them.
+
+    Raises NoData if there is no image or no such split, UserError if the split is not clear.
+    """
+
+    def __init__(self, root: epath.PathLike, split: str | None = None):
         self.root = epath.Path(root)
-        files = dict(sorted(_walk(self.root, "")))
-        self._images = [name for name in files if name.lower().endswith(SUFFIXES)]
-        # By their names with the ending in lower case: cameras and Windows write IMG_1.TXT.
-        texts = [name for name in files if name.lower().endswith((".txt", ".json"))]
-        self._captions = {_lower_ending(name): name for name in sorted(texts)}
-        if not self._images:
-            raise UserError(
+        left_out: Counter[str] = Counter()
+        files = sorted(_walk(self.root, "", split, left_out))
+        images = [name for name in files if name.lower().endswith(SUFFIXES)]
+        if not images:
+            raise NoData(
                 f"{root}: no image in it or below; known are names that end with"
                 f" {' '.join(SUFFIXES)}"
             )
+        chosen = layout.Choice("", lambda name: True, "")
+        if split is not None:
+            chosen = layout.choose(images, split, str(root))
+        self._base = chosen.folder
+        self._images = [name for name in images if chosen.keeps(name)]
+        texts = [name for name in files if self._has_captions(name, chosen.keeps)]
+        self._captions = Sidecars(texts, self._images, self._open)
+        left_out += self._captions.left_out
+        counted = ", ".join(f"{what} ({left_out[what]})" for what in sorted(+left_out)[:20])
+        if chosen.note or counted:
+            note = chosen.note or f"{len(self._images)} in all"
+            logging.warning("%s: %s%s", root, note, f"; not read: {counted}" if counted else "")
         # A text that changes when a file comes, goes, or changes its size.
         self.listing = json.dumps(
-            [[n, files[n]] for n in [*self._images, *sorted(self._captions.values())]]
+            [[name.removeprefix(self._base), self._size(name)] for name in [*self._images, *texts]]
         )
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> dict:
-        key = self._images[index]
-        record = {"key": key, "image": self._read(key), "captions": [], "scores": [], "truth": ""}
-        stem = key.rpartition(".")[0]
-        found = {}
-        if (name := self._captions.get(f"{stem}.json")) is not None:
-            found = _parse_json(self._read_text(name), name)
-        if "captions" not in found and (name := self._captions.get(f"{stem}.txt")) is not None:
-            # Not str.splitlines, which also cuts at form feeds and at Unicode's separators.
-            lines = re.split(r"\r\n|\r|\n", self._read_text(name))
-            found["captions"] = [line.strip() for line in lines if line.strip()]
-        return record | found
-
-    def _read(self, name: str) -> bytes:
+        name = self._images[index]
         try:
-            return (self.root / name).read_bytes()
+            with self._open(name) as file:
+                record = {"key": self.key_of(index), "image": file.read()}
+            return record | self._captions[name]
+        except BadImage as error:
+            error.key = self.key_of(index)
+            raise
+        except OSError as error:
+            raise Retry(f"{self.root / name}: {reason_of(error)}; try again") from None
+
+    def key_of(self, index: int) -> str:
+        return self._images[index].removeprefix(self._base)
+
+    def _has_captions(self, name: str, keeps) -> bool:
+        if name.endswith(f"/{sidecars.METADATA}") or name == sidecars.METADATA:
+            return keeps(name) or self._base.startswith(name.removesuffix(sidecars.METADATA))
+        return name.lower().endswith(sidecars.SUFFIXES) and keeps(name)
+
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return (self.root / name).open("rb")
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             if self.root.exists():
                 raise BadImage("unreadable", f"{name}: {reason_of(error)}") from None
             raise Retry(f"{self.root} is away; the same command may succeed later") from None
-        except OSError as error:
-            raise Retry(f"{self.root / name}: {reason_of(error)}; try again") from None
 
-    def _read_text(self, name: str) -> str:
-        data = self._read(name)
-        if len(data) > MAX_CAPTION_BYTES:
-            raise BadImage("bad_caption", f"{name} has {len(data)} bytes")
+    def _size(self, name: str) -> int:
         try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise BadImage("bad_caption", f"{name} is not UTF-8 text") from None
+            return (self.root / name).stat().length
+        except OSError:  # a link to nowhere: reading it will say so, with its key
+            return -1
 
 
-def _walk(folder: epath.Path, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yields (path below the root, bytes) of every file."""
+def _walk(
+    folder: epath.Path, prefix: str, split: str | None, left_out: Counter[str]
+) -> Iterator[str]:
+    """Yields the paths below the root of images and their captions; counts all other files."""
     for path in folder.iterdir():
         name = path.name
+        below = f"{prefix}{name}/"
         if name.startswith(".") or name == "__MACOSX":
-            continue
-        if path.is_dir():
-            if not os.path.islink(path):  # False for all that is remote
-                yield from _walk(path, f"{prefix}{name}/")
-        elif name.lower().endswith((*SUFFIXES, ".txt", ".json")):
-            try:
-                yield prefix + name, path.stat().length
-            except OSError:  # a link to nowhere: reading it will say so, with its key
-                yield prefix + name, -1
+            left_out["hidden images"] += name.lower().endswith(SUFFIXES)
+        elif path.is_dir():
+            # Of a link os.path.islink is False for all that is remote.
+            if not os.path.islink(path) or _is_split(below, split):
+                yield from _walk(path, below, split, left_out)
+            else:
+                left_out["linked folders"] += 1
+        elif name == sidecars.METADATA or name.lower().endswith((*SUFFIXES, *sidecars.SUFFIXES)):
+            yield prefix + name
+        else:
+            left_out[f"*{os.path.splitext(name)[1].lower() or ' without an ending'}"] += 1
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _lower_ending(name: str) -> str:
-    stem, dot, ending = name.rpartition(".")
-    return stem + dot + ending.lower()
-
-
-def _parse_json(text: str, name: str) -> dict:
-    """Returns a record's fields from a .json file; other fields are ignored.
-
-    A file without captions, such as a downloader's metadata, has no "captions" in the result.
-    """
-
-    def bad(reason: str) -> BadImage:
-        return BadImage("bad_caption", f"{name}: {reason}")
-
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise bad(f"no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise bad("no JSON object")
-    truth = values.get("truth", "")
-    found = {"truth": truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True)}
-    if not {"captions", "caption"} & values.keys():
-        return found
-    captions = values.get("captions", [values.get("caption")])
-    scores = values.get("scores", [])
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        raise bad('"captions" is no list of strings')
-    if not isinstance(scores, list) or not all(_is_number(score) for score in scores):
-        raise bad('"scores" is no list of finite numbers')
-    if scores and len(scores) != len(captions):
-        raise bad(f"{len(captions)} captions but {len(scores)} scores")
-    kept = [i for i, caption in enumerate(captions) if caption.strip()]
-    return found | {
-        "captions": [captions[i].strip() for i in kept],
-        "scores": [float(scores[i]) for i in kept] if scores else [],
-    }
+def _is_split(folder: str, split: str | None) -> bool:
+    """Returns whether a linked folder leads to a split; below it there are no such folders."""
+    if split is None:
+        return False
+    called = layout.split_of(folder) and folder.count("/") == 1
+    return bool(called) or f"{split.strip('/')}/".startswith(folder)

@@ -48,5 +48,5 @@ class InMemory:
             key = record["key"]
             return record | {"image": decode(record["image"], *self._limits)}
         except BadImage as error:
-            error.key = key
+            error.key = error.key or key
             return error

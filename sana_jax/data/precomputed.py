@@ -25,7 +25,7 @@ from array_record.python import array_record_data_source, array_record_module
 from flax import serialization
 
 from sana_jax.data.images import BadImage
-from sana_jax.data.records import Record
+from sana_jax.data.records import NoData, Record
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import check_readable, write_atomically
 
@@ -51,12 +51,12 @@ class Precomputed:
             text = (self.folder / INDEX).read_bytes()
             self.index = json.loads(text)
         except FileNotFoundError:
-            raise UserError(
+            raise NoData(
                 f"{self.folder} has no {INDEX}: it was not precomputed, or not to the end; run"
                 " python -m sana_jax.precompute with the same arguments to finish it"
             ) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / INDEX} cannot be read: {error}") from None
+            raise NoData(f"{self.folder / INDEX} cannot be read: {error}") from None
         if not isinstance(self.index, dict) or self.index.get("format") != FORMAT:
             raise UserError(f"{self.folder / INDEX} is not of this version; precompute it anew")
         if self.index["split"] != split:
@@ -69,7 +69,7 @@ class Precomputed:
         for shard in shards:
             path = self.folder / shard["file"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise UserError(f"{path} is missing or incomplete; delete {INDEX} and run again")
+                raise NoData(f"{path} is missing or incomplete; delete {INDEX} and run again")
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
         runs = [run for shard in shards for run in shard["runs"]]
         self.shapes = np.repeat([run[:2] for run in runs], [run[2] for run in runs], axis=0)
@@ -86,7 +86,10 @@ class Precomputed:
         try:
             record = serialization.msgpack_restore(self._bytes(index))
         except (RuntimeError, ValueError) as error:
-            raise BadImage("unreadable", f"{type(error).__name__}: {error}") from None
+            bad = BadImage("unreadable", f"{type(error).__name__}: {error}")
+            file, number = self._place(index)
+            bad.key = f"{Path(file).name} record {number}"
+            raise bad from None
         latents = record["latents"].astype(np.float32)
         if not record.pop("scaled"):
             latents *= np.float32(self.index["scaling_factor"])
@@ -105,10 +108,14 @@ class Precomputed:
         try:
             return self._data[index]
         except (RuntimeError, ValueError):
-            shard = int(np.searchsorted(self._ends, index, side="right"))
-            file, first = self._files[shard], int(self._ends[shard - 1]) if shard else 0
+            file, number = self._place(index)
             check_readable(file)
-            return array_record_data_source.ArrayRecordDataSource([file])[index - first]
+            return array_record_data_source.ArrayRecordDataSource([file])[number]
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """Returns the file of a record and its number there."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return self._files[shard], index - (int(self._ends[shard - 1]) if shard else 0)
 
 
 class ShardWriter:

@@ -9,6 +9,7 @@ from typing import NotRequired, Protocol, TypedDict
 import numpy as np
 
 from sana_jax.data.images import BadImage
+from sana_jax.runtime.errors import UserError
 
 FINGERPRINTED = 256  # records, evenly spread, whose bytes are part of a fingerprint
 
@@ -23,6 +24,10 @@ class Record(TypedDict):
     scores: list[float]  # one a caption, or none at all
     embeddings: NotRequired[list[np.ndarray]]  # of each caption, (rows that count, T)
     truth: str  # JSON, or ""
+
+
+class NoData(UserError):
+    """The data is not there. Where it has been there before, its storage may only be away."""
 
 
 class Source(Protocol):
@@ -48,10 +53,50 @@ class Fingerprinted:
     def __getitem__(self, index: int) -> Record:
         try:
             return self._records[index]
-        except BadImage:
-            raise
+        except BadImage as error:
+            raise _named(error, self._records, index) from None
         except (RuntimeError, ValueError) as error:  # ArrayRecord's, and TFDS' parser's
-            raise BadImage("unreadable", f"{type(error).__name__}: {error}") from None
+            bad = BadImage("unreadable", f"{type(error).__name__}: {error}")
+            raise _named(bad, self._records, index) from None
+
+    @property
+    def places(self) -> list[tuple[str, int, int]] | None:
+        """Where the records are, as (file, first, end) by their numbers in it; None: not known."""
+        return getattr(self._records, "places", None)
+
+
+def _named(error: BadImage, records, index: int) -> BadImage:
+    """Gives an error the key of its record, as far as the source knows it before it is read."""
+    if not error.key and hasattr(records, "key_of"):
+        error.key = records.key_of(index)
+    return error
+
+
+def captioned(captions: list[str], scores: list[float], truth: str) -> dict:
+    """Returns the fields of a record without empty captions, whose scores and styles go as well.
+
+    A `truth` of {"captions": [{"style": ...}, ...]} describes every caption. Raises BadImage if
+    captions are empty and it is not known which scores are theirs.
+    """
+    kept = [i for i, caption in enumerate(captions) if caption.strip()]
+    if len(kept) < len(captions):
+        if scores and len(scores) != len(captions):
+            raise BadImage("bad_caption", f"{len(captions)} captions but {len(scores)} scores")
+        scores = [scores[i] for i in kept] if scores else []
+        truth = _truth_of(truth, kept, len(captions))
+    return {"captions": [captions[i].strip() for i in kept], "scores": scores, "truth": truth}
+
+
+def _truth_of(truth: str, kept: list[int], count: int) -> str:
+    """Returns a truth with the descriptions of the captions that are kept, if it has one each."""
+    try:
+        values = json.loads(truth)
+        described = values["captions"]
+        if not isinstance(described, list) or len(described) != count:
+            return truth
+        return json.dumps(values | {"captions": [described[i] for i in kept]}, sort_keys=True)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return truth
 
 
 def fingerprint(records, description: str = "") -> str:

@@ -71,7 +71,7 @@ def _read(source: Source, share: range, threads: int | None) -> tuple[np.ndarray
             return None
         except BadImage as error:
             codes[index - share.start] = CODES.index(error.reason)
-            return Rejection(key, error.reason, str(error))
+            return Rejection(error.key or key, error.reason, str(error))
 
     with thread_pool(threads) as pool:
         # In parts: a pool would take all of a large source at once.

@@ -8,9 +8,10 @@ if one record cannot be read, Retry if the storage is away; it may be called fro
 from etils import epath
 
 from sana_jax.data.folder import Folder
-from sana_jax.data.records import Fingerprinted, Source
+from sana_jax.data.records import Fingerprinted, NoData, Source
 from sana_jax.data.tfds_source import TFDSSource
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import Retry, UserError
+from sana_jax.runtime.files import reason_of
 
 
 def open_source(
@@ -18,6 +19,7 @@ def open_source(
     split: str = "train",
     data_dir: str | None = None,
     size: int = 128,
+    resumes: bool = False,
 ) -> Source:
     """Opens `spec`, one of
 
@@ -25,15 +27,28 @@ def open_source(
     - `tfds:NAME[/CONFIG][:VERSION]`: a prepared TFDS data set under `data_dir`;
     - `precomputed:DIR`: latents of that split that `python -m sana_jax.precompute` wrote to DIR or
       to DIR/split;
-    - anything else: a folder of images. Its subfolder `split` is read if there is one; otherwise
-      the whole folder is the split `train`.
+    - anything else: a folder of images, of which layout.choose finds the split.
 
-    Raises UserError if there is no such folder, data set or split, or nothing in it.
+    Args:
+      resumes: whether the data has been read before, so that it is only away if it is not there.
+
+    Raises UserError if there is no such folder, data set or split, or nothing in it; Retry instead
+    where `resumes`.
     """
+    try:
+        return _open(spec, split, data_dir, size)
+    except (NoData, OSError) as error:
+        if isinstance(error, OSError):
+            error = NoData(f"{spec}: {reason_of(error)}")
+        if resumes:
+            raise Retry(f"{error} (it was there before; try again when it is back)") from None
+        raise error from None
+
+
+def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
     if spec == "shapes":
-        from sana_jax.shapes.dataset import (
-            open_split,  # what draws is not needed to read other sources
-        )
+        # What draws is not needed to read other sources.
+        from sana_jax.shapes.dataset import open_split
 
         return Fingerprinted(open_split(data_dir, split, size), f"shapes {split} {size}")
     if spec.startswith("tfds:"):
@@ -43,22 +58,12 @@ def open_source(
         from sana_jax.data.precomputed import Precomputed
 
         return Precomputed(spec.removeprefix("precomputed:"), split)
-    folder = Folder(_folder_of(spec, split))
-    return Fingerprinted(folder, folder.listing)
-
-
-def _folder_of(spec: str, split: str) -> epath.Path:
     root = epath.Path(spec).expanduser()
-    if not root.is_dir():
-        known = "shapes, tfds:NAME, precomputed:DIR or a folder of images"
-        raise UserError(f"{spec}: there is no such folder; the data is {known}")
-    if (root / split).is_dir():
-        return root / split
-    inside = sorted(path.name for path in root.iterdir() if path.is_dir())
-    if split == "train" and not {"test", "validation", "val"} & set(inside):
-        return root
-    there = f"there are {', '.join(inside[:10])}" if inside else "it has no subfolders"
-    raise UserError(
-        f"{spec}: no split {split!r}, which would be a subfolder; {there}."
-        " Make one, or name another split (a folder without subfolders is the split train)"
-    )
+    try:
+        if not root.is_dir():
+            known = "shapes, tfds:NAME, precomputed:DIR or a folder of images"
+            raise NoData(f"{spec}: there is no such folder; the data is {known}")
+        folder = Folder(root, split)
+    except ImportError as error:  # of what reads such addresses
+        raise UserError(f"{spec}: {error}") from None
+    return Fingerprinted(folder, folder.listing)

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from sana_jax.data.records import NoData
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_readable
 
@@ -32,7 +33,7 @@ class TFDSSource:
         builder = _builder(tfds, spec, data_dir)
         splits = builder.info.splits
         if not splits:
-            raise UserError(
+            raise NoData(
                 f"tfds:{spec} is not prepared in {builder.data_dir}; run python -c 'import"
                 f' tensorflow_datasets as tfds; tfds.builder("{spec}").download_and_prepare('
                 'file_format="array_record")\', or give its data_dir'
@@ -82,7 +83,7 @@ def _builder(tfds, spec: str, data_dir: str | None):
             name, tfds.list_builders(with_community_datasets=False), n=3
         )
         hint = f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
-        raise UserError(f"tfds:{spec}: TFDS has no data set {name!r}; {hint}") from None
+        raise NoData(f"tfds:{spec}: TFDS has no data set {name!r}; {hint}") from None
     except (ValueError, AssertionError) as error:  # a config or a version that it does not have
         raise UserError(f"tfds:{spec}: {' '.join(str(error).split())}") from None
 

@@ -13,7 +13,7 @@ from sana_jax import sharding
 from sana_jax.checkpoints.components import module_for
 from sana_jax.checkpoints.load import open_checkpoint, place_all
 from sana_jax.data.loader import EvaluationLoader
-from sana_jax.data.records import Source
+from sana_jax.data.records import NoData, Source
 from sana_jax.data.sources import open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.metrics import lpips
@@ -130,11 +130,14 @@ def open_data(
         prepare(data_dir, size, train=1, test=SHAPES_TEST)
     if data.startswith("precomputed:"):
         raise UserError(f"--data={data}: these are latents; give images")
-    if split is None:
-        named, root = data == "shapes" or data.startswith("tfds:"), epath.Path(data).expanduser()
-        split = "test" if named or (root / "test").is_dir() else "train"
-        if not named and not (root / split).is_dir():
-            return open_source(data), None
+    named = data == "shapes" or data.startswith("tfds:")
+    if split is None and not named:
+        try:
+            return open_source(data, "test"), "test"
+        except NoData:  # no folder is called so
+            has_train = (epath.Path(data).expanduser() / "train").is_dir()
+            return open_source(data), "train" if has_train else None
+    split = split or "test"
     return open_source(data, split, data_dir, size), split
 
 

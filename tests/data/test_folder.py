@@ -100,6 +100,56 @@ def test_bad_captions_have_a_reason(tmp_path, files):
     assert caught.value.reason == "bad_caption"
 
 
+def test_the_image_is_named_where_its_captions_are_wrong(tmp_path):
+    folder = Folder(make(tmp_path, {"b/a.png": PNG, "b/a.json": "{'captions': ['a door']}"}))
+    with pytest.raises(BadImage, match="bad_caption: b/a.json: no JSON: ") as caught:
+        folder[0]
+    assert caught.value.key == "b/a.png"
+
+
+def test_metadata_of_a_split_is_found_in_and_above_it(tmp_path):
+    for name, file_name in ("metadata.jsonl", "Train/a.png"), ("Train/metadata.jsonl", "a.png"):
+        line = {"file_name": file_name, "text": "a cat"}
+        root = make(tmp_path / name, {"Train/a.png": PNG, "Test/b.png": PNG, name: line})
+        folder = Folder(root, "train")
+        assert (folder[0]["key"], folder[0]["captions"]) == ("a.png", ["a cat"])
+        before = folder.listing
+        make(root, {name: line | {"text": "two cats"}})
+        assert Folder(root, "train").listing != before
+
+
+def test_one_line_counts_what_is_not_read(tmp_path, caplog):
+    files = [
+        "train/a.png",
+        "val/b.png",
+        "c.HEIC",
+        "train/d.heic",
+        "e.mp4",
+        "README",
+        "train/.f.png",
+    ]
+    make(tmp_path, dict.fromkeys(files, PNG) | {"train/g.txt": "a cat", ".DS_Store": PNG})
+    (tmp_path / "linked").symlink_to(tmp_path / "val")
+    Folder(tmp_path, "train")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        f"{tmp_path}: split train: 1 of train; held out: 1 of val; not read: * without an ending"
+        " (1), *.heic (2), *.mp4 (1), captions without an image (1), hidden images (1), linked"
+        " folders (1)"
+    )
+    caplog.clear()
+    Folder(make(tmp_path / "plain", {"a.png": PNG, "a.txt": "a cat"}), "train")
+    assert not caplog.records
+
+
+def test_a_split_may_be_a_linked_folder(tmp_path):
+    make(tmp_path, {"real/a.png": PNG, "photos/val2017/b.png": PNG})
+    (tmp_path / "photos/train2017").symlink_to(tmp_path / "real")
+    (tmp_path / "real/train").symlink_to(tmp_path / "photos")
+    folder = Folder(tmp_path / "photos", "train")
+    assert [folder[i]["key"] for i in range(len(folder))] == ["a.png"]
+
+
 def test_no_image_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match="no image in it or below"):
         Folder(make(tmp_path, {"a.txt": "a cat", ".b.png": PNG}))

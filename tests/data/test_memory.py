@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sana_jax.data.images import BadImage
 from sana_jax.data.loader import TrainingLoader
 from sana_jax.data.memory import InMemory
 from sana_jax.data.rejections import Budget
@@ -56,3 +57,11 @@ def test_what_is_kept_is_read_once_and_no_more_is_kept(source):
         assert counts[0] == counts[1] and counts[0].used == usable
         assert source.reads == usable + unusable + (usable - kept)
         source.reads = 0
+
+
+def test_a_record_that_cannot_be_read_keeps_its_name(tmp_path):
+    source = InMemory(open_source(str(make(tmp_path, {"b/a.png": b"", "b/a.json": "{"}))))
+    for _ in range(2):
+        with pytest.raises(BadImage, match="bad_caption: b/a.json") as caught:
+            source[0]
+        assert caught.value.key == "b/a.png"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sana_jax.data.images import BadImage
-from sana_jax.data.records import Fingerprinted, fingerprint
+from sana_jax.data.records import Fingerprinted, captioned, fingerprint
 from sana_jax.data.sources import open_source
 from tests.data.bad_files import encode, picture
 from tests.data.test_folder import PNG, make
@@ -59,3 +59,18 @@ def test_a_record_that_its_file_rejects_is_a_bad_image():
     with pytest.raises(BadImage, match="unreadable: RuntimeError: a checksum does not fit"):
         source[1]
     assert source.fingerprint != Fingerprinted(records, "three").fingerprint
+
+
+def test_an_empty_caption_goes_with_all_that_is_its_own():
+    styles = json.dumps({"captions": ["s", "t", "u"], "seed": 1})
+    found = captioned(["x ", "", "z"], [1.0, 2.0, 3.0], styles)
+    assert found["captions"] == ["x", "z"] and found["scores"] == [1.0, 3.0]
+    assert json.loads(found["truth"]) == {"captions": ["s", "u"], "seed": 1}
+    for truth in ("", "{", "[" * 10**5, '{"captions": 3}', '{"captions": [1, 2]}'):
+        assert captioned(["x", ""], [], truth) == {
+            "captions": ["x"], "scores": [], "truth": truth.replace(", 2", "")
+        }  # fmt: skip
+    with pytest.raises(BadImage, match="bad_caption: 2 captions but 1 scores"):
+        captioned(["x", ""], [1.0], "")
+    untouched = {"captions": ["x", "z"], "scores": [1.0], "truth": styles}
+    assert captioned(**untouched) == untouched

@@ -1,11 +1,12 @@
 """open_source: what a name may mean."""
 
 import pytest
+from etils import epath
 
 from sana_jax.data.images import decode
 from sana_jax.data.records import Record
 from sana_jax.data.sources import open_source
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.shapes.dataset import prepare
 from tests.data.test_folder import PNG, make
 
@@ -27,6 +28,41 @@ def test_a_test_split_is_not_trained_on(tmp_path):
     make(tmp_path, {"a.png": PNG, "test/b.png": PNG})
     with pytest.raises(UserError, match="no split 'train'"):
         open_source(str(tmp_path))
+
+
+def test_what_a_name_calls_held_out_is_not_trained_on(tmp_path):
+    make(tmp_path, {"train2017/a.png": PNG, "val2017/b.png": PNG})
+    train, test = (open_source(str(tmp_path), split) for split in ("train", "test"))
+    assert [train[0]["key"], test[0]["key"]] == ["a.png", "b.png"] and len(train) == len(test) == 1
+    moved = make(tmp_path / "moved", {"train2017/a.png": PNG})
+    assert open_source(str(moved)).fingerprint == train.fingerprint
+    assert open_source(str(moved / "train2017")).fingerprint == train.fingerprint
+
+
+@pytest.mark.parametrize("there", [None, {}, {"test/a.png": PNG}, {"notes.txt": "a"}])
+@pytest.mark.parametrize("kind", ["", "precomputed:", "tfds:sana_toy_that_moved:"])
+def test_data_that_was_read_before_is_away_and_not_wrong(tmp_path, there, kind):
+    """A mount point is there, empty, while its disk is not."""
+    root = tmp_path / "photos"
+    if there is not None:
+        root.mkdir()
+        make(root, there)
+    spec = f"{kind}{root}" if kind != "tfds:sana_toy_that_moved:" else "tfds:sana_toy_that_moved"
+    with pytest.raises(UserError):
+        open_source(spec, data_dir=str(root))
+    with pytest.raises(Retry, match="it was there before; try again when it is back"):
+        open_source(spec, data_dir=str(root), resumes=True)
+
+
+def test_a_folder_that_does_not_answer(tmp_path, monkeypatch):
+    def broken(path):
+        raise OSError(107, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", broken)
+    with pytest.raises(UserError, match=f"{tmp_path}: Transport endpoint is not connected"):
+        open_source(str(tmp_path))
+    with pytest.raises(Retry, match="Transport endpoint"):
+        open_source(str(tmp_path), resumes=True)
 
 
 def test_a_folder_that_is_none(tmp_path):

@@ -75,6 +75,13 @@ def test_the_split_is_test_where_there_is_one(tmp_path):
     assert (name, len(source)) == (None, 3)
 
 
+def test_what_a_folder_holds_out_is_measured_whatever_it_is_called(tmp_path):
+    save_pictures(tmp_path / "photos/train2017", ["red", "blue"])
+    save_pictures(tmp_path / "photos/val2017", ["green"])
+    source, name = open_data(str(tmp_path / "photos"), None, None, SIZE)
+    assert (name, len(source)) == ("test", 1)
+
+
 def test_a_cache_holds_no_other_split_of_shapes(cache):
     with pytest.raises(UserError, match="--split=train of shapes"):
         open_data("shapes", None, "train", SIZE)
