@@ -4,14 +4,23 @@ Pixels are sRGB as stored: colour profiles are not applied. Only the first of se
 pages is read. 16-bit colour loses its low byte in Pillow's decoder; 16-bit grey is rounded.
 """
 
+import contextlib
 import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
-MAX_PIXELS = 8192 * 8192  # of one image; Pillow itself refuses above 178,956,970
+MAX_PIXELS = 8192 * 8192  # of one image, unless told otherwise
+MOST_PIXELS = 178_956_970  # that the limit of an image can be raised to: Pillow's own
 MIN_SIDE = 16  # pixels
+# That are decoded at once by all threads: two of the largest images, at 15 bytes a pixel 2 GB.
+PIXELS_AT_ONCE = 2 * MAX_PIXELS
 
 # Pillow's decoders that may see data of unknown origin: EPS, for one, would start a program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
@@ -29,6 +38,13 @@ REASONS = {
     "bad_caption": "the captions beside it are not what they should be",
     "bad_latents": "its latents are not finite, or have another shape than was written down",
 }
+
+# Chunks of a PNG that a decoder may leave out, but whose content changes what `decode` returns or
+# says; and texts, of which those with one of these keywords say which way up the image is.
+_PNG = b"\x89PNG\r\n\x1a\n"
+_READ = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"gAMA", b"cHRM", b"sRGB", b"pHYs")
+_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+_ORIENTED = (b"exif", b"xmp", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 
@@ -50,7 +66,24 @@ def decode(
 
     The size in the header is checked before any pixel is decoded. Raises BadImage.
     """
+    with decoded(data, max_pixels, min_side) as pixels:
+        return pixels
+
+
+@contextlib.contextmanager
+def decoded(
+    data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """Yields what `decode` returns, for a block that makes something smaller of it.
+
+    Large images wait here until other threads' blocks have ended. Such blocks are not nested.
+    """
     image = _open(data, max_pixels, min_side)
+    with _ROOM.taken(image.width * image.height):
+        yield _decode(image, data)
+
+
+def _decode(image: Image.Image, data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     try:
         image.load()
         return np.array(_rgb(_upright(image)))
@@ -58,6 +91,31 @@ def decode(
         raise
     except Exception as error:  # decoders raise whatever they stumble on
         raise _broken(data, error) from None
+
+
+class Room:
+    """Space that threads share; who asks for more than all of it gets it alone."""
+
+    def __init__(self, size: int):
+        self._size, self._used = size, 0
+        self._changed, self._turn = threading.Condition(), threading.Lock()
+
+    @contextlib.contextmanager
+    def taken(self, share: int) -> Iterator[None]:
+        """Waits until there is room for `share`, in turn, and keeps it while the block runs."""
+        share = min(share, self._size)
+        with self._turn, self._changed:  # in turn, or small ones would pass a large one for ever
+            self._changed.wait_for(lambda: self._used + share <= self._size)
+            self._used += share
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= share
+                self._changed.notify_all()
+
+
+_ROOM = Room(PIXELS_AT_ONCE)
 
 
 def size_of(data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> tuple[int, int]:
@@ -122,7 +180,7 @@ def _read_header(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(_without_notes(data)), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", f"{error}") from None
     except Image.UnidentifiedImageError:
@@ -133,6 +191,51 @@ def _read_header(data: bytes) -> Image.Image:
         raise
     except Exception as error:
         raise _broken(data, error) from None
+
+
+def _without_notes(data: bytes) -> bytes:
+    """Returns a PNG without the chunks that `decode` does not read; other data as it is.
+
+    Pillow refuses an image whose notes or colour profile are long, as editors write them.
+    """
+    if not data.startswith(_PNG):
+        return data
+    kept, start, place = [], 0, len(_PNG)
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        if end > len(data):
+            break  # it is cut short here, which the decoder shall see
+        if kind in _TEXT:
+            is_read = _says_orientation(kind, data[place + 8 : end - 4])
+        else:
+            is_read = kind[:1].isupper() or kind in _READ  # a capital: it may not be left out
+        if not is_read:
+            kept.append(data[start:place])
+            start = end
+        place = end
+        if kind == b"IEND":
+            break
+    return b"".join([*kept, data[start:]]) if start else data
+
+
+def _says_orientation(kind: bytes, content: bytes) -> bool:
+    """Returns whether Pillow would find which way is up in a PNG's text, and not refuse it."""
+    keyword, _, text = content.partition(b"\0")
+    if keyword not in _ORIENTED:
+        return False
+    if kind == b"zTXt":
+        packed = text[1:]  # after the method
+    elif kind == b"iTXt" and text[:1] == b"\1":
+        packed = text[2:].split(b"\0", 2)[-1]  # after flag, method, language and translation
+    else:
+        return len(text) <= MAX_TEXT_MEMORY
+    unpacker = zlib.decompressobj()
+    try:
+        unpacker.decompress(packed, MAX_TEXT_CHUNK)
+    except zlib.error:  # Pillow ignores it
+        return True
+    return not unpacker.unconsumed_tail
 
 
 def _broken(data: bytes, error: Exception) -> BadImage:
@@ -151,8 +254,10 @@ def _lies(image: Image.Image, data: bytes) -> bool:
         # These may follow the pixels, and Pillow decodes an image to look for them.
         if not any(name in data for name in (b"eXIf", b"type exif", b"com.adobe.xmp")):
             return False
+    share = image.width * image.height if image.format == "PNG" else 0
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        with _ROOM.taken(share):
+            return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except Exception:
         return False
 

@@ -1,6 +1,7 @@
 """Transforms of a record into one row of a batch."""
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ from sana_jax.data import images
 from sana_jax.data.records import Record
 from sana_jax.models import buckets
 from sana_jax.pictures import to_float
+from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 
 Example = dict[str, np.ndarray]
@@ -50,24 +52,23 @@ class ImageTransform:
             raise UserError("flip=True: crop='centre' leaves nothing to chance; give 'random'")
         if self.dtype not in ("float32", "uint8"):
             raise UserError(f"dtype={self.dtype!r}: images are float32 or uint8")
+        checks.within("max_pixels", self.max_pixels, 1, images.MOST_PIXELS)
 
     @property
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
-        image = record["image"]
-        if isinstance(image, bytes):  # InMemory has decoded it
-            image = images.decode(image, self.max_pixels, self.min_side)
-        image = images.cover_crop(
-            image,
-            self.height,
-            self.width,
-            None if self.crop == "centre" else rng,
-            flip=self.flip,
-            resize=self.crop != "patch",
-            upscale=self.upscale,
-        )
+        with _pixels(record, self.max_pixels, self.min_side) as pixels:
+            image = images.cover_crop(
+                pixels,
+                self.height,
+                self.width,
+                None if self.crop == "centre" else rng,
+                flip=self.flip,
+                resize=self.crop != "patch",
+                upscale=self.upscale,
+            )
         return {"image": image if self.dtype == "uint8" else to_float(image)}
 
 
@@ -97,15 +98,21 @@ class BucketTransform:
         return dataclasses.asdict(self) | {"table": [list(size) for size in self.table]}
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
-        image = record["image"]
-        if isinstance(image, bytes):
-            image = images.decode(image, self.max_pixels, self.min_side)
-        (bucket,) = buckets.assign(np.array([image.shape[:2]]), self.table, upscale=True)
-        return self._of(self.table[bucket])(record | {"image": image}, rng)
+        with _pixels(record, self.max_pixels, self.min_side) as pixels:
+            (bucket,) = buckets.assign(np.array([pixels.shape[:2]]), self.table, upscale=True)
+            return self._of(self.table[bucket])(record | {"image": pixels}, rng)
 
     def _of(self, size: tuple[int, int]) -> ImageTransform:
         options = (self.crop, self.flip, self.upscale, self.dtype, self.max_pixels, self.min_side)
         return ImageTransform(*size, *options)
+
+
+def _pixels(record: Record, max_pixels: int, min_side: int) -> AbstractContextManager[np.ndarray]:
+    """Returns a context with a record's pixels, which InMemory has decoded already."""
+    image = record["image"]
+    if isinstance(image, bytes):
+        return images.decoded(image, max_pixels, min_side)
+    return nullcontext(image)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,10 @@
 """decode and cover_crop against NumPy and jax.image."""
 
 import io
+import struct
+import threading
+import time
+import zlib
 
 import jax
 import numpy as np
@@ -8,7 +12,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from sana_jax.data import images
-from sana_jax.data.images import BadImage, cover_crop, decode
+from sana_jax.data.images import BadImage, Room, cover_crop, decode
+from sana_jax.data.transforms import BucketTransform, ImageTransform
+from tests import PATIENCE
 from tests.data import bad_files
 from tests.data.bad_files import HEIGHT, WIDTH, encode, picture
 
@@ -103,6 +109,107 @@ def test_the_first_frame_counts(name):
     assert Image.open(io.BytesIO(USABLE[name])).n_frames == 3
     palette = 16 if name.endswith("gif") else 0  # it has 256 colours; the frames are 200 apart
     assert distance(decode(USABLE[name]), picture()) <= palette
+
+
+def chunks_of(data: bytes, at: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Puts chunks into a PNG: behind its header (at=33), or before its end (at=-12)."""
+    made = (
+        struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
+        for kind, x in chunks
+    )
+    return data[:at] + b"".join(made) + data[at:]
+
+
+ZEROS = zlib.compress(bytes(3 << 20))  # three times what Pillow reads of one text
+TURN = b'<x tiff:Orientation="6"/>'
+XMP = b"XML:com.adobe.xmp\0"
+
+
+@pytest.mark.parametrize("at", [33, -12])
+@pytest.mark.parametrize(
+    "kind, content",
+    [
+        (b"zTXt", b"Comment\0\0" + ZEROS),
+        (b"iTXt", b"Comment\0\1\0en\0\0" + ZEROS),
+        (b"iTXt", XMP + b"\1\0\0\0" + ZEROS),
+        (b"tEXt", b"Comment\0" + b"x" * (65 << 20)),
+        (b"iCCP", b"ICC Profile\0\0" + ZEROS),
+        (b"iCCP", b"ICC Profile\0\7" + b"of no known method"),
+        (b"mkBF", b"an editor's layers"),
+    ],
+    ids=lambda value: value[:4].decode() if len(value) == 4 else "",
+)
+def test_what_image_editors_add_to_a_png_does_not_matter(kind, content, at):
+    for name in "plain.png", "rgba.png", "palette_clear.png", "sixteen_bit.png", "animated.png":
+        with_notes = chunks_of(USABLE[name], at, (kind, content))
+        assert (decode(with_notes) == decode(USABLE[name])).all(), name
+        assert images.size_of(with_notes) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("at", [33, -12])
+@pytest.mark.parametrize(
+    "kind, content",
+    [
+        (b"iTXt", XMP + b"\0\0\0\0" + TURN),
+        (b"iTXt", XMP + b"\1\0x\0x\0" + zlib.compress(TURN)),
+        (b"iTXt", XMP + b"\0\0\0\0" + TURN + bytes(2 << 20)),
+        (b"zTXt", XMP + b"\0" + zlib.compress(TURN)),
+    ],
+)
+def test_notes_that_say_which_way_is_up_are_read(kind, content, at):
+    turned = chunks_of(USABLE["plain.png"], at, (kind, content), (b"zTXt", b"x\0\0" + ZEROS))
+    assert (decode(turned) == np.rot90(picture(), 3)).all()
+    assert images.size_of(turned) == (WIDTH, HEIGHT)
+
+
+def test_large_images_wait_in_turn_until_there_is_room():
+    room, order, release = Room(4), [], threading.Event()
+
+    def take(name: str, share: int):
+        with room.taken(share):
+            order.append(f"{name} of {room._used}")
+            assert name != "first" or release.wait(PATIENCE)
+
+    def start(name: str, share: int, until) -> threading.Thread:
+        thread = threading.Thread(target=take, args=(name, share), daemon=True)
+        thread.start()
+        end = time.monotonic() + PATIENCE
+        while not until() and time.monotonic() < end:
+            time.sleep(1e-3)
+        return thread
+
+    threads = [
+        start("first", 3, lambda: order),
+        start("larger than all", 9, room._turn.locked),
+        start("small", 1, lambda: True),  # there is room, but it is not its turn
+    ]
+    assert order == ["first of 3"]
+    release.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert order == ["first of 3", "larger than all of 4", "small of 1"] and room._used == 0
+
+
+def test_pixels_are_decoded_and_cut_where_there_is_room(monkeypatch):
+    used = []
+    monkeypatch.setattr(images, "_ROOM", room := Room(10**6))
+    for name in "_rgb", "cover_crop":
+        whole = getattr(images, name)
+
+        def watched(*args, whole=whole, **options):
+            used.append(room._used)
+            return whole(*args, **options)
+
+        monkeypatch.setattr(images, name, watched)
+    record = {"image": USABLE["plain.png"]}
+    rng = np.random.default_rng(0)
+    for transform in ImageTransform(16, 16), BucketTransform(((16, 16), (16, 32))):
+        assert transform(record, rng)["image"].shape[0] == 16
+    assert used == [WIDTH * HEIGHT] * 4
+    for name in "half.png", "flipped.png", "lab.tiff":
+        with pytest.raises(BadImage):
+            decode(UNUSABLE[name][0])
+    assert room._used == 0
 
 
 def test_any_cut_and_any_flipped_byte_gives_an_image_or_a_reason():
