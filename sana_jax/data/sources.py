@@ -45,6 +45,24 @@ def open_source(
         raise error from None
 
 
+def check_apart(train: Source, held_out: Source, train_split: str, test_split: str) -> None:
+    """Raises UserError if records of TFDS are in both of two splits, given with their names."""
+    files: dict[str, list[tuple[int, int]]] = {}
+    for file, first, end in getattr(train, "places", None) or ():
+        files.setdefault(file, []).append((first, end))
+    common = sum(
+        max(0, min(end, last) - max(first, start))
+        for file, first, end in getattr(held_out, "places", None) or ()
+        for start, last in files.get(file, ())
+    )
+    if common:
+        raise UserError(
+            f"config.data.train_split={train_split} and config.data.test_split={test_split} have"
+            f" {common} records in common: percentages are rounded to whole records; give numbers"
+            " of records, such as train[100:] and train[:100]"
+        )
+
+
 def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
     if spec == "shapes":
         # What draws is not needed to read other sources.

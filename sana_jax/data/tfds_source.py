@@ -5,11 +5,14 @@ Read without TensorFlow, from files with random access (ArrayRecord). Images sta
 
 import difflib
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from sana_jax.data.records import NoData
+from sana_jax.data.images import BadImage
+from sana_jax.data.records import NoData, captioned
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_readable
 
@@ -22,8 +25,8 @@ KEY_NAMES = ("key", "id", "image_id", "image/id", "file_name", "image/filename",
 class TFDSSource:
     """The records of `tfds:NAME[/CONFIG][:VERSION]`.
 
-    Captions may be one text, a list of texts, a list of {"text": ...}, or a class label, whose
-    name becomes the caption. Raises UserError for a data set that is unknown or not prepared here,
+    Captions may be one text, a list of texts, a list of {"text": ...}, or class labels, whose names
+    become captions. Raises UserError for a data set that is unknown or not prepared here,
     for a split that it lacks, and for features without an image.
     """
 
@@ -42,18 +45,30 @@ class TFDSSource:
             raise UserError(f"tfds:{spec}: no split {split!r}; there are {', '.join(splits)}")
         features = builder.info.features
         self._image = _image_name(tfds, spec, features)
-        self._captions = next((name for name in CAPTION_NAMES if name in features), None)
+        readers = {
+            name: _reader(tfds, features[name]) for name in CAPTION_NAMES if name in features
+        }
+        self._captions, self._read = next(
+            ((name, read) for name, read in readers.items() if read), ("", None)
+        )
         self._key = next((name for name in KEY_NAMES if name in features), None)
-        label = features[self._captions] if self._captions else None
-        self._label = label if isinstance(label, tfds.features.ClassLabel) else None
         try:
             skip = {self._image: tfds.decode.SkipDecoding()}
             self._data = builder.as_data_source(split, decoders=skip)
+            chosen = splits[split]
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"tfds:{spec}: {' '.join(str(error).split())}") from None
         self._about = epath.Path(builder.data_dir) / "dataset_info.json"
         # What a fingerprint starts from.
-        self.name = f"{builder.info.full_name} {split} {splits[split].num_bytes}"
+        self.name = f"{builder.info.full_name} {split} {chosen.num_bytes}"
+        self.places = [
+            (
+                part.filename,
+                part.skip,
+                part.examples_in_shard if part.take < 0 else part.skip + part.take,
+            )
+            for part in chosen.file_instructions
+        ]
 
     def __len__(self) -> int:
         return len(self._data)
@@ -64,14 +79,23 @@ class TFDSSource:
         except RuntimeError:  # ArrayRecord's, for damage and for a storage that is away
             check_readable(self._about)
             raise
-        captions = row[self._captions] if self._captions else []
-        return {
-            "key": str(_text(row[self._key])) if self._key else f"{index:08d}",
-            "image": row[self._image],
-            "captions": [self._label.int2str(captions)] if self._label else _texts(captions),
-            "scores": [float(score) for score in row.get("scores", ())],
-            "truth": str(_text(row.get("truth", ""))),
-        }
+        key = str(_text(row[self._key])) if self._key else f"{index:08d}"
+        try:
+            scores = [float(score) for score in np.ravel(row.get("scores", ()))]
+            captions = self._read(row[self._captions]) if self._read else []
+            texts = captioned(captions, scores, str(_text(row.get("truth", ""))))
+        except BadImage as error:
+            error.key = key
+            raise
+        return {"key": key, "image": row[self._image], **texts}
+
+    def key_of(self, index: int) -> str:
+        """Returns the file that a record is in and its number there."""
+        for file, first, end in self.places:
+            if index < end - first:
+                return f"{epath.Path(file).name} record {first + index}"
+            index -= end - first
+        raise IndexError(index)
 
 
 def _builder(tfds, spec: str, data_dir: str | None):
@@ -101,10 +125,20 @@ def _text(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _texts(captions: Any) -> list[str]:
-    if isinstance(captions, dict):  # a sequence of dicts arrives as a dict of sequences
-        captions = captions.get("text", [])
-    if isinstance(captions, str | bytes):
-        captions = [captions]
-    texts = [str(_text(caption)).strip() for caption in captions]
-    return [text for text in texts if text]
+def _reader(tfds, feature) -> Callable[[Any], list[str]] | None:
+    """Returns what makes captions of a feature's values; None for numbers, which are no captions.
+
+    A label becomes its name; an unlabelled record, whose label is negative, has an empty caption.
+    """
+    inner = getattr(feature, "feature", None)  # of a sequence, which arrives as a list
+    if hasattr(feature, "items"):
+        readers = {name: _reader(tfds, feature[name]) for name in CAPTION_NAMES if name in feature}
+        name, read = next(((n, r) for n, r in readers.items() if r), ("", None))
+        return read and (lambda values: read(values[name]))
+    if inner is not None:
+        return _reader(tfds, inner)  # a sequence of dicts arrives as a dict of sequences
+    if isinstance(feature, tfds.features.ClassLabel):
+        return lambda labels: [feature.int2str(int(i)) if i >= 0 else "" for i in np.ravel(labels)]
+    if np.dtype(feature.np_dtype) == object:
+        return lambda texts: [str(_text(text)) for text in np.ravel(np.asarray(texts, object))]
+    return None

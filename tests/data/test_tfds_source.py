@@ -8,20 +8,23 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sana_jax.data.images import BadImage, decode
-from sana_jax.data.sources import open_source
+from sana_jax.data.sources import check_apart, open_source
 from sana_jax.runtime.errors import Retry, UserError
 from tests.data.bad_files import encode, picture
 
 COUNT = 5
+LABELS = ["cat", "dog"]
+CAPTIONED = (
+    *("text", "texts", "nested", "label", "none"),
+    *("unlabelled", "labels", "scalar", "strings", "number", "gaps"),
+)
 
 
 class SanaToy(tfds.core.GeneratorBasedBuilder):
     """Images under an unusual name, and captions in every form that is understood."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=name) for name in ("text", "texts", "nested", "label", "none")
-    ]
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CAPTIONED]
     captions = {
         "text": {"caption": tfds.features.Text()},
         "texts": {
@@ -32,6 +35,16 @@ class SanaToy(tfds.core.GeneratorBasedBuilder):
         "nested": {"captions": tfds.features.Sequence({"text": tfds.features.Text()})},
         "label": {"label": tfds.features.ClassLabel(names=["cat", "dog"])},
         "none": {},
+        "unlabelled": {"label": tfds.features.ClassLabel(names=LABELS)},
+        "labels": {"label": tfds.features.Sequence(tfds.features.ClassLabel(names=LABELS))},
+        "scalar": {"caption": tfds.features.Scalar(np.str_), "scores": np.float32},
+        "strings": {"caption": tfds.features.Tensor(shape=(None,), dtype=np.str_)},
+        "number": {"text": np.int64, "label": tfds.features.ClassLabel(names=LABELS)},
+        "gaps": {
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "scores": tfds.features.Sequence(np.float32),
+            "truth": tfds.features.Text(),
+        },
     }
     values = {
         "text": {"caption": "a cat"},
@@ -39,6 +52,16 @@ class SanaToy(tfds.core.GeneratorBasedBuilder):
         "nested": {"captions": [{"text": "a cat"}, {"text": " "}]},
         "label": {"label": "dog"},
         "none": {},
+        "unlabelled": {"label": -1},
+        "labels": {"label": [1, -1, 0]},
+        "scalar": {"caption": "a cat", "scores": 0.5},
+        "strings": {"caption": ["a cat", "a dog"]},
+        "number": {"text": 3, "label": "cat"},
+        "gaps": {
+            "captions": ["a cat", " ", "a dog"],
+            "scores": [0.5, 0.25, 0.125],
+            "truth": '{"captions": [{"style": "s"}, {"style": "t"}, {"style": "u"}]}',
+        },
     }
 
     def _info(self):
@@ -74,6 +97,15 @@ def data_dir(tmp_path_factory):
         ("nested", ["a cat"], [], ""),
         ("label", ["dog"], [], ""),
         ("none", [], [], ""),
+        ("unlabelled", [], [], ""),
+        ("labels", ["dog", "cat"], [], ""),
+        ("scalar", ["a cat"], [0.5], ""),
+        ("strings", ["a cat", "a dog"], [], ""),
+        ("number", ["cat"], [], ""),
+        (
+            *("gaps", ["a cat", "a dog"], [0.5, 0.125]),
+            '{"captions": [{"style": "s"}, {"style": "u"}]}',
+        ),
     ],
 )
 def test_records(data_dir, config, captions, scores, truth):
@@ -94,6 +126,26 @@ def test_splits_and_fingerprints(data_dir):
     again = open_source("tfds:sana_toy/text", "train", data_dir)
     assert again.fingerprint == sources[0].fingerprint
     assert len({source.fingerprint for source in sources}) == len(specs)
+
+
+@pytest.mark.parametrize(
+    "train, test, common",
+    [
+        ("train", "test", 0),
+        ("train[:3]", "train[3:]", 0),
+        ("train[:95%]", "train[-5%:]", COUNT),  # of five records both are all
+        ("train[1:4]", "train[3:]", 1),
+        ("train", "train", COUNT),
+    ],
+)
+def test_splits_that_share_records_are_refused(data_dir, train, test, common):
+    sources = [open_source("tfds:sana_toy/text", split, data_dir) for split in (train, test)]
+    if not common:
+        check_apart(*sources, train, test)
+        return
+    with pytest.raises(UserError, match=f"have {common} records in common: percentages") as caught:
+        check_apart(*sources, train, test)
+    assert f"config.data.train_split={train} and config.data.test_split={test}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +189,7 @@ def test_a_damaged_record_has_a_reason_and_its_neighbours_are_read(tmp_path):
             good += 1
         except BadImage as error:
             assert error.reason == "unreadable"
+            assert error.key == f"{file.name} record {i}"
     assert good == COUNT - 1
     (file.parent / "dataset_info.json").unlink()  # as of a mount that went away
     with pytest.raises(Retry, match="dataset_info.json cannot be read: No such file"):
