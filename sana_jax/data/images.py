@@ -19,7 +19,8 @@ from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 MAX_PIXELS = 8192 * 8192  # of one image, unless told otherwise
 MOST_PIXELS = 178_956_970  # that the limit of an image can be raised to: Pillow's own
 MIN_SIDE = 16  # pixels
-# That are decoded at once by all threads: two of the largest images, at 15 bytes a pixel 2 GB.
+# That all threads decode at once: two of the largest images, or one that is transparent, which has
+# more copies. At 15 and 30 bytes a pixel these are 2 GB.
 PIXELS_AT_ONCE = 2 * MAX_PIXELS
 
 # Pillow's decoders that may see data of unknown origin: EPS, for one, would start a program.
@@ -79,8 +80,11 @@ def decoded(
     Large images wait here until other threads' blocks have ended. Such blocks are not nested.
     """
     image = _open(data, max_pixels, min_side)
-    with _ROOM.taken(image.width * image.height):
-        yield _decode(image, data)
+    share = image.width * image.height * (2 if image.has_transparency_data else 1)
+    with _ROOM.taken(share):
+        pixels = _decode(image, data)
+        del image  # it has as many bytes again
+        yield pixels
 
 
 def _decode(image: Image.Image, data: bytes) -> UInt8[np.ndarray, "H W 3"]:

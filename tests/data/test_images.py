@@ -206,6 +206,8 @@ def test_pixels_are_decoded_and_cut_where_there_is_room(monkeypatch):
     for transform in ImageTransform(16, 16), BucketTransform(((16, 16), (16, 32))):
         assert transform(record, rng)["image"].shape[0] == 16
     assert used == [WIDTH * HEIGHT] * 4
+    decode(USABLE["rgba.png"])
+    assert used[4:] == [2 * WIDTH * HEIGHT]
     for name in "half.png", "flipped.png", "lab.tiff":
         with pytest.raises(BadImage):
             decode(UNUSABLE[name][0])
