@@ -9,12 +9,15 @@ at --buckets, and cropped once and for all: --crop=random draws from (--seed, th
 With --text the embedding of every caption is stored too, as sampling computes it: after the
 instruction of the checkpoint, if it has one.
 
+Images of 4096 px take much memory: --tile=auto encodes them in tiles.
+
 Images that cannot be used are left out, counted by reason in DIR/index.json, and named in the log.
-The same command continues where it was stopped; complete shards are kept.
+The same command continues where it was stopped, wherever the data is now; complete shards are kept.
 """
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,15 @@ _BATCH = flags.DEFINE_integer(
     "batch_size", 16, "images at once; rounded up to a multiple of the number of devices", 1, 2**16
 )
 flags.DEFINE_alias("batch", "batch_size")
+_TILE = flags.DEFINE_string(
+    "tile",
+    "none",
+    "encode larger images in tiles, which takes less memory: SIZE,STRIDE in pixels; auto: tiles"
+    " above 2048 x 2048 pixels; or none. Latents differ a little from those of the whole image",
+)
+_MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", 8192 * 8192, "of an image as it is found; larger ones are left out", 1
+)
 _SHARD = flags.DEFINE_integer("shard", 4096, "images of the data set per shard", 1)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "dtype that the networks compute in"
@@ -70,9 +82,29 @@ def image_transform():
     from sana_jax.models import buckets
 
     options = dict(crop=_CROP.value, upscale=_UPSCALE.value, dtype="uint8")
+    options |= dict(max_pixels=_MAX_PIXELS.value)
     if _SIZE.value is not None:
         return ImageTransform(_SIZE.value, _SIZE.value, **options)
     return BucketTransform(buckets.training_buckets(_BUCKETS.value), **options)
+
+
+def tile_of(factor: int) -> tuple[int, int] | None:
+    """Returns the size and stride of tiles that --tile asks for. Raises UserError."""
+    from sana_jax.models import buckets
+    from sana_jax.pipeline.request import tiles
+
+    sizes = [(_SIZE.value,) * 2] if _SIZE.value else buckets.training_buckets(_BUCKETS.value)
+    height, width = max(sizes, key=math.prod)
+    try:
+        given = _TILE.value if _TILE.value == "auto" else None
+        if _TILE.value not in ("auto", "none"):
+            given = tuple(map(int, _TILE.value.split(",")))
+    except ValueError:
+        raise UserError(f"--tile={_TILE.value}: give SIZE,STRIDE in pixels, auto or none") from None
+    try:
+        return tiles(factor, given, height, width)
+    except UserError as error:
+        raise UserError(f"--tile={_TILE.value}: {error}") from None
 
 
 def open_encoders():
@@ -95,7 +127,7 @@ def open_encoders():
     return dataclasses.replace(checkpoint, dit=None, text_encoder=text_encoder)
 
 
-def settings_of(source, image, checkpoint, tokens) -> dict[str, Any]:
+def settings_of(source, image, checkpoint, tokens, tile) -> dict[str, Any]:
     """Returns everything that decides the records; a folder is continued with the same alone."""
     from sana_jax.data import precomputed
 
@@ -117,7 +149,7 @@ def settings_of(source, image, checkpoint, tokens) -> dict[str, Any]:
         "store": _STORE.value,
         "batch": _BATCH.value,
         "shard": _SHARD.value,
-    }
+    } | ({"tile": list(tile)} if tile else {})
 
 
 def main(argv):
@@ -129,7 +161,7 @@ def main(argv):
 
     from sana_jax import sharding
     from sana_jax.checkpoints.load import place_all
-    from sana_jax.data.encode import Encoder, WithTokens, precompute
+    from sana_jax.data.encode import SETTINGS, Encoder, WithTokens, precompute
     from sana_jax.data.sources import open_source
     from sana_jax.data.text_image import CaptionTokens
     from sana_jax.runtime import devices
@@ -141,13 +173,16 @@ def main(argv):
     if _DATA.value.startswith("precomputed:"):
         raise UserError(f"--data={_DATA.value}: these are latents already; give images")
     checkpoint = open_encoders()
-    source = open_source(_DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128)
+    tile = tile_of(checkpoint.vae.factor)
+    resumes = (folder / SETTINGS).exists()
+    given = _DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128
+    source = open_source(*given, resumes=resumes)
     tokens = None
     if _TEXT.value:
         found = checkpoint.instruction
         tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, found and found.text)
     mesh = sharding.make_mesh()
-    settings = settings_of(source, image, checkpoint, tokens)
+    settings = settings_of(source, image, checkpoint, tokens, tile)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -155,10 +190,10 @@ def main(argv):
             storage(folder),  # from here on the same command continues
             jax.set_mesh(mesh),
             jax.default_matmul_precision("float32"),
-            devices.memory_errors("a smaller --batch_size or --size"),
+            devices.memory_errors("a smaller --batch_size or --size, or --tile=1024,896"),
         ):
             place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
-            encoder = Encoder(checkpoint, mesh, _DTYPE.value, _BATCH.value, tokens)
+            encoder = Encoder(checkpoint, mesh, _DTYPE.value, _BATCH.value, tokens, tile)
             index = precompute(source, WithTokens(image, tokens), encoder, folder, settings)
     except OSError as error:
         raise UserError(f"--out={folder}: {reason_of(error)}") from None

@@ -216,6 +216,35 @@ def test_a_run_that_was_stopped_goes_on(photos, encoder, tmp_path):
     assert whole == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def test_images_are_encoded_in_tiles_as_the_pipeline_does(photos, pipe, tmp_path):
+    tile = (16, 12)
+    encoder = Encoder(pipe.checkpoint, pipe.mesh, "float32", 4, tile=tile)
+    work(photos, encoder, tmp_path / "out", tile=list(tile))
+    stored = open_source(f"precomputed:{tmp_path / 'out'}")
+    image, differ = ImageTransform(SIDE, SIDE, crop="random"), []
+    for i in range(GOOD):
+        pixels = image(photos[i], np.random.default_rng((5, i)))["image"][None]
+        tiled, whole = (np.asarray(pipe.encode(pixels, tile=t))[0] for t in (tile, None))
+        assert toy.relative_error(stored[i]["latents"], tiled) < 1e-6
+        differ.append(toy.relative_error(whole, tiled))
+    assert min(differ) > 1e-4
+    with pytest.raises(UserError, match=r"other settings \(tile\)"):
+        work(photos, encoder, tmp_path / "out")
+
+
+def test_data_that_moved_goes_on_and_keeps_its_index(photos, encoder, tmp_path):
+    work(photos, encoder, tmp_path / "out", data="photos")
+    index = (tmp_path / "out" / INDEX).read_bytes()
+    work(photos, encoder, tmp_path / "out", data="moved/photos")
+    assert (tmp_path / "out" / INDEX).read_bytes() == index
+    with pytest.raises(UserError, match=r"other settings \(source\)"):
+        work(photos, encoder, tmp_path / "out", data="photos", source="others")
+    for damage in b"[" * 10**5, b"[]", b"":
+        (tmp_path / "out" / "settings.json").write_bytes(damage)
+        with pytest.raises(UserError, match="was begun with other settings"):
+            work(photos, encoder, tmp_path / "out", data="photos")
+
+
 def test_buckets(photos, encoder, pipe, tmp_path):
     """A third of the pictures is upright, and every batch has one shape."""
     table = ((32, 40), (40, 32))
@@ -267,6 +296,9 @@ def test_what_cannot_be_precomputed(photos, encoder, pipe, tmp_path):
         ([], "give --size or --buckets"),
         (["--size=30"], "--size=30 is not a multiple of 4"),
         (["--size=32", "--data=precomputed:here"], "these are latents already"),
+        (["--size=32", "--tile=large"], "--tile=large: give SIZE,STRIDE in pixels, auto or none"),
+        (["--size=32", "--tile=16,30"], "--tile=16,30: stride (30, 30) must lie between"),
+        (["--size=32", "--max_pixels=1000000000"], "max_pixels=1000000000: give 1 to 178956970"),
     ],
 )
 def test_bad_flags(checkpoint, tmp_path, flags, words):
@@ -274,6 +306,14 @@ def test_bad_flags(checkpoint, tmp_path, flags, words):
     result = run(*given, *flags)
     assert result.returncode == 2 and words in result.stderr, result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_data_that_is_away_when_the_command_goes_on_is_worth_a_retry(checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text("{}")
+    given = [f"--checkpoint={checkpoint}", "--data=nowhere", f"--out={tmp_path / 'out'}"]
+    result = run(*given, "--size=32", devices=1)
+    assert result.returncode == 75 and "nowhere: there is no such folder" in result.stderr
 
 
 def test_the_hash_of_an_autoencoder(pipe):

@@ -25,6 +25,8 @@ from sana_jax.data.text_image import CaptionTokens
 from sana_jax.data.transforms import Transform
 from sana_jax.pictures import to_float
 from sana_jax.pipeline import programs
+from sana_jax.pipeline.request import Tile
+from sana_jax.pipeline.tiling import tiled_encode
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.lock import NAME as LOCK
 from sana_jax.runtime.progress import Progress
@@ -41,6 +43,7 @@ class Encoder:
       dtype: of the networks' activations.
       batch: rows that are encoded at once, padded to a multiple of the mesh's batch axes.
       tokens: makes the tokens of captions; None: no captions are encoded.
+      tile: size and stride in pixels of the tiles of larger images (tiling.py); None: all at once.
     """
 
     def __init__(
@@ -50,13 +53,16 @@ class Encoder:
         dtype: str,
         batch: int,
         tokens: CaptionTokens | None = None,
+        tile: Tile | None = None,
     ):
         self._batch = batch + -batch % sharding.batch_divisor(mesh)
         self._sharding = sharding.batch_sharding(mesh)
         params = checkpoint.params
-        self._encode = partial(
-            programs.encode_images, module_for(checkpoint.vae, dtype), params["vae"]
-        )
+        encode = partial(programs.encode_images, module_for(checkpoint.vae, dtype), params["vae"])
+        self._encode: Callable = encode
+        if tile is not None:
+            size, stride = tile
+            self._encode = lambda x: tiled_encode(encode, x, size, stride, checkpoint.vae.factor)
         if tokens is not None:
             network = module_for(checkpoint.text_encoder, dtype), params["text_encoder"]
             prefix = None
@@ -119,7 +125,7 @@ def precompute(
 
     Raises UserError if the folder was begun with other settings, or if no image can be used.
     """
-    _check_resume(folder, settings)
+    settings = _begun(folder, settings)
     size, total, shards = settings["shard"], Counts(), []
     with Progress(len(source), "image") as progress:
         for number, start in enumerate(range(0, len(source), size)):
@@ -199,21 +205,30 @@ def _records(examples: list[dict], encoder: Encoder, store: str) -> Iterator[dic
         yield record
 
 
-def _check_resume(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings to a new folder. Raises UserError if the folder has other settings."""
+def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a folder was begun with, or writes them to a new one.
+
+    Raises UserError if the folder has other settings. The name of the data may differ, for its
+    fingerprint is one of them.
+    """
     path = folder / SETTINGS
     try:
         there = json.loads(path.read_bytes())
     except FileNotFoundError:
         if any(child.name != LOCK for child in folder.iterdir()):
             raise UserError(f"--out={folder} holds other files; name a new folder") from None
-        return precomputed.write_json(path, settings)
-    except ValueError:
+        precomputed.write_json(path, settings)
+        return settings
+    except (ValueError, RecursionError):
         there = {}
-    if there != settings:
-        names = sorted(n for n in {*there, *settings} if there.get(n) != settings.get(n))
+    if not isinstance(there, dict):
+        there = {}
+    names = {n for n in {*there, *settings} if there.get(n) != settings.get(n)} - {"data"}
+    if names:
+        names = sorted(names)
         first = names[0]
         raise UserError(
             f"--out={folder} was begun with other settings ({', '.join(names)}): {first} was"
             f" {there.get(first)}, now {settings.get(first)}; name another folder"
         )
+    return there

@@ -55,8 +55,10 @@ class Precomputed:
                 f"{self.folder} has no {INDEX}: it was not precomputed, or not to the end; run"
                 " python -m sana_jax.precompute with the same arguments to finish it"
             ) from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise NoData(f"{self.folder / INDEX} cannot be read: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.folder / INDEX} is damaged: {error}; precompute anew") from None
         if not isinstance(self.index, dict) or self.index.get("format") != FORMAT:
             raise UserError(f"{self.folder / INDEX} is not of this version; precompute it anew")
         if self.index["split"] != split:
@@ -178,7 +180,7 @@ def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     return None
         return entry
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
