@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
+from sana_jax.data.images import MAX_PIXELS
 from sana_jax.data.records import Source
 from sana_jax.data.sizes import image_sizes
 from sana_jax.models.buckets import assign
@@ -128,8 +129,9 @@ def bucket_order(
     *,
     upscale: bool = False,
     cache: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> BucketOrder:
-    """Makes the order for images that BucketTransform(table, upscale=upscale) puts into buckets.
+    """Makes the order for the images that a BucketTransform of these settings puts into buckets.
 
     Reads the header of every image, only once if a folder `cache` is given. Stored latents know
     their shapes and need no table.
@@ -138,7 +140,7 @@ def bucket_order(
     if shapes is not None:
         _, buckets = np.unique(shapes, axis=0, return_inverse=True)
         return BucketOrder(buckets.reshape(-1), batch_size, seed)
-    sizes, _ = image_sizes(source, cache)
+    sizes, _ = image_sizes(source, cache, max_pixels=max_pixels)
     return BucketOrder(assign(sizes, table, upscale), batch_size, seed)
 
 

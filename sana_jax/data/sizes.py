@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Int32
 
-from sana_jax.data.images import REASONS, BadImage, size_of
+from sana_jax.data.images import MAX_PIXELS, REASONS, BadImage, size_of
 from sana_jax.data.records import Source, thread_pool
 from sana_jax.data.rejections import Counts, Rejection
 from sana_jax.runtime import hosts
@@ -23,7 +23,10 @@ CODES = (None, *REASONS)  # why there is no size, as the file has it
 
 
 def image_sizes(
-    source: Source, cache: str | Path | None = None, threads: int | None = None
+    source: Source,
+    cache: str | Path | None = None,
+    threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Int32[np.ndarray, "N 2"], Counts]:
     """Returns (height, width) of every image, from its header; (0, 0) if it cannot be used.
 
@@ -33,15 +36,18 @@ def image_sizes(
       cache: a folder, made if missing, that keeps the result for the next time, in a file named
         after the source's fingerprint, the same one for all hosts; None: nothing is kept.
       threads: for reading; None: as many as there are cores, up to 16.
+      max_pixels: of an image that is used.
 
     The counts say why images cannot be used; pixels are not decoded, so more may turn out bad.
     """
-    path = Path(cache) / f"sizes-{source.fingerprint}.npz" if cache is not None else None
+    limit = f"-{max_pixels}" if max_pixels != MAX_PIXELS else ""
+    path = Path(cache) / f"sizes-{source.fingerprint}{limit}.npz" if cache is not None else None
     kept = hosts.raise_together(_load, path, len(source)) if path is not None else None
     if not all(hosts.gather_values(kept is not None)):
         share = -(-len(source) // jax.process_count())
         first = share * jax.process_index()
-        mine = hosts.raise_together(_read, source, range(first, first + share), threads)
+        mine = range(first, first + share)
+        mine = hosts.raise_together(_read, source, mine, threads, max_pixels)
         # Every share has the same length: the last ones may hold zeros beyond the source.
         kept = tuple(array[: len(source)] for array in hosts.gather_arrays(mine))
         if path is not None:
@@ -55,7 +61,9 @@ def image_sizes(
     return sizes, counts
 
 
-def _read(source: Source, share: range, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _read(
+    source: Source, share: range, threads: int | None, max_pixels: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns sizes and codes of the existing records of a share."""
     sizes = np.zeros((len(share), 2), np.int32)
     codes = np.zeros(len(share), np.uint8)
@@ -67,7 +75,7 @@ def _read(source: Source, share: range, threads: int | None) -> tuple[np.ndarray
         try:
             record = source[index]
             key = record["key"]
-            sizes[index - share.start] = size_of(record["image"])
+            sizes[index - share.start] = size_of(record["image"], max_pixels)
             return None
         except BadImage as error:
             codes[index - share.start] = CODES.index(error.reason)

@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict, config_dict
 
 from sana_jax import sharding
+from sana_jax.data.images import MAX_PIXELS
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.runtime.checks import as_group, at_least, check_least, read_group
@@ -113,6 +114,7 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
                 "data_dir": config_dict.placeholder(str),  # default: WORKDIR/data
                 "train_split": "train",
                 "test_split": "test",
+                "max_pixels": MAX_PIXELS,  # of an image; larger ones are left out
                 # Of the built-in data set: (pixels, training records) for each size in use.
                 "shapes": {"train": ((128, 20_000), (256, 4_000)), "test": 1000, "seed": 0},
             },

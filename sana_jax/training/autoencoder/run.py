@@ -60,10 +60,11 @@ from sana_jax.training.watchdog import Watchdog
 
 SHOWN = 8  # images in a sheet of reconstructions
 # Keys that may change from one run in a folder to the next; not the steps, on which schedules
-# depend. The files that `start` and `perceptual.weights` name may move: their content is compared.
+# depend. What `data.source`, `start` and `perceptual.weights` name may move: its content is
+# compared.
 FREE = (
     *("loop.*", "loader.*", "keep", "evaluation.batch_size", "mesh.*", "data.data_dir"),
-    *("start", "perceptual.weights"),
+    *("data.source", "data.max_pixels", "start", "perceptual.weights"),
 )
 
 
@@ -107,7 +108,8 @@ class AutoencoderTraining:
             except (ValueError, UserError) as error:  # networks raise ValueError as they are traced
                 raise UserError(f"config.phases.{name}: {error}") from None
         running = {name: phases[name] for name in config.run}
-        self.data = AutoencoderData(config, self.workdir / "data", self.mesh, running)
+        resumes = any(self.workdir.glob("*/checkpoints/[0-9]*"))
+        self.data = AutoencoderData(config, self.workdir / "data", self.mesh, running, resumes)
         self._given: tuple[Checkpoint | None, str | None] = None, None
         if config.start:
             self._given = self._open(find(config.start))
@@ -131,10 +133,7 @@ class AutoencoderTraining:
             about = self._about(number, task.phase, parent)
             results = hosts.on_first_host(_read, folder / "results.json")
             if results is not None:
-                # Keys that are free now may not have been free when the phase ran.
-                then = _fixed(results.get("about", {}))
-                now = _fixed(about)
-                if changed := [key for key in now | then if then.get(key) != now.get(key)]:
+                if changed := self._changed(results, about, task.phase):
                     raise UserError(
                         f"{folder} was trained by another config, or from another model than is"
                         f" there now: {', '.join(changed)} changed; remove it to train it anew"
@@ -165,6 +164,18 @@ class AutoencoderTraining:
         if not phase["l2"]:  # runs that began before this loss existed have none
             del phase["l2"]
         return json.loads(json.dumps(about | {"phase": phase}))
+
+    def _changed(self, results: dict[str, Any], about: dict[str, Any], phase: Phase) -> list[str]:
+        """Returns the keys by which a phase that is over differs from what the config asks for."""
+        # Keys that are free now may not have been free when the phase ran.
+        then, now = _fixed(results.get("about", {})), _fixed(about)
+        if "data" in results:
+            then["data.source"] = results["data"]
+            now["data.source"] = self.data.fingerprint(phase)
+        else:  # of a run of before, which compared names alone
+            then["data.source"] = results.get("about", {}).get("data", {}).get("source")
+            now["data.source"] = about["data"]["source"]
+        return [key for key in now | then if then.get(key) != now.get(key)]
 
     def _open(self, folder: Path) -> tuple[Checkpoint, str]:
         """Returns a model that a phase starts from, and its hash."""
@@ -230,7 +241,8 @@ class AutoencoderTraining:
             }
             with Watchdog(loop.watchdog_seconds):
                 self._export(folder, state.ema, results, before)
-            _write(folder / "results.json", results)
+            fingerprint = self.data.fingerprint(phase)
+            _write(folder / "results.json", results | {"data": fingerprint})
             if _is_first():
                 for size, row in results["after"].items():
                     print(
@@ -293,6 +305,7 @@ class AutoencoderTraining:
                 f"{folder / 'model'} is damaged or gone, and so is the checkpoint of step"
                 f" {phase.steps}: bring one back, or remove {folder} to train it anew"
             )
+        results = {key: value for key, value in results.items() if key != "data"}
         self._export(folder, params, results, before)
 
 

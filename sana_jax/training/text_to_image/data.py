@@ -16,7 +16,7 @@ from sana_jax.data.loader import LoaderConfig, TrainingLoader
 from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
 from sana_jax.data.rejections import Budget
-from sana_jax.data.sources import open_source
+from sana_jax.data.sources import check_apart, open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
 from sana_jax.models import buckets
@@ -72,14 +72,23 @@ def make_loaders(
         table = buckets.training_buckets(size) if data.buckets else ()
         _check_sequence(mesh, base, {height for height, _ in table} or {size})
         images = [
-            BucketTransform(table, split.crop, split.flip, data.upscale)
+            BucketTransform(table, split.crop, split.flip, data.upscale, max_pixels=data.max_pixels)
             if table
-            else ImageTransform(size, size, split.crop, split.flip, data.upscale)
+            else ImageTransform(
+                *(size, size, split.crop, split.flip, data.upscale), max_pixels=data.max_pixels
+            )
             for split in wanted
         ]
     if data.source == "shapes":
         _draw_shapes(folder, size, data.shapes, wanted)
-    sources = [open_source(data.source, split.name, str(folder), size) for split in wanted]
+    # What was trained on before is only away if it is not there.
+    resumes = any((workdir / "checkpoints").glob("[0-9]*"))
+    sources = [
+        open_source(data.source, split.name, str(folder), size, resumes and split is wanted[0])
+        for split in wanted
+    ]
+    if len(sources) > 1:
+        check_apart(*sources, data.train_split, data.test_split)
     if stored:
         _check_stored(sources, config, base, captions, mesh, size)
 
@@ -90,7 +99,7 @@ def make_loaders(
     for source, image, split in zip(sources, images, wanted, strict=True):
         order, text = None, captions
         if data.buckets or stored:
-            how = dict(upscale=data.upscale, cache=cache)
+            how = dict(upscale=data.upscale, cache=cache, max_pixels=data.max_pixels)
             order = bucket_order(source, table, split.batch_size, split.seed, **how)
         if stored and source.rows:
             text = CaptionEmbeddings(source.rows)

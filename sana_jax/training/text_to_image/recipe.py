@@ -7,6 +7,7 @@ from ml_collections import ConfigDict, config_dict
 
 from sana_jax import sharding
 from sana_jax.data.captions import CaptionChoice
+from sana_jax.data.images import MAX_PIXELS
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
@@ -124,6 +125,7 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "crop": "centre",
                 "flip": False,
                 "upscale": False,
+                "max_pixels": MAX_PIXELS,  # of an image; larger ones are left out
                 "captions": as_group(CaptionChoice()),
                 "shapes": {"train": 20_000, "test": 1000, "seed": 0},  # records
             },

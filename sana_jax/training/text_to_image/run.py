@@ -50,12 +50,13 @@ from sana_jax.training.text_to_image.recipe import check_batches, check_figures,
 from sana_jax.training.text_to_image.result import complete
 from sana_jax.training.text_to_image.task import Frozen
 
-# Keys that may change from one run in a folder to the next. Names of checkpoints may, since their
-# hashes are compared; but not the name `start`, whose folder is not opened again.
+# Keys that may change from one run in a folder to the next. Names of checkpoints and of the data
+# may, since their hashes are compared, and the limit of pixels, which the loader's fingerprint
+# has; but not the name `start`, whose folder is not opened again.
 FREE = (
     *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
-    *("unroll", "peak_flops", "data.data_dir", "autoencoder", "text_encoder.checkpoint"),
-    "text_encoder.tokenizer",
+    *("unroll", "peak_flops", "data.data_dir", "data.source", "data.max_pixels", "autoencoder"),
+    *("text_encoder.checkpoint", "text_encoder.tokenizer"),
 )
 SHEET_COLUMNS = 8  # images in a row of a sheet of validation images
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.training.autoencoder.run import AutoencoderTraining
 from tests.training.autoencoder.toy import PHASES, SHAPES, load
 
@@ -60,3 +60,15 @@ def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
         assert len(loader.source._kept) == (12 if cache else 0)
     assert found[0][0] == found[1][0]
     np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_data_that_is_away_when_a_run_comes_back_is_worth_a_retry(config, tmp_path):
+    (tmp_path / "run" / PHASES[1] / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(Retry, match="nowhere: there is no such folder.* it was there before"):
+        AutoencoderTraining(load(config, **{"data.source": "nowhere"}), str(tmp_path / "run"))
+
+
+def test_the_limit_of_pixels_is_the_configs(config, tmp_path):
+    AutoencoderTraining(load(config, **{"data.max_pixels": 64 * 56}), str(tmp_path))
+    with pytest.raises(UserError, match="none of the first records can be used.*too_many_pixels"):
+        AutoencoderTraining(load(config, **{"data.max_pixels": 64 * 56 - 1}), str(tmp_path))

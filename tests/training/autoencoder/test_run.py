@@ -384,6 +384,33 @@ def test_weights_of_the_loss_are_told_by_their_content(config, tmp_path, monkeyp
         training.run()
 
 
+def test_a_phase_that_is_over_is_of_the_data_wherever_it_is(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        autoencoder_run, "AutoencoderTask", lambda *args: SimpleNamespace(phase=args[2])
+    )
+    shutil.copytree(config.parent, tmp_path / "moved")
+    here = load(config)
+    moved = load(config, **{"data.source": str(tmp_path / "moved")})
+    phase, results = PHASES[0], tmp_path / "run" / PHASES[0] / "results.json"
+    results.parent.mkdir(parents=True)
+
+    def end(config):
+        training = AutoencoderTraining(config, str(tmp_path / "run"))
+        training.run()
+
+    first = AutoencoderTraining(here, str(tmp_path / "run"))
+    about = first._about(0, first.tasks[phase].phase, None)
+    known = {"about": _fixed(about), "data": first.data.fingerprint(first.tasks[phase].phase)}
+    for then, message in (
+        (known, f"{phase}/model"),  # it is taken to be over
+        (known | {"data": "of others"}, "another model than is there now: data.source changed"),
+        ({"about": about}, "data.source changed"),  # of a run that kept only the name
+    ):
+        results.write_text(json.dumps(then))
+        with pytest.raises(UserError, match=message):
+            end(moved)
+
+
 def test_each_batch_that_is_measured_is_a_beat(monkeypatch):
     marks = []
 

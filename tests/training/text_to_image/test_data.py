@@ -10,7 +10,7 @@ from sana_jax.checkpoints import native
 from sana_jax.data import sizes
 from sana_jax.data.precomputed import weights_sha256
 from sana_jax.models import buckets
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
 from sana_jax.training.text_to_image.run import TextToImageTraining
 from tests.training.text_to_image.toy import load, store, stored
 
@@ -46,6 +46,31 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=re.escape(message)):
         TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_away_when_a_run_comes_back_is_worth_a_retry(config, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(Retry, match="nowhere: there is no such folder.* it was there before"):
+        TextToImageTraining(load(config, data__source="nowhere"), str(tmp_path / "run"))
+    # A split that is only now asked for was never there.
+    changes = dict(loop__evaluate_every=1, data__test_split="fold_2")
+    with pytest.raises(UserError, match="no split 'fold_2'"):
+        TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
+
+
+def test_the_limit_of_pixels_is_the_configs(config, tmp_path, monkeypatch):
+    given = dict(data__max_pixels=24 * 20)
+    whole = TextToImageTraining(load(config, **given), str(tmp_path / "run")).loader
+    assert whole.load(0)[1] == []
+    less = TextToImageTraining(load(config, data__max_pixels=479), str(tmp_path / "run")).loader
+    with pytest.raises(
+        DoNotRetry, match="no usable record .* too_many_pixels: 24 x 20 are above 479"
+    ):
+        less.load(0)
+    monkeypatch.setattr(buckets, "training_buckets", lambda size: ((16, 16), (8, 32)))
+    with pytest.raises(UserError, match="no bucket of images holds a batch; the largest has 0"):
+        buckets_of = dict(data__buckets=True, data__upscale=True, data__max_pixels=479)
+        TextToImageTraining(load(config, **buckets_of), str(tmp_path / "run"))
 
 
 def test_held_out_batches_do_not_follow_the_run(config, tmp_path):

@@ -146,6 +146,17 @@ def test_it_goes_on_with_fewer_devices(unbroken, config, tmp_path, devices, monk
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
 
 
+def test_it_goes_on_where_its_data_moved_but_not_with_other_data(unbroken, config, tmp_path):
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    shutil.copytree(unbroken, run)
+    shutil.copytree(config.parent / "photos" / "train", photos)
+    moved = load(config, data__source=str(photos), loop__evaluate_every=0)
+    TextToImageTraining(moved, str(run)).run()
+    (photos / "0.txt").write_text("a red dog")
+    with pytest.raises(UserError, match="is of another run: data.source: [0-9a-f]+ -> [0-9a-f]+;"):
+        TextToImageTraining(moved, str(run)).run()
+
+
 def test_another_run_is_refused_with_the_difference(unbroken, config):
     before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
     for changes, message in (
