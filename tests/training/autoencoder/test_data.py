@@ -64,7 +64,7 @@ def test_images_kept_in_memory_change_no_batch_and_no_fingerprint(config):
 
 def test_data_that_is_away_when_a_run_comes_back_is_worth_a_retry(config, tmp_path):
     (tmp_path / "run" / PHASES[1] / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(Retry, match="nowhere: there is no such folder.* it was there before"):
+    with pytest.raises(Retry, match="nowhere: there is no such folder.*it was there before"):
         AutoencoderTraining(load(config, **{"data.source": "nowhere"}), str(tmp_path / "run"))
 
 

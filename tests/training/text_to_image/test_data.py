@@ -50,7 +50,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(
 
 def test_data_that_is_away_when_a_run_comes_back_is_worth_a_retry(config, tmp_path):
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(Retry, match="nowhere: there is no such folder.* it was there before"):
+    with pytest.raises(Retry, match="nowhere: there is no such folder.*it was there before"):
         TextToImageTraining(load(config, data__source="nowhere"), str(tmp_path / "run"))
     # A split that is only now asked for was never there.
     changes = dict(loop__evaluate_every=1, data__test_split="fold_2")
@@ -64,7 +64,7 @@ def test_the_limit_of_pixels_is_the_configs(config, tmp_path, monkeypatch):
     assert whole.load(0)[1] == []
     less = TextToImageTraining(load(config, data__max_pixels=479), str(tmp_path / "run")).loader
     with pytest.raises(
-        DoNotRetry, match="no usable record .* too_many_pixels: 24 x 20 are above 479"
+        DoNotRetry, match="no usable record .*too_many_pixels: 24 x 20 are above 479"
     ):
         less.load(0)
     monkeypatch.setattr(buckets, "training_buckets", lambda size: ((16, 16), (8, 32)))
