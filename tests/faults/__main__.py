@@ -103,12 +103,13 @@ def numbers_of(given) -> list[int]:
     """Returns the numbers of the trials that the flags ask for."""
     if given.only:
         return [int(number) for number in given.only.split(",")]
-    wanted = given.kinds and given.kinds.split(",")
-    numbers = (
-        number
-        for number in itertools.count()
-        if not wanted or plan(given.seed, number)[0].__name__ in wanted
-    )
+    wanted = given.kinds.split(","), given.commands.split(",")
+
+    def is_wanted(number):
+        kind, command, _ = plan(given.seed, number)
+        return kind.__name__ in wanted[0] and command in wanted[1]
+
+    numbers = filter(is_wanted, itertools.count())
     return list(itertools.islice(numbers, given.count))
 
 
@@ -136,15 +137,20 @@ def run_all(runner: Runner, numbers: list[int], jobs: int) -> list:
 def flags() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    names = ", ".join(sorted({kind.__name__ for kind, *_ in kinds.PLAN}))
+    names = ",".join(sorted({kind.__name__ for kind, *_ in kinds.PLAN}))
     parser.add_argument("--count", type=int, default=100, help="number of trials (100)")
     parser.add_argument("--seed", type=int, default=0, help="decides all of them (0)")
     parser.add_argument("--only", help="the numbers of some trials, with commas")
-    parser.add_argument("--kinds", help=f"the kinds to try, with commas, of {names}")
+    parser.add_argument("--kinds", default=names, help="the kinds to try, with commas (all)")
+    parser.add_argument("--commands", default=",".join(JOBS), help="likewise the commands (all)")
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time (1)")
     parser.add_argument("--folder", type=Path, help="a new folder to work in (a temporary one)")
     parser.add_argument("--log", type=Path, help="a file for the lines and the table")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for flag, known in ("kinds", names.split(",")), ("commands", JOBS):
+        if unknown := set(getattr(given, flag).split(",")) - set(known):
+            parser.error(f"--{flag}: {', '.join(unknown)} is none of {', '.join(known)}")
+    return given
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ class Job:
     """A command whose result is compared with that of an unbroken run; `home` has its inputs."""
 
     name = module = ""
-    trains = True
+    trains, last = True, STEPS  # rows of metrics at the end, or of the manifest
 
     def __init__(self, home: Path):
         self.home = home / self.name
@@ -123,13 +123,14 @@ class Autoencoder(Job):
 
 class Sample(Job):
     name, module, trains = "sample", "sana_jax.sample", False
+    last = 16
 
     def prepare(self) -> None:
         from tests import mini
 
         self.home.mkdir()
         mini.save(self.home / "checkpoint")
-        prompts = "".join(f"a thing number {i}\n" for i in range(16))
+        prompts = "".join(f"a thing number {i}\n" for i in range(self.last))
         (self.home / "prompts.txt").write_text(prompts)
 
     def arguments(self, work: Path) -> list[str]:

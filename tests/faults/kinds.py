@@ -14,18 +14,16 @@ YEAR = 365 * 86400.0
 def _signal(trial: Trial, name: str) -> None:
     """A signal to one process, at a change of a file or some time after an event."""
     number, index = SIGNALS[name], trial.rng.randrange(trial.count)
-    where = f" to {index} of {trial.count}" if trial.count > 1 else ""
     if trial.rng.random() < 0.5:
-        at = trial.rng.randint(1, trial.changes)
-        trial.note(f"{name}{where} at change {at}")
-        fault = {"folder": str(trial.work), "at": at, "signal": number}
-        trial.start(fault, faulty=0)
+        at = trial.rng.randint(1, trial.changes)  # as the first process makes them
+        trial.note(f"{name} at change {at}")
+        trial.start({"folder": str(trial.work), "at": at, "signal": number})
         trial.group.processes[0].sent.append(number)
     else:
-        trial.note(f"{name}{where}")
+        trial.note(f"{name} to {index} of {trial.count}" if trial.count > 1 else name)
         trial.start()
         if trial.until(trial.moment()):
-            trial.group.send(number, index)
+            trial.send(number, index)
 
 
 def kill(trial: Trial) -> None:
@@ -46,7 +44,7 @@ def begin(trial: Trial) -> None:
     trial.note(name)
     trial.start(cold=True)
     if trial.until(("time", 0, round(trial.rng.uniform(0.3, 5.0), 2))):
-        trial.group.send(SIGNALS[name], trial.rng.randrange(trial.count))
+        trial.send(SIGNALS[name], trial.rng.randrange(trial.count))
 
 
 def twice(trial: Trial) -> None:
@@ -55,9 +53,9 @@ def twice(trial: Trial) -> None:
     trial.note(" and ".join(names))
     trial.start()
     if trial.until(trial.moment()):
-        trial.group.send(SIGNALS[names[0]])
+        trial.send(SIGNALS[names[0]])
         time.sleep(round(trial.rng.uniform(0, 0.3), 2))
-        trial.group.send(SIGNALS[names[1]])
+        trial.send(SIGNALS[names[1]])
 
 
 def stop(trial: Trial) -> None:
@@ -67,11 +65,10 @@ def stop(trial: Trial) -> None:
     if trial.until(trial.moment()):
         seconds = round(trial.rng.uniform(0.2, 2), 1)
         trial.note(f"{seconds} s")
-        trial.group.send(signal.SIGSTOP, index)
+        trial.send(signal.SIGSTOP, index)
         time.sleep(seconds)
-        trial.group.send(signal.SIGCONT, index)
-    if not trial.end(expected=(0,)):
-        trial.faults.append("a pause ended it")
+        trial.send(signal.SIGCONT, index)
+    trial.end(expected=(0,))
 
 
 def _interrupted(trial: Trial) -> bool:
@@ -79,7 +76,7 @@ def _interrupted(trial: Trial) -> bool:
     trial.start()
     if trial.until(trial.moment(late=True)):
         for index in range(trial.count):
-            trial.group.send(signal.SIGKILL, index)
+            trial.send(signal.SIGKILL, index)
     done, trial.group = trial.end(), None
     return not done
 
@@ -124,6 +121,8 @@ def torn(trial: Trial) -> None:
     files = [folder / name for name in ("metrics.jsonl", ".sana_jax.lock", "manifest.jsonl")]
     files += [*folder.glob("tensorboard/*"), *folder.glob("*.json")]
     files = sorted(path for path in files if path.exists() and path.name != "results.json")
+    if not files:
+        return trial.note("nothing to tear")
     path = trial.rng.choice(files)
     lock = path.name == ".sana_jax.lock"
     ways = ("cut", "empty", "nul", "nuls") if lock else ("garbage", "nuls", "nested")
@@ -159,11 +158,8 @@ def disk(trial: Trial) -> None:
     fault = {"folder": str(trial.work), "at": at, "errno": ERRNOS[name], "for": length}
     trial.start(fault, faulty=index)
     allowed = (0, 75, 2) if name in ("read-only", "forbidden") else (0, 75)
-    done, trial.group = trial.end(allowed), None
-    if not done:
-        return
-    trial.note("it went on")
-    trial.done = True
+    if not trial.end(allowed):
+        trial.group = None  # a status 2 is mended, as there is space again
 
 
 def small(trial: Trial) -> None:
@@ -205,7 +201,7 @@ def clock(trial: Trial) -> None:
         trial.start({"clock": jumps}, cold=True)
         if not trial.until(trial.moment()):
             return
-        trial.group.send(signal.SIGTERM)
+        trial.send(signal.SIGTERM)
         if trial.end():
             trial.group = None
             return

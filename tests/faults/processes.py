@@ -62,10 +62,12 @@ class Process:
       status: None while it runs, then its exit status, negative for a signal.
       sent: the signals that it was sent.
       seconds: of a processor, once it is over.
+      rows: how many the command had written at the last signal.
     """
 
     def __init__(self, module, arguments, output: Path, environment, fault=None, cold=False):
         self.output, self.status, self.sent, self.seconds = output, None, [], 0.0
+        self.rows = 10**9
         environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | environment
         if fault:
             environment["SANA_FAULT"] = json.dumps(fault)

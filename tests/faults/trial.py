@@ -23,7 +23,7 @@ class Trial:
       work: the folder that the command writes.
       notes: what happened, in words.
       faults: what should not have been.
-      refused: whether a fault is such that a user is asked to mend it (status 2).
+      lost: how many checkpoints the faults may have taken.
     """
 
     def __init__(self, job: Job, count: int, home: Path, rng: random.Random, changes: int = 0):
@@ -31,13 +31,11 @@ class Trial:
         self.work, self.changes = home / "work", changes
         self.notes: list[str] = []
         self.faults: list[str] = []
-        self.starts, self.refused, self.lost = 0, False, 0
+        self.starts, self.lost = 0, 0
         self.group: processes.Group | None = None
         self.groups: list[processes.Group] = []
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-
-    # What kinds do.
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -100,6 +98,12 @@ class Trial:
     def _model(self, number) -> bool:
         return any(self.job.folder(self.work).glob("model*"))
 
+    def send(self, number: int, index: int = 0) -> None:
+        """Sends a signal to one of the processes, and notes how far the command was."""
+        process = self.group.processes[index]
+        process.send(number)
+        process.rows = len(self.job.rows(self.work))
+
     def end(self, expected=(0, AGAIN)) -> bool:
         """Waits for the end of the last start; returns True if the command is done."""
         group, job = self.group, self.job
@@ -111,6 +115,9 @@ class Trial:
                 allowed |= {130, 143}
             if process.status not in allowed:
                 self.faults.append(f"start {self.starts}, process {index}: {process.status}")
+            asked = {signal.SIGTERM, signal.SIGINT} & {*process.sent}
+            if not process.status and asked and process.rows < job.last - 2:
+                self.faults.append(f"swallowed: {[*process.sent]} after {process.rows} rows")
             self.read(process)
         self.note("/".join(map(str, statuses)))
         return not any(statuses)
@@ -128,17 +135,20 @@ class Trial:
         """Restarts the command as a launcher does, until it is done."""
         done = self.group is not None and self.end()
         before = self.starts
-        while not done:
+        while not done and not self._gives_up():
             if self.starts - before >= RESTARTS:
                 self.faults.append(f"not done after {RESTARTS} restarts")
                 return
             rows, steps = len(self.job.rows(self.work)), self.job.steps(self.work)
             self.start()
             done = self.end()
-            if not self.faults:
+            if not self._gives_up():
                 self._check_loss(rows, steps)
-            elif 2 in [process.status for process in self.group.processes]:
-                return  # no launcher tries again
+
+    def _gives_up(self) -> bool:
+        """Returns True if a process ended as no launcher tries again, unless that is mended."""
+        statuses = {process.status for process in self.group.processes} if self.group else set()
+        return bool(statuses & {1, 2, 76})
 
     def _check_loss(self, rows: int, steps: list[int]) -> None:
         """A run that resumes may repeat a save that was going on, and the steps since it began."""
