@@ -244,10 +244,8 @@ def combined(trial: Trial) -> None:
     for kind in trial.rng.sample([kill, term, interrupt, rot, torn, small, begin], 3):
         trial.note(f"[{kind.__name__}]")
         kind(trial)
-        if trial.group and trial.end():
-            trial.group = None
-        if trial.faults:
-            return
+        if trial.faults or (trial.group and trial.end()):
+            return  # it is done already, or will not be
     trial.group = None
 
 

@@ -33,7 +33,7 @@ class Trial:
         self.faults: list[str] = []
         self.starts, self.lost = 0, 0
         self.group: processes.Group | None = None
-        self.groups: list[processes.Group] = []
+        self._ended, self.groups = None, []  # the group whose end was read; all of them
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
 
@@ -109,6 +109,9 @@ class Trial:
         group, job = self.group, self.job
         self.faults += group.wait(PATIENCE)
         statuses = [process.status for process in group.processes]
+        if group is self._ended:
+            return not any(statuses)
+        self._ended = group
         for index, process in enumerate(group.processes):
             allowed = {*expected, *(-number for number in process.sent)}
             if not job.trains and process.sent:
@@ -146,7 +149,7 @@ class Trial:
                 self._check_loss(rows, steps)
 
     def _gives_up(self) -> bool:
-        """Returns True if a process ended as no launcher tries again, unless that is mended."""
+        """Returns True if a process ended with a status after which no launcher tries again."""
         statuses = {process.status for process in self.group.processes} if self.group else set()
         return bool(statuses & {1, 2, 76})
 
