@@ -1,6 +1,5 @@
 """The kinds of faults: functions that start a trial's command and let something happen to it."""
 
-import os
 import shutil
 import signal
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 from tests.faults.trial import SIGNALS, Trial
 
 YEAR = 365 * 86400.0
+LOCKS = "cut", "empty", "nul", "nuls"
 
 
 def _signal(trial: Trial, name: str) -> None:
@@ -95,6 +95,7 @@ def damage(trial: Trial, path: Path, ways=("byte", "cut", "gone", "empty", "nul"
             "cut": content[:at],
             "empty": b"",
             "nul": content[:at] + b"\0" * (len(content) - at),
+            "half": content + content.splitlines(keepends=True)[-1][:-20] if content else b"",
             "garbage": content + bytes(trial.rng.randrange(256) for _ in range(40)),
             "nuls": content + b"\0" * 40,
             "nested": content + b"[" * 100_000 + b"\n",
@@ -115,25 +116,16 @@ def rot(trial: Trial) -> None:
 
 
 def torn(trial: Trial) -> None:
-    """A small file is as a power cut leaves it."""
+    """A file that is written bit by bit is as a kill or a power cut leaves it."""
     _interrupted(trial)
     folder = trial.job.folder(trial.work)
     files = [folder / name for name in ("metrics.jsonl", ".sana_jax.lock", "manifest.jsonl")]
-    files += [*folder.glob("tensorboard/*"), *folder.glob("*.json")]
-    files = sorted(path for path in files if path.exists() and path.name != "results.json")
+    files = sorted(path for path in [*files, *folder.glob("tensorboard/*")] if path.exists())
     if not files:
         return trial.note("nothing to tear")
     path = trial.rng.choice(files)
     lock = path.name == ".sana_jax.lock"
-    ways = ("cut", "empty", "nul", "nuls") if lock else ("garbage", "nuls", "nested")
-    size = path.stat().st_size
-    if not lock and trial.rng.random() < 0.5:
-        # The end of the last line is lost; lines before it are those of a save and stay.
-        lines = path.read_bytes().splitlines(keepends=True)
-        trial.note(f"{path.name} cut")
-        keep = size - trial.rng.randrange(1, max(2, len(lines[-1]) if lines else 2))
-        return os.truncate(path, max(0, keep))
-    damage(trial, path, ways)
+    damage(trial, path, LOCKS if lock else ("half", "garbage", "nuls", "nested"))
 
 
 def model(trial: Trial) -> None:
@@ -241,7 +233,7 @@ def away(trial: Trial) -> None:
 
 def combined(trial: Trial) -> None:
     """Several of the others, one after another."""
-    for kind in trial.rng.sample([kill, term, interrupt, rot, torn, small, begin], 3):
+    for kind in trial.rng.sample([kill, term, interrupt, twice, rot, torn, small], 3):
         trial.note(f"[{kind.__name__}]")
         kind(trial)
         if trial.faults or (trial.group and trial.end()):

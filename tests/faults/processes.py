@@ -46,6 +46,7 @@ MODULES = (
 
 def prepare() -> None:
     """Imports what the commands import. Call it before anything else imports JAX."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & ignores
     os.environ.update(ENVIRONMENT)
     for name in MODULES:
         importlib.import_module(name)

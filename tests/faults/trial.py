@@ -14,6 +14,7 @@ RESTARTS = 6  # more than any fault needs
 PATIENCE = 400  # seconds for one start of a command
 AGAIN = 75
 TRACES = "Traceback (most recent call last)", "Fatal Python error", "Exception ignored in"
+RAISED = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt|Terminated)\b|Fatal Python).*", re.M)
 
 
 class Trial:
@@ -129,7 +130,8 @@ class Trial:
         """Complains about what a process should not have said."""
         said = process.said()
         if any(trace in said for trace in TRACES):
-            self.faults.append(f"traceback: {said.strip().splitlines()[-1][:160]}")
+            raised = dict.fromkeys(line[:100] for line in RAISED.findall(said))
+            self.faults.append(f"traceback: {' / '.join([*raised][:3])}")
         stopped = re.findall(r"^stopped by .* after step (\d+) of \d+: saved", said, re.M)
         if stopped and int(stopped[-1]) not in self.job.steps(self.work):
             self.faults.append(f"lost: step {stopped[-1]} is not there though it said so")
