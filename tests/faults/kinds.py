@@ -185,19 +185,20 @@ def second(trial: Trial) -> None:
 
 
 def clock(trial: Trial) -> None:
-    """The clock is wrong, and jumps; another start has another clock."""
-    for _ in range(2):
-        shift = [0.0, 3600.0, -86400.0, YEAR, -YEAR, 12 * YEAR, -30 * YEAR]
-        jumps = [[0, trial.rng.choice(shift)], [trial.rng.randint(1, 300), trial.rng.choice(shift)]]
+    """The clock is wrong, and jumps; the next start has another clock."""
+    shifts = [0.0, 3600.0, -86400.0, YEAR, -YEAR, 12 * YEAR, -30 * YEAR]
+
+    def start():
+        calls = trial.rng.randint(1, 300)
+        jumps = [[0, trial.rng.choice(shifts)], [calls, trial.rng.choice(shifts)]]
         trial.note(f"clock {jumps[0][1]:+g}s then {jumps[1][1]:+g}s")
         trial.start({"clock": jumps}, cold=True)
-        if not trial.until(trial.moment()):
-            return
+
+    start()
+    if trial.until(trial.moment()):
         trial.send(signal.SIGTERM)
-        if trial.end():
-            trial.group = None
-            return
-    trial.group = None
+        if not trial.end():
+            start()
 
 
 def moved(trial: Trial) -> None:

@@ -1,5 +1,6 @@
 """A trial: a command starts, something happens to it, and it is restarted until it is done."""
 
+import contextlib
 import random
 import re
 import shutil
@@ -52,13 +53,14 @@ class Trial:
         self.groups.append(group)
         return group
 
-    def until(self, moment: tuple, group=None) -> bool:
+    def until(self, moment: tuple) -> bool:
         """Waits for a moment, (event, number, seconds after it); False if the run ends before."""
-        group, (event, number, seconds) = group or self.group, moment
+        group, (event, number, seconds) = self.group, moment
         begun = time.monotonic()
         self.note(f"{event} {number} +{seconds:g}s" if event != "time" else f"{seconds:g}s")
-        happened = getattr(self, f"_{event}")
-        while not happened(number):
+        happened, under_way = getattr(self, f"_{event}"), event == "time"
+        # What a start before this one left has happened too: only while it is locked does it count.
+        while not (under_way := under_way or self._locked(0)) or not happened(number):
             if any([process.poll() is not None for process in group.processes]):
                 self.note("over before it")
                 return False
@@ -84,7 +86,10 @@ class Trial:
         return True
 
     def _locked(self, number) -> bool:
-        return (self.job.folder(self.work) / ".sana_jax.lock").exists()
+        path = self.job.folder(self.work) / ".sana_jax.lock"
+        with contextlib.suppress(OSError):
+            return f"pid {self.group.processes[0].pid},".encode() in path.read_bytes()
+        return False
 
     def _rows(self, number) -> bool:
         return len(self.job.rows(self.work)) >= number
