@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -155,6 +156,7 @@ def flags() -> argparse.Namespace:
 
 def main() -> None:
     given = flags()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what was started, too
     numbers = numbers_of(given)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="faults."))
     folder.mkdir(parents=True, exist_ok=True)
