@@ -1,6 +1,14 @@
 """SANA in JAX: text to image with a deep-compression autoencoder and a linear transformer."""
 
-from typing import TYPE_CHECKING
+import sys
+
+if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m sana_jax.train`
+    from sana_jax.runtime import output, signals
+
+    signals.start(resumes=sys.orig_argv[-len(sys.argv)].removeprefix("-m") in signals.TRAININGS)
+    output.guard()
+
+from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:
     from sana_jax.pipeline.pipeline import SanaPipeline

@@ -5,15 +5,14 @@
 
 0 done; 1 a bug, with its traceback; 2 the user's input (`UserError`); 75 retry me (`Retry`);
 76 do not retry (`DoNotRetry`); 130 Ctrl-C; 143 SIGTERM, and 75 for both in a training. From 2 on,
-stderr gets one line. Ctrl-C and SIGTERM unwind `main`, so `finally` blocks run; a second SIGTERM
-kills at once.
+stderr gets one line. Ctrl-C and SIGTERM unwind `main`, so `finally` blocks run; a second one kills
+at once.
 """
 
-import contextlib
 import difflib
+import functools
 import os
 import re
-import signal
 import sys
 import textwrap
 import threading
@@ -23,10 +22,18 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from sana_jax.runtime.errors import DoNotRetry, Retry, Stopped, UserError
+from sana_jax.runtime import output, signals
+from sana_jax.runtime.errors import (
+    EXIT_DO_NOT_RETRY,
+    EXIT_RETRY,
+    EXIT_USER_ERROR,
+    DoNotRetry,
+    Retry,
+    Stopped,
+    UserError,
+)
 
 FLAGS = flags.FLAGS
-EXIT_USER_ERROR, EXIT_RETRY, EXIT_DO_NOT_RETRY = 2, 75, 76
 GRACE_SECONDS = 5.0  # for threads that read, once the status is known
 
 # Complaints of absl that leave the remedy out, and what to say instead.
@@ -40,82 +47,54 @@ _REMEDIES = {
 }
 
 
-class _Terminated(BaseException):
-    """Raised when SIGTERM arrives; no `except Exception` swallows it."""
-
-
 def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     """Parses the flags, calls main(argv) and exits; `main` returns None or a status.
 
     `resumes`: the same command, run again, goes on where a signal ended it.
     """
+    signals.start(resumes)
+    output.guard()
     if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
         sys.exit(print(_help()))
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    sys.unraisablehook = _raise_again
     if any(re.match("--?(no)?jax_", argument) for argument in sys.argv[1:]):
         import jax  # takes seconds, which a command without such flags may not need
 
         jax.config.config_with_absl()
     try:
-        app.run(main, flags_parser=_parse)
-    except SystemExit:
-        _flush(BrokenPipeError)
+        status, line = _call(main)
+    except BaseException:
+        signals.finish(1)
         raise
-    except UserError as error:
-        status, line = EXIT_USER_ERROR, f"error: {error}"
-    except Stopped as error:
-        status, line = EXIT_RETRY, f"{error}"
-    except Retry as error:
-        status, line = EXIT_RETRY, f"error: {error}"
-    except DoNotRetry as error:
-        status, line = EXIT_DO_NOT_RETRY, f"error: {error}"
-    except KeyboardInterrupt:
-        status, line = 130, "interrupted"
-    except _Terminated:
-        status, line = 143, "terminated"
-    signalled = status > 128
-    if signalled and resumes:
-        status, line = EXIT_RETRY, f"{line}; the same command goes on from what is saved"
-    with contextlib.suppress(OSError):
+    signals.finish(status)
+    if line:
         print(" ".join(line.split()), file=sys.stderr)
-    _flush(OSError)
-    if signalled:  # do not wait, as the interpreter would, for what devices still do
-        os._exit(status)
-    # It waits for threads too, one of which may read from a disk that never answers.
-    timer = threading.Timer(GRACE_SECONDS, os._exit, [status])
-    timer.daemon = True
-    timer.start()
+        # Python waits for threads too, one of which may read from a disk that never answers.
+        timer = threading.Timer(GRACE_SECONDS, os._exit, [status])
+        timer.daemon = True
+        timer.start()
     sys.exit(status)
 
 
-def _flush(lost: type[OSError]) -> None:
-    """Drops output that cannot be printed because of `lost`; Python would exit with 120."""
-    for stream in sys.stdout, sys.stderr:
+def _call(main: Callable[[list[str]], int | None]) -> tuple[int, str]:
+    """Returns the status of main, and what to print for it; raises what is a bug."""
+    try:
         try:
-            stream.flush()
-        except lost:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _raise_again(ignored) -> None:
-    """Raises Ctrl-C and SIGTERM again that arrived in a callback of the garbage collector.
-
-    Python drops exceptions that are raised there, and JAX has such a callback.
-    """
-    if not issubclass(ignored.exc_type, KeyboardInterrupt | _Terminated):
-        return sys.__unraisablehook__(ignored)
-
-    def again(signum, frame):
-        raise ignored.exc_type
-
-    signal.signal(signal.SIGALRM, again)
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
-
-
-def _on_sigterm(signum, frame):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    raise _Terminated
+            app.run(functools.partial(signals.unwound, main), flags_parser=_parse)
+        finally:
+            sys.stdout.flush()  # it may fail
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            raise
+        return error.code or 0, ""
+    except UserError as error:
+        return EXIT_USER_ERROR, f"error: {error}"
+    except Stopped as error:
+        return EXIT_RETRY, f"{error}"
+    except Retry as error:
+        return EXIT_RETRY, f"error: {error}"
+    except DoNotRetry as error:
+        return EXIT_DO_NOT_RETRY, f"error: {error}"
+    raise AssertionError("app.run exits")
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -6,6 +6,8 @@ The message is one line that names the thing and the remedy. Any other exception
 import contextlib
 from collections.abc import Iterator
 
+EXIT_USER_ERROR, EXIT_RETRY, EXIT_DO_NOT_RETRY = 2, 75, 76
+
 
 class UserError(ValueError):
     """The user's input cannot be used (status 2)."""
