@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from multiprocessing import resource_tracker
 from typing import Any
 
 from sana_jax.measure.inputs import Settings
@@ -35,7 +36,10 @@ class Worker:
         self._connection, end = context.Pipe()
         arguments = kind, settings, end
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
+        resource_tracker.ensure_running()  # which would let signals through again
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        self._process.start()  # it never hears Ctrl-C, on which the parent acts
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         end.close()
 
     def send(self, question: str, *arguments) -> None:
@@ -87,7 +91,6 @@ class Worker:
 
 
 def _serve(kind: str, settings: Settings, connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent acts on it
     os.dup2(2, 1)  # the parent's output is a table, without notes of libraries
     try:
         # The main module may have imported JAX already, which then has read its variables.

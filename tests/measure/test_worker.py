@@ -24,6 +24,17 @@ def test_a_killed_process_is_named():
             ours.ask("describe")
 
 
+def test_ctrl_c_is_the_parents_affair_from_the_first():
+    """A terminal sends it to both; what is imported first would end with a traceback."""
+    with Worker("ours", TINY) as ours:
+        os.kill(ours._process.pid, signal.SIGINT)
+        with open(f"/proc/{ours._process.pid}/status") as file:
+            (blocked,) = (line.split()[1] for line in file if line.startswith("SigBlk"))
+        assert int(blocked, 16) & 1 << signal.SIGINT - 1
+        ours.ask("describe")
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_errors_cross_over():
     with Worker("ours", Settings("huge", "trunk", 1, 32, "float32", 1)) as ours:
         with pytest.raises(UserError, match="preset 'huge' is not one of"):
@@ -38,7 +49,6 @@ def test_a_side_lends_itself_no_more_than_it_needs(kind, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # and is put back after it
     found, told = [], []
     monkeypatch.setattr(worker.os, "dup2", lambda *args: None)
-    monkeypatch.setattr(worker.signal, "signal", lambda *args: None)
     monkeypatch.setattr(worker.sys, "exit", lambda status: None)
     monkeypatch.setattr(jax.config, "update", lambda name, value: found.append((name, value)))
 
