@@ -11,11 +11,14 @@ at once.
 
 import difflib
 import functools
+import itertools
+import math
 import os
 import re
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 
 from absl import app, flags
@@ -35,6 +38,7 @@ from sana_jax.runtime.errors import (
 
 FLAGS = flags.FLAGS
 GRACE_SECONDS = 5.0  # for threads that read, once the status is known
+MAY_BE_EMPTY = {"prompt", "negative_prompt", "compilation_cache"}
 
 # Complaints of absl that leave the remedy out, and what to say instead.
 _REMEDIES = {
@@ -102,26 +106,24 @@ def _parse(argv: list[str]) -> list[str]:
     # Shells leave the ~ of --out=~/pictures alone; a folder of that name would be made.
     home = re.compile(r"(--?(?!(?:negative_)?prompt=)[\w.]+=)(~(?:/.*)?)", re.DOTALL)
     argv = [f"{m[1]}{os.path.expanduser(m[2])}" if (m := home.fullmatch(a)) else a for a in argv]
+    _check_forms(argv)
     try:
         rest = FLAGS(argv)
         for flag in _config_flags():
-            getattr(flag.value, "items", None)  # raises the OSError of a file that did not load
+            if not isinstance(flag.value, ConfigDict | None):
+                raise TypeError(f"--{flag.name} is no ConfigDict")
             _check_tuples(flag)
     except flags.UnrecognizedFlagError as error:
         name, config = error.flagname, error.flagname.partition(".")[0]
         hint = f"give --{config}=FILE before it" if config in FLAGS else _closest(name, FLAGS)
         raise UserError(f"unknown flag --{name}; {hint or '--help lists the flags'}") from error
-    except flags.Error as error:
-        raise UserError(_explain(str(error))) from error
-    except OSError as error:
-        raise UserError(f"--config: {_last_line(error)}; give it a file of configs/") from error
-    except SyntaxError as error:
-        where = f"{error.filename} line {error.lineno}"
-        raise UserError(f"--config: {where} is not Python: {error.msg}") from error
-    except (AttributeError, LookupError):
+    except (Exception, SystemExit) as error:
         for flag in _config_flags():
-            _check_keys(flag, argv)
+            _check_keys(flag, argv, _load(flag, argv))
+        if isinstance(error, flags.Error):
+            raise UserError(_explain(str(error))) from error
         raise
+    _check_values()
     if rest[1:]:
         raise UserError(f"unexpected {rest[1]!r}; write --flag=VALUE and quote values with spaces")
     if FLAGS["verbosity"].using_default_value:
@@ -129,20 +131,30 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _check_forms(argv: list[str]) -> None:
+    """Refuses `--out --seed=3`, which absl takes for a folder named --seed=3."""
+    for argument, value in itertools.pairwise(argv[1:]):
+        name = argument.lstrip("-")
+        if argument[:1] == "-" and name in FLAGS and value[:2] == "--" and not FLAGS[name].boolean:
+            raise UserError(f"--{name} has no value; write --{name}=VALUE")
+
+
+def _check_values() -> None:
+    """Refuses values that only look like some: NaN, and what an unset variable leaves."""
+    for flag in (FLAGS[name] for name in FLAGS if FLAGS[name].present and "." not in name):
+        if flag.value == "" != flag.default and flag.name not in MAY_BE_EMPTY:
+            raise UserError(f"--{flag.name} is empty; give it a value, or leave it out")
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise UserError(f"--{flag.name}={flag.value}: give a finite number")
+
+
 def _explain(message: str) -> str:
     for pattern, remedy in _REMEDIES.items():
         if found := re.search(pattern, message):
             return found.expand(remedy)
-    if "Traceback" in message:  # get_config refused its argument, as in --config=FILE:ARGUMENT
-        reason = re.sub(r"^[\w.]+: ", "", _last_line(message))
-        return f"--config: {reason}; correct the file, or the argument after its colon"
     name = message.removeprefix("flag --").partition("=")[0]
     takes = FLAGS[name].flag_type() if name in FLAGS else ""
     return f"{message.removeprefix('flag ')}; " + (f"it takes {takes}" if takes else "see --help")
-
-
-def _last_line(error) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _closest(name: str, names) -> str:
@@ -160,13 +172,48 @@ def _config_flags() -> list[flags.Flag]:
     return [FLAGS[name] for name in FLAGS if config_flags.is_config_flag(FLAGS[name])]
 
 
-def _check_keys(flag: flags.Flag, argv: list[str]) -> None:
+def _load(flag: flags.Flag, argv: list[str]) -> ConfigDict:
+    """Returns the config that the command line names, an empty one without. Raises UserError."""
+    files = re.findall(rf"^--?{flag.name}[=\n](.*)$", "\n".join(argv), re.M)
+    if not files:
+        return ConfigDict()
+    path, _, argument = files[-1].partition(":")
+    try:
+        config = flag.parser.parse(files[-1])
+        getattr(config, "items", None)  # raises the OSError of a file that did not load
+    except OSError as error:
+        reason = str(error).splitlines()[-1].strip().rpartition(" load: ")[2]
+        raise UserError(f"--{flag.name}: {reason}; give it a file of configs/") from error
+    except SyntaxError as error:
+        where = f"{error.filename} line {error.lineno}" if error.filename else path
+        raise UserError(f"--{flag.name}: {where} is not Python: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--{flag.name}: {_why(error, path, argument)}") from error
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"--{flag.name}: get_config() of {path} returns a {kind}, no ConfigDict")
+    return config
+
+
+def _why(error: BaseException, path: str, argument: str) -> str:
+    """Returns why a config could not be made, and where."""
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"{path} has no get_config(); give it a file of configs/"
+    # ml_collections raises some errors anew, with the traceback as their text.
+    origin = error.__context__ if "Traceback" in str(error) and error.__context__ else error
+    lines = [at.lineno for at in traceback.extract_tb(origin.__traceback__) if at.filename == path]
+    where = f"{path} line {lines[-1]}" if lines else path
+    reason = str(origin).strip() or type(origin).__name__
+    if not isinstance(origin, ValueError | TypeError | SystemExit):
+        reason = f"{type(origin).__name__}: {reason}"
+    refused = bool(argument) or isinstance(origin, TypeError)
+    return f"{reason}; correct {where}" + refused * ", or the argument after its colon"
+
+
+def _check_keys(flag: flags.Flag, argv: list[str], config: ConfigDict) -> None:
     """Names the first override on the command line that the config has no key for."""
-    text = "\n".join(argv)
-    files = re.findall(rf"^--?{flag.name}[=\n](.*)$", text, re.M)
-    config = flag.parser.parse(files[-1]) if files else ConfigDict()
     keys = list(_keys(config))
-    for key in re.findall(rf"^--?(?:no)?{flag.name}\.([^=\n]+)", text, re.M):
+    for key in re.findall(rf"^--?(?:no)?{flag.name}\.([^=\n]+)", "\n".join(argv), re.M):
         if re.sub(r"\[-?\d+\]", "", key) not in keys:
             near = _nearest(config, key.split("."))
             hint = f"did you mean --{flag.name}.{near}?" if near else f"it has {', '.join(config)}"

@@ -26,7 +26,8 @@ STEPS = flags.DEFINE_integer("num_steps", 20, "evaluations of the network", lowe
 flags.DEFINE_alias("repetitions", "num_steps")
 SAMPLER = flags.DEFINE_enum("sampler", "euler", ["euler", "heun"], "the sampler")
 EMA = flags.DEFINE_bool("ema", False, "the averaged weights")
-FOLDER = flags.DEFINE_string("folder", "", "where to write")
+FOLDER = flags.DEFINE_string("folder", "out", "where to write")
+flags.DEFINE_float("shift", 1.0, "of the schedule")
 
 def main(argv):
     logging.info("a note")
@@ -103,7 +104,6 @@ ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
 @pytest.fixture
 def call(tmp_path):
     (tmp_path / "recipe.py").write_text(RECIPE)
-    (tmp_path / "broken.py").write_text("def get_config():\n    return {}.missing\n")
 
     def run(script, *arguments):
         (tmp_path / "command.py").write_text(script)
@@ -126,7 +126,7 @@ def assert_one_line(result, status, *parts):
 def test_done(call):
     result = call(COMMAND, "--prompt=a red circle", "--num_steps=4", "--ema")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "1 a red circle 4 euler True \n"
+    assert result.stdout == "1 a red circle 4 euler True out\n"
 
 
 def test_home_folders(call):
@@ -192,10 +192,37 @@ def test_stop_is_its_status_and_one_line(call, prompt, status, line):
         ("--sampler=ddim", ["--sampler=ddim", "euler|heun"]),
         ("--ema=5", ["--ema=5", "true or false"]),
         ("circle", ["'circle'", "quote"]),
+        ("--num_steps=-1", ["--num_steps=-1", "positive"]),
+        ("--num_steps=", ["--num_steps=", "it takes int"]),
+        ("--num_steps=1e3", ["--num_steps=1e3", "it takes int"]),
+        ("--folder=", ["--folder is empty"]),
+        ("--shift=nan", ["--shift=nan", "finite"]),
+        ("--shift=inf", ["--shift=inf", "finite"]),
     ],
 )
 def test_wrong_flag(call, argument, parts):
     assert_one_line(call(COMMAND, "--prompt=a red", argument), 2, *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--num_steps", "-1"], ["--num_steps=-1", "positive"]),
+        (["--num_steps", "four"], ["--num_steps=four", "it takes int"]),
+        (["--folder", "--ema"], ["--folder has no value", "--folder=VALUE"]),
+        (["--folder", "--num_steps=3"], ["--folder has no value", "--folder=VALUE"]),
+        (["--folder", ""], ["--folder is empty"]),
+        (["--ema", "true"], ["'true'", "--flag=VALUE"]),
+    ],
+)
+def test_wrong_flag_in_two_words(call, arguments, parts):
+    assert_one_line(call(COMMAND, "--prompt=a red", *arguments), 2, *parts)
+
+
+def test_flags_in_two_words_and_twice(call):
+    """The last one counts, so that a script can be overridden; a prompt may be empty."""
+    result = call(COMMAND, "--prompt", "a", "--num_steps", "4", "--prompt=", "--ema")
+    assert result.stdout == "1  4 euler True out\n"
 
 
 def test_an_old_name_sets_the_flag(call):
@@ -213,7 +240,7 @@ def test_help_is_the_docstring_and_own_flags(call, flag):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Draws a picture.\n\n    python -m sana_jax.draw")
     listed = [line.split(":")[0] for line in result.stdout.splitlines() if line.startswith("  --")]
-    names = ("prompt", "num_steps", "repetitions", "sampler", "ema", "folder")
+    names = ("prompt", "num_steps", "repetitions", "sampler", "ema", "folder", "shift")
     assert listed == [f"  --{name}" for name in names]
     assert "  --repetitions: old name of --num_steps\n" in result.stdout
     assert "what to draw (required)" in result.stdout
@@ -283,10 +310,27 @@ def test_config_that_is_not_python(call, tmp_path, override):
 
 
 @pytest.mark.parametrize("override", [[], ["--config.num_steps=5"]])
-def test_bug_in_a_config_shows_its_traceback(call, override):
-    result = call(CONFIGURED, "--config=broken.py", *override)
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr and "has no attribute 'missing'" in result.stderr
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (
+            "def get_config():\n    return {}.missing\n",
+            ["AttributeError: ", "no attribute 'missing'; correct notes.py line 2"],
+        ),
+        ("def get_config():\n    return 1 / 0\n", ["ZeroDivisionError", "notes.py line 2"]),
+        ("import absent_module\n", ["No module named 'absent_module'", "notes.py line 1"]),
+        ("import sys\nsys.exit('stop')\n", ["--config: stop; correct notes.py line 2"]),
+        ("x = 1\n", ["notes.py has no get_config()", "configs/"]),
+        ("def get_config():\n    return {'num_steps': 5}\n", ["returns a dict"]),
+        ("def get_config(size):\n    return size\n", ["'size'", "after its colon"]),
+        ("def get_config():\n    raise ValueError\n", ["ValueError; correct notes.py line 2"]),
+        ("\0", ["notes.py is not Python"]),
+    ],
+)
+def test_a_config_that_makes_no_config(call, tmp_path, text, parts, override):
+    (tmp_path / "notes.py").write_text(text)
+    result = call(CONFIGURED, "--config=notes.py", *override)
+    assert_one_line(result, 2, "--config: ", *parts)
 
 
 def test_flags_of_jax_are_taken(call):
