@@ -3,9 +3,12 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m sana_jax.train`
-    from sana_jax.runtime import output, signals
+    from sana_jax.runtime import signals
 
     signals.start(resumes=sys.orig_argv[-len(sys.argv)].removeprefix("-m") in signals.TRAININGS)
+
+    from sana_jax.runtime import output
+
     output.guard()
 
 from typing import TYPE_CHECKING  # noqa: E402

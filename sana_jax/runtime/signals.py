@@ -3,6 +3,8 @@
 While modules are imported and flags are read there is nothing to undo: a signal prints its line and
 ends the process at once. It unwinds `main`, so that `finally` blocks run, and then does the same. A
 second signal kills. Once `main` has ended, a signal only hurries the process to its end.
+
+Little is imported here: until it is, Python itself answers signals, with tracebacks.
 """
 
 import atexit
@@ -13,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 from sana_jax.runtime.errors import EXIT_RETRY
 
@@ -38,7 +39,7 @@ def start(resumes: bool) -> None:
     _install(_end)
 
 
-def unwound(action: Callable[..., Any], *arguments: Any) -> Any:
+def unwound(action: Callable[..., object], *arguments: object) -> object:
     """Returns action(*arguments). A signal raises KeyboardInterrupt in it, and ends the process."""
     unwinding = _Unwinding()
     try:
@@ -61,7 +62,7 @@ def finish(status: int) -> None:
     _install(lambda number, frame: os._exit(status))
 
 
-def _install(handler: Any) -> None:
+def _install(handler: Callable[[int, FrameType | None], object] | int) -> None:
     signal.signal(signal.SIGTERM, handler)
     # A shell makes commands ignore Ctrl-C that it starts in the background.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -93,7 +94,7 @@ class _Unwinding:
         self.over = False
         self._raised = threading.Event()
 
-    def run(self, action: Callable[..., Any], *arguments: Any) -> Any:
+    def run(self, action: Callable[..., object], *arguments: object) -> object:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         hook, sys.unraisablehook = sys.unraisablehook, self._dropped
@@ -132,7 +133,7 @@ class _Unwinding:
             frame = frame.f_back
         return False
 
-    def _dropped(self, ignored: Any) -> None:
+    def _dropped(self, ignored) -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):  # it is raised again
             sys.__unraisablehook__(ignored)
 
