@@ -111,6 +111,81 @@ def test_ctrl_c_is_not_tried_again(tmp_path):
     assert run.wait(PATIENCE) == 130 and (tmp_path / "started").read_text() == "x"
 
 
+@pytest.mark.parametrize("number", ["many", "-1", "08", "1m", "1\n2", " 1", "9" * 20])
+@pytest.mark.parametrize(
+    "name, script, arguments",
+    [
+        ("RETRIES", "local", ["true"]),
+        ("RETRIES", "sweep", ["--field=a", "--values=1", "--out=x", "true"]),
+        ("RETRIES", "train_shapes", ["--dry_run", "x"]),
+        ("RETRIES", "slurm", ["--dry_run", "true"]),
+        ("RETRY_SECONDS", "tpu", ["--dry_run", "status"]),
+        ("GRACE_SECONDS", "local", ["true"]),
+        ("POLL_SECONDS", "tpu", ["--dry_run", "status"]),
+        ("HOSTS", "gke", ["--dry_run", "true"]),
+        ("CHIPS", "gke", ["--dry_run", "true"]),
+    ],
+)
+def test_a_number_that_is_none_is_refused_at_the_start(name, script, arguments, number):
+    known = POOL if script == "gke" else SLICE
+    result = launch(script, *arguments, **known | {name: number})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"{script}: error: {name}=") and result.stderr.count("\n") == 1
+
+
+def test_seconds_may_have_a_part(tmp_path):
+    command = counting(tmp_path, 75, 0)
+    assert launch("local", "--processes=1", *command, RETRY_SECONDS="0.1").returncode == 0
+
+
+def test_launchers_are_started_through_links_and_from_elsewhere(tmp_path):
+    arguments = {
+        "local": ["true"],
+        "gke": ["true"],
+        "sweep": ["--field=a", "--values=1", "--out=runs", "true"],
+        "tpu": ["status"],
+        "train_shapes": ["run"],
+    }
+    for script, given in arguments.items():
+        (tmp_path / script).symlink_to(ROOT / "launch" / script)
+        command = ["bash", tmp_path / script, "--dry_run", *given]
+        known = {"PATH": os.environ["PATH"], **(POOL if script == "gke" else SLICE)}
+        result = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_local_kills_what_does_not_end(tmp_path, number):
+    """A stopped process hears nothing, and may have children."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, pathlib, signal, subprocess\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"part = pathlib.Path({str(tmp_path / 'part')!r})\n"
+        "part.write_text(f'{os.getpid()} {child.pid}')\n"
+        "part.rename(part.with_name('pids'))\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    command = ["bash", ROOT / "launch/local", "--processes=1", sys.executable, worker]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # or bash may not hear it
+    run = subprocess.Popen(command, env=os.environ | {"GRACE_SECONDS": "1"})
+    signal.signal(signal.SIGINT, before)
+    while not (tmp_path / "pids").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(number)
+    assert run.wait(PATIENCE) == 128 + number
+    for pid in (tmp_path / "pids").read_text().split():
+        assert not is_alive(pid)
+
+
+def is_alive(pid):
+    """A process whose parent has not heard of its end is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_local_processes_meet(tmp_path):
     script = (
         "import jax\n"
@@ -155,6 +230,12 @@ def test_slurm_shows_what_it_would_run():
     assert result.returncode == 0 and result.stdout.startswith("srun ")
     assert "python train.py" in result.stdout
     assert launch("slurm", "python").returncode == 2  # outside a job
+
+
+def test_slurm_says_where_to_submit_it(tmp_path):
+    job = dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path))
+    result = launch("slurm", "true", **job)
+    assert result.returncode == 2 and "the root of the clone" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -332,12 +413,62 @@ def test_tpu_ends_what_still_runs(tmp_path):
     old = subprocess.Popen(
         ["bash", "-c", f"trap 'sleep 1; echo saved > {tmp_path}/saved; exit' TERM; sleep 60 & wait"]
     )
-    (tmp_path / "sana_jax/.pid").write_text(str(old.pid))
+    stat = Path(f"/proc/{old.pid}/stat").read_text().rpartition(")")[2].split()
+    (tmp_path / "sana_jax/.pid").write_text(f"{old.pid} {stat[19]}\n")
     threading.Thread(target=old.wait).start()  # or it would stay as a zombie
     time.sleep(0.5)  # its trap is set
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout.splitlines()[-1] == "worker ended with 7", result
     assert (tmp_path / "saved").exists() and not (tmp_path / "sana_jax/.pid").exists()
+
+
+@pytest.mark.parametrize("held", ["{pid}\n", "{pid} 123\n", "{pid} \n", "", "junk junk\n", "\0\0"])
+def test_tpu_leaves_a_process_alone_that_got_the_number_of_an_old_one(tmp_path, held):
+    command = on_a_worker("true")
+    (tmp_path / "sana_jax").mkdir()
+    stranger = subprocess.Popen(["sleep", "600"])
+    try:
+        (tmp_path / "sana_jax/.pid").write_text(held.format(pid=stranger.pid))
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.stdout.splitlines()[-1] == "worker ended with 0", result
+        assert stranger.poll() is None and not (tmp_path / "sana_jax/.pid").exists()
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_tpu_takes_flags_from_several_lines():
+    result = launch("tpu", "--dry_run", "create", **SLICE, CREATE_FLAGS="--spot\n  --internal-ips")
+    assert result.stdout.endswith("--spot --internal-ips\n")
+
+
+def test_gke_names_and_words_are_what_was_given():
+    words = [
+        "bash",
+        "-c",
+        "echo 'a'\necho \"b: #c\"",
+        "",
+        "on",
+        "1",
+        "é 😀\u2028\x85\x7f",
+        "[x], {y}",
+    ]
+    odd = dict(NAME="on", ACCELERATOR="no", TOPOLOGY="4", IMAGE="a: b #c", BUCKET="0x1F")
+    result = launch("gke", "--dry_run", *words, **POOL | odd)
+    found = yaml.safe_load(result.stdout)
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == words and found["metadata"]["name"] == "on"
+    assert container["image"] == "a: b #c" and [*pod["nodeSelector"].values()] == ["no", "4"]
+    assert pod["volumes"][0]["csi"]["volumeAttributes"] == {"bucketName": "0x1F"}
+
+
+def test_gke_keeps_kubernetes_from_expanding_words():
+    """It reads $(NAME) as a variable, and $$ as $."""
+    result = launch("gke", "--dry_run", "bash", "-c", "echo $$ $(date) $HOME", **POOL)
+    job = yaml.safe_load(result.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["command"] == ["bash", "-c", "echo $$$ $$(date) $HOME"]
 
 
 def test_gke_manifest():
@@ -459,6 +590,44 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     log.unlink()
     assert launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python")).returncode == 0
     assert "train_tokenizer" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "values", ["0.1,0.2\n0.3", "0.1\n", "\n", "0.1,\t,0.2", ",0.1", "0.1,,0.2"]
+)
+def test_no_value_of_a_sweep_is_dropped(tmp_path, values):
+    flags = "--field=rate", f"--values={values}", f"--out={tmp_path}/runs"
+    result = launch("sweep", *flags, "touch", tmp_path / "ran")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "cannot name a folder" in result.stderr and not (tmp_path / "ran").exists()
+
+
+def test_a_sweep_finds_its_runs_at_home(tmp_path):
+    """Shells leave the ~ of --out=~/runs alone; the command reads it as home."""
+    (tmp_path / "train.py").write_text(TRAINING)
+    flags = "--field=rate", "--values=0.2", "--out=~/my runs/", "--metrics=loss"
+    result = launch("sweep", *flags, sys.executable, tmp_path / "train.py", HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["rate", "end", "step", "loss", "0.2", "done", "2", "0.4"]
+    assert (tmp_path / "my runs/0.2").is_dir()
+
+
+def test_train_shapes_takes_paths_from_where_it_is_started(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/model.json").touch()
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)  # as environments have it
+    command = ["bash", ROOT / "launch/train_shapes", "--dry_run", "my run/", "--config.seed=3"]
+    given = dict(START="weights/", AUTOENCODER="shapes", PYTHON="bin/python")
+    known = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **given}
+    shown = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True).stdout
+    (train,) = (line for line in shown.splitlines() if "sana_jax.train " in line)
+    words = shlex.split(train)
+    assert words[0] == str(python) and f"--workdir={tmp_path}/my run/text_to_image" in words
+    assert f"--config.start={tmp_path}/weights" in words and "--config.autoencoder=shapes" in words
+    at_home = launch("train_shapes", "--dry_run", "~/run", HOME=str(tmp_path)).stdout
+    assert f"--workdir={tmp_path}/run/autoencoder" in at_home
 
 
 def test_train_shapes_goes_on_from_weights(tmp_path):
