@@ -157,8 +157,6 @@ def main(argv):
     del argv
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise UserError('give one of --prompt="..." and --prompts=FILE')
-    if not _OUT.value:
-        raise UserError("--out= is empty; give it a folder")
     if FLAGS.no_instruction and FLAGS.instruction_file:
         raise UserError("--no_instruction and --instruction_file contradict each other; give one")
     interval = parse_interval(_INTERVAL.value)

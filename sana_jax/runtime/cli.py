@@ -143,9 +143,9 @@ def _check_values() -> None:
     """Refuses values that only look like some: NaN, and what an unset variable leaves."""
     for flag in (FLAGS[name] for name in FLAGS if FLAGS[name].present and "." not in name):
         if flag.value == "" != flag.default and flag.name not in MAY_BE_EMPTY:
-            raise UserError(f"--{flag.name} is empty; give it a value, or leave it out")
-        if isinstance(flag.value, float) and not math.isfinite(flag.value):
-            raise UserError(f"--{flag.name}={flag.value}: give a finite number")
+            raise UserError(f"--{flag.name}= is empty; give it a value")
+        if isinstance(flag.value, float) and math.isnan(flag.value):  # it passes all bounds
+            raise UserError(f"--{flag.name}={flag.value}: give a number")
 
 
 def _explain(message: str) -> str:
