@@ -59,7 +59,17 @@ def unwound(action: Callable[..., object], *arguments: object) -> object:
 
 def finish(status: int) -> None:
     """Lets a signal end the process with `status`, without waiting for threads and devices."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _install(lambda number, frame: os._exit(status))
+
+    def watch() -> None:  # the main thread, which waits for threads, may miss a signal
+        while os.read(reader, 1)[0] not in LINES:
+            pass
+        os._exit(status)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _install(handler: Callable[[int, FrameType | None], object] | int) -> None:
