@@ -28,7 +28,7 @@ def compiler_params(semantics, blocks, scratch_bytes: int = 0) -> pltpu.Compiler
     each. XLA prefetches the weights of the next products into the VMEM that no kernel reserves, so
     a kernel asks for what it needs, not for all: its blocks, its scratch, and room for the values
     between them, 32 MiB at least. With 100 MiB for each kernel, the forward pass of the 1.6B
-    transformer took 14 % more cycles by the compiler's estimate (README.md here).
+    transformer took 12 % more cycles by the compiler's estimate (README.md here).
     """
     needed = scratch_bytes + 16 * MIB
     for spec, array in blocks:
