@@ -52,11 +52,28 @@ def open_folder(folder: Path) -> Checkpoint:
     The bytes of its files are verified; the weights stay unread.
     """
     folder = Path(folder)
-    model = read_json(folder / "model.json")
+    checkpoint, files = read_model(folder)
+    verify(folder, files)
+    for name, config in checkpoint.configs().items():
+        single = folder / f"{name}.safetensors"
+        tensors = TensorReader(single if single.is_file() else Path(f"{single}.index.json"))
+        shapes = param_shapes(config)
+        entries = [Entry(path, (path,)) for path in shapes]
+        check(name, entries, shapes, tensors)
+        checkpoint.params[name] = lazy_params(entries, shapes, tensors)
+    if (folder / "tokenizer").is_dir():
+        checkpoint.tokenizer = load_tokenizer(folder / "tokenizer")
+    return checkpoint
+
+
+def read_model(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
+    """Returns what model.json says, and the sha256 of each file by name. Raises UserError."""
+    path = folder / "model.json"
+    model = read_json(path)
     if (model.get("format"), model.get("version")) != (FORMAT, VERSION):
         raise UserError(
-            f"{folder / 'model.json'} is format {model.get('format')!r} version"
-            f" {model.get('version')!r}; this program reads {FORMAT!r} version {VERSION}"
+            f"{path} is format {model.get('format')!r} version {model.get('version')!r};"
+            f" this program reads {FORMAT!r} version {VERSION}"
         )
     try:
         configs = {n: cls(**frozen(model[n])) for n, cls in CONFIGS.items() if model.get(n)}
@@ -74,18 +91,8 @@ def open_folder(folder: Path) -> Checkpoint:
             provenance=model.get("provenance", {}),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'model.json'} is incomplete: {error!r}") from None
-    _verify(folder, files)
-    for name, config in configs.items():
-        single = folder / f"{name}.safetensors"
-        tensors = TensorReader(single if single.is_file() else Path(f"{single}.index.json"))
-        shapes = param_shapes(config)
-        entries = [Entry(path, (path,)) for path in shapes]
-        check(name, entries, shapes, tensors)
-        checkpoint.params[name] = lazy_params(entries, shapes, tensors)
-    if (folder / "tokenizer").is_dir():
-        checkpoint.tokenizer = load_tokenizer(folder / "tokenizer")
-    return checkpoint
+        raise UserError(f"{path} is incomplete: {error!r}") from None
+    return checkpoint, files
 
 
 def is_whole(folder: Path) -> bool:
@@ -104,7 +111,7 @@ def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
 
 
-def _verify(folder: Path, files: dict[str, str]) -> None:
+def verify(folder: Path, files: dict[str, str]) -> None:
     """Checks that the files to read are those in model.json, byte for byte. Raises UserError."""
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
