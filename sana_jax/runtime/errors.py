@@ -7,10 +7,17 @@ import contextlib
 from collections.abc import Iterator
 
 EXIT_USER_ERROR, EXIT_RETRY, EXIT_DO_NOT_RETRY = 2, 75, 76
+LONGEST = 2000  # letters of a message: what it quotes may be megabytes of a damaged file
 
 
 class UserError(ValueError):
-    """The user's input cannot be used (status 2)."""
+    """The user's input cannot be used (status 2). A message that is too long loses its middle."""
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        super().__init__(text)
 
 
 class Retry(Exception):

@@ -37,3 +37,10 @@ def test_another_librarys_error_is_one_line(base):
         with pytest.raises(UserError) as caught, refused("the file"):
             raise type("PanicException", (base,), {})(message)
         assert str(caught.value) == f"the file: {line}"
+
+
+def test_a_message_that_quotes_a_whole_file_loses_its_middle():
+    short, long = UserError("a file is bad"), UserError("a.json: " + "x" * 10**6 + " is bad")
+    assert str(short) == "a file is bad" and UserError(KeyError("a")).args == ("'a'",)
+    assert len(str(long)) < 2100 and str(long).startswith("a.json: x")
+    assert str(long).endswith("x is bad")
