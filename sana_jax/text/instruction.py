@@ -10,7 +10,11 @@ import yaml
 from etils import epath
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, check_itself, reason_of
+from sana_jax.runtime.files import UNREACHABLE, check_is_file, check_itself, reason_of
+
+MAX_BYTES = 2**18  # of an instruction file; SANA's has 2**11, and NVlabs' yaml 2**13
+
+STRING = "tag:yaml.org,2002:str"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,13 @@ def find_instruction(instruction_file: str | Path | None = None) -> Instruction 
         return _diffusers_instruction()
     path = epath.Path(instruction_file)
     try:
+        check_is_file(path, f"instruction file {path}")
         check_itself(path)
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"instruction file {path} has more than {MAX_BYTES} bytes")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UNREACHABLE as error:
         raise UserError(f"instruction file {path} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
@@ -44,12 +53,32 @@ def find_instruction(instruction_file: str | Path | None = None) -> Instruction 
     if path.suffix not in (".yaml", ".yml"):
         return Instruction(text.removesuffix("\n"), path.name)
     try:
-        lines = yaml.safe_load(text)["text_encoder"]["chi_prompt"]
-        if isinstance(lines, list):
-            return Instruction("\n".join(lines), path.name)
-    except (yaml.YAMLError, KeyError, TypeError):
-        pass
-    raise UserError(f"instruction file {path} has no list of strings text_encoder.chi_prompt")
+        lines = _strings(yaml.compose(text, yaml.SafeLoader), "text_encoder", "chi_prompt")
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"instruction file {path} has no list of strings text_encoder.chi_prompt: {reason}"
+        ) from None
+    return Instruction("\n".join(lines), path.name)
+
+
+def _strings(node: yaml.Node | None, *keys: str) -> list[str]:
+    """Returns the list of strings at a path of keys. Raises ValueError.
+
+    Only these nodes are looked at and nothing is constructed: whatever stands beside them, and
+    however often the document refers to itself, takes no memory.
+    """
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for name, value in reversed(pairs) if name.value == key), None)
+    if not isinstance(node, yaml.SequenceNode):
+        raise ValueError("it is another document")
+    lines = node.value
+    if not all(isinstance(x, yaml.ScalarNode) and x.tag == STRING for x in lines):
+        raise ValueError("what it lists are other values")
+    if sum(len(line.value) for line in lines) > MAX_BYTES:
+        raise ValueError(f"the strings have more than {MAX_BYTES} letters")
+    return [line.value for line in lines]
 
 
 def _diffusers_instruction() -> Instruction | None:

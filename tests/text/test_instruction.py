@@ -114,6 +114,37 @@ def test_yaml_file_without_instruction(content, tmp_path):
         find_instruction(path)
 
 
+def test_what_stands_beside_the_instruction_is_not_constructed(tmp_path):
+    path = tmp_path / "config.yaml"
+    many = "\n".join(f"k{n}: &k{n} {{<<: [*k{n - 1}, *k{n - 1}]}}" for n in range(1, 30))
+    beside = f"when: 2024-99-99\ntag: !unknown x\nk0: &k0 {{a: 1}}\n{many}\n"
+    path.write_text(beside + "text_encoder:\n  chi_prompt: [&a 'one:', *a, '2']\n")
+    assert find_instruction(path) == Instruction("one:\none:\n2", "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text_encoder: {chi_prompt: [2024-01-01]}",
+        "text_encoder: {chi_prompt: [!!str {a: b}]}",
+        "text_encoder: *k",
+        "text_encoder: " + "[" * 5000,
+        "text_encoder: {chi_prompt: [&a '" + "x" * 2000 + "'" + ", *a" * 200 + "]}",
+    ],
+)
+def test_a_yaml_file_that_asks_for_more_is_refused(content, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="config.yaml has no list of strings"):
+        find_instruction(path)
+
+
+def test_an_instruction_of_a_megabyte_is_another_file(tmp_path):
+    (tmp_path / "book.txt").write_text("a" * 2**20)
+    with pytest.raises(UserError, match="book.txt has more than"):
+        find_instruction(tmp_path / "book.txt")
+
+
 def test_instruction_file_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="nowhere.txt cannot be read: No such file"):
         find_instruction(tmp_path / "nowhere.txt")
