@@ -35,6 +35,7 @@ INERT = (
     *(f"torch.{name}" for name in NUMPY),
 )
 SETS = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET
+BUFFERS = pickle.BYTEARRAY8 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER
 HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
 
 
@@ -100,12 +101,19 @@ def _inert(*args):  # stands for an object that is not built, and for its constr
     return _inert
 
 
+def _size(shape: tuple) -> tuple:
+    if not isinstance(shape, tuple):  # of a long text it would make a tuple of any length
+        raise pickle.UnpicklingError
+    return shape
+
+
 class _Unpickler(pickle._Unpickler):  # C's unpickler cannot be kept from setting objects' states
     """Unpickles containers and tensors; it knows the names in `known` and calls nothing else."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    # EXT reaches objects past find_class; the others hash what they hold, see set_items.
-    for code in pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.DICT + SETS:
+    # EXT reaches objects past find_class; DICT and the sets hash what they hold, see set_items;
+    # the buffers take memory before their bytes are looked for. No tensor needs any of them.
+    for code in pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.DICT + SETS + BUFFERS:
         del dispatch[code]
 
     def __init__(self, path: Path):
@@ -120,7 +128,7 @@ class _Unpickler(pickle._Unpickler):  # C's unpickler cannot be kept from settin
         super().__init__(io.BytesIO(_read(path, self.locate("data.pkl"))), encoding="utf-8")
         self.known = {
             "collections.OrderedDict": lambda: OrderedDict(),  # and then filled
-            "torch.Size": tuple,
+            "torch.Size": _size,
             "torch._utils._rebuild_tensor_v2": self.rebuild_tensor,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
             "torch.storage.UntypedStorage": np.dtype(np.uint8),

@@ -245,6 +245,8 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
             "_rebuild_tensor_v2.__globals__",
         ),
         (b"\x80\x04\x8c\x01a\x8c\x03b\nc\x93.", "unsafe object a.b\\nc"),
+        (b"\x80\x05\x96\x03\0\0\0\0\0\0\0abc.", "damaged"),  # a buffer, made before it is read
+        (b"\x80\x02ctorch\nSize\nX\x03\0\0\0abc\x85R.", "damaged"),
         (b"\x80\x02\x82\xf0.", "damaged"),  # a registered extension, past find_class
         (b"\x80\x02ccollections\nOrderedDict\nK\x05\x85R.", "damaged"),
         (b"\x80\x02" + TENSOR + b")R.", "damaged"),
