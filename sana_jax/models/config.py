@@ -1,21 +1,48 @@
-"""The type and range checks that the configs of all networks share."""
+"""The type and range checks that the configs of all networks share.
+
+The limits are far above every published network, and low enough that a network within them is
+described in seconds: nothing tells yet whether the weights of that network are there.
+"""
 
 import dataclasses
 import math
 import types
 import typing
 
+MAX_WIDTH = 2**18  # of an axis of a weight; the largest language models have 2**16
+MAX_LAYERS = 1000  # of one stack; the deepest SANA has 60
+MAX_TOKENS = 2**31 - 1  # positions and windows, which no array's size depends on
+LEAST, MOST = 1e-12, 1e12  # of a factor: float32 holds the product of three
 
-def check_fields(config, network: str) -> None:
+
+def check_fields(config, network: str, **most: int) -> None:
     """Raises ValueError, naming the field, if a value does not have its declared type.
 
-    Numbers must also be positive and finite; integers in a tuple may be zero.
+    Numbers must also be positive and within limits: integers at most what `most` says of their
+    field, or else MAX_WIDTH. Integers in a tuple may be zero.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _fits(value, hints[field.name]):
-            raise ValueError(f"{network} {field.name} {value!r} is not {_name(hints[field.name])}")
+        value, hint = getattr(config, field.name), hints[field.name]
+        if not _fits(value, hint):
+            raise ValueError(f"{network} {field.name} {value!r} is not {_name(hint)}")
+        is_factor = float in (hint, *typing.get_args(hint))
+        low, high = (LEAST, MOST) if is_factor else (0, most.get(field.name, MAX_WIDTH))
+        if not all(low <= number <= high for number in _numbers(value)):
+            limits = f"{low:g} .. {high:g}" if is_factor else f"at most {high}"
+            raise ValueError(f"{network} {field.name} {value!r} is beyond the limit, {limits}")
+
+
+def check_width(network: str, name: str, value: float) -> None:
+    """Raises ValueError unless `value`, the product of fields that `name` tells, is a width."""
+    if not 1 <= value <= MAX_WIDTH:
+        raise ValueError(f"{network} {name} is {value:g}, not in 1 .. {MAX_WIDTH}")
+
+
+def _numbers(value) -> list:
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def _fits(value, hint) -> bool:

@@ -5,6 +5,9 @@ import itertools
 
 from sana_jax.models.config import check_fields
 
+# Far above what is published: 8 stages, 23 layers of a side, one scale of size 5. Layers are built
+# one after the other.
+MAX_STAGES, MAX_LAYERS, MAX_SCALES, MAX_KERNEL = 12, 64, 8, 63
 _BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 _SCALES = ((),) * 3 + ((5,),) * 3
 
@@ -45,8 +48,8 @@ class DCAEConfig:
 
         check_fields(self, "autoencoder")
         stages = len(self.encoder_channels)
-        if stages < 2 or 0 in self.encoder_channels + self.decoder_channels:
-            reject("encoder_channels", "needs two stages or more, and none of width 0")
+        if not 2 <= stages <= MAX_STAGES or 0 in self.encoder_channels + self.decoder_channels:
+            reject("encoder_channels", f"needs 2 to {MAX_STAGES} stages, and none of width 0")
         for field in PER_STAGE:
             if len(getattr(self, field)) != stages:
                 reject(field, f"needs one entry for each of {stages} stages")
@@ -59,6 +62,17 @@ class DCAEConfig:
             attention = zip(getattr(self, f"{side}_blocks"), channels, strict=True)
             if any(b == "EfficientViTBlock" and c % self.attention_head_dim for b, c in attention):
                 reject("attention_head_dim", f"does not divide {side}_channels {channels}")
+            if sum(layers) > MAX_LAYERS:
+                reject(f"{side}_layers", f"more than {MAX_LAYERS} layers in all are not supported")
+            scales = getattr(self, f"{side}_qkv_multiscales")
+            sizes = [size for stage in scales for size in stage]
+            if max(map(len, scales)) > MAX_SCALES or not all(
+                size in range(1, MAX_KERNEL + 1, 2) for size in sizes
+            ):
+                reject(
+                    f"{side}_qkv_multiscales",
+                    f"only up to {MAX_SCALES} odd sizes up to {MAX_KERNEL} are supported",
+                )
             if not all(layers[1:-1]):
                 reject(f"{side}_layers", "only the first or last stage may have no layers")
             whole = [4 * c % deeper == 0 for c, deeper in itertools.pairwise(channels)]

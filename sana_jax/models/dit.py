@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float
 from sana_jax.kernels.cross_attention import cross_attention
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.modulated_norm import modulated_norm, reference
-from sana_jax.models.config import check_fields
+from sana_jax.models.config import MAX_LAYERS, check_fields, check_width
 from sana_jax.models.layers import (
     Dtype,
     GLUMBConv,
@@ -59,6 +59,10 @@ REMAT = {
 small_normal = nn.initializers.normal(0.02)
 
 
+# A sample of 2**14 latents is a picture of half a million pixels a side.
+_MOST = {"depth": MAX_LAYERS, "patch_size": 64, "sample_size": 2**14}
+
+
 @dataclasses.dataclass(frozen=True)
 class SanaConfig:
     """The architecture of a release; the defaults are Sana 1.6B at 1024 px."""
@@ -81,7 +85,15 @@ class SanaConfig:
     clip_attention: bool | None = None
 
     def __post_init__(self):
-        check_fields(self, "transformer")
+        check_fields(self, "transformer", **_MOST)
+        check_width("transformer", "width x mlp_ratio", int(self.width * self.mlp_ratio))
+        check_width(
+            "transformer",
+            "patch_size^2 x latent_channels",
+            self.patch_size**2 * self.latent_channels,
+        )
+        if self.sample_size < self.patch_size:
+            raise ValueError(f"transformer sample_size {self.sample_size} is less than a patch")
         if self.width % self.head_dim or self.width % self.cross_heads:
             raise ValueError(f"transformer width {self.width} does not divide into its heads")
 

@@ -23,9 +23,17 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from sana_jax.kernels.mixed_einsum import einsum_float32
-from sana_jax.models.config import check_fields
+from sana_jax.models.config import MAX_LAYERS, MAX_TOKENS, check_fields, check_width
 from sana_jax.models.layers import Dtype, RMSNorm, dense, partitioned, scan_for_sampling
 from sana_jax.sharding import constrain
+
+_MOST = {
+    "vocab_size": 2**21,  # the largest vocabularies have 2**18
+    "num_layers": MAX_LAYERS,
+    "query_pre_attn_scalar": MAX_TOKENS,
+    "sliding_window": MAX_TOKENS,
+    "max_positions": MAX_TOKENS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Gemma2Config:
     max_positions: int = 8192  # that the release was trained for; no array has this size
 
     def __post_init__(self):
-        check_fields(self, "text encoder")
+        check_fields(self, "text encoder", **_MOST)
+        check_width("text encoder", "num_heads x head_dim", self.num_heads * self.head_dim)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide {self.num_heads}")
         if self.head_dim % 2:
