@@ -5,7 +5,6 @@ Reading needs neither diffusers nor torch. Tensor names are in diffusers_names.p
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from sana_jax.checkpoints.diffusers_configs import (
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
-from sana_jax.diffusion.flow import NUM_TIMESTEPS
+from sana_jax.diffusion.flow import NUM_TIMESTEPS, SHIFTS
+from sana_jax.runtime.checks import number
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, read_json
 from sana_jax.text.tokenizers import load_tokenizer, save_tokenizer
@@ -238,7 +238,7 @@ def _read_flow_shift(folder: Path) -> float:
     path = folder / "scheduler_config.json"
     config = read_json(path)
     kind = config.get("_class_name")
-    if kind not in SCHEDULERS:
+    if not isinstance(kind, str) or kind not in SCHEDULERS:
         raise UserError(f"{path}: {kind} is not supported, only {' and '.join(SCHEDULERS)}")
     for key, (ours, default) in SCHEDULERS[kind].items():
         if config.get(key, default) != ours:
@@ -249,10 +249,7 @@ def _read_flow_shift(folder: Path) -> float:
             "%s: diffusers draws with Euler steps here: so does sampler=flow_euler", path
         )
     key = "flow_shift" if kind == "DPMSolverMultistepScheduler" else "shift"
-    shift = config.get(key, 1.0)
-    if type(shift) not in (int, float) or not 0 < shift < math.inf:
-        raise UserError(f"{path}: {key} {shift!r} is not a positive number")
-    return float(shift)
+    return number(f"{path}: {key}", config.get(key, 1.0), *SHIFTS)
 
 
 def _find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, bool]:

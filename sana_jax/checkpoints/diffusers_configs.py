@@ -6,6 +6,7 @@ Reading raises ValueError, naming the field whose value is not supported.
 import dataclasses
 from typing import Any
 
+from sana_jax.models.config import MAX_WIDTH
 from sana_jax.models.dc_ae_config import PER_STAGE, DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
@@ -40,12 +41,19 @@ _SANA_DEFAULTS = dict(
 )
 
 
+_HEADS = [f"num_{cross}attention_heads" for cross in ("", "cross_")]
+_HEADS += [f"{cross}attention_head_dim" for cross in ("", "cross_")]
+
+
 def sana_from_diffusers(config: dict[str, Any]) -> SanaConfig:
     """Reads a SanaTransformer2DModel's config.json."""
     kind = config.get("_class_name", "SanaTransformer2DModel")
     if kind != "SanaTransformer2DModel":
         raise ValueError(f"transformer {kind} is not supported, only SanaTransformer2DModel")
     get = {**_SANA_DEFAULTS, **config}.__getitem__
+    for key in _HEADS:  # before they are multiplied: a text a billion times takes the memory
+        if type(get(key)) is not int or not 0 < get(key) <= MAX_WIDTH:
+            raise ValueError(f"transformer {key} {get(key)!r} is not in 1 .. {MAX_WIDTH}")
     width = get("num_attention_heads") * get("attention_head_dim")
     if get("guidance_embeds"):
         raise ValueError("guidance_embeds is set: Sana Sprint models are not supported")
@@ -209,8 +217,14 @@ def gemma2_from_transformers(config: dict[str, Any]) -> Gemma2Config:
     kinds = config.get("layer_types")
     if kinds is None or plain.sliding_window is None:
         return plain
+    if not isinstance(kinds, list | tuple):
+        raise ValueError(f"text encoder layer_types {kinds!r} is no list")
     if unknown := set(kinds) - {_SLIDING, _FULL}:
         raise ValueError(f"text encoder layer_types {sorted(unknown)} are not supported")
+    if len(kinds) != plain.num_layers:
+        raise ValueError(
+            f"text encoder layer_types names {len(kinds)} of {plain.num_layers} layers"
+        )
     slides = tuple(kind == _SLIDING for kind in kinds)
     if not any(slides):
         return dataclasses.replace(plain, sliding_window=None)

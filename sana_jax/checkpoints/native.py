@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 from flax import traverse_util
@@ -10,12 +9,15 @@ from flax import traverse_util
 from sana_jax.checkpoints.components import CONFIGS, Checkpoint, param_shapes
 from sana_jax.checkpoints.mapping import Entry, check, lazy_params
 from sana_jax.checkpoints.tensors import TensorReader, write_tensors
+from sana_jax.diffusion.flow import SHIFTS
+from sana_jax.runtime.checks import integer, number
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import check_itself, local, read_json, sha256_of
+from sana_jax.runtime.files import check_itself, local, named_file, read_json, sha256_of
 from sana_jax.text.instruction import Instruction
 from sana_jax.text.tokenizers import load_tokenizer, save_tokenizer
 
 FORMAT, VERSION = "sana_jax", 1
+MAX_TEXT_ROWS = 2**16  # eight times the positions of Gemma 2
 
 
 def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -76,8 +78,12 @@ def read_model(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
             f" this program reads {FORMAT!r} version {VERSION}"
         )
     try:
-        configs = {n: cls(**frozen(model[n])) for n, cls in CONFIGS.items() if model.get(n)}
-        files, instruction = dict(model["files"]), model["instruction"]
+        there = [name for name in CONFIGS if model.get(name) is not None]
+        configs = {name: CONFIGS[name](**frozen(model[name])) for name in there}
+        files, instruction = model["files"], model["instruction"]
+        provenance, sampler = model.get("provenance", {}), model["sampler"]
+        if not all(isinstance(x, dict) for x in (files, provenance)):
+            raise ValueError("files and provenance are objects")
         if instruction is not None:
             sha256 = instruction["sha256"]
             instruction = Instruction(instruction["text"], instruction["source"])
@@ -85,11 +91,13 @@ def read_model(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
                 raise ValueError("the instruction's sha256 is not that of its text")
         checkpoint = Checkpoint(
             **configs,
-            flow_shift=_positive(float, model["sampler"]["flow_shift"]),
-            text_rows=_positive(int, model["sampler"]["text_rows"]),
+            flow_shift=number("flow_shift", sampler["flow_shift"], *SHIFTS),
+            text_rows=integer("text_rows", sampler["text_rows"], 1, MAX_TEXT_ROWS),
             instruction=instruction,
-            provenance=model.get("provenance", {}),
+            provenance=provenance,
         )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is incomplete: {error!r}") from None
     return checkpoint, files
@@ -114,23 +122,14 @@ def _files(folder: Path) -> set[str]:
 def verify(folder: Path, files: dict[str, str]) -> None:
     """Checks that the files to read are those in model.json, byte for byte. Raises UserError."""
     for name, digest in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{folder / 'model.json'} names a file outside its folder: {name}")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing")
-        if sha256_of(folder / name) != digest:
-            check_itself(folder / name)
-            raise UserError(f"{folder / name} is damaged: its sha256 is not the one in model.json")
+        path = named_file(folder / "model.json", name)
+        if sha256_of(path) != digest:
+            check_itself(path)
+            raise UserError(f"{path} is damaged: its sha256 is not the one in model.json")
     if loose := sorted(_files(folder) - files.keys()):
         raise UserError(
             f"{folder / loose[0]} is not in model.json: it was put there by another hand"
         )
-
-
-def _positive(kind: type, value):
-    if type(value) not in (kind, int) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is not a positive number")
-    return value
 
 
 def frozen(value):

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import check_itself
+from sana_jax.runtime.files import check_itself, named_file, read_json, reason_of
 
 # safetensors' spelling of the dtypes of weights, and of the counters among them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": ml_dtypes.bfloat16}
@@ -130,11 +130,13 @@ class Unprefixed(Mapping):
 
 
 def _open(path: Path):
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
     try:
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be read: {reason_of(error)}") from None
         check_itself(path)
         raise UserError(
             f"{path} is not a whole safetensors file ({error}): download it again"
@@ -144,17 +146,16 @@ def _open(path: Path):
 def read_index(path: Path) -> dict[str, Path]:
     """Returns the file of each tensor, by name, from an index's .json file. Raises UserError."""
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        files = {name: path.parent / file for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if path.is_file():
-            check_itself(path)
-        raise UserError(f"{path} is not an index of safetensors files ({error!r})") from None
-    for file in files.values():
-        # A symbolic link, as in the hub's cache, is fine; a name that leaves the folder is not.
-        if file.parent != path.parent or file.name in ("", ".", ".."):
-            raise UserError(f"{path} names a file outside its folder: {file}")
-    return files
+        weight_map = read_json(path).get("weight_map")
+    except UserError as error:
+        raise UserError(f"{path} is not an index of safetensors files: {error}") from None
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{path} is not an index of safetensors files: it has no weight_map")
+    files: dict[str, Path] = {}
+    for name in weight_map.values():
+        if not isinstance(name, str) or name not in files:
+            files[name] = named_file(path, name)
+    return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
 def write_tensors(

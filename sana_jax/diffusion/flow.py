@@ -7,6 +7,7 @@ Lipman et al., arXiv 2210.02747; the shift is that of Esser et al., arXiv 2403.0
 import numpy as np
 
 NUM_TIMESTEPS = 1000  # of the released networks' training
+SHIFTS = 1e-3, 1e3  # the least and the most; the released networks have 1 to 6
 
 
 def shift_sigma(sigma, shift: float):

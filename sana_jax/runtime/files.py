@@ -151,18 +151,65 @@ def check_itself(path: Path) -> None:
             raise UserError(f"{path} is {what}")
 
 
+# The index of the largest checkpoints has 10 MB. Python's objects are up to 40 times as large.
+MAX_JSON = 2**24  # bytes
+MAX_DEPTH = 100  # of lists and objects in one another: what reads them may be recursive
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns what a JSON text holds. Raises ValueError, whatever the text is."""
+    try:
+        contents = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [contents]
+    for _ in range(MAX_DEPTH + 1):
+        groups = [x for x in level if isinstance(x, dict | list)]
+        level = [y for x in groups for y in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return contents
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises UserError."""
     try:
-        contents = json.loads(path.read_text())
-    except OSError:
+        check_is_file(path, str(path))
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise UserError(f"{path} has more than {MAX_JSON} bytes: it is another file")
+        contents = parse_json(text.decode("utf-8-sig"))
+    except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from None
+    except UserError:
+        raise
+    except ValueError as error:
         check_itself(path)
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds no JSON object")
     return contents
+
+
+def named_file(document: Path, name: Any) -> Path:
+    """Returns the path of a file that a document names, in the document's own folder.
+
+    Raises UserError if it is missing or lies elsewhere. A link, as in the hub's cache, is fine.
+    """
+    if not isinstance(name, str) or not name.isprintable():
+        raise UserError(f"{document} names a file {name!r}, which is no file's name")
+    path = document.parent / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or path == document.parent:
+        raise UserError(f"{document} names a file outside its folder: {name}")
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{document} names {path}: {reason_of(error)}") from None
+    raise UserError(f"{path} is missing, which {document.name} names")
 
 
 def sha256_of(path: Path) -> str:

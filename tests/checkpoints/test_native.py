@@ -67,6 +67,16 @@ def test_damaged_native_folder(written, tmp_path):
         dict(dit=dict(depth="2")),
         dict(dit=dict(no_such_field=2)),
         dict(format="other"),
+        dict(provenance=["a"]),
+        dict(files={"a" * 300: "0"}),
+        dict(files={"a\0b": "0"}),
+        dict(dit=[]),
+        dict(dit=dict(depth=10**9)),
+        dict(text_encoder=dict(num_layers=10**9)),
+        dict(sampler=dict(flow_shift=10**400, text_rows=300)),
+        dict(sampler=dict(flow_shift=1e300, text_rows=300)),
+        dict(sampler=dict(flow_shift=3.0, text_rows=10**12)),
+        dict(sampler=[3.0, 300]),
     ],
 )
 def test_broken_model_json(written, tmp_path, changes):

@@ -1,5 +1,7 @@
 """Safetensors files: one or several shards, and damage is named."""
 
+import json
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -67,6 +69,10 @@ def test_damaged_files_are_named(folder, change, words):
         (lambda i: i.unlink(), "has no diffusion_pytorch_model"),
         (lambda i: i.write_text("{}"), "not an index"),
         (lambda i: i.write_text("not json"), "not an index"),
+        (lambda i: i.write_text("[" * 100_000), "not an index"),
+        (lambda i: i.write_text('{"weight_map": ["a"]}'), "not an index"),
+        (lambda i: i.write_text('{"weight_map": {"a": ["b"]}}'), "no file's name"),
+        (lambda i: i.write_text(json.dumps({"weight_map": {"a": "b" * 300}})), "too long"),
         (lambda i: next(i.parent.glob("*-of-*")).unlink(), "is missing"),
         (lambda i: i.write_text(i.read_text().replace('": "', '": "../')), "outside its folder"),
         (lambda i: i.write_text(i.read_text().replace('": "', '": "/')), "outside its folder"),

@@ -103,7 +103,8 @@ def _component(name: str):
         from sana_jax.checkpoints import diffusers
         from sana_jax.checkpoints.diffusers_names import entries
 
-        for entry in entries(diffusers._read_config(folder / "diffusers", name)):
+        path = folder / "diffusers" / diffusers.COMPONENTS[name][0] / "config.json"
+        for entry in entries(diffusers.read_config(path, name)):
             entry.layer_names()
 
     return read

@@ -1,14 +1,18 @@
 """A file or a folder that cannot be written leaves the one that was there."""
 
+import json
 import os
 
 import pytest
 from etils import epath
 
+from sana_jax.runtime import files
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import (
     check_is_file,
     check_itself,
+    named_file,
+    parse_json,
     read_json,
     replace_folder,
     write_atomically,
@@ -88,3 +92,74 @@ def test_what_stands_for_a_file_is_named(tmp_path, head, words):
             read(path)
     path.write_text("<bos> is a text")
     check_itself(path)
+
+
+def nested(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, nested(102), "[" * 102 + "1" + "]" * 102, "9" * 5000]
+)
+def test_json_that_python_cannot_hold_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_json_of_reasonable_depth_is_read():
+    assert parse_json(nested(3)) == {"a": {"a": {"a": 1}}}
+    assert parse_json(nested(files.MAX_DEPTH)) == json.loads(nested(files.MAX_DEPTH))
+    assert parse_json(b'[1, "a", null, []]') == [1, "a", None, []]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (nested(200).encode(), "is not JSON .it is nested too deeply"),
+        (b"[1]", "holds no JSON object"),
+        (b"\xff\xfe", "is not JSON"),
+        (b" " * (files.MAX_JSON + 1), "it is another file"),
+    ],
+)
+def test_a_document_that_is_none_is_named(tmp_path, content, words):
+    path = tmp_path / "model.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"model.json.*{words}"):
+        read_json(path)
+
+
+def test_what_is_no_file_is_no_document(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, words in {
+        "pipe.json": "is a pipe",
+        "b.json": "missing",
+        "c" * 300: "too long",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            read_json(tmp_path / name)
+    (tmp_path / "d.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "d.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (["a"], "no file's name"),
+        (None, "no file's name"),
+        ("a\0b", "no file's name"),
+        ("", "outside its folder"),
+        (".", "outside its folder"),
+        ("../a", "outside its folder"),
+        ("b/../../a", "outside its folder"),
+        ("/a", "outside its folder"),
+        ("a" * 300, "too long"),
+        ("b", "is missing"),
+        ("folder", "is missing"),
+    ],
+)
+def test_a_document_names_files_of_its_own_folder(tmp_path, name, words):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").touch()
+    assert named_file(tmp_path / "model.json", "folder/a") == tmp_path / "folder" / "a"
+    with pytest.raises(UserError, match=f"model.json.*{words}|{words}.*model.json"):
+        named_file(tmp_path / "model.json", name)
