@@ -18,10 +18,11 @@ from sana_jax.checkpoints.diffusers_configs import (
     gemma2_from_transformers,
     sana_from_diffusers,
 )
+from sana_jax.checkpoints.diffusers_fields import SCHEDULERS, check_supported
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
-from sana_jax.diffusion.flow import NUM_TIMESTEPS, SHIFTS
+from sana_jax.diffusion.flow import SHIFTS
 from sana_jax.runtime.checks import number
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, read_json
@@ -204,46 +205,16 @@ def read_config(path: Path, name: str) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
-# The settings of a scheduler for which diffusion/dpm_solver.py computes the same. The second value
-# is diffusers' default, which holds if a file leaves the setting out.
-OTHER_GRIDS = {f"use_{kind}_sigmas": (False, False) for kind in ("karras", "exponential", "beta")}
-SCHEDULERS = {
-    "DPMSolverMultistepScheduler": {
-        "use_flow_sigmas": (True, False),
-        "prediction_type": ("flow_prediction", "epsilon"),
-        "algorithm_type": ("dpmsolver++", "dpmsolver++"),
-        "solver_order": (2, 2),
-        "solver_type": ("midpoint", "midpoint"),
-        "lower_order_final": (True, True),
-        "euler_at_final": (False, False),
-        "final_sigmas_type": ("zero", "zero"),
-        "use_dynamic_shifting": (False, False),
-        "thresholding": (False, False),
-        **OTHER_GRIDS,
-        "use_lu_lambdas": (False, False),
-        "num_train_timesteps": (NUM_TIMESTEPS, NUM_TIMESTEPS),
-    },
-    "FlowMatchEulerDiscreteScheduler": {
-        "use_dynamic_shifting": (False, False),
-        "stochastic_sampling": (False, False),
-        **OTHER_GRIDS,
-        "invert_sigmas": (False, False),
-        "shift_terminal": (None, None),
-        "num_train_timesteps": (NUM_TIMESTEPS, NUM_TIMESTEPS),
-    },
-}
-
-
 def _read_flow_shift(folder: Path) -> float:
     path = folder / "scheduler_config.json"
     config = read_json(path)
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in SCHEDULERS:
         raise UserError(f"{path}: {kind} is not supported, only {' and '.join(SCHEDULERS)}")
-    for key, (ours, default) in SCHEDULERS[kind].items():
-        if config.get(key, default) != ours:
-            found = config.get(key, default)
-            raise UserError(f"{path}: {kind} with {key} {found!r} is not supported, only {ours!r}")
+    try:
+        check_supported(f"{kind} with", SCHEDULERS[kind], config)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if kind == "FlowMatchEulerDiscreteScheduler":
         logging.warning(
             "%s: diffusers draws with Euler steps here: so does sampler=flow_euler", path

@@ -6,6 +6,12 @@ Reading raises ValueError, naming the field whose value is not supported.
 import dataclasses
 from typing import Any
 
+from sana_jax.checkpoints.diffusers_fields import (
+    AUTOENCODER,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    check_supported,
+)
 from sana_jax.models.config import MAX_WIDTH
 from sana_jax.models.dc_ae_config import PER_STAGE, DCAEConfig
 from sana_jax.models.dit import SanaConfig
@@ -55,13 +61,12 @@ def sana_from_diffusers(config: dict[str, Any]) -> SanaConfig:
         if type(get(key)) is not int or not 0 < get(key) <= MAX_WIDTH:
             raise ValueError(f"transformer {key} {get(key)!r} is not in 1 .. {MAX_WIDTH}")
     width = get("num_attention_heads") * get("attention_head_dim")
+    check_supported("transformer", TRANSFORMER, config)
     if get("guidance_embeds"):
         raise ValueError("guidance_embeds is set: Sana Sprint models are not supported")
     expected = {
         "out_channels": get("in_channels"),
         "cross_attention_dim": width,
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
     }
     for key, value in expected.items():
         if config.get(key, value) not in (value, None):
@@ -142,6 +147,7 @@ def dc_ae_from_diffusers(config: dict[str, Any]) -> DCAEConfig:
     kind = config.get("_class_name", "AutoencoderDC")
     if kind != "AutoencoderDC":
         raise ValueError(f"autoencoder {kind} is not supported, only AutoencoderDC")
+    check_supported("autoencoder", AUTOENCODER, config)
 
     def freeze(value):
         return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
@@ -187,13 +193,6 @@ _GEMMA2_NAMES = dict(
     rms_norm_eps="rms_norm_eps",
     max_positions="max_position_embeddings",
 )
-# The values of a field for which models/gemma2.py computes the same, the usual one first. The three
-# activations are spellings of one formula; "gelu" is the exact function, which differs.
-_GEMMA2_SUPPORTED = dict(
-    hidden_activation=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
-    attention_bias=(False, None),
-    use_bidirectional_attention=(None, False),
-)
 
 
 def gemma2_from_transformers(config: dict[str, Any]) -> Gemma2Config:
@@ -201,11 +200,7 @@ def gemma2_from_transformers(config: dict[str, Any]) -> Gemma2Config:
     if config.get("model_type") != "gemma2":
         kind = config.get("model_type")
         raise ValueError(f"text encoder model_type {kind!r} is not supported, only 'gemma2'")
-    for key, accepted in _GEMMA2_SUPPORTED.items():
-        if config.get(key, accepted[0]) not in accepted:
-            raise ValueError(
-                f"text encoder {key} {config[key]!r} is not supported, only {accepted[0]!r}"
-            )
+    check_supported("text encoder", TEXT_ENCODER, config)
     values = {ours: config[theirs] for ours, theirs in _GEMMA2_NAMES.items() if theirs in config}
     rope = {"rope_theta": config.get("rope_theta", Gemma2Config.rope_theta)}
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4, transformers 5
@@ -237,7 +232,9 @@ def _gemma2_json(config: Gemma2Config) -> dict[str, Any]:
     return {
         "architectures": ["Gemma2Model"],
         "model_type": "gemma2",
-        **{key: accepted[0] for key, accepted in _GEMMA2_SUPPORTED.items()},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "use_bidirectional_attention": None,
         **{theirs: getattr(config, ours) for ours, theirs in _GEMMA2_NAMES.items()},
         # transformers wants a number even where no layer slides.
         "sliding_window": config.sliding_window or config.max_positions,
