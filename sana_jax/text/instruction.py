@@ -78,6 +78,7 @@ def _strings(node: yaml.Node | None, *keys: str) -> list[str]:
         raise ValueError("what it lists are other values")
     if sum(len(line.value) for line in lines) > MAX_BYTES:
         raise ValueError(f"the strings have more than {MAX_BYTES} letters")
+    "".join(line.value for line in lines).encode()  # raises for half surrogates, a ValueError
     return [line.value for line in lines]
 
 

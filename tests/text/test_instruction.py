@@ -128,6 +128,7 @@ def test_what_stands_beside_the_instruction_is_not_constructed(tmp_path):
         "text_encoder: {chi_prompt: [2024-01-01]}",
         "text_encoder: {chi_prompt: [!!str {a: b}]}",
         "text_encoder: *k",
+        'text_encoder: {chi_prompt: ["\\ud800"]}',
         "text_encoder: " + "[" * 5000,
         "text_encoder: {chi_prompt: [&a '" + "x" * 2000 + "'" + ", *a" * 200 + "]}",
     ],
