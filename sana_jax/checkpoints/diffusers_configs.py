@@ -13,7 +13,7 @@ from sana_jax.checkpoints.diffusers_fields import (
     check_supported,
 )
 from sana_jax.models.config import MAX_WIDTH
-from sana_jax.models.dc_ae_config import PER_STAGE, DCAEConfig
+from sana_jax.models.dc_ae_config import MAX_STAGES, PER_STAGE, DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 
@@ -157,6 +157,8 @@ def dc_ae_from_diffusers(config: dict[str, Any]) -> DCAEConfig:
         missing = _DC_AE_DEFAULTS.get(field.name, field.default)
         ours[field.name] = freeze(config.get(_DC_AE_NAMES.get(field.name, field.name), missing))
     stages = len(ours["encoder_channels"])
+    if stages > MAX_STAGES:  # before each field has as many entries
+        raise ValueError(f"encoder_block_out_channels has {stages} stages, at most {MAX_STAGES}")
     for field in PER_STAGE:
         # As in diffusers: a string holds for all stages; values beyond the last stage are ignored.
         value = ours[field]

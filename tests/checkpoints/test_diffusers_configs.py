@@ -68,6 +68,7 @@ def test_autoencoder_of_an_older_diffusers():
         ("downsample_block_type", "avg_pool"),
         ("upsample_block_type", "InterpolateConv"),
         ("decoder_layers_per_block", [3, 3, 3]),
+        ("encoder_block_out_channels", [8] * 1000),
         ("encoder_layers_per_block", [2, 2, 0, 3, 3, 3]),
         ("encoder_block_out_channels", [128, 256, 512, 512, 1024, 1536]),
         ("attention_head_dim", 48),
