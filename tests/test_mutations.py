@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import Retry, UserError
 from tests.mutations import worker
 from tests.mutations.inputs import INPUTS, write
 from tests.mutations.run import Result, mutations, table
@@ -49,7 +49,7 @@ def test_a_refusal_for_lack_of_memory_counts_as_a_failure():
 
     assert worker._judged(refusal(KeyError("a")))["how"] == "refused"
     assert worker._judged(refusal(MemoryError()))["how"] == "failed"
-    assert worker._judged(UserError("x" * 10_000))["how"] == "failed"
+    assert worker._judged(Retry("x" * 10_000))["how"] == "failed"
 
 
 def test_the_table_counts_each_input():
