@@ -77,7 +77,7 @@ def check_is_file(path: str | os.PathLike, name: str) -> None:
     mode = os.stat(path).st_mode if os.path.exists(path) else 0
     kind = next((kind for test, kind in kinds.items() if test(mode)), "a device")
     what = kind if mode else "a link that leads to nothing"
-    raise UserError(f"{name} is {what}, where a file is needed; move it away")
+    raise UserError(f"{name} is {what}, where a file is needed")
 
 
 def check_readable(path: os.PathLike) -> None:
