@@ -163,8 +163,7 @@ class SanaPipeline:
           guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
           seed: 0 .. 2**64 - 1; one per image, or the first image's: the next images count up.
           latents: the noise to start from, float32; overrides `seed`.
-          prompt_embeddings, prompt_mask: from `encode_prompt`, instead of prompts; the mask's
-            values may be the whole numbers 0 and 1, as diffusers has them.
+          prompt_embeddings, prompt_mask: from `encode_prompt`; the mask is of bools, or 0 and 1.
           sampler: "flow_dpm_solver" or "flow_euler".
           flow_shift: of the noise schedule; None: the checkpoint's.
           instruction: "auto": the checkpoint's own; None: no instruction; or a text.

@@ -42,7 +42,8 @@ NOTES = {"version": "1"}
 
 def _wanted(count: int) -> dict[str, dict]:
     files = [f"{i:06d}_{i}.png" for i in range(count)]
-    return {f: {"prompt": "a", "negative_prompt": "", "seed": i} for i, f in enumerate(files)}
+    common = {"prompt": "a", "negative_prompt": "", "height": 32, "width": 32}
+    return {f: {**common, "seed": i} for i, f in enumerate(files)}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Each function takes a file's content and a random.Random, whose state decides the result.
 """
 
+import copy
 import io
 import json
 import pickle
@@ -71,7 +72,7 @@ def yaml_text(content: bytes, rng: Random) -> bytes:
     lines = content.decode().split("\n")
     i = rng.randrange(len(lines))
     word = rng.choice((
-        "2024-01-01", "!!binary aGk=", "!!set {a, b}", "!!python/object:os.system {}", "*other",
+        "2024-01-01", "!!binary aGk=", "!!set {a, b}", "!!python/tuple [a]", "*other",
         "&a [*a, *a]", "!!timestamp x", "12:30:45", "0o17", ".inf", "~", "!unknown x", "<<: *x",
         "? [a, b] : c", "| \n  x", "!!omap [a: 1]", "!!float x", "!!int x", "2024-99-99", "\t",
         "%YAML 9.9", "--- a\n---", "[" * 2000, "{a: " * 2000, "- " * 3000, "&x " + "y" * 100_000,
@@ -187,7 +188,7 @@ def _change(tree: list, rng: Random, raw: dict[str, str]) -> None:
 
     value, kind = node[key], rng.randrange(12)
     if kind == 0:
-        node[key] = rng.choice(OTHERS)
+        node[key] = copy.deepcopy(rng.choice(OTHERS))  # it may be changed again
     elif kind == 1:
         node[key] = rng.choice(NUMBERS)
     elif kind == 2:
