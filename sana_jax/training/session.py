@@ -23,7 +23,6 @@ from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.runtime import hosts
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import replace_folder, storage
-from sana_jax.text.prompts import ONE_THREAD
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig, fit, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
@@ -143,9 +142,7 @@ def export(model: Checkpoint, folder: Path) -> None:
     """
 
     def write() -> None:
-        with storage(folder), replace_folder(folder) as part, ONE_THREAD:
-            if model.tokenizer is not None:  # which keeps how it was used last
-                model.tokenizer.backend_tokenizer.no_truncation()
+        with storage(folder), replace_folder(folder) as part:
             native.save(model, part)
         if not native.is_whole(folder):
             raise Retry(f"{folder} is not what was written to it: look at the disk")
