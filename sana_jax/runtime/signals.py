@@ -103,11 +103,12 @@ class _Unwinding:
         self.number: int | None = None
         self.over = False
         self._raised = threading.Event()
+        self._hook = sys.unraisablehook
 
     def run(self, action: Callable[..., object], *arguments: object) -> object:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        hook, sys.unraisablehook = sys.unraisablehook, self._dropped
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._dropped
         woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=[reader], daemon=True).start()
         signal.signal(signal.SIGALRM, self._again)
@@ -115,7 +116,8 @@ class _Unwinding:
         try:
             return action(*arguments)
         finally:
-            sys.unraisablehook = hook
+            if sys.unraisablehook == self._dropped:  # modules may have put one before it
+                sys.unraisablehook = self._hook
             signal.set_wakeup_fd(woken)
             os.close(writer)
 
@@ -145,7 +147,7 @@ class _Unwinding:
 
     def _dropped(self, ignored) -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):  # it is raised again
-            sys.__unraisablehook__(ignored)
+            self._hook(ignored)
 
     def _watch(self, reader: int) -> None:
         """Ends the process if the main thread, in a long call into C++, does not hear a signal."""
