@@ -12,7 +12,6 @@ host's data iterator, and the checksum of every leaf (document.py, checksums.py)
 import contextlib
 import fnmatch
 import json
-import logging as standard_logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -43,6 +42,7 @@ from sana_jax.training.checkpoints.arrays import (
     unwrapped,
     wrapped,
 )
+from sana_jax.training.checkpoints.barriers import Barriers, OtherHostFailed
 from sana_jax.training.checkpoints.checksums import checksums
 from sana_jax.training.checkpoints.document import (
     ABSENT,
@@ -56,6 +56,9 @@ from sana_jax.training.checkpoints.document import (
     show,
     some,
 )
+from sana_jax.training.checkpoints.orbax_repairs import repair
+
+repair()
 
 State = TypeVar("State")
 
@@ -63,18 +66,6 @@ PATTERNS = "[]\\"
 SAVE_ATTEMPTS = 3  # this many failures in a row end the run
 
 _TEMPORARY, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's names
-
-
-class _OneLine(standard_logging.Filter):
-    """Leaves the tracebacks of Orbax out, whose errors are raised again where they are handled."""
-
-    def filter(self, record: standard_logging.LogRecord) -> bool:
-        if "/orbax/" in record.pathname:
-            record.exc_info = None
-        return True
-
-
-logging.get_absl_logger().addFilter(_OneLine())
 
 
 class Checkpoints:
@@ -112,6 +103,7 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._manager: ocp.CheckpointManager | None = None
         self._stack, self._failures = contextlib.ExitStack(), 0
+        self._barriers = Barriers()
         self._check_folder: Callable[[], None] = lambda: None
         self._saving: tuple[int, bool] | None = None
         self.last_good: int | None = None  # newest step saved outside a streak of NaN
@@ -229,6 +221,7 @@ class Checkpoints:
         }
         document["sha256"] = sha256(document)
         self._saving = step, good
+        self._barriers.begin()
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(document)
         )
@@ -273,8 +266,21 @@ class Checkpoints:
             kept = [policy.LatestN(self._keep)]
             if self._keep_every:
                 kept.append(policy.EveryNSteps(self._keep_every))
+            self._barriers.install()
+            # Named, the hosts meet over the coordinator with a time limit, not on their devices.
+            hosts = ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+            )
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(kept), save_root_metadata=False
+                preservation_policy=policy.AnyPreservationPolicy(kept),
+                save_root_metadata=False,
+                create=False,
+                multiprocessing_options=hosts,
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=self._barriers,
+                    # Otherwise threads wait for minutes for folders that could not be made.
+                    create_directories_asynchronously=False,
+                ),
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
@@ -297,8 +303,19 @@ class Checkpoints:
 
         After a failure the manager is closed, since its memory cannot be trusted.
         """
+
+        def tell():
+            try:
+                action()
+            except Exception as error:
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others may be gone
+                    self._barriers.fail()
+                if isinstance(error, OtherHostFailed) and error.__context__:
+                    raise error.__context__ from None  # Orbax meets the others after its own errors
+                raise
+
         try:
-            raise_together(action)
+            raise_together(tell)
         except Exception as error:  # Orbax and TensorStore raise various errors for a full disk
             if isinstance(error, jax.errors.JaxRuntimeError) or is_loss(error):
                 raise
