@@ -26,6 +26,7 @@ class Trial:
       notes: what happened, in words.
       faults: what should not have been.
       lost: how many checkpoints the faults may have taken.
+      unsaved: whether the last start said that its saves fail.
     """
 
     def __init__(self, job: Job, count: int, home: Path, rng: random.Random, changes: int = 0):
@@ -33,7 +34,7 @@ class Trial:
         self.work, self.changes = home / "work", changes
         self.notes: list[str] = []
         self.faults: list[str] = []
-        self.starts, self.lost = 0, 0
+        self.starts, self.lost, self.unsaved = 0, 0, False
         self.group: processes.Group | None = None
         self._ended, self.groups = None, []  # the group whose end was read; all of them
         shutil.rmtree(home, ignore_errors=True)
@@ -118,6 +119,7 @@ class Trial:
         if group is self._ended:
             return not any(statuses)
         self._ended = group
+        self.unsaved = False
         for index, process in enumerate(group.processes):
             allowed = {*expected, *(-number for number in process.sent)}
             if not job.trains and process.sent:
@@ -134,6 +136,7 @@ class Trial:
     def read(self, process: processes.Process) -> None:
         """Complains about what a process should not have said."""
         said = process.said()
+        self.unsaved |= "could not be saved" in said
         if any(trace in said for trace in TRACES):
             raised = dict.fromkeys(line[:100] for line in RAISED.findall(said))
             self.faults.append(f"traceback: {' / '.join([*raised][:3])}")
@@ -149,7 +152,8 @@ class Trial:
             if self.starts - before >= RESTARTS:
                 self.faults.append(f"not done after {RESTARTS} restarts")
                 return
-            rows, steps = len(self.job.rows(self.work)), self.job.steps(self.work)
+            rows = 0 if self.unsaved else len(self.job.rows(self.work))
+            steps = self.job.steps(self.work)
             self.start()
             done = self.end()
             if not self._gives_up():
