@@ -217,6 +217,19 @@ def test_one_process_that_gives_up_ends_the_others():
     assert result.returncode == 76 and "ended with 76" in result.stderr
 
 
+def test_a_clock_that_stands_still_ends_the_grace_time_too(tmp_path):
+    """As of one that is set back: bash takes its SECONDS from it."""
+    (tmp_path / "clock").write_text("set -T; trap SECONDS=0 DEBUG\n")
+    script = (
+        "import os, sys, time\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': sys.exit(76)\n"
+        "time.sleep(600)\n"
+    )
+    clock = dict(GRACE_SECONDS="1", BASH_ENV=f"{tmp_path / 'clock'}")
+    result = launch("local", sys.executable, "-c", script, **clock)
+    assert result.returncode == 76 and "the others have 1 s" in result.stderr
+
+
 def test_local_shows_what_it_would_run():
     result = launch("local", "--processes=3", "--dry_run", "python", "-c", "two words")
     lines = result.stdout.splitlines()
