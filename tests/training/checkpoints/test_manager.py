@@ -1,14 +1,12 @@
 """Only whole checkpoints of the same run are resumed."""
 
 import errno
-import logging
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging as absl_logging
 
 from sana_jax import sharding
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
@@ -285,13 +283,6 @@ def test_a_document_that_is_damaged_as_it_is_saved_is_no_save(folder, monkeypatc
         assert checkpoints.steps() == [2, 3] and checkpoints.last_good is None
         checkpoints.save_surely(4, make(4))
         assert checkpoints.steps() == [2, 3, 4] and checkpoints.last_good == 4
-
-
-def test_orbax_logs_its_errors_without_tracebacks():
-    for path, kept in (("/lib/orbax/checkpoint/async_checkpointer.py", None), ("/lib/x.py", True)):
-        record = logging.LogRecord("absl", logging.ERROR, path, 1, "failed", None, True)
-        assert absl_logging.get_absl_logger().filter(record)
-        assert record.exc_info is kept
 
 
 def fail_with(error):
