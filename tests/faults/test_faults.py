@@ -22,7 +22,7 @@ EIGHT = [
     (kinds.twice, "numbers", 1),
     (kinds.rot, "numbers", 1),
     (kinds.torn, "numbers", 1),
-    (kinds.disk, "numbers", 1),
+    (kinds.disk, "numbers", 2),
     (kinds.second, "numbers", 1),
 ]
 
