@@ -27,6 +27,10 @@ MAX_BYTES = 1 << 20  # of one file, or of one line of metadata.jsonl
 COLUMNS = ("captions", "caption", "text", "prompt", "description")  # of metadata.jsonl
 
 
+class NoCaptions(BadImage):
+    """Whole JSON that has no captions where they would be; another file may have them."""
+
+
 class Sidecars:
     """The captions of images, by their paths.
 
@@ -59,16 +63,20 @@ class Sidecars:
         """Returns "captions", "scores" and "truth" of an image. Raises BadImage."""
         stem = image.rpartition(".")[0]
         fields: dict[str, Any] = {"captions": [], "scores": [], "truth": ""}
+        without: BadImage | None = None
         if (name := self._files.get(f"{stem}.json")) is not None:
-            found = _parse(self._read(name), name, ("captions", "caption"))
-            fields |= found
-            if "captions" in found:
+            try:
+                fields |= _parse(self._read(name), name, ("captions", "caption"))
+            except NoCaptions as error:
+                without = error
+            if fields["captions"]:
                 return fields
         for ending in TEXTS:
             if (name := self._files.get(stem + ending)) is not None:
                 # Not str.splitlines, which also cuts at form feeds and at Unicode's separators.
                 lines = re.split(r"\r\n|\r|\n", self._read(name))
-                return fields | {"captions": [line.strip() for line in lines if line.strip()]}
+                if captions := [line.strip() for line in lines if line.strip()]:
+                    return fields | {"captions": captions}
         found = [
             _parse(self._read(name, start, size), f"{name} line {number}", COLUMNS)
             for name, number, start, size in self._lines.get(image, ())
@@ -79,6 +87,8 @@ class Sidecars:
             fields["truth"] = fields["truth"] or (line["truth"] if len(found) == 1 else "")
         if fields["scores"] and len(fields["scores"]) != len(fields["captions"]):
             raise BadImage("bad_caption", f"{found and METADATA}: some captions have no score")
+        if without and not fields["captions"]:
+            raise without
         return fields
 
     def _read(self, name: str, start: int = 0, size: int = MAX_BYTES + 1) -> str:
@@ -89,9 +99,11 @@ class Sidecars:
         if len(data) > MAX_BYTES:
             raise BadImage("bad_caption", f"{name} has more than {MAX_BYTES} bytes")
         try:
-            return data.decode("utf-8-sig")
+            if b"\0" not in data:  # as of UTF-16, or of a power cut
+                return data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise BadImage("bad_caption", f"{name} is not UTF-8 text") from None
+            pass
+        raise BadImage("bad_caption", f"{name} is not UTF-8 text")
 
     def _index(self, name: str, images: set[str]) -> None:
         """Notes where the lines of a metadata.jsonl are, which may be larger than the memory."""
@@ -138,25 +150,29 @@ def _is_number(value) -> bool:
 def _parse(text: str, name: str, columns: tuple[str, ...]) -> dict[str, Any]:
     """Returns a record's fields from JSON whose captions are in the first of `columns` it has.
 
-    JSON without captions, such as a downloader's metadata, has no "captions" in the result.
+    JSON without captions, such as a downloader's metadata, has no "captions" in the result. Raises
+    NoCaptions where they are null, or where the JSON is no object, such as a list of boxes.
     """
 
-    def bad(reason: str) -> BadImage:
-        return BadImage("bad_caption", f"{name}: {reason}")
+    def bad(reason: str, kind: type[BadImage] = BadImage) -> BadImage:
+        return kind("bad_caption", f"{name}: {reason}")
 
     try:
         values = json.loads(text)
         if not isinstance(values, dict):
-            raise bad("no JSON object")
+            raise bad("no JSON object", NoCaptions)
         truth = values.get("truth", "")
         truth = truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True)
     except BadImage:
         raise
     except (ValueError, RecursionError) as error:
         raise bad(f"no JSON: {error}") from None
-    column = next((column for column in columns if column in values), None)
-    if column is None:
+    there = [column for column in columns if column in values]
+    if not there:
         return {"truth": truth}
+    column = next((column for column in there if values[column] is not None), None)
+    if column is None:
+        raise bad(f"{there[0]!r} is null", NoCaptions)
     captions, scores = values[column], values.get("scores", [])
     if column != "captions":
         captions = [captions]

@@ -38,6 +38,14 @@ def sidecars(files: dict[str, bytes | str | dict | list], images=("a.png",)) -> 
         ({"metadata.jsonl": [{"file_name": "a.png", "text": t} for t in "xy"]}, ["x", "y"]),
         ({"metadata.jsonl": [{"file_name": "a.png"}, {"file_name": "b.png", "text": "y"}]}, []),
         ({"metadata.jsonl": [{"file_name": "a.png", "text": "x"}], "a.txt": "y"}, ["y"]),
+        # What is empty, null or of another kind has no captions, and hides none.
+        ({"a.txt": " \n", "a.caption": "y"}, ["y"]),
+        ({"a.txt": "", "metadata.jsonl": [{"file_name": "a.png", "text": "x"}]}, ["x"]),
+        ({"a.json": {"captions": [""]}, "a.txt": "y"}, ["y"]),
+        ({"a.json": {"captions": None, "caption": "x"}}, ["x"]),
+        ({"a.json": {"caption": None}, "a.txt": "y"}, ["y"]),
+        ({"a.json": '[{"box": [1, 2, 3, 4]}]', "a.txt": "y"}, ["y"]),
+        ({"metadata.jsonl": [{"file_name": "a.png", "caption": None, "text": "x"}]}, ["x"]),
         ({"metadata.jsonl": [{"file_name": "a.png", "text": "x"}], "a.json": {"url": ""}}, ["x"]),
     ],
 )
@@ -88,6 +96,12 @@ def test_an_empty_caption_takes_its_score_and_its_style_along():
         assert choice.probabilities(record).tolist() == expected
     with pytest.raises(BadImage, match="has a part in the proportions"):
         CaptionChoice("proportion", proportions={"noisy": 1}).probabilities(record)
+
+
+@pytest.mark.parametrize("text", [b"\0" * 9, "a cat".encode("utf-16-le"), "a cat".encode("utf-16")])
+def test_nuls_are_no_caption(text):
+    with pytest.raises(BadImage, match="bad_caption: a.txt is not UTF-8 text"):
+        sidecars({"a.txt": text})["a.png"]
 
 
 @pytest.mark.parametrize("score", ["1" + "0" * 400, "1" + "0" * 5000, "1e999", "NaN", "-Infinity"])
