@@ -177,6 +177,11 @@ def _open(data: bytes, max_pixels: int, min_side: int) -> Image.Image:
         raise BadImage("too_many_pixels", f"{width} x {height} are above {max_pixels} pixels")
     if min(width, height) < min_side:
         raise BadImage("too_small", f"{width} x {height}, where a side has at least {min_side}")
+    if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+        # Pillow spreads pixels of 2 and 4 bits over 0 .. 255, and leaves this value as it is.
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
+    if image.mode == "P" and image.palette is None:
+        raise BadImage("damaged", "it has no palette")
     return image
 
 
@@ -261,7 +266,7 @@ def _lies(image: Image.Image, data: bytes) -> bool:
     share = image.width * image.height if image.format == "PNG" else 0
     try:
         with _ROOM.taken(share):
-            return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
     except Exception:
         return False
 
@@ -279,7 +284,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     """Converts any image to three channels of 8 bits."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        pixels = ((grey + 128) // 257).astype(np.uint8)
+        pixels[grey == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(pixels).convert("RGB")
     if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA", "RGBa"):
         raise BadImage("unsupported_mode", f"Pillow's mode {image.mode}")
     if image.has_transparency_data:

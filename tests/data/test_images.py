@@ -74,6 +74,46 @@ def test_transparency_lies_on_white():
     assert (decode(red_is_clear) == 255).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_one_grey_may_be_transparent(bits):
+    values = np.array([[0, 1] * 8] * 16)  # white would not tell
+    packed = b"".join(b"\0" + _packed(row, bits) for row in values)
+    header = struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)
+    parts = [
+        (b"IHDR", header),
+        (b"tRNS", b"\0\0"),
+        (b"IDAT", zlib.compress(packed)),
+        (b"IEND", b""),
+    ]
+    image = decode(chunks_of(b"\x89PNG\r\n\x1a\n", 8, *parts))
+    assert (image[values == 0] == 255).all()
+    clear = [(kind, b"\0\1" if kind == b"tRNS" else content) for kind, content in parts]
+    image = decode(chunks_of(b"\x89PNG\r\n\x1a\n", 8, *clear))
+    assert (image[values == 0] == 0).all() and (image[values == 1] == 255).all()
+
+
+def _packed(row: np.ndarray, bits: int) -> bytes:
+    """The samples of a row of a PNG, each of as many bits, the highest first."""
+    return np.packbits([int(bit) for value in row for bit in f"{value:0{bits}b}"]).tobytes()
+
+
+def test_a_palette_that_is_not_there_is_damage():
+    rows = zlib.compress(bytes(16 * 17))
+    header = struct.pack(">IIBBBBB", 16, 16, 8, 3, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")
+    data = chunks_of(b"\x89PNG\r\n\x1a\n", 8, *parts)
+    for function in decode, images.size_of:
+        with pytest.raises(BadImage, match="damaged: it has no palette"):
+            function(data)
+
+
+def test_an_orientation_that_there_is_not_turns_nothing():
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    data = encode(picture(), "JPEG", exif=exif)
+    assert images.size_of(data) == decode(data).shape[:2] == (HEIGHT, WIDTH)
+
+
 def test_cmyk_keeps_its_colours():
     assert distance(decode(USABLE["cmyk.jpg"]), picture()) <= 4
 
