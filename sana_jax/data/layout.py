@@ -15,12 +15,12 @@ from sana_jax.runtime.errors import UserError
 
 _NOUN = "(?:set|split|data|images?|imgs?|photos|pictures)"
 _HELD_OUT = {
-    "validation": "val|valid|validation|validate|dev|devel",
-    "test": "test|testing|eval|evaluation|h[eo]ld_?out",
+    "validation": "(?:mini)?val|valid|validation|validate|vld|dev|devel",
+    "test": "test|testing|tst|eval|evaluation|h[eo]ld_?out",
 }
 # Any word of the name counts for what is held out; to train on it the whole name has to say so.
 _WORDS = {kind: re.compile(f"(?:^|_)(?:{w}){_NOUN}?(?:_|$)") for kind, w in _HELD_OUT.items()}
-_TRAIN = re.compile(f"_?(?:{_NOUN}_)?train(?:ing)?_?{_NOUN}?(?:_[a-z])?_?")
+_TRAIN = re.compile(f"_?(?:{_NOUN}_)?(?:train(?:ing)?|trn)_?{_NOUN}?(?:_[a-z])?_?")
 # Kinds of folders that a split may be read from, the first that is there.
 _READ_FROM = {"train": ("train",), "validation": ("validation",), "test": ("test", "validation")}
 

@@ -14,6 +14,9 @@ from sana_jax.runtime.errors import UserError
         ("validation", "val Val val2017 valid validation dev VALID val_images DIV2K_valid_HR valA"),
         ("test", "test Test testing test2015 testB test-images TestSet eval held_out HeldOut"),
         ("test", "holdout hold-out evaluation ILSVRC2012_img_test"),
+        ("train", "trn trn_256 TrnImages"),
+        ("validation", "vld minival2014"),
+        ("test", "tst tst_256 imagesTst"),
         ("", "bus trains validity device tested latest contest images 2017 ä trainval evaluated"),
         ("", "train_station steam_train DIV2K_train_HR"),
     ],
@@ -31,6 +34,7 @@ def test_what_the_name_of_a_folder_says(kind, names):
         ("Train/a Test/b", "Train/a", "Test/b"),
         ("training/a validation/b testing/c", "training/a", "testing/c"),
         ("trainset/a dev/b", "trainset/a", "dev/b"),
+        ("trn/x/a tst/x/b vld/x/c", "trn/x/a", "tst/x/b"),
         ("train/x/a train/y/b valid/x/c", "train/x/a train/y/b", "valid/x/c"),
         # Splits below other folders, and splits of every class.
         ("a/train/x a/val/y b/train/z", "a/train/x b/train/z", "a/val/y"),
