@@ -50,7 +50,11 @@ def find_instruction(instruction_file: str | Path | None = None) -> Instruction 
         raise UserError(f"instruction file {path} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"instruction file {path} is not UTF-8 text") from error
-    if path.suffix not in (".yaml", ".yml"):
+    if "\0" in text:  # as of UTF-16, or of a power cut
+        raise UserError(f"instruction file {path} is not UTF-8 text")
+    if not text.strip():
+        raise UserError(f"instruction file {path} is empty; without it there is no instruction")
+    if path.suffix.lower() not in (".yaml", ".yml"):
         return Instruction(text.removesuffix("\n"), path.name)
     try:
         lines = _strings(yaml.compose(text, yaml.SafeLoader), "text_encoder", "chi_prompt")

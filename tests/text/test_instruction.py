@@ -95,14 +95,22 @@ def test_instruction_of_a_text_file(content, text, tmp_path):
 
 
 def test_instruction_of_a_yaml_file(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("text_encoder:\n  chi_prompt:\n    - 'one:'\n    - 'two: '\nother: 1\n")
-    assert find_instruction(path) == Instruction("one:\ntwo: ", "config.yaml")
+    for name in "config.yaml", "CONFIG.YML":
+        path = tmp_path / name
+        path.write_text("text_encoder:\n  chi_prompt:\n    - 'one:'\n    - 'two: '\nother: 1\n")
+        assert find_instruction(path) == Instruction("one:\ntwo: ", name)
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "model: 1", "text_encoder: 1", "text_encoder: {chi_prompt: [1]}", "text_encoder: [", "- 1"]
+    [
+        "{}",
+        "model: 1",
+        "text_encoder: 1",
+        "text_encoder: {chi_prompt: [1]}",
+        "text_encoder: [",
+        "- 1",
+    ]
     + ["text_encoder: {chi_prompt: none}"],
 )
 def test_yaml_file_without_instruction(content, tmp_path):
@@ -112,6 +120,17 @@ def test_yaml_file_without_instruction(content, tmp_path):
         UserError, match="config.yml has no list of strings text_encoder.chi_prompt"
     ):
         find_instruction(path)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [("", "is empty"), (" \n\n", "is empty"), ("\0\0", "is not UTF-8"), ("a\0b\0", "is not UTF-8")],
+)
+@pytest.mark.parametrize("name", ["instruction.txt", "config.yaml"])
+def test_a_file_that_was_cut_to_nothing_is_refused(content, words, name, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} {words}"):
+        find_instruction(tmp_path / name)
 
 
 def test_what_stands_beside_the_instruction_is_not_constructed(tmp_path):
