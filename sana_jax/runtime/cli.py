@@ -58,8 +58,6 @@ def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     """
     signals.start(resumes)
     output.guard()
-    if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
-        sys.exit(print(_help()))
     if any(re.match("--?(no)?jax_", argument) for argument in sys.argv[1:]):
         import jax  # takes seconds, which a command without such flags may not need
 
@@ -83,6 +81,8 @@ def _call(main: Callable[[list[str]], int | None]) -> tuple[int, str]:
     """Returns the status of main, and what to print for it; raises what is a bug."""
     try:
         try:
+            if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
+                sys.exit(print(_help()))
             app.run(functools.partial(signals.unwound, main), flags_parser=_parse)
         finally:
             sys.stdout.flush()  # it may fail
@@ -106,6 +106,9 @@ def _parse(argv: list[str]) -> list[str]:
     # Shells leave the ~ of --out=~/pictures alone; a folder of that name would be made.
     home = re.compile(r"(--?(?!(?:negative_)?prompt=)[\w.]+=)(~(?:/.*)?)", re.DOTALL)
     argv = [f"{m[1]}{os.path.expanduser(m[2])}" if (m := home.fullmatch(a)) else a for a in argv]
+    for i, (name, value) in enumerate(itertools.pairwise(argv), 1):  # --out "~/a b"
+        if home.fullmatch(f"{name}={value}"):
+            argv[i] = os.path.expanduser(value)
     _check_forms(argv)
     try:
         rest = FLAGS(argv)

@@ -133,8 +133,10 @@ def test_home_folders(call):
     """As a shell writes them out in other places than --flag=~/folder."""
     home = os.path.expanduser("~")
     assert f" {home}/x" in call(COMMAND, "--prompt=a", "--folder=~/x").stdout
+    assert f" {home}/x y" in call(COMMAND, "--prompt=a", "--folder", "~/x y").stdout
     assert " ~user" in call(COMMAND, "--prompt=a", "--folder=~user").stdout
     assert " ~/x " in call(COMMAND, "--prompt=~/x").stdout
+    assert " ~/x " in call(COMMAND, "--prompt", "~/x").stdout
 
 
 @pytest.mark.parametrize("prompt, status", [("done", 0), ("refused", 2), ("retry", 75)])

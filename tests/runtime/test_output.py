@@ -24,9 +24,9 @@ cli.run(main)
 """
 
 
-def run(tmp_path, stdout=subprocess.PIPE, before="", **environment):
+def run(tmp_path, stdout=subprocess.PIPE, before="", flag="", **environment):
     (tmp_path / "script.py").write_text(SCRIPT)
-    shell = f'"$0" script.py {before}'
+    shell = f'"$0" script.py {flag} {before}'
     return subprocess.run(
         ["bash", "-c", shell, sys.executable],
         cwd=tmp_path,
@@ -62,8 +62,9 @@ def test_closed_streams_do_not_give_their_numbers_to_files(tmp_path, closed):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="not Linux")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_disk_that_is_full_of_output_is_worth_a_retry(tmp_path, unbuffered):
-    result = run(tmp_path, before="2> told > /dev/full", PYTHONUNBUFFERED=unbuffered)
+@pytest.mark.parametrize("flag", ["", "--help"])
+def test_a_disk_that_is_full_of_output_is_worth_a_retry(tmp_path, flag, unbuffered):
+    result = run(tmp_path, None, "2> told > /dev/full", flag, PYTHONUNBUFFERED=unbuffered)
     assert result.returncode == 75
     last = (tmp_path / "told").read_text().splitlines()[-1]
     assert last == "error: standard output: No space left on device"
