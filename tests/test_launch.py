@@ -560,6 +560,19 @@ def test_sweep(tmp_path):
     assert again.stdout.splitlines()[0].split() == ["rate", "end", "step", "loss"]
 
 
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"\0\0", b"\xff", b"[1]\n{}\n"])
+def test_a_sweep_reads_past_what_a_killed_run_left_half_written(tmp_path, torn):
+    run = tmp_path / "1"
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(b'{"step": 2, "loss": 0.5}\n' + torn)
+    (run / "results.json").write_bytes(torn)
+    result = launch("sweep", "--field=rate", "--values=1", f"--out={tmp_path}", "true")
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["rate", "end", "step", "loss"], ["1", "done", "2", "0.5"]
+    ]  # fmt: skip
+
+
 def test_a_bad_sweep_ends_at_once_with_the_table_so_far(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
     flags = "--field=rate", "--values=0.2,0.9,0.4", f"--out={tmp_path}/runs", "--metrics=loss"
