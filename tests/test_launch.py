@@ -628,6 +628,14 @@ def test_no_value_of_a_sweep_is_dropped(tmp_path, values):
     assert "cannot name a folder" in result.stderr and not (tmp_path / "ran").exists()
 
 
+def test_the_quickstart_makes_nothing_where_it_is_asked_for_help(tmp_path):
+    nowhere = {"VENV": str(tmp_path / "venv"), "PYTHON": "no-such-python"}
+    shown = launch("quickstart", "--help", **nowhere)
+    assert shown.returncode == 0 and "Draws a first picture" in shown.stdout
+    refused = launch("quickstart", "--seed=3", **nowhere)
+    assert refused.returncode == 2 and "it takes no arguments" in refused.stderr
+
+
 def test_a_sweep_finds_its_runs_at_home(tmp_path):
     """Shells leave the ~ of --out=~/runs alone; the command reads it as home."""
     (tmp_path / "train.py").write_text(TRAINING)
