@@ -82,7 +82,7 @@ def settings(**changes):
 IMAGE = ImageTransform(SIDE, SIDE, crop="random", dtype="uint8")
 
 
-def work(source, encoder, folder, image=IMAGE, **changes):
+def work(source, encoder, folder, image=IMAGE, /, **changes):
     folder.mkdir(exist_ok=True)
     return precompute(source, WithTokens(image), encoder, folder, settings(**changes))
 
