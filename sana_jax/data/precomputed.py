@@ -26,11 +26,13 @@ from flax import serialization
 
 from sana_jax.data.images import BadImage
 from sana_jax.data.records import NoData, Record
+from sana_jax.data.shards import check_shards, damaged
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import check_readable, write_atomically
+from sana_jax.runtime.files import check_is_file, check_readable, write_atomically
 
 FORMAT = 1
 INDEX = "index.json"
+REMEDY = "run python -m sana_jax.precompute with the same arguments, which makes it anew"
 
 
 class Precomputed:
@@ -47,20 +49,8 @@ class Precomputed:
     def __init__(self, folder: str | Path, split: str = "train"):
         root = Path(folder).expanduser()
         self.folder = root / split if (root / split).is_dir() else root
-        try:
-            text = (self.folder / INDEX).read_bytes()
-            self.index = json.loads(text)
-        except FileNotFoundError:
-            raise NoData(
-                f"{self.folder} has no {INDEX}: it was not precomputed, or not to the end; run"
-                " python -m sana_jax.precompute with the same arguments to finish it"
-            ) from None
-        except OSError as error:
-            raise NoData(f"{self.folder / INDEX} cannot be read: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.folder / INDEX} is damaged: {error}; precompute anew") from None
-        if not isinstance(self.index, dict) or self.index.get("format") != FORMAT:
-            raise UserError(f"{self.folder / INDEX} is not of this version; precompute it anew")
+        path = self.folder / INDEX
+        self.index, text = _read_index(path)
         if self.index["split"] != split:
             raise UserError(
                 f"precomputed:{folder} holds the split {self.index['split']!r}, not {split!r}:"
@@ -68,17 +58,21 @@ class Precomputed:
                 " config.loop.evaluate_every=0"
             )
         shards = [shard for shard in self.index["shards"] if shard["records"]]
+        if not shards:
+            raise damaged(path, "it names no records", REMEDY)
         for shard in shards:
-            path = self.folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise NoData(f"{path} is missing or incomplete; delete {INDEX} and run again")
+            file = self.folder / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise NoData(f"{file} is missing or incomplete; delete {INDEX} and run again")
+        self._files = [str(self.folder / shard["file"]) for shard in shards]
+        counts = [shard["records"] for shard in shards]
+        check_shards(zip(self._files, counts, strict=True), REMEDY)
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
         runs = [run for shard in shards for run in shard["runs"]]
         self.shapes = np.repeat([run[:2] for run in runs], [run[2] for run in runs], axis=0)
         text_settings = self.index["text"]
         self.rows = text_settings and text_settings["rows"]
-        self._files = [str(self.folder / shard["file"]) for shard in shards]
-        self._ends = np.cumsum([shard["records"] for shard in shards])
+        self._ends = np.cumsum(counts)
         self._data = array_record_data_source.ArrayRecordDataSource(self._files)
 
     def __len__(self) -> int:
@@ -87,17 +81,20 @@ class Precomputed:
     def __getitem__(self, index: int) -> Record:
         try:
             record = serialization.msgpack_restore(self._bytes(index))
-        except (RuntimeError, ValueError) as error:
+            latents = record["latents"].astype(np.float32)
+            if not record.pop("scaled"):
+                latents *= np.float32(self.index["scaling_factor"])
+            key = record["key"]
+        except (Retry, MemoryError):
+            raise
+        except Exception as error:  # ArrayRecord's, MessagePack's, and of another content
             bad = BadImage("unreadable", f"{type(error).__name__}: {error}")
             file, number = self._place(index)
             bad.key = f"{Path(file).name} record {number}"
             raise bad from None
-        latents = record["latents"].astype(np.float32)
-        if not record.pop("scaled"):
-            latents *= np.float32(self.index["scaling_factor"])
         if latents.shape[:2] != tuple(self.shapes[index]) or not np.isfinite(latents).all():
             error = BadImage("bad_latents", f"latents of shape {latents.shape}")
-            error.key = record["key"]
+            error.key = key
             raise error
         return record | {"latents": latents}
 
@@ -118,6 +115,54 @@ class Precomputed:
         """Returns the file of a record and its number there."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return self._files[shard], index - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Returns an index whose fields are there and of their types, and its bytes."""
+    check_is_file(path, str(path))
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise NoData(
+            f"{path.parent} has no {INDEX}: it was not precomputed, or not to the end; run"
+            " python -m sana_jax.precompute with the same arguments to finish it"
+        ) from None
+    except OSError as error:
+        raise NoData(f"{path} cannot be read: {error}") from None
+    try:
+        index = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error, REMEDY) from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(f"{path} is not of this version; precompute it anew")
+    if not _is_whole(index):
+        raise damaged(path, "fields are missing, or not what they should be", REMEDY)
+    return index, text
+
+
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Returns whether an index has the fields that are read, and shards whose numbers agree."""
+
+    def counts(values: Any) -> bool:
+        return all(type(value) is int and value > 0 for value in values)
+
+    try:
+        for shard in index["shards"]:
+            runs, records, size = shard["runs"], shard["records"], shard["bytes"]
+            if type(shard["file"]) is not str or type(size) is not int:
+                return False
+            if any(len(run) != 3 or not counts(run) for run in runs):
+                return False
+            if type(records) is not int or records != sum(run[2] for run in runs):
+                return False
+            if records > size:  # of a byte each at least, before memory is taken for them
+                return False
+        text, factor = index["text"], index["scaling_factor"]
+        if text is not None and not counts([text["rows"]]):
+            return False
+        return isinstance(index["split"], str) and 0 < factor < float("inf")
+    except (KeyError, TypeError):
+        return False
 
 
 class ShardWriter:

@@ -13,8 +13,11 @@ from etils import epath
 
 from sana_jax.data.images import BadImage
 from sana_jax.data.records import NoData, captioned
+from sana_jax.data.shards import ABOUT, check_about, check_shards, damage_named
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_readable
+
+REMEDY = "delete that data set's folder and prepare it anew"
 
 # What features are called, most telling first.
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
@@ -43,11 +46,13 @@ class TFDSSource:
             )
         if split.partition("[")[0] not in splits:
             raise UserError(f"tfds:{spec}: no split {split!r}; there are {', '.join(splits)}")
-        features = builder.info.features
-        self._image = _image_name(tfds, spec, features)
-        readers = {
-            name: _reader(tfds, features[name]) for name in CAPTION_NAMES if name in features
-        }
+        folder = epath.Path(builder.data_dir)
+        with damage_named(folder, REMEDY):
+            features = builder.info.features
+            self._image = _image_name(tfds, spec, features)
+            readers = {
+                name: _reader(tfds, features[name]) for name in CAPTION_NAMES if name in features
+            }
         self._captions, self._read = next(
             ((name, read) for name, read in readers.items() if read), ("", None)
         )
@@ -58,7 +63,7 @@ class TFDSSource:
             chosen = splits[split]
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"tfds:{spec}: {' '.join(str(error).split())}") from None
-        self._about = epath.Path(builder.data_dir) / "dataset_info.json"
+        self._about = folder / ABOUT[0]
         # What a fingerprint starts from.
         self.name = f"{builder.info.full_name} {split} {chosen.num_bytes}"
         self.places = [
@@ -69,25 +74,35 @@ class TFDSSource:
             )
             for part in chosen.file_instructions
         ]
+        check_shards([(file, end) for file, _, end in self.places], REMEDY)
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict:
+        key = ""
         try:
             row = self._data[index]
-        except RuntimeError:  # ArrayRecord's, for damage and for a storage that is away
-            check_readable(self._about)
-            raise
-        key = str(_text(row[self._key])) if self._key else f"{index:08d}"
-        try:
+            key = str(_text(row[self._key])) if self._key else f"{index:08d}"
+            image = row[self._image]
+            if not isinstance(image, bytes):
+                raise BadImage("unreadable", "it has no image")
             scores = [float(score) for score in np.ravel(row.get("scores", ()))]
             captions = self._read(row[self._captions]) if self._read else []
             texts = captioned(captions, scores, str(_text(row.get("truth", ""))))
         except BadImage as error:
             error.key = key
             raise
-        return {"key": key, "image": row[self._image], **texts}
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # ArrayRecord's and TFDS', for damage and where a storage is away
+            check_readable(self._about)
+            bad = BadImage("unreadable", f"{type(error).__name__}: {error}")
+            bad.key = key
+            raise bad from None
+        return {"key": key, "image": image, **texts}
 
     def key_of(self, index: int) -> str:
         """Returns the file that a record is in and its number there."""
@@ -99,16 +114,20 @@ class TFDSSource:
 
 
 def _builder(tfds, spec: str, data_dir: str | None):
+    name = re.split("[/:]", spec)[0]
     try:
         return tfds.builder(spec, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
-        name = re.split("[/:]", spec)[0]
         close = difflib.get_close_matches(
             name, tfds.list_builders(with_community_datasets=False), n=3
         )
         hint = f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
         raise NoData(f"tfds:{spec}: TFDS has no data set {name!r}; {hint}") from None
-    except (ValueError, AssertionError) as error:  # a config or a version that it does not have
+    except OSError:
+        raise
+    except Exception as error:  # also for a config or a version that it does not have
+        root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        check_about(root / name, REMEDY)
         raise UserError(f"tfds:{spec}: {' '.join(str(error).split())}") from None
 
 

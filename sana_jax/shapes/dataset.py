@@ -5,14 +5,16 @@ import io
 import re
 import tempfile
 import textwrap
-from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from sana_jax.data.shards import check_shards, damage_named, damaged
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import check_readable, reason_of, unwritten
+
+REMEDY = "delete that folder, and make it again"
 
 
 def prepare(
@@ -46,11 +48,11 @@ def prepare(
     )
     try:
         epath.Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with damage_named(epath.Path(data_dir) / "shapes" / name, REMEDY):
+            builder = Shapes(data_dir=data_dir, config=config, train=train, test=test, seed=seed)
+            there = dict(builder.info.metadata or {})
     except OSError as error:
         raise UserError(f"data_dir {data_dir}: {reason_of(error)}; name another") from None
-    with _damage_named(epath.Path(data_dir) / "shapes" / name):
-        builder = Shapes(data_dir=data_dir, config=config, train=train, test=test, seed=seed)
-        there = dict(builder.info.metadata or {})
     if builder.data_path.exists():
         if there != builder.settings:
             raise UserError(
@@ -69,22 +71,6 @@ def prepare(
             raise
         raise Retry(f"{builder.data_path} was not written: {error}") from error
     return builder.data_path
-
-
-@contextlib.contextmanager
-def _damage_named(folder: epath.Path) -> Iterator[None]:
-    """Turns what TFDS raises where files are damaged, of every kind, into UserErrors."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise _damaged(folder, error) from error
-
-
-def _damaged(folder: epath.Path, error: Exception) -> UserError:
-    reason = " ".join(f"{error}".split()) or type(error).__name__
-    return UserError(f"{folder} is damaged ({reason:.200}); delete that folder, and make it again")
 
 
 def _settings(values: dict) -> str:
@@ -115,7 +101,7 @@ class Records:
             record = self._source[index]
         except (RuntimeError, ValueError) as error:  # of damage, or of a storage that is away
             check_readable(self._folder / "dataset_info.json")
-            raise _damaged(self._folder, error) from error
+            raise damaged(self._folder, error, REMEDY) from error
         return {
             "key": record["key"].decode(),
             "image": record["image"],
@@ -141,11 +127,13 @@ def open_split(
     if not folder.exists():
         command = f"python -m sana_jax.make_shapes --data_dir={data_dir} --size={height}"
         raise UserError(f"{folder} is not there; make it with {command}")
-    with _damage_named(folder):
+    with damage_named(folder, REMEDY):
         builder = tfds.builder_from_directory(folder)
         if split not in builder.info.splits:
             has = ", ".join(builder.info.splits)
             raise UserError(f"shapes has no split {split!r}; it has {has}")
+        parts = builder.info.splits[split].file_instructions
+        check_shards([(part.filename, part.examples_in_shard) for part in parts], REMEDY)
         skip = {"image": tfds.decode.SkipDecoding()}
         return Records(builder.as_data_source(split, decoders=skip), folder)
 

@@ -135,6 +135,47 @@ def test_folders_that_cannot_be_read(tmp_path, folder):
         Precomputed(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("split", [None, 7]),
+        ("scaling_factor", [None, "1", 0, []]),
+        ("text", [7, {}, {"rows": "3"}, {"rows": 0}]),
+        ("shards", [None, 7, {}, [7], [{}], []]),
+        ("file", [None, 7]),
+        ("bytes", [None, "9", 1]),
+        ("records", [None, "7", 8, -7, 7.0]),
+        ("runs", [None, 7, [], [7], [[4, 4]], [[4, 4, 8]], [[4, 4, -7], [4, 4, 14]]]),
+    ],
+)
+def test_an_index_with_other_fields_is_named(folder, field, values):
+    whole = (folder / INDEX).read_text()
+    for value in (..., *values):
+        index = json.loads(whole)
+        place = index if field in index else index["shards"][0]
+        place[field] = value
+        if value is ...:
+            del place[field]
+        write_json(folder / INDEX, index)
+        with pytest.raises(UserError, match=f"^{folder / INDEX} is damaged .*precompute"):
+            Precomputed(folder)
+
+
+def test_more_records_than_bytes_take_no_memory(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["shards"][0] |= {"records": 10**12, "runs": [[4, 4, 10**12]]}
+    write_json(folder / INDEX, index)
+    with pytest.raises(UserError, match="index.json is damaged"):
+        Precomputed(folder)
+
+
+def test_a_damaged_shard_is_named(folder):
+    path = folder / "shard-00002.array_record"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=f"^{path} is damaged .*precompute"):
+        Precomputed(folder)
+
+
 def test_the_fingerprint_is_that_of_the_shards(tmp_path):
     one, same = (Precomputed(write(tmp_path / name, [range(3)])) for name in "ab")
     assert one.fingerprint == same.fingerprint

@@ -1,6 +1,7 @@
 """TFDS data sets as records: a small one is prepared here, without TensorFlow."""
 
 import io
+import shutil
 import sys
 
 import numpy as np
@@ -195,3 +196,43 @@ def test_a_damaged_record_has_a_reason_and_its_neighbours_are_read(tmp_path):
     with pytest.raises(Retry, match="dataset_info.json cannot be read: No such file"):
         for i in range(COUNT):
             decode(source[i]["image"])
+
+
+HARMS = {
+    "half": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: bytes(len(data)),
+    "empty": lambda data: b"",
+    "list": lambda data: b"[]",
+    "deep": lambda data: b"[" * 10**5,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "*-train.array_record*"])
+def test_a_damaged_file_is_named(data_dir, tmp_path, monkeypatch, name, harm):
+    """Also the features, which are read where the code of the data set is not here."""
+    shutil.copytree(f"{data_dir}/sana_toy/text", tmp_path / "sana_toy/text")
+    (path,) = tmp_path.rglob(name)
+    path.write_bytes(HARMS[harm](path.read_bytes()))
+    if name == "features.json":
+        known = tfds.core.registered._DATASET_REGISTRY
+        monkeypatch.delitem(known, "sana_toy")
+    with pytest.raises(UserError, match=f"^{path} is damaged .*prepare it anew$"):
+        open_source("tfds:sana_toy/text:1.0.0", "train", str(tmp_path))
+
+
+def test_a_shard_that_is_gone_is_away_or_named(data_dir, tmp_path):
+    shutil.copytree(f"{data_dir}/sana_toy/text", tmp_path / "sana_toy/text")
+    (path,) = tmp_path.rglob("*-train.array_record*")
+    path.unlink()
+    for resumes, kind in (False, UserError), (True, Retry):
+        with pytest.raises(kind, match=f"^{path} is damaged .No such file or directory."):
+            open_source("tfds:sana_toy/text", "train", str(tmp_path), resumes=resumes)
+
+
+def test_a_shard_with_fewer_records_than_promised_is_named(data_dir, tmp_path):
+    shutil.copytree(f"{data_dir}/sana_toy/text", tmp_path / "sana_toy/text")
+    (train,), (test,) = (tmp_path.rglob(f"*-{name}.array_record*") for name in ("train", "test"))
+    shutil.copyfile(test, train)
+    with pytest.raises(UserError, match=f"^{train} is damaged .it has 2 records of {COUNT}"):
+        open_source("tfds:sana_toy/text", "train", str(tmp_path))

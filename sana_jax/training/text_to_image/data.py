@@ -158,7 +158,7 @@ def _check_stored(
     text = json.loads(json.dumps(captions.settings))
     for source in sources:
         folder = source.folder
-        if source.index["autoencoder"] != autoencoder:
+        if source.index.get("autoencoder") != autoencoder:
             raise UserError(f"{folder} is not of config.autoencoder={config.autoencoder}")
         shapes = np.unique(source.shapes, axis=0)
         if not data.buckets and (shapes * factor != size).any():
@@ -187,7 +187,7 @@ def _check_stored(
                 " config.text_encoder"
             )
         encoder = weights_sha256(base.text_encoder, base.params["text_encoder"])
-        if source.index["text_encoder"] != encoder:
+        if source.index.get("text_encoder") != encoder:
             raise UserError(
                 f"{folder} has embeddings that are not of config.text_encoder.checkpoint="
                 f"{config.text_encoder.checkpoint}"
