@@ -15,16 +15,17 @@ from absl import logging
 from etils import epath
 
 from sana_jax.data import layout, sidecars
-from sana_jax.data.images import BadImage
+from sana_jax.data.images import MAX_PIXELS, BadImage
 from sana_jax.data.records import NoData
 from sana_jax.data.sidecars import Sidecars
 from sana_jax.runtime.errors import Retry
-from sana_jax.runtime.files import reason_of
+from sana_jax.runtime.files import is_local, reason_of
 
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff",
     ".webp",
 )  # fmt: skip
+MAX_BYTES = 8 * MAX_PIXELS + 2**20  # of a file, which is read whole: four channels of 16 bits
 
 
 class Folder:
@@ -34,7 +35,7 @@ class Folder:
       root: the folder.
       split: a name, by which layout.choose finds the images; None: all of them.
 
-    Raises NoData if there is no image or no such split, UserError if the split is not clear.
+    Raises NoData if there is no image or no such split, UserError if it is not clear what to read.
     """
 
     def __init__(self, root: epath.PathLike, split: str | None = None):
@@ -51,7 +52,11 @@ class Folder:
         if split is not None:
             chosen = layout.choose(images, split, str(root))
         self._base = chosen.folder
-        self._images = [name for name in images if chosen.keeps(name)]
+        sizes = {name: self._size(name) for name in images if chosen.keeps(name)}
+        self._images = [name for name, size in sizes.items() if size <= MAX_BYTES]
+        left_out[f"images of more than {MAX_BYTES >> 20} MiB"] = len(sizes) - len(self._images)
+        if not self._images:
+            raise NoData(f"{root}: all images have more than {MAX_BYTES >> 20} MiB")
         texts = [name for name in files if self._has_captions(name, chosen.keeps)]
         self._captions = Sidecars(texts, self._images, self._open)
         left_out += self._captions.left_out
@@ -60,9 +65,9 @@ class Folder:
             note = chosen.note or f"{len(self._images)} in all"
             logging.warning("%s: %s%s", root, note, f"; not read: {counted}" if counted else "")
         # A text that changes when a file comes, goes, or changes its size.
-        self.listing = json.dumps(
-            [[name.removeprefix(self._base), self._size(name)] for name in [*self._images, *texts]]
-        )
+        sizes |= {name: self._size(name) for name in texts}
+        listed = [*self._images, *texts]
+        self.listing = json.dumps([[n.removeprefix(self._base), sizes[n]] for n in listed])
 
     def __len__(self) -> int:
         return len(self._images)
@@ -83,8 +88,9 @@ class Folder:
         return self._images[index].removeprefix(self._base)
 
     def _has_captions(self, name: str, keeps) -> bool:
-        if name.endswith(f"/{sidecars.METADATA}") or name == sidecars.METADATA:
-            return keeps(name) or self._base.startswith(name.removesuffix(sidecars.METADATA))
+        folder, slash, file = name.rpartition("/")
+        if file in sidecars.METADATA:
+            return keeps(name) or self._base.startswith(folder + slash)
         return name.lower().endswith(sidecars.SUFFIXES) and keeps(name)
 
     def _open(self, name: str) -> BinaryIO:
@@ -117,8 +123,11 @@ def _walk(
                 yield from _walk(path, below, split, left_out)
             else:
                 left_out["linked folders"] += 1
-        elif name == sidecars.METADATA or name.lower().endswith((*SUFFIXES, *sidecars.SUFFIXES)):
-            yield prefix + name
+        elif name in sidecars.METADATA or name.lower().endswith((*SUFFIXES, *sidecars.SUFFIXES)):
+            if is_local(path) and not os.path.isfile(path):  # opening a pipe would wait
+                left_out["pipes and sockets" if os.path.exists(path) else "links to nothing"] += 1
+            else:
+                yield prefix + name
         else:
             left_out[f"*{os.path.splitext(name)[1].lower() or ' without an ending'}"] += 1
 

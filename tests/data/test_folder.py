@@ -2,10 +2,11 @@
 
 import json
 import os
+import socket
 
 import pytest
 
-from sana_jax.data.folder import Folder
+from sana_jax.data.folder import MAX_BYTES, Folder
 from sana_jax.data.images import BadImage
 from sana_jax.runtime.errors import Retry, UserError
 from tests.data.bad_files import encode, picture
@@ -37,10 +38,31 @@ def test_linked_files_are_read_and_linked_folders_are_not(tmp_path):
     (tmp_path / "real/loop").symlink_to(tmp_path / "real")
     (tmp_path / "real/gone.png").symlink_to(tmp_path / "nothing")
     folder = Folder(tmp_path / "real")
-    assert len(folder) == 3
-    assert [folder[i]["key"] for i in (0, 1)] == ["a.png", "b.png"]
-    with pytest.raises(BadImage, match="unreadable: gone.png: No such file"):
-        folder[2]
+    assert [folder[i]["key"] for i in range(len(folder))] == ["a.png", "b.png"]
+    (tmp_path / "elsewhere/b.png").unlink()
+    with pytest.raises(BadImage, match="unreadable: b.png: No such file"):
+        folder[1]
+
+
+def test_what_is_no_file_is_counted_and_not_waited_for(tmp_path, caplog):
+    make(tmp_path, {"a.png": PNG, "a.txt": "a cat"})
+    for name in "b.png", "a.json", "metadata.jsonl":
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "c.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "d.png").symlink_to(tmp_path / "b.png")
+    with socket.socket(socket.AF_UNIX) as server, (tmp_path / "e.png").open("wb") as large:
+        server.bind(os.path.relpath(tmp_path / "s.png"))
+        large.truncate(MAX_BYTES + 1)
+        folder = Folder(tmp_path)
+    assert [(record["key"], record["captions"]) for record in folder] == [("a.png", ["a cat"])]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        f"{tmp_path}: 1 in all; not read: images of more than 513 MiB (1), links to nothing (1),"
+        " pipes and sockets (5)"
+    )
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=f"^{tmp_path}: all images have more than 513 MiB"):
+        Folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.images import BadImage
 from sana_jax.data.sidecars import MAX_BYTES, Sidecars
+from sana_jax.runtime.errors import UserError
 
 
 def sidecars(files: dict[str, bytes | str | dict | list], images=("a.png",)) -> Sidecars:
@@ -61,6 +62,49 @@ def test_metadata_names_images_from_its_own_folder():
     }
     found = sidecars(files, images)
     assert [found[image]["captions"] for image in images] == [["x"], ["y"]]
+
+
+@pytest.mark.parametrize(
+    "table, captions",
+    [
+        ("file_name,text\na.png,a cat\n", ["a cat"]),
+        ("\ufefffile_name,text\r\na.png,a cat\r\nb.png,x\r\n", ["a cat"]),
+        ('\ufeff"text","file_name"\n"a ""cat"",\nin two lines",a.png', ['a "cat",\nin two lines']),
+        ("width,file_name,caption\n7,b.png,y\n\n7,./a.png,ein Kätzchen\n7,a.png,x", None),
+        ('file_name,captions,scores\na.png,"[""x"", """", ""y""]","[1, 2, 3]"\n', ["x", "y"]),
+        ("file_name,text\na.png,\n", []),
+        ("file_name,text\na.png\n", []),
+        ("text\nx\n", []),
+        ("", []),
+    ],
+)
+def test_a_table_of_metadata_is_read(table, captions):
+    found = sidecars({"metadata.csv": table})["a.png"]
+    assert found["captions"] == (["ein Kätzchen", "x"] if captions is None else captions)
+    assert found["scores"] == ([1.0, 3.0] if "scores" in table else [])
+
+
+def test_rows_of_a_table_that_cannot_be_used_are_counted_or_named():
+    rows = [b"file_name,captions", b"a.png,[7]", b"c.png,", b",", b"b.png,x", b"\xff,", b""]
+    too_long = b'a.png,"' + b"x" * (3 * MAX_BYTES)
+    for more in [], [too_long]:
+        table = b"\n".join([*rows, *more])
+        found = sidecars({"metadata.csv": table}, images=("a.png", "b.png"))
+        for image, number, why in ("a.png", 2, "list of strings"), ("b.png", 5, "list"):
+            message = f"metadata.csv line {number}: 'captions' is no {why}"
+            with pytest.raises(BadImage, match=message):
+                found[image]
+        if not more:
+            assert +found.left_out == {
+                "lines of metadata.csv for no image": 2,
+                "lines of metadata.csv without a file_name": 1,
+            }
+
+
+def test_two_kinds_of_metadata_are_refused():
+    files = {"metadata.csv": "file_name,text\na.png,x", "b/metadata.jsonl": "{}"}
+    with pytest.raises(UserError, match="^b/metadata.jsonl and metadata.csv: .*remove the other"):
+        sidecars(files)
 
 
 def test_lines_that_are_of_no_image_are_counted_and_the_others_are_read():
@@ -131,6 +175,7 @@ def test_mutated_files_give_captions_or_a_reason_in_little_memory():
         "a.json": b'{"captions": ["a cat", "\xc3\xa4"], "scores": [1.5, 2], "truth": {}}',
         "a.txt": b"a cat\r\nein K\xc3\xa4tzchen\n",
         "metadata.jsonl": b'{"file_name": "a.png", "text": "a cat", "scores": [1]}\n' * 3,
+        "metadata.csv": b'file_name,captions,scores\na.png,"[""a cat""]",[1]\n' * 2,
     }
     pieces = [b"[", b'"', b"{", b"}", b"null", b"\n", b"\0", b"\xff", b"1e999", b"9" * 401]
     tracemalloc.start()
