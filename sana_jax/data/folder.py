@@ -5,6 +5,7 @@ begin with a dot and `__MACOSX` are skipped; links to files are followed, links 
 where they are the split. One line says what is not read, if there is any.
 """
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -83,6 +84,28 @@ class Folder:
             raise
         except OSError as error:
             raise Retry(f"{self.root / name}: {reason_of(error)}; try again") from None
+
+    @property
+    def places(self) -> list[tuple[str, int, int]]:
+        """The files that the images are in, where links lead; (file, 0, 1) for each.
+
+        Files of several names, which are hard links, are called by their numbers on the disk.
+        """
+        folders: dict[str, str] = {}
+
+        def file_of(name: str) -> str:
+            path = os.fspath(self.root / name)
+            if not is_local(path):
+                return path
+            folder, file = os.path.split(path)
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            with contextlib.suppress(OSError):  # it is gone: reading it will say so
+                if (about := os.stat(path)).st_nlink > 1:
+                    return f"{about.st_dev}:{about.st_ino}"
+            return os.path.realpath(path) if os.path.islink(path) else f"{folders[folder]}/{file}"
+
+        return [(file_of(name), 0, 1) for name in self._images]
 
     def key_of(self, index: int) -> str:
         return self._images[index].removeprefix(self._base)

@@ -46,7 +46,10 @@ def open_source(
 
 
 def check_apart(train: Source, held_out: Source, train_split: str, test_split: str) -> None:
-    """Raises UserError if records of TFDS are in both of two splits, given with their names."""
+    """Raises UserError if two splits, given with their names, have records in common.
+
+    These are records of TFDS, and pictures of folders that are links to the same file.
+    """
     files: dict[str, list[tuple[int, int]]] = {}
     for file, first, end in getattr(train, "places", None) or ():
         files.setdefault(file, []).append((first, end))
@@ -59,7 +62,8 @@ def check_apart(train: Source, held_out: Source, train_split: str, test_split: s
         raise UserError(
             f"config.data.train_split={train_split} and config.data.test_split={test_split} have"
             f" {common} records in common: percentages are rounded to whole records; give numbers"
-            " of records, such as train[100:] and train[:100]"
+            " of records, such as train[100:] and train[:100]. In folders, links lead to the same"
+            " files; remove them from one"
         )
 
 

@@ -1,11 +1,13 @@
 """open_source: what a name may mean."""
 
+import os
+
 import pytest
 from etils import epath
 
 from sana_jax.data.images import decode
 from sana_jax.data.records import Record
-from sana_jax.data.sources import open_source
+from sana_jax.data.sources import check_apart, open_source
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.shapes.dataset import prepare
 from tests.data.test_folder import PNG, make
@@ -37,6 +39,24 @@ def test_what_a_name_calls_held_out_is_not_trained_on(tmp_path):
     moved = make(tmp_path / "moved", {"train2017/a.png": PNG})
     assert open_source(str(moved)).fingerprint == train.fingerprint
     assert open_source(str(moved / "train2017")).fingerprint == train.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "folder", "none"])
+def test_links_to_pictures_that_are_trained_on_are_not_held_out(tmp_path, kind):
+    root = make(tmp_path, {"train/a.png": PNG, "train/b.png": PNG, "other/test/c.png": PNG})
+    if kind == "folder":
+        (root / "test").symlink_to(root / "train")
+    else:
+        (root / "test").mkdir()
+        link = os.link if kind == "hard link" else os.symlink
+        link(root / ("other/test/c.png" if kind == "none" else "train/b.png"), root / "test/b.png")
+    sources = [open_source(str(root), split) for split in ("train", "test")]
+    if kind == "none":
+        check_apart(*sources, "train", "test")
+        return
+    common = 2 if kind == "folder" else 1
+    with pytest.raises(UserError, match=f"test_split=test have {common} records in common"):
+        check_apart(*sources, "train", "test")
 
 
 @pytest.mark.parametrize("there", [None, {}, {"test/a.png": PNG}, {"notes.txt": "a"}])
