@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sana_jax import sharding
-from sana_jax.data.images import MAX_PIXELS
+from sana_jax.data.images import MAX_PIXELS, MOST_PIXELS
 from sana_jax.data.loader import EvaluationLoader, TrainingLoader
 from sana_jax.data.memory import InMemory
 from sana_jax.data.records import Source
@@ -15,6 +15,7 @@ from sana_jax.data.rejections import Budget
 from sana_jax.data.sources import check_apart, open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.runtime import hosts
+from sana_jax.runtime.checks import within
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.autoencoder.task import Phase
 
@@ -91,6 +92,7 @@ class AutoencoderData:
     def _check(self, phases: Mapping[str, Phase]) -> None:
         """Raises UserError if the data does not suffice for a phase; nothing is written."""
         data, evaluation = self._config.data, self._config.evaluation
+        within("config.data.max_pixels", data.max_pixels, 1, MOST_PIXELS)
         if data.source.startswith("precomputed:"):
             raise UserError(f"config.data.source={data.source}: these are latents; give images")
         if data.source == "shapes":

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sana_jax import sharding
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.data.captions import CaptionChoice
+from sana_jax.data.images import MOST_PIXELS
 from sana_jax.data.loader import LoaderConfig, TrainingLoader
 from sana_jax.data.orders import bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
@@ -21,7 +22,7 @@ from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImage
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
 from sana_jax.models import buckets
 from sana_jax.runtime import hosts
-from sana_jax.runtime.checks import read_group
+from sana_jax.runtime.checks import read_group, within
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import is_local
 from sana_jax.training.text_to_image.recipe import EvaluationConfig
@@ -60,6 +61,7 @@ def make_loaders(
         given = data.test_split, held.batch_size, "centre", False, held.seed, held.captions
         wanted.append(Split(*given))
 
+    within("config.data.max_pixels", data.max_pixels, 1, MOST_PIXELS)
     stored, table = data.source.startswith("precomputed:"), ()
     if stored:
         if data.flip or data.upscale or data.crop != "centre":

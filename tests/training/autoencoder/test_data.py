@@ -72,3 +72,6 @@ def test_the_limit_of_pixels_is_the_configs(config, tmp_path):
     AutoencoderTraining(load(config, **{"data.max_pixels": 64 * 56}), str(tmp_path))
     with pytest.raises(UserError, match="none of the first records can be used.*too_many_pixels"):
         AutoencoderTraining(load(config, **{"data.max_pixels": 64 * 56 - 1}), str(tmp_path))
+    for pixels in 0, 10**9:
+        with pytest.raises(UserError, match=f"^config.data.max_pixels={pixels}: give 1 to"):
+            AutoencoderTraining(load(config, **{"data.max_pixels": pixels}), str(tmp_path))

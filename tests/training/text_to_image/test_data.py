@@ -20,6 +20,8 @@ from tests.training.text_to_image.toy import load, store, stored
     [
         (dict(recipe__batch_size=24), "batch_size=24: the data has 16 records"),
         (dict(data__flip=True), "flip=True: crop='centre'"),
+        (dict(data__max_pixels=0), "config.data.max_pixels=0: give 1 to"),
+        (dict(data__max_pixels=10**9), "config.data.max_pixels=1000000000: give 1 to"),
         (dict(data__source="nowhere"), "nowhere: there is no such folder"),
         (dict(data__captions__kind="best"), "config.data.captions.kind='best'"),
         (
