@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sana_jax.checkpoints import diffusers
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import is_full, sha256_of
+from sana_jax.runtime.files import is_full, named, sha256_of
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # Every checkpoint has one of these files: native, diffusers, an autoencoder alone.
@@ -54,12 +54,14 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
     """
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"a checkpoint is named by a text, not by {name!r}")
-    name = os.fspath(name)
+    name = named(name)
+    if not isinstance(revision, str | None):
+        raise UserError(f"revision {revision!r} is no text")
     if page := re.match(r"https?://(?:huggingface\.co|hf\.co)/([^/\s?#]+/[^/\s?#]+)", name):
         raise UserError(f"{name} is a page of the hub: give the id alone, {page[1]}")
     if "://" in name:
         raise UserError(f"{name}: checkpoints are read from local folders; copy it to one first")
-    path = Path(os.path.expanduser(name))
+    path = Path(name)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:

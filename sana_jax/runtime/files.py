@@ -23,11 +23,31 @@ def is_local(path: str | os.PathLike) -> bool:
     return not re.match(r"\w+:/", os.fspath(path))  # pathlib leaves one slash of gs://bucket
 
 
+def named(path: Any) -> str:
+    """Returns what a user calls a file or a folder, `~` replaced. Raises UserError for no name.
+
+    Nor may it hold bytes that are not UTF-8: the libraries that open our files refuse such names.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{path!r:.60} is no path: give a text")
+    name = os.path.expanduser(os.fspath(path))
+    if not name:
+        raise UserError("a path is empty: name a file or a folder")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r:.60} is a name that is not UTF-8, which cannot be used") from None
+    if "\0" in name:
+        raise UserError(f"{name!r:.60} cannot be the name of a file: it has a null character")
+    return name
+
+
 def local(folder: str | os.PathLike) -> Path:
-    """Returns `folder` as a Path. Raises UserError for an address such as gs://bucket."""
-    if not is_local(folder):
-        raise UserError(f"{folder}: this is written to local folders only; copy it from there")
-    return Path(folder)
+    """Returns the folder that a user names. Raises UserError for an address such as gs://bucket."""
+    name = named(folder)
+    if not is_local(name):
+        raise UserError(f"{name}: this is written to local folders only; copy it from there")
+    return Path(name)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -222,7 +242,7 @@ def check_new(out: str) -> Path:
     """Returns the path of --out. Raises UserError unless it is missing or an empty folder."""
     if not out:
         raise UserError("--out is empty: name a folder")
-    path = Path(out).expanduser()
+    path = Path(named(out))
     try:
         _refuse_used(path, f"--out={out}")
     except OSError as error:

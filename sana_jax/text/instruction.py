@@ -10,7 +10,7 @@ import yaml
 from etils import epath
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, check_is_file, check_itself, reason_of
+from sana_jax.runtime.files import UNREACHABLE, check_is_file, check_itself, named, reason_of
 
 MAX_BYTES = 2**18  # of an instruction file; SANA's has 2**11, and NVlabs' yaml 2**13
 
@@ -37,7 +37,7 @@ def find_instruction(instruction_file: str | Path | None = None) -> Instruction 
     """
     if instruction_file is None:
         return _diffusers_instruction()
-    path = epath.Path(instruction_file)
+    path = epath.Path(named(instruction_file))
     try:
         check_is_file(path, f"instruction file {path}")
         check_itself(path)

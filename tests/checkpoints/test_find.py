@@ -138,3 +138,11 @@ def test_a_page_of_the_hub_is_answered_with_its_id():
             find(page)
     with pytest.raises(UserError, match="read from local folders"):
         find("gs://bucket/name")
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "caf\udce9", None])
+def test_what_names_nothing_is_refused(name):
+    with pytest.raises(UserError, match="path|not UTF-8|null character|named by a text"):
+        find(name)
+    with pytest.raises(UserError, match="revision 5 is no text"):
+        find("org/name", revision=5)

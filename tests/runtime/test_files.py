@@ -11,6 +11,8 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import (
     check_is_file,
     check_itself,
+    check_new,
+    local,
     named_file,
     parse_json,
     read_json,
@@ -163,3 +165,15 @@ def test_a_document_names_files_of_its_own_folder(tmp_path, name, words):
     assert named_file(tmp_path / "model.json", "folder/a") == tmp_path / "folder" / "a"
     with pytest.raises(UserError, match=f"model.json.*{words}|{words}.*model.json"):
         named_file(tmp_path / "model.json", name)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "caf\udce9", "\ud83d", None, 5, b"model"])
+def test_what_can_be_no_path_is_refused_in_one_line(name):
+    with pytest.raises(UserError, match="path|not UTF-8|null character") as error:
+        local(name)
+    assert "\n" not in str(error.value) and str(error.value).isascii()
+
+
+def test_the_tilde_is_the_users_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local("~/model") == check_new("~/model") == tmp_path / "model"

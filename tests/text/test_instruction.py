@@ -176,3 +176,9 @@ def test_instruction_file_that_cannot_be_read(tmp_path):
     (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match="pointer.txt is a git-LFS pointer"):
         find_instruction(tmp_path / "pointer.txt")
+
+
+def test_the_tilde_of_an_instruction_file_is_the_users_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "told.txt").write_text("Tell: ")
+    assert find_instruction("~/told.txt").text == "Tell: "

@@ -12,7 +12,6 @@ host's data iterator, and the checksum of every leaf (document.py, checksums.py)
 import contextlib
 import fnmatch
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -24,7 +23,15 @@ from etils import epath
 from flax import traverse_util
 
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
-from sana_jax.runtime.files import UNREACHABLE, absolute, is_full, is_local, reason_of, storage
+from sana_jax.runtime.files import (
+    UNREACHABLE,
+    absolute,
+    is_full,
+    is_local,
+    named,
+    reason_of,
+    storage,
+)
 from sana_jax.runtime.hosts import (
     gather_values,
     is_loss,
@@ -405,11 +412,11 @@ class Checkpoints:
 
 
 def check_name(workdir: str | epath.Path) -> None:
-    """Raises UserError for a folder whose checkpoints Orbax 0.12 could save, but not read back.
+    """Raises UserError for a folder whose checkpoints Orbax 0.12 could not save, or not read back.
 
     It looks for arrays by a pattern, in which the folder's own brackets and backslashes count.
     """
-    if wrong := sorted(set(PATTERNS) & set(os.fspath(absolute(workdir)))):
+    if wrong := sorted(set(PATTERNS) & set(named(absolute(named(workdir))))):
         raise UserError(
             f"{workdir}: checkpoints below a folder with {' and '.join(wrong)} in its"
             " name could not be read back; rename it, or name another"
