@@ -10,6 +10,8 @@ import time
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
+from etils import epath
 from jax._src import distributed  # Orbax 0.12 takes the store of the hosts from there, too
 from orbax.checkpoint._src.multihost import multihost
 
@@ -93,3 +95,30 @@ class Barriers:
     def _hear(self, barrier: str, host: int, end: float) -> str:
         milliseconds = max(1, int((end - time.monotonic()) * 1000))
         return self._store.blocking_key_value_get(f"{barrier}{host}", milliseconds)
+
+
+def make_manager(
+    folder: epath.Path, keep: int, keep_every: int | None, barriers: Barriers
+) -> ocp.CheckpointManager:
+    """Returns Orbax's manager of a folder, whose hosts meet at `barriers`.
+
+    It keeps the newest `keep` steps, and every multiple of `keep_every` if that is given.
+    """
+    policy = ocp.checkpoint_managers
+    kept = [policy.LatestN(keep)]
+    if keep_every:
+        kept.append(policy.EveryNSteps(keep_every))
+    # Named, the hosts meet over the coordinator with a time limit, not on their devices.
+    hosts = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy(kept),
+        save_root_metadata=False,
+        create=False,
+        multiprocessing_options=hosts,
+        async_options=ocp.AsyncOptions(
+            barrier_sync_fn=barriers,
+            # Otherwise threads wait for minutes for folders that could not be made.
+            create_directories_asynchronously=False,
+        ),
+    )
+    return ocp.CheckpointManager(folder, options=options)

@@ -49,7 +49,7 @@ from sana_jax.training.checkpoints.arrays import (
     unwrapped,
     wrapped,
 )
-from sana_jax.training.checkpoints.barriers import Barriers, OtherHostFailed
+from sana_jax.training.checkpoints.barriers import Barriers, OtherHostFailed, make_manager
 from sana_jax.training.checkpoints.checksums import checksums
 from sana_jax.training.checkpoints.document import (
     ABSENT,
@@ -269,27 +269,8 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            policy = ocp.checkpoint_managers
-            kept = [policy.LatestN(self._keep)]
-            if self._keep_every:
-                kept.append(policy.EveryNSteps(self._keep_every))
             self._barriers.install()
-            # Named, the hosts meet over the coordinator with a time limit, not on their devices.
-            hosts = ocp.options.MultiprocessingOptions(
-                active_processes=set(range(jax.process_count()))
-            )
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(kept),
-                save_root_metadata=False,
-                create=False,
-                multiprocessing_options=hosts,
-                async_options=ocp.AsyncOptions(
-                    barrier_sync_fn=self._barriers,
-                    # Otherwise threads wait for minutes for folders that could not be made.
-                    create_directories_asynchronously=False,
-                ),
-            )
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = make_manager(self.folder, self._keep, self._keep_every, self._barriers)
         return self._manager
 
     def _sweep(self) -> None:
