@@ -44,6 +44,17 @@ class _OneLine(standard_logging.Filter):
         return True
 
 
+def is_raised_elsewhere(record: standard_logging.LogRecord) -> bool:
+    """Returns True for asyncio's report of a task of Orbax whose error nobody asked for.
+
+    Where arrays cannot be read, the error of the first is raised, and the others' are reported.
+    """
+    trace = record.exc_info[2] if record.exc_info else None
+    while trace and "/orbax/" not in trace.tb_frame.f_code.co_filename:
+        trace = trace.tb_next
+    return trace is not None
+
+
 def is_late(error: BaseException | None, trace: TracebackType | None) -> bool:
     """Returns True for the error of a result that nobody waits for any more.
 
@@ -69,4 +80,5 @@ def repair() -> None:
     """Makes the repairs, in this process. Call it once."""
     steady(sys.modules, orbax.checkpoint.__name__)
     logging.get_absl_logger().addFilter(_OneLine())
+    standard_logging.getLogger("asyncio").addFilter(lambda found: not is_raised_elsewhere(found))
     sys.unraisablehook = quiet(sys.unraisablehook)

@@ -1,6 +1,7 @@
 """Orbax keeps its time where the clock is moved, and says in one line what fails."""
 
 import asyncio
+import gc
 import logging
 import sys
 import threading
@@ -61,6 +62,28 @@ def test_threads_of_orbax_say_what_failed_without_tracebacks(path, kept):
         found = logging.LogRecord("absl", logging.ERROR, path, 1, "failed", (), sys.exc_info())
     assert absl_logging.get_absl_logger().filter(found)
     assert bool(found.exc_info) is kept
+
+
+@pytest.mark.parametrize("file, kept", [("/x/orbax/serialization.py", False), ("/x/y.py", True)])
+def test_arrays_that_cannot_be_read_beside_another_are_not_reported(file, kept):
+    """asyncio reports a task whose error nobody asked for, with its traceback."""
+    code = compile("async def read():\n    raise ValueError('not found')", file, "exec")
+    names, told = {}, []
+    exec(code, names)
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("asyncio").addHandler(handler)
+    try:
+
+        async def main():
+            task = asyncio.ensure_future(names["read"]())
+            await asyncio.wait([task])
+
+        asyncio.run(main())
+        gc.collect()
+    finally:
+        logging.getLogger("asyncio").removeHandler(handler)
+    assert bool(told) is kept
 
 
 @pytest.fixture
