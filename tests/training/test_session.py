@@ -1,6 +1,7 @@
 """A session starts or resumes, says so, and trains; an exported model is whole."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -13,10 +14,12 @@ from sana_jax import sharding
 from sana_jax.checkpoints import native
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import sha256_of
+from sana_jax.text.prompts import tokenize
 from sana_jax.training import session as session_module
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.session import Session, export
+from tests import PATIENCE, mini
 from tests.training import toy_run
 
 
@@ -162,3 +165,15 @@ def test_weights_are_read_under_the_watchdog(tmp_path, mesh, model, monkeypatch)
         session = Session(checkpoints, toy_run.Batches(toy_run.SETTINGS), mesh, loop)
         session.begin(model[0], start)
     assert marks == [7.0, "watched", "start", "end"]
+
+
+def test_a_whole_model_is_exported_with_the_tokenizer_as_it_was_read(tmp_path):
+    mini.save(tmp_path / "base")
+    model = native.open_folder(tmp_path / "base")
+    tokenize(model.tokenizer, ["a cat"], 4, None)  # which leaves its truncation set
+    thread = threading.Thread(target=export, args=(model, tmp_path / "model"), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    written, read = (tmp_path / name / "tokenizer/tokenizer.json" for name in ("model", "base"))
+    assert written.read_bytes() == read.read_bytes()
