@@ -1,6 +1,7 @@
 """SanaPipeline: a request -> embeddings -> latents -> pixels, sharded over a mesh."""
 
 import contextlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -63,7 +64,8 @@ class SanaPipeline:
     Threads may share a pipeline: all its methods may run at once, with any arguments, and return
     what they return alone. They wait for one another where they tokenize. `on_step` is called on
     the thread of its own call. Memory is needed for all calls that run. What is not safe is to
-    change `checkpoint` or `params` while another thread draws.
+    change `checkpoint` or `params` while another thread draws. Processes cannot share one: in a
+    fork JAX would wait for ever, so that a pipeline refuses to be used there.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):
@@ -72,6 +74,7 @@ class SanaPipeline:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: it draws nothing")
         check_fit(checkpoint)
         self.checkpoint, self.mesh, self.dtype = checkpoint, mesh, dtype
+        self._process = os.getpid()
         self.dit, self.vae, self.text_encoder = (
             module_for(getattr(checkpoint, name), component_dtype(name, dtype)) for name in CONFIGS
         )
@@ -215,6 +218,7 @@ class SanaPipeline:
 
         Raises UserError, a ValueError, if an argument is out of range.
         """
+        self._check_process()
         return Request.of(self._facts, prompt, **arguments)
 
     def draw(
@@ -392,11 +396,19 @@ class SanaPipeline:
 
     def _spread(self, x) -> Array:
         """Splits the batch of `x` over the mesh, padded with copies of the last row to fit."""
+        self._check_process()
         x = np.asarray(x) if not isinstance(x, jax.Array) else x
         missing = -x.shape[0] % sharding.batch_divisor(self.mesh)
         if missing:
             x = jnp.concatenate([jnp.asarray(x), jnp.repeat(x[-1:], missing, axis=0)])
         return jax.device_put(x, sharding.batch_sharding(self.mesh))
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise UserError(
+                "this pipeline is of the process that was forked, and JAX does not work in a fork:"
+                " start processes by spawn, and let each make its own pipeline"
+            )
 
     @contextlib.contextmanager
     def context(self):

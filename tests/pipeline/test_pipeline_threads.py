@@ -10,6 +10,7 @@ import pytest
 
 from sana_jax import SanaPipeline
 from sana_jax.pipeline import pipeline
+from sana_jax.runtime.errors import UserError
 from tests import PATIENCE, mini, toy
 
 THREADS, CALLS = 8, 48
@@ -86,3 +87,10 @@ def test_a_thread_has_the_settings_of_its_own(pipe):
         done.set()
         drawn.result()
     assert entered and elsewhere.empty and not seen[0].empty
+
+
+def test_a_fork_is_refused_in_which_jax_would_wait_for_ever(pipe, monkeypatch):
+    monkeypatch.setattr(pipeline.os, "getpid", lambda: -1)
+    for use in lambda: pipe("a cat"), lambda: pipe.encode_prompt("a cat"):
+        with pytest.raises(UserError, match="start processes by spawn"):
+            use()
