@@ -51,8 +51,12 @@ def local(folder: str | os.PathLike) -> Path:
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """Returns a local path as an absolute one, links and `..` kept; an address as it is."""
-    return epath.Path(os.path.abspath(path) if is_local(path) else path)
+    """Returns a local path as an absolute one, links and `..` kept; an address as it is.
+
+    Raises the errors of `named`.
+    """
+    name = named(path)
+    return epath.Path(os.path.abspath(name) if is_local(name) else name)
 
 
 # What opening a path raises; ImportError where what reads such addresses is not installed.
@@ -100,6 +104,12 @@ def check_is_file(path: str | os.PathLike, name: str) -> None:
     raise UserError(f"{name} is {what}, where a file is needed")
 
 
+def check_is_folder(path: str | os.PathLike) -> None:
+    """Raises UserError if what is there is no folder, nor a link to one. Nothing there passes."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is a file, where a folder is needed; move it away")
+
+
 def check_readable(path: os.PathLike) -> None:
     """Raises Retry if a file that existed before cannot be read: its storage is away."""
     try:
@@ -134,9 +144,11 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder, which replaces `folder` when the block ends.
 
     The old folder stays until then, and also if the block raises. A rename that fails leaves the
-    new one as NAME.part. Raises OSError.
+    new one as NAME.part. Raises OSError, and UserError for a file in the place of either.
     """
     partial = folder.with_name(folder.name + ".part")
+    check_is_folder(folder)
+    check_is_folder(partial)
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     try:

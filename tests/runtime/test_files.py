@@ -177,3 +177,12 @@ def test_what_can_be_no_path_is_refused_in_one_line(name):
 def test_the_tilde_is_the_users_own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local("~/model") == check_new("~/model") == tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["model", "model.part"])
+def test_a_file_in_the_place_of_a_folder_stays(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is a file, where a folder is needed; move it"):
+        with replace_folder(tmp_path / "model") as part:
+            (part / "weights").write_text("new")
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

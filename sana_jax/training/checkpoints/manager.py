@@ -26,9 +26,9 @@ from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
 from sana_jax.runtime.files import (
     UNREACHABLE,
     absolute,
+    check_is_folder,
     is_full,
     is_local,
-    named,
     reason_of,
     storage,
 )
@@ -152,13 +152,15 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps in the folder, in order, whether they verify or not. Raises Retry."""
+        check_is_folder(self.folder)
         with storage(self.folder):
             paths = self.folder.iterdir() if self.folder.exists() else ()
-            return sorted(int(p.name) for p in paths if p.name.isdecimal() and self._is_finished(p))
+            return sorted(int(path.name) for path in paths if self._is_finished(path))
 
     def _is_finished(self, path: epath.Path) -> bool:
-        """Returns True if the save has ended: its folder was renamed or, if remote, marked."""
-        return not self._remote or (path / _FINISHED).exists()
+        """Returns True for a step whose save has ended: it was renamed or, if remote, marked."""
+        is_step = path.name.isdecimal() and path.name == str(int(path.name))  # 007 is none
+        return is_step and (not self._remote or (path / _FINISHED).exists())
 
     def restore(self, abstract: State, batches: Any = None) -> State | None:
         """Returns the newest state that verifies, or None where there is no checkpoint at all.
@@ -276,7 +278,8 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Removes the remains of saves that were cut short."""
         for path in self.folder.iterdir() if jax.process_index() == 0 else ():
-            unfinished = path.name.isdecimal() and not self._is_finished(path)
+            is_number = self._remote and path.name.isdecimal()
+            unfinished = is_number and not (path / _FINISHED).exists()
             if unfinished or _TEMPORARY in path.name:
                 path.rmtree()
 
@@ -393,11 +396,9 @@ class Checkpoints:
 
 
 def check_name(workdir: str | epath.Path) -> None:
-    """Raises UserError for a folder whose checkpoints Orbax 0.12 could not save, or not read back.
-
-    It looks for arrays by a pattern, in which the folder's own brackets and backslashes count.
-    """
-    if wrong := sorted(set(PATTERNS) & set(named(absolute(named(workdir))))):
+    """Raises UserError for a folder whose checkpoints Orbax 0.12 could not save or read back."""
+    # It looks for arrays by a pattern, in which the folder's own brackets and backslashes count.
+    if wrong := sorted(set(PATTERNS) & set(str(absolute(workdir)))):
         raise UserError(
             f"{workdir}: checkpoints below a folder with {' and '.join(wrong)} in its"
             " name could not be read back; rename it, or name another"

@@ -362,3 +362,25 @@ def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir=.*file: Not a directory"):
         restore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["007", "\u0663"])
+def test_folders_that_are_only_read_as_numbers_are_no_steps(folder, name):
+    shutil.copytree(folder / "checkpoints/2", folder / "checkpoints" / name)
+    found, _, checkpoints = restore(folder)
+    assert same(found, make(3)) and checkpoints.steps() == [1, 2, 3]
+    with checkpoints:
+        checkpoints.save(4, make(4), {"row": 4})
+    assert restore(folder)[2].steps()[-1] == 4
+    assert (folder / "checkpoints" / name).is_dir()
+
+
+def test_a_file_called_checkpoints_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(UserError, match="checkpoints is a file, where a folder is needed"):
+        restore(tmp_path)
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not UTF-8"):
+        Checkpoints(tmp_path / "caf\udce9", CONFIG, DATA)
