@@ -22,7 +22,9 @@ from tests import xla
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
-GRACE = 40.0  # seconds for the processes that are left to end by themselves after one has failed
+# Seconds for the processes that are left, to end by themselves after one has failed: JAX's
+# heartbeat tells them after 100 where they wait for it at a barrier.
+GRACE = 150.0
 POLL = 0.01
 # JAX reads its own when it is imported, here before the commands are forked.
 ENVIRONMENT = {
