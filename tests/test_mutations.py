@@ -10,17 +10,10 @@ from tests.mutations.inputs import INPUTS, write
 from tests.mutations.run import Result, mutations, table
 
 COUNT = 12  # of each input; python -m tests.mutations tries thousands
-# Readers that still fail on some files.
-UNSAFE = {
-    "metrics.jsonl of a phase",
-    "index.json of precomputed",
-    "shard.json of precomputed",
-    "settings.json of precomputed",
-}
 
 
 def test_mutated_files_are_read_or_refused_in_one_line():
-    names = [name for name in INPUTS if name not in UNSAFE and not INPUTS[name].slow]
+    names = [name for name in INPUTS if not INPUTS[name].slow]
     results = [*mutations(names, seed=0, count=COUNT)]
     assert [r for r in results if r.how == "failed"] == []
     assert len(results) == COUNT * len(names)

@@ -33,6 +33,7 @@ finally:
 # Between two copies to a remote folder, whose files cannot be appended to; and between two syncs of
 # the rows, without which a mounted object store does not have them.
 UPLOAD_SECONDS = 60
+MAX_STEP = 2**53  # that a row can be of
 
 
 class MetricsWriter:
@@ -197,12 +198,12 @@ def _keep(rows: Path, step: int) -> list[dict[str, Any]]:
     """
     kept, last, bad = [], [], []
     for line in rows.read_bytes().splitlines(keepends=True):
-        row_step = _step_of(line)
-        if row_step is None:
+        row = row_of(line)
+        if row is None:
             bad.append(line)
-        elif row_step <= step:
+        elif row["step"] <= step:
             kept.append(line.rstrip(b"\n") + b"\n")
-            last += [json.loads(line)] * (row_step == step)
+            last += [row] * (row["step"] == step)
     if bad:
         aside = rows.with_name(f"{rows.name}.bad")
         with aside.open("ab") as file:
@@ -213,10 +214,11 @@ def _keep(rows: Path, step: int) -> list[dict[str, Any]]:
     return last
 
 
-def _step_of(line: bytes) -> int | None:
-    """Returns the step of a line of metrics.jsonl; None where it is no whole row."""
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """Returns the row in a line of metrics.jsonl; None where the line is no whole row."""
     try:
-        step = json.loads(line)["step"]
+        row = json.loads(line)
+        step = row["step"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return step if isinstance(step, int) else None
+    return row if isinstance(step, int) and 0 <= step <= MAX_STEP else None

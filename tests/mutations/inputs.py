@@ -247,9 +247,9 @@ def _shard(folder: Path):
 
 
 def _settings(folder: Path):
-    from sana_jax.data.encode import _check_resume
+    from sana_jax.data.encode import _begun
 
-    _check_resume(folder / "encoded", {"batch_size": 8, "captions": ["a"]})
+    _begun(folder / "encoded", {"batch_size": 8, "captions": ["a"]})
 
 
 def _sizes(folder: Path):
