@@ -2,10 +2,12 @@
 
 import sys
 
-if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m sana_jax.train`
+# As long as Python looks for the module of `python -m sana_jax.train`, argv begins with "-m".
+_command = sys.orig_argv[-len(sys.argv)].removeprefix("-m") if sys.argv[:1] == ["-m"] else ""
+if _command.startswith("sana_jax."):
     from sana_jax.runtime import signals
 
-    signals.start(resumes=sys.orig_argv[-len(sys.argv)].removeprefix("-m") in signals.TRAININGS)
+    signals.start(resumes=_command in signals.TRAININGS)
 
     from sana_jax.runtime import output
 

@@ -171,3 +171,14 @@ def test_ctrl_c_that_a_parent_lets_ignore_stays_ignored(tmp_path):
         signal.signal(signal.SIGINT, before)
     assert (result.returncode, result.stdout) == (0, "done\n")
     assert_ended(ended, signal.SIGTERM)
+
+
+def test_another_program_that_imports_the_library_keeps_its_own_signals(tmp_path):
+    """Its package may import it while Python still looks for the module of `python -m`."""
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server/__init__.py").write_text("import sana_jax\n")
+    body = "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+    (tmp_path / "server/__main__.py").write_text(body)
+    (tmp_path / "server/other.py").write_text(body)
+    for module in "server", "server.other":
+        assert call(tmp_path, sys.executable, "-m", module).stdout == "True\n"
