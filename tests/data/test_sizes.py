@@ -81,7 +81,9 @@ def test_a_damaged_file_is_read_anew_and_other_data_has_another(tmp_path):
     sizes, _ = image_sizes(first, tmp_path)
     (kept,) = tmp_path.glob("sizes-*.npz")
     content = kept.read_bytes()
-    for damage in (content[:50], b"", content[:80] + b"\x00" + content[81:]):
+    entry = content.index(b"PK\1\2") + 6  # of the directory: the version that reading needs
+    later = content[:entry] + b"\x50" + content[entry + 1 :]
+    for damage in (content[:50], b"", content[:80] + b"\x00" + content[81:], later):
         kept.write_bytes(damage)
         np.testing.assert_array_equal(image_sizes(first, tmp_path)[0], sizes)
     assert kept.read_bytes() == content
