@@ -210,6 +210,9 @@ def gemma2_from_transformers(config: dict[str, Any]) -> Gemma2Config:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"text encoder {key} of type {kind!r} is not supported")
+        # Such as one dictionary for each kind of layer, as later Gemmas have it.
+        if others := sorted(set(rope) - {"rope_theta", "rope_type", "type"}):
+            raise ValueError(f"text encoder {key} with {', '.join(others)} is not supported")
     plain = Gemma2Config(**values, rope_theta=rope["rope_theta"])
     kinds = config.get("layer_types")
     if kinds is None or plain.sliding_window is None:

@@ -126,6 +126,7 @@ def test_text_encoder_of_transformers_4():
         dict(use_bidirectional_attention=True),
         dict(rope_scaling={"type": "linear", "factor": 2.0}),
         dict(rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0}),
+        dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}),
         dict(layer_types=["full_attention", "chunked_attention"] * 13),
         dict(num_key_value_heads=3),
         dict(head_dim=15),
