@@ -106,8 +106,9 @@ def check_is_file(path: str | os.PathLike, name: str) -> None:
 
 def check_is_folder(path: str | os.PathLike) -> None:
     """Raises UserError if what is there is no folder, nor a link to one. Nothing there passes."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{path} is a file, where a folder is needed; move it away")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        what = "a file" if os.path.exists(path) else "a link that leads to nothing"
+        raise UserError(f"{path} is {what}, where a folder is needed; move it away")
 
 
 def check_readable(path: os.PathLike) -> None:

@@ -15,7 +15,13 @@ from etils import epath
 from tqdm import tqdm
 
 from sana_jax.pictures import Picture, encode_png, make_grid
-from sana_jax.runtime.files import is_local, storage, write_atomically
+from sana_jax.runtime.files import (
+    check_is_file,
+    check_is_folder,
+    is_local,
+    storage,
+    write_atomically,
+)
 from sana_jax.runtime.hosts import log_first_host, on_first_host
 
 # tensorboardX imports torch where it is installed; that takes seconds, and nothing here needs it.
@@ -82,8 +88,11 @@ class MetricsWriter:
                 stack.callback(self._upload)
             else:
                 self._folder = Path(self.workdir)
-            (self._folder / "images").mkdir(parents=True, exist_ok=True)
             rows = self._folder / "metrics.jsonl"
+            check_is_file(rows, str(rows))  # no later try would find it otherwise
+            for name in "images", "tensorboard":
+                check_is_folder(self._folder / name)
+            (self._folder / "images").mkdir(parents=True, exist_ok=True)
             if rows.exists() and any("held_out_loss" in row for row in _keep(rows, self._step)):
                 made.add("held_out")
             if any((self.workdir / "images").glob(f"*_{self._step:08d}.png")):

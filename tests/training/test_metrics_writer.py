@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from sana_jax.pictures import make_grid
-from sana_jax.runtime.errors import Retry, Stopped
+from sana_jax.runtime.errors import Retry, Stopped, UserError
 from sana_jax.runtime.files import storage
 from sana_jax.training import metrics_writer
 from sana_jax.training.metrics_writer import MetricsWriter
@@ -203,3 +203,14 @@ def test_a_full_disk_at_the_end_hides_nothing(tmp_path):
         writer._stack.callback(full)
         raise Stopped("by SIGTERM")
     assert writer._rows.closed
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "images", "tensorboard"])
+def test_what_no_later_try_could_open_is_named(tmp_path, name):
+    """A launcher would try again a hundred times."""
+    if name == "metrics.jsonl":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"{name} is .* is needed"), MetricsWriter(tmp_path):
+        pass
