@@ -19,7 +19,6 @@ v5p the estimate of a plain matrix product is 94 % of peak, on v6e 57 %.
 Import this before anything that loads libtpu: it tells the compiler to write its schedules.
 """
 
-import atexit
 import dataclasses
 import functools
 import importlib.util
@@ -32,10 +31,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sana_jax.runtime import signals
+
 # libtpu reads these variables once, when it is loaded: it must not look for a TPU or its host, must
 # let other processes load it too, and write the schedules of kernels into _DUMP.
 _DUMP = Path(tempfile.mkdtemp(prefix="sana_jax_tpu_"))
-atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
+signals.at_end(functools.partial(shutil.rmtree, _DUMP, ignore_errors=True))
 for _name, _value in {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -25,6 +25,7 @@ GRACE_SECONDS = 10.0  # for compilers and other long calls into C++, which no si
 AGAIN_SECONDS = 0.05
 
 _resumes: bool | None = None
+_last: list[Callable[[], object]] = []
 
 
 def start(resumes: bool) -> None:
@@ -37,6 +38,12 @@ def start(resumes: bool) -> None:
         atexit.register(_install, signal.SIG_IGN)
     _resumes = resumes
     _install(_end)
+
+
+def at_end(action: Callable[[], object]) -> None:
+    """Calls `action` as the process ends, by itself or by a signal, but not by SIGKILL."""
+    atexit.register(action)
+    _last.append(action)
 
 
 def unwound(action: Callable[..., object], *arguments: object) -> object:
@@ -88,6 +95,9 @@ def _end(number: int, frame: FrameType | None = None) -> None:
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
+    for action in _last:
+        with contextlib.suppress(Exception):
+            action()
     os._exit(status)
 
 

@@ -173,6 +173,13 @@ def test_ctrl_c_that_a_parent_lets_ignore_stays_ignored(tmp_path):
     assert_ended(ended, signal.SIGTERM)
 
 
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_left_for_the_end_is_done_after_a_signal_too(tmp_path, number):
+    body = "signals.at_end(lambda: os.rmdir('made'))\nos.mkdir('made')\nhit()\ntime.sleep(99)"
+    done = run(tmp_path, body, number)
+    assert done.returncode == 128 + number and not (tmp_path / "made").exists()
+
+
 def test_another_program_that_imports_the_library_keeps_its_own_signals(tmp_path):
     """Its package may import it while Python still looks for the module of `python -m`."""
     (tmp_path / "server").mkdir()
