@@ -68,6 +68,8 @@ def tokenize(
         limit = len(told) + rows - 2 if before else rows
         sequences = tokenizer(texts, max_length=limit, truncation=True, padding=False)["input_ids"]
         lengths = np.array([len(sequence) for sequence in sequences])
+        if lengths.max(initial=0) > limit:  # what its post-processor adds is not cut
+            raise ValueError(f"it gives {lengths.max()} tokens where {limit} are allowed")
         if not fixed_width:
             _warn_of_cuts(tokenizer, texts, lengths, limit, rows, len(before) + LONGEST * rows)
 

@@ -232,3 +232,14 @@ def test_a_panic_of_native_code_is_one_line(toy_folder, monkeypatch):
         tokenize(loaded, TEXTS, 6, None)
     with pytest.raises(UserError, match=f"{toy_folder} holds no tokenizer.*: slice index.* at 1$"):
         load_tokenizer(toy_folder)
+
+
+def test_a_tokenizer_that_repeats_the_prompt_is_refused_where_it_is_too_long(toy_folder):
+    """Truncation counts a prompt once, however often the template has it."""
+    path = toy_folder / "tokenizer.json"
+    written = json.loads(path.read_text())
+    single = written["post_processor"]["single"]
+    written["post_processor"]["single"] = single + single
+    path.write_text(json.dumps(written))
+    with pytest.raises(UserError, match="it gives .* tokens where 6 are allowed"):
+        tokenize(load_tokenizer(toy_folder), ["a red circle above a blue square"], 6, None)
