@@ -299,12 +299,16 @@ class AutoencoderTraining:
     ) -> None:
         """Writes the model of a phase that is over from its last checkpoint. Raises UserError."""
         hosts.log_first_host(f"{folder / 'model'} is damaged or gone: it is written again")
-        document, params = read_newest(folder, "ema")
+        gone = (
+            f"{folder / 'model'} is damaged or gone, and so is the checkpoint of step"
+            f" {phase.steps}: bring one back, or remove {folder} to train it anew"
+        )
+        try:
+            document, params = read_newest(folder, "ema")
+        except UserError as error:
+            raise UserError(gone) from error
         if document["step"] != phase.steps:
-            raise UserError(
-                f"{folder / 'model'} is damaged or gone, and so is the checkpoint of step"
-                f" {phase.steps}: bring one back, or remove {folder} to train it anew"
-            )
+            raise UserError(gone)
         results = {key: value for key, value in results.items() if key != "data"}
         self._export(folder, params, results, before)
 
