@@ -62,7 +62,7 @@ class Precomputed:
             raise damaged(path, "it names no records", REMEDY)
         for shard in shards:
             file = self.folder / shard["file"]
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+            if not os.path.isfile(file) or file.stat().st_size != shard["bytes"]:
                 raise NoData(f"{file} is missing or incomplete; delete {INDEX} and run again")
         self._files = [str(self.folder / shard["file"]) for shard in shards]
         counts = [shard["records"] for shard in shards]

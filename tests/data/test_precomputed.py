@@ -207,3 +207,11 @@ def test_a_full_disk_is_worth_a_retry(tmp_path):
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_whose_name_is_too_long_is_missing(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["shards"][0]["file"] = "x" * 300
+    write_json(folder / INDEX, index)
+    with pytest.raises(UserError, match="is missing or incomplete"):
+        Precomputed(folder)
