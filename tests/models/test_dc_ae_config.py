@@ -8,7 +8,7 @@ from sana_jax.models.dc_ae_config import PRESETS, DCAEConfig
 @pytest.mark.parametrize(
     "field, value, problem",
     [
-        ("encoder_channels", (128,), "two stages or more"),
+        ("encoder_channels", (128,), "needs 2 to 12 stages"),
         ("encoder_layers", (1, 2), "one entry for each of 6 stages"),
         ("encoder_layers", (2, 2, 0, 3, 3, 3), "only the first or last stage"),
         ("decoder_blocks", ("ResBlock",) * 5 + ("Block",), "only ResBlock and EfficientViTBlock"),
