@@ -197,8 +197,9 @@ def run(name: str, folder: Path) -> dict:
     read, get = [], Folder.__getitem__
 
     def spy(self, index: int):
-        if self.root.name == "train" and threading.current_thread().name.startswith("decode"):
-            read.append(self._images[index])
+        path = f"{self.root}/{self._images[index]}"
+        if "/train/" in path and threading.current_thread().name.startswith("decode"):
+            read.append(path.rpartition("/train/")[2])
         return get(self, index)
 
     make, phase = TRAININGS[name]
