@@ -113,7 +113,7 @@ def pth(content: bytes, rng: Random) -> bytes:
     kind = rng.choice((zipfile.ZIP_STORED,) * 19 + (zipfile.ZIP_DEFLATED,))
     with zipfile.ZipFile(made, "w", kind) as archive:
         for name, data in members.items():
-            archive.writestr(name, data)
+            archive.writestr(zipfile.ZipInfo(name), data, kind)  # which has no clock's time
     return made.getvalue()
 
 
