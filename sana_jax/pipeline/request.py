@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32, UInt64
 
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.diffusion import dpm_solver
+from sana_jax.diffusion.flow import SHIFTS
 from sana_jax.models import buckets
 from sana_jax.pipeline import tiling
 from sana_jax.pipeline.tiling import LARGE, LARGE_TILE
@@ -148,7 +149,7 @@ class Request:
             sequential=truth("sequential_guidance", sequential_guidance),
             sampler=choice("sampler", sampler, dpm_solver.SAMPLERS),
             num_steps=integer("num_steps", num_steps, 1, MAX_STEPS),
-            flow_shift=number("flow_shift", shift, 1e-3, 1e3),
+            flow_shift=number("flow_shift", shift, *SHIFTS),
         )
 
     @property
