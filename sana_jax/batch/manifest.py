@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from sana_jax.runtime.files import is_local, write_atomically
+from sana_jax.runtime.files import is_local, parse_json, write_atomically
 
 UPLOAD_SECONDS = 10  # between two uploads, where a file cannot be appended to
 
@@ -141,17 +141,9 @@ def _is_torn(content: bytes) -> bool:
 
 def _parse(text: bytes) -> Line | None:
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+        line = parse_json(text, MAX_LEVELS)
+    except ValueError:
         return None
     names = "file", "key", "sha256"
     known = isinstance(line, dict) and all(isinstance(line.get(name), str) for name in names)
-    return line if known and not nests(line, MAX_LEVELS) else None
-
-
-def nests(value: Any, levels: int) -> bool:
-    """Returns True if lists and objects of JSON lie in one another more than `levels` deep."""
-    if not isinstance(value, dict | list):
-        return False
-    values = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(nests(each, levels - 1) for each in values)
+    return line if known else None

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from sana_jax.batch.manifest import nests
 from sana_jax.runtime.checks import MAX_PICTURE_SEED, MAX_STEPS, MAX_TEXT
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, check_is_file, reason_of
+from sana_jax.runtime.files import UNREACHABLE, check_is_file, nests, reason_of
 
 if TYPE_CHECKING:  # flags and files are read before jax is
     from sana_jax.pipeline.request import Request

@@ -109,7 +109,7 @@ def is_whole(folder: Path) -> bool:
         files = read_json(folder / "model.json")["files"]
         whole = all(sha256_of(folder / name) == digest for name, digest in files.items())
         return whole and bool(files)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 

@@ -189,19 +189,26 @@ MAX_JSON = 2**24  # bytes
 MAX_DEPTH = 100  # of lists and objects in one another: what reads them may be recursive
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Returns what a JSON text holds. Raises ValueError, whatever the text is."""
+def parse_json(text: str | bytes, depth: int = MAX_DEPTH) -> Any:
+    """Returns what a JSON text holds. Raises ValueError, whatever the text is.
+
+    Lists and objects may lie in one another up to `depth` deep.
+    """
     try:
         contents = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [contents]
-    for _ in range(MAX_DEPTH + 1):
-        groups = [x for x in level if isinstance(x, dict | list)]
-        level = [y for x in groups for y in (x.values() if isinstance(x, dict) else x)]
-    if level:
+    if nests(contents, depth):
         raise ValueError("it is nested too deeply")
     return contents
+
+
+def nests(value: Any, depth: int) -> bool:
+    """Returns True if lists and objects of JSON lie in one another more than `depth` deep."""
+    if not isinstance(value, dict | list):
+        return False
+    values = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(nests(each, depth - 1) for each in values)
 
 
 def read_json(path: Path) -> dict[str, Any]:
