@@ -66,17 +66,26 @@ def unwound(action: Callable[..., object], *arguments: object) -> object:
 
 def finish(status: int) -> None:
     """Lets a signal end the process with `status`, without waiting for threads and devices."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    _install(lambda number, frame: os._exit(status))
 
-    def watch() -> None:  # the main thread, which waits for threads, may miss a signal
+    def watch(reader: int) -> None:  # the main thread, which waits for threads, may miss a signal
         while os.read(reader, 1)[0] not in LINES:
             pass
         os._exit(status)
 
-    threading.Thread(target=watch, daemon=True).start()
+    _listen(watch)
+    _install(lambda number, frame: os._exit(status))
+
+
+def _listen(watch: Callable[[int], None]) -> tuple[int, int]:
+    """Calls watch(reader) in a thread; from `reader` come the numbers of all signals as bytes.
+
+    Returns the other end of that pipe, and the one that was set before.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, args=[reader], daemon=True).start()
+    return writer, before
 
 
 def _install(handler: Callable[[int, FrameType | None], object] | int) -> None:
@@ -116,11 +125,8 @@ class _Unwinding:
         self._hook = sys.unraisablehook
 
     def run(self, action: Callable[..., object], *arguments: object) -> object:
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._dropped
-        woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=[reader], daemon=True).start()
+        writer, woken = _listen(self._watch)
         signal.signal(signal.SIGALRM, self._again)
         _install(self._first)
         try:
