@@ -325,7 +325,7 @@ class SanaTransformer(nn.Module):
         every, once = 0, nn.broadcast  # an argument of each layer, or the same for all
         scan = dict(
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             length=config.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

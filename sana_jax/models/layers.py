@@ -30,8 +30,19 @@ def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializer
     return nn.with_logical_partitioning(init, axes)
 
 
+def merged(kernel: Float[Array, "*L C D"], lora: dict[str, Array]) -> Float[Array, "*L C D"]:
+    """Returns kernel + a b of a low-rank update, with float32 sums, in the kernel's dtype."""
+    a, b = (lora[name].astype(jnp.float32) for name in "ab")
+    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+
+
 class Dense(nn.Module):
-    """A matrix product with float32 sums, and a bias; see `dense`."""
+    """A matrix product with float32 sums, and a bias; see `dense`.
+
+    Its parameters may have a low-rank update beside the kernel, "lora", with which it computes
+    x kernel + (x a) b: lora/adapter.py puts it there.
+    """
 
     features: int
     use_bias: bool
@@ -42,16 +53,33 @@ class Dense(nn.Module):
     precision: jax.lax.Precision | None
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
-        kernel, bias = self.weights(x.shape[-1])
-        y = dense_float32(x.astype(self.dtype), kernel.astype(self.dtype), self.precision)
+        kernel, bias = self._weights(x.shape[-1])
+        x = x.astype(self.dtype)
+        y = dense_float32(x, kernel.astype(self.dtype), self.precision)
+        if self.has_variable("params", "lora"):
+            y = y + self._low_rank(x, self.get_variable("params", "lora"))
         return y if bias is None else add_bias(y, bias.astype(self.dtype))
 
-    @nn.compact
     def weights(self, channels: int) -> tuple[Float[Array, "C D"], Float[Array, " D"] | None]:
         """Returns the kernel for `channels`, and the bias or None, in `param_dtype`.
 
-        For operations that compute this layer's product themselves.
+        For operations that compute this layer's product themselves; a low-rank update is in it.
         """
+        kernel, bias = self._weights(channels)
+        if self.has_variable("params", "lora"):
+            kernel = merged(kernel, self.get_variable("params", "lora"))
+        return kernel, bias
+
+    def _low_rank(self, x: Float[Array, "*B C"], lora: dict[str, Array]) -> Float[Array, "*B D"]:
+        if "keep" in lora and self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), lora["keep"], x.shape)
+            x = jnp.where(kept, x / lora["keep"], 0).astype(x.dtype)
+        for name in "ab":
+            x = dense_float32(x, lora[name].astype(self.dtype), self.precision)
+        return x
+
+    @nn.compact
+    def _weights(self, channels: int) -> tuple[Float[Array, "C D"], Float[Array, " D"] | None]:
         shape = (channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if not self.use_bias:
