@@ -16,8 +16,11 @@ EVERYTHING = (".*",)
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """Returns True for matrices and filters; norms, biases, tables and embeddings do not decay."""
-    return map_with_name(lambda name, _: name.endswith("kernel"), params)
+    """Returns True for matrices and filters; norms, biases, tables and embeddings do not decay.
+
+    The two matrices of a low-rank update are called a and b.
+    """
+    return map_with_name(lambda name, _: name.rpartition("/")[2] in ("kernel", "a", "b"), params)
 
 
 def trainable_mask(params: PyTree, patterns: Sequence[str]) -> PyTree:

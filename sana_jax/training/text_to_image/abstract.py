@@ -32,7 +32,9 @@ def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool)
     `images`, `captions`: whether the step encodes these; otherwise they are stored encoded.
     """
     side, rows = size // task.vae.config.factor, len(task.captions.window)
-    count = 3 * flops.trunk(task.dit.config, side, side, rows)  # backward costs twice the forward
+    # Backward costs twice the forward, or as much where no weight of the trunk needs a gradient.
+    passes = 2 if task.lora.rank else 3
+    count = passes * flops.trunk(task.dit.config, side, side, rows)
     if images:
         count += flops.encode(task.vae.config, size, size)
     if captions:
@@ -87,9 +89,11 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
     else:
         batch["image"] = placed((side, side, 3), jnp.float32)
     vae = abstract_placed(base.vae, frozen_dtype("vae", config.dtype), mesh)
-    if encoder.train:
-        frozen = Frozen(vae)
-    else:
+    frozen = Frozen(vae)
+    if task.lora.rank:
+        below = abstract_placed(base.dit, frozen_dtype("dit", config.dtype), mesh)
+        frozen = frozen._replace(dit=below)
+    if not encoder.train:
         dtype = frozen_dtype("text_encoder", config.dtype)
         params = abstract_placed(base.text_encoder, dtype, mesh)
         everywhere = NamedSharding(mesh, P())
@@ -97,7 +101,8 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
             jax.eval_shape(task.read_constants, params),
         )
-        frozen = Frozen(vae, params, *constants)
+        prefix, null = constants
+        frozen = frozen._replace(text_encoder=params, prefix=prefix, null=null)
     count = flops_of_row(task, size, "image" in batch, captions=True)
     step = compile_step(task.step, state)
     return AbstractTraining(step, state, batch, (frozen,), size, count)

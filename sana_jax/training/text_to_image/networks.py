@@ -23,9 +23,11 @@ from sana_jax.checkpoints.components import (
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
+from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import REMAT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.runtime import checks
+from sana_jax.runtime.checks import read_group
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import sha256_of
 from sana_jax.text.tokenizers import load_tokenizer, vocabulary_size
@@ -106,6 +108,9 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
             f" has {tokens} tokens"
         )
     base.dit = read_network(SanaConfig, config, "network")
+    if read_lora(config).rank:
+        base.params["dit"] = open_start(config)
+        prints["start"] = checkpoint_hash(find(config.start))
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
     check_fit(base)
@@ -113,7 +118,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
 
 
 def open_start(config: ConfigDict) -> Any:
-    """Returns the transformer's weights that config.start names, which only step 0 needs.
+    """Returns the transformer's weights that config.start names: of step 0, or below a LoRA.
 
     Raises UserError if the checkpoint has no transformer, or one of other shapes.
     """
@@ -129,6 +134,17 @@ def open_start(config: ConfigDict) -> Any:
         if then != now:
             logging.warning("config.network.%s=%s, but %s of %s", key, now, then, config.start)
     return found.params["dit"]
+
+
+def read_lora(config: ConfigDict) -> LoraConfig:
+    """Reads config.lora. Raises UserError if what it needs is not there."""
+    # Runs of before had no such group.
+    lora = read_group(LoraConfig, native.frozen(dict(config.get("lora", {}))), "config.lora")
+    if lora.rank and not config.start:
+        raise UserError("config.start is missing: name the checkpoint whose LoRA is trained")
+    if lora.rank and config.text_encoder.train:
+        raise UserError("config.lora.rank: beside a LoRA, give config.text_encoder.train=False")
+    return lora
 
 
 def open_encoder(config: ConfigDict) -> Any:
@@ -149,15 +165,17 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.dtype={config.dtype!r}: give float32 or bfloat16")
     dtype, train, recipe = config.dtype, config.text_encoder.train, read_recipe(config)
+    lora = read_lora(config)
     dit = module_for(base.dit, dtype, "float32")
     dit = dit.clone(remat=config.remat, unroll=config.unroll, implementation=implementation)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
     encoder = dataclasses.replace(encoder, trains=train, unroll=config.unroll)
     vae = module_for(base.vae, frozen_dtype("vae", dtype))
     try:
-        return TextToImageTask(recipe, dit, vae, encoder, captions, train)
+        return TextToImageTask(recipe, dit, vae, encoder, captions, train, lora)
     except UserError as error:
-        raise UserError(f"config.recipe: {error}") from None
+        key = "config.lora" if str(error).startswith(("targets", "rank")) else "config.recipe"
+        raise UserError(f"{key}: {error}") from None
 
 
 def frozen_dtype(name: str, dtype: str) -> str:

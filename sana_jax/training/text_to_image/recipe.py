@@ -9,6 +9,7 @@ from sana_jax import sharding
 from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.images import MAX_PIXELS
 from sana_jax.data.loader import LoaderConfig
+from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.runtime import checks
@@ -106,7 +107,10 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "network": as_group(Gemma2Config()),
                 "tokenizer": config_dict.placeholder(str),
             },
-            # Of activations and a frozen text encoder; weights that train are float32.
+            # With a rank, a LoRA is all that trains of the transformer, whose weights are those of
+            # `start`: WORKDIR/model then holds pytorch_lora_weights.safetensors alone.
+            "lora": as_group(LoraConfig()) | {"alpha": config_dict.placeholder(float)},
+            # Of activations and of frozen weights; weights that train are float32.
             "dtype": "bfloat16",
             "remat": "none",  # models/dit.py's REMAT
             # Blocks in one iteration of their loop: more run faster on CPUs, but compile longer.

@@ -1,7 +1,9 @@
-"""The checkpoint that a text-to-image training results in."""
+"""The result of a text-to-image training: a whole checkpoint, or the file of its LoRA."""
 
 import dataclasses
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,18 +11,25 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from sana_jax.checkpoints import native, peft
 from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.tensors import LazyArray
+from sana_jax.lora.config import LoraConfig
+from sana_jax.runtime import hosts
 from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import read_json, replace_folder, storage
 from sana_jax.training.checkpoints.manager import read_newest
-from sana_jax.training.text_to_image.networks import open_base
+from sana_jax.training.session import export
+from sana_jax.training.text_to_image.networks import open_base, read_lora
+
+MADE = "sana_jax"  # the key of a LoRA's metadata that has its provenance
 
 
 def open_workdir(
     workdir: str | epath.Path, ema: bool = True, rest: str | None = None
 ) -> Checkpoint:
-    """Returns the model of a training's newest whole checkpoint.
+    """Returns the model of a training's newest whole checkpoint, with its LoRA merged.
 
     Args:
       workdir: the folder of the training.
@@ -50,6 +59,9 @@ def open_workdir(
     for name in prints:
         if now.get(name) != prints[name]:
             raise UserError(f"config.{name} of {workdir} is not what it was in the training")
+    if "lora" in trained:
+        update = trained.pop("lora"), read_lora(ConfigDict(settings)).scale
+        trained["dit"] = peft.merge_lazily(base.params["dit"], [update])
     return complete(base, jax.tree_util.tree_map_with_path(_lazy, trained), document["step"], ema)
 
 
@@ -59,6 +71,38 @@ def complete(base: Checkpoint, trained: Any, step: int, ema: bool) -> Checkpoint
     return dataclasses.replace(base, params={**base.params, **trained}, provenance=provenance)
 
 
-def _lazy(path: tuple, array: np.ndarray) -> LazyArray:
+def write(base: Checkpoint, trained: Any, step: int, lora: LoraConfig, folder: Path) -> None:
+    """Writes the moving average `trained`, which every host holds in full; collective.
+
+    Raises Retry on all hosts where the folder cannot be written.
+    """
+    model = complete(base, trained, step, ema=True)
+    if "lora" not in trained:
+        export(model, folder)
+        return
+
+    def write_lora() -> None:
+        about = {MADE: json.dumps(model.provenance, sort_keys=True)}
+        with storage(folder), replace_folder(folder) as part:
+            file = part / peft.FILE
+            peft.write_adapter(file, trained["lora"], base.dit, lora.alpha, metadata=about)
+
+    hosts.on_first_host(write_lora)
+
+
+def steps_of(folder: Path) -> int | None:
+    """Returns after how many steps a result was written; None where none is whole."""
+    if (folder / peft.FILE).is_file():
+        made = json.loads(peft.read_metadata(folder / peft.FILE).get(MADE, "{}"))
+    elif native.is_whole(folder):
+        made = read_json(folder / "model.json").get("provenance")
+    else:
+        return None
+    return made.get("steps") if isinstance(made, dict) else None
+
+
+def _lazy(path: tuple, array: np.ndarray | LazyArray) -> np.ndarray | LazyArray:
+    if isinstance(array, LazyArray):
+        return array
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return LazyArray(array.shape, array.dtype, partial(cast, name, array))

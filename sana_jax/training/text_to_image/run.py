@@ -1,7 +1,7 @@
 """A text-to-image training, from a config to a model.
 
     WORKDIR/checkpoints, metrics.jsonl, tensorboard/, images/    while it trains
-    WORKDIR/model/                                               its moving average: a native folder
+    WORKDIR/model/                  its moving average: a native folder, or the file of its LoRA
 
 Before the first step, and before anything but pictures of the data set shapes is written,
 everything that the config names is opened and everything that can be wrong with it is checked.
@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sana_jax import sharding
-from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import place
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
@@ -30,12 +29,12 @@ from sana_jax.pictures import in_rows
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime import checks, hosts
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import is_local, read_json, storage
+from sana_jax.runtime.files import is_local, storage
 from sana_jax.training.checkpoints.manager import Checkpoints
 from sana_jax.training.config_types import check_types
 from sana_jax.training.loop import LoopConfig
 from sana_jax.training.metrics_writer import MetricsWriter
-from sana_jax.training.session import Session, computing, export
+from sana_jax.training.session import Session, computing
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.text_to_image.abstract import flops_of_row
 from sana_jax.training.text_to_image.data import make_loaders
@@ -47,12 +46,12 @@ from sana_jax.training.text_to_image.networks import (
     open_start,
 )
 from sana_jax.training.text_to_image.recipe import check_batches, check_figures, text_to_image
-from sana_jax.training.text_to_image.result import complete
+from sana_jax.training.text_to_image.result import complete, steps_of, write
 from sana_jax.training.text_to_image.task import Frozen
 
 # Keys that may change from one run in a folder to the next. Names of checkpoints and of the data
 # may, since their hashes are compared, and the limit of pixels, which the loader's fingerprint
-# has; but not the name `start`, whose folder is not opened again.
+# has; but not the name `start`, whose folder is opened again only below a LoRA.
 FREE = (
     *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
     *("unroll", "peak_flops", "data.data_dir", "data.source", "data.max_pixels", "autoencoder"),
@@ -84,7 +83,8 @@ class TextToImageTraining:
         self.loop = checks.read_group(LoopConfig, loop, "config.loop")
         self.size = config.data.size or self.base.dit.sample_size * self.base.vae.factor
         self._check()
-        if config.start and not any((self.workdir / "checkpoints").glob("[0-9]*")):
+        begins = not any((self.workdir / "checkpoints").glob("[0-9]*"))
+        if config.start and begins and not self.task.lora.rank:
             open_start(config)
         given = config, self.workdir, self.base, self.captions, self.mesh, self.size
         self.loader, *self.held_out = make_loaders(*given)
@@ -129,16 +129,18 @@ class TextToImageTraining:
         for name in base.params:
             dtype = frozen_dtype(name, self.config.dtype)
             params[name] = place(base.params[name], getattr(base, name), dtype, self.mesh)
+        frozen = Frozen(params["vae"], dit=params.get("dit"))
         if "text_encoder" not in params:
-            return Frozen(params["vae"])
+            return frozen
         everywhere = NamedSharding(self.mesh, P())
         read = jax.jit(self.task.read_constants, out_shardings=everywhere)
-        return Frozen(params["vae"], params["text_encoder"], *read(params["text_encoder"]))
+        prefix, null = read(params["text_encoder"])
+        return frozen._replace(text_encoder=params["text_encoder"], prefix=prefix, null=null)
 
     def _start(self, create) -> TrainState:
         """Returns the state of step 0, with the weights that the config names."""
         state, params = create(), {}
-        if self.config.start:
+        if self.config.start and not self.task.lora.rank:
             params["dit"] = place(open_start(self.config), self.base.dit, "float32", self.mesh)
         if self.config.text_encoder.train and self.config.text_encoder.checkpoint:
             weights = open_encoder(self.config)
@@ -150,7 +152,10 @@ class TextToImageTraining:
         """Draws the images of the validation prompts, by the moving average."""
         settings = self.config.images.to_dict()
         prompts, seed = list(settings.pop("prompts")), settings.pop("seed")
-        model = complete(self.base, {**self._frozen_params(), **state.ema}, step, ema=True)
+        params = {**self._frozen_params(), **state.ema}
+        params["dit"] = self.task.transformer(params, self._frozen)
+        params.pop("lora", None)
+        model = complete(self.base, params, step, ema=True)
         pipe = SanaPipeline(model, self.mesh, self.config.dtype)
         pipe.dit = pipe.dit.clone(implementation=self.task.dit.implementation)
         size = dict(height=self.size, width=self.size)
@@ -196,14 +201,6 @@ class TextToImageTraining:
         else:
             line = folder = Path(self.workdir / "model")
             with storage(folder):
-                if first < step or hosts.on_first_host(_steps_of, folder) != step:
-                    export(complete(self.base, params, step, ema=True), folder)
+                if first < step or hosts.on_first_host(steps_of, folder) != step:
+                    write(self.base, params, step, self.task.lora, folder)
         hosts.on_first_host(partial(print, line, flush=True))
-
-
-def _steps_of(folder: Path) -> int | None:
-    """Returns after how many steps a model was written; None where none is whole."""
-    if not native.is_whole(folder):
-        return None
-    made = read_json(folder / "model.json").get("provenance")
-    return made.get("steps") if isinstance(made, dict) else None

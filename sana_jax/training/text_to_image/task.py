@@ -5,8 +5,9 @@ A batch is a dict of rows:
     "image" float32 (B, H, W, 3) in [-1, 1], or "latents" (B, h, w, c) as the sampler sees them
     "tokens" int32 (B, T) and "mask" bool (B, L), or "embeddings" (B, L, C) and "mask"
 
-The transformer trains, the autoencoder never does, and the text encoder may. Networks that do not
-train are inputs of the step (`Frozen`), so that they are no constants of the compiled program.
+The transformer trains, or a LoRA of it (lora/adapter.py), the autoencoder never does, and the text
+encoder may. Networks that do not train are inputs of the step (`Frozen`), so that they are no
+constants of the compiled program.
 """
 
 import dataclasses
@@ -20,10 +21,12 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.checkpoints.components import init_params
+from sana_jax.checkpoints.components import abstract_params, init_params
 from sana_jax.diffusion import flow_matching
 from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.diffusion.flow_matching import NoiseConfig
+from sana_jax.lora.adapter import attach, new_adapter
+from sana_jax.lora.config import LoraConfig
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pipeline import programs
 from sana_jax.runtime.checks import within
@@ -39,6 +42,7 @@ from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_optimi
 from sana_jax.training.state import TrainState, advance, all_finite, new_state, update_ema
 
 Batch = dict[str, Array]
+NO_LORA = LoraConfig()
 Null = tuple[Float[Array, "L C"], Bool[Array, " L"]]  # the empty prompt's rows and their mask
 
 
@@ -72,12 +76,17 @@ class CaptionWindow(Protocol):
 
 
 class Frozen(NamedTuple):
-    """Inputs that no step changes; all but `vae` are None where the text encoder trains."""
+    """Inputs that no step changes.
+
+    `text_encoder`, `prefix` and `null` are None where the text encoder trains; `dit` is None where
+    the transformer does, and not only a LoRA of it.
+    """
 
     vae: Any  # parameters
     text_encoder: Any = None  # parameters
     prefix: Prefix | None = None  # the instruction's keys and values
     null: Null | None = None
+    dit: Any = None  # parameters
 
 
 class TextToImageTask:
@@ -91,6 +100,7 @@ class TextToImageTask:
         text_encoder: nn.Module,
         captions: CaptionWindow,
         train_text_encoder: bool = False,
+        lora: LoraConfig = NO_LORA,
     ):
         """
         Args:
@@ -98,6 +108,8 @@ class TextToImageTask:
           dit, vae, text_encoder: the networks; those that train have float32 parameters.
           captions: the window of the batches' tokens, as of data/text_image.py's CaptionTokens.
           train_text_encoder: train the text encoder beside the transformer.
+          lora: with a rank, the only part of the transformer that trains; state.params has it as
+            "lora".
 
         Raises:
           UserError: the optimizer's figures are bad, or a text encoder that trains reads an
@@ -105,11 +117,14 @@ class TextToImageTask:
         """
         if train_text_encoder and captions.prefix:
             raise UserError("a text encoder that trains reads no instruction; leave it out")
-        self.recipe, self.captions = recipe, captions
+        self.recipe, self.captions, self.lora = recipe, captions, lora
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
-        self.trained = {"dit": dit}
+        # The start of each part that trains, by its name in state.params.
+        self.trained = {"dit": partial(init_params, dit)}
+        if lora.rank:
+            self.trained = {"lora": partial(new_adapter, abstract_params(dit.config), lora)}
         if train_text_encoder:
-            self.trained["text_encoder"] = text_encoder
+            self.trained["text_encoder"] = partial(init_params, text_encoder)
         shapes = jax.eval_shape(self._init_params, jax.random.key(0))
         self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, recipe.steps)
 
@@ -135,7 +150,7 @@ class TextToImageTask:
         rows = batch | self._draw(state.step_key(), batch)
 
         def loss(params: Any, rows: Batch):
-            errors = self._errors(params, rows, frozen)
+            errors = self._errors(params, rows, frozen, trains=True)
             return flow_matching.flow_loss(errors, rows["sigma"], recipe.noise), ()
 
         (value, _), gradient = accumulated_gradients(loss, state.params, rows, recipe.microbatches)
@@ -177,20 +192,35 @@ class TextToImageTask:
         count = latents.shape[0]
         sigma, timestep = flow_matching.draw_levels(of_levels, count, recipe.noise)
         noise = flow_matching.draw_noise(of_noise, latents)
-        return {
+        drawn = {
             "sigma": sigma,
             "timestep": timestep,
             "noise": constrain(noise, "batch", None, None, None),
             "dropped": flow_matching.draw_dropped(of_dropout, count, recipe.caption_dropout),
         }
+        if self.lora.dropout:  # a key for each row: a microbatch uses the first that it has
+            drawn["lora_key"] = jax.random.bits(jax.random.fold_in(key, 3), (count, 2), jnp.uint32)
+        return drawn
 
-    def _errors(self, params: Any, rows: Batch, frozen: Frozen) -> Float[Array, " B"]:
-        """Returns the mean squared error of each row's velocity."""
+    def transformer(self, params: Any, frozen: Frozen, dropout: float = 0.0) -> Any:
+        """Returns the transformer's parameters, with the LoRA beside them if one trains."""
+        if not self.lora.rank:
+            return params["dit"]
+        return attach(frozen.dit, [(params["lora"], self.lora.scale)], dropout)
+
+    def _errors(
+        self, params: Any, rows: Batch, frozen: Frozen, trains: bool = False
+    ) -> Float[Array, " B"]:
+        """Returns the mean squared error of each row's velocity; with dropout where it `trains`."""
         latents = self._latents(rows, frozen)
         embeddings, mask = self._text(params, rows, frozen)
         noisy = flow_matching.interpolate(latents, rows["noise"], rows["sigma"])
         timestep = rows["timestep"] * self.dit.config.timestep_scale
-        velocity = self.dit.apply({"params": params["dit"]}, noisy, timestep, embeddings, mask)
+        keys, dropout = {}, self.lora.dropout if trains else 0.0
+        if dropout:
+            keys["dropout"] = jax.random.wrap_key_data(rows["lora_key"][0], impl="threefry2x32")
+        variables = {"params": self.transformer(params, frozen, dropout)}
+        velocity = self.dit.apply(variables, noisy, timestep, embeddings, mask, rngs=keys)
         return flow_matching.row_errors(velocity, latents, rows["noise"])
 
     def _latents(self, rows: Batch, frozen: Frozen) -> Float[Array, "B h w c"]:
@@ -245,5 +275,5 @@ class TextToImageTask:
 
     def _init_params(self, key: Array) -> Any:
         keys = jax.random.split(key, len(self.trained))
-        networks = zip(self.trained.items(), keys, strict=True)
-        return {name: init_params(module, key) for (name, module), key in networks}
+        parts = zip(self.trained.items(), keys, strict=True)
+        return {name: start(key) for (name, start), key in parts}

@@ -1,0 +1,133 @@
+"""A training of a LoRA, from its config to its file."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from sana_jax.checkpoints import native
+from sana_jax.pipeline.pipeline import SanaPipeline
+from sana_jax.runtime.errors import UserError
+from sana_jax.training.checkpoints.manager import read_newest
+from sana_jax.training.text_to_image.result import open_workdir
+from sana_jax.training.text_to_image.run import TextToImageTraining
+from tests.training.text_to_image.toy import load
+
+LORA = dict(lora__rank=4, lora__alpha=8.0, recipe__ema_decay=0.5)
+
+
+def changes(config, **more):
+    return LORA | dict(start=str(config.parent / "base"), network__sample_size=16) | more
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    hooks = dict(loop__images_every=20, loop__evaluate_every=20, data__size=16)
+    TextToImageTraining(load(config, **changes(config, **hooks)), str(workdir)).run()
+    return workdir
+
+
+def test_only_the_lora_trains(unbroken):
+    document, params = read_newest(unbroken, "params")
+    assert list(params) == ["lora"]
+    assert set(params["lora"]["blocks"]) == {"attention", "cross_attention"}
+    for site in params["lora"]["blocks"]["attention"].values():
+        assert site["a"].shape == (1, 32, 4) and np.abs(site["b"]).max() > 0
+    state = [name for name in document["leaves"] if name.startswith("opt_state/")]
+    assert state and all("/lora/" in name or "/count" in name for name in state)
+
+
+def test_it_learns(unbroken):
+    rows = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert any("held_out_loss" in row for row in rows)
+    assert (unbroken / "images/samples_00000020.png").is_file()
+
+
+def test_the_file_says_what_it_is_of(unbroken, config):
+    (file,) = (unbroken / "model").iterdir()
+    assert file.name == "pytorch_lora_weights.safetensors"
+    weights = load_file(file)
+    name = "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    assert weights[name].shape == (4, 32)
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 8
+    made = json.loads(metadata["sana_jax"])
+    assert made["steps"] == 20 and made["start"] == "base"
+
+
+def test_the_pictures_of_the_run_are_those_of_its_file(unbroken, config):
+    pipe = SanaPipeline.from_pretrained(str(config.parent / "base"), dtype="float32")
+    before = pipe("a red cat", height=16, width=16, num_steps=1, output="float")
+    pipe.load_lora(str(unbroken / "model"))
+    after = pipe("a red cat", height=16, width=16, num_steps=1, output="float")
+    merged = SanaPipeline(open_workdir(unbroken), pipe.mesh, "float32")
+    theirs = merged("a red cat", height=16, width=16, num_steps=1, output="float")
+    assert np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-3
+    np.testing.assert_allclose(after, theirs, atol=1e-4)
+
+
+def test_it_resumes_to_the_bit(unbroken, config, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    for step in 15, 20:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    shutil.rmtree(workdir / "model")
+    hooks = dict(loop__images_every=20, loop__evaluate_every=20, data__size=16)
+    TextToImageTraining(load(config, **changes(config, **hooks)), str(workdir)).run()
+    ours, theirs = (read_newest(folder, "ema")[0]["leaves"] for folder in (workdir, unbroken))
+    assert ours == theirs
+    ours, theirs = (load_file(next((run / "model").iterdir())) for run in (workdir, unbroken))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_dropout_is_of_the_step_alone(config, tmp_path):
+    """Whether the batch is computed at once or in parts, and again after a resume."""
+    given = changes(config, lora__dropout=0.5, data__size=16)
+    run = TextToImageTraining(load(config, **given), str(tmp_path / "a"))
+    batch = run.loader.batch(0)
+    with jax.set_mesh(run.mesh):
+        state = run.task.init(jax.random.key(0))
+        rows = run.task._draw(state.step_key(), batch)
+        again = run.task._draw(state.step_key(), batch)
+    assert (rows["lora_key"] == again["lora_key"]).all()
+    assert len(np.unique(np.asarray(rows["lora_key"]), axis=0)) == 8
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (dict(start=None), "config.start is missing"),
+        (dict(lora__rank=33), "config.lora: rank=33"),
+        (dict(lora__rank=-1), "config.lora.rank -1"),
+        (dict(lora__targets=("nothing",)), "config.lora: targets: 'nothing' matches nothing"),
+        (dict(lora__alpha=-1.0), "config.lora.alpha=-1.0"),
+        (dict(text_encoder__train=True), "config.text_encoder"),
+    ],
+)
+def test_what_cannot_train_is_refused(config, tmp_path, more, told):
+    with pytest.raises(UserError, match=told.replace(".", r"\.")):
+        TextToImageTraining(load(config, **changes(config, **more)), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_base_is_not_gone_on_with(unbroken, config, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(config.parent / "base", other)
+    model = json.loads((other / "model.json").read_text())
+    model["provenance"]["changed"] = True
+    (other / "model.json").write_text(json.dumps(model))
+    native.open_folder(other)
+    shutil.copytree(unbroken, tmp_path / "run")
+    given = changes(config, start=str(other), recipe__steps=40, data__size=16)
+    with pytest.raises(UserError, match="start"):
+        TextToImageTraining(load(config, **given), str(tmp_path / "run")).run()
