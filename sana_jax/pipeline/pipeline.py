@@ -1,13 +1,9 @@
 """SanaPipeline: a request -> embeddings -> latents -> pixels, sharded over a mesh."""
 
 import contextlib
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +26,8 @@ from sana_jax.checkpoints.load import load
 from sana_jax.diffusion import dpm_solver
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pipeline import denoise, programs, tiling
+from sana_jax.pipeline.placement import Placement
+from sana_jax.pipeline.remembered import Remembered
 from sana_jax.pipeline.request import (
     DTYPES,
     OUTPUTS,
@@ -51,8 +49,6 @@ NOT_FINITE = (
     "have NaN or infinite values: try another dtype, or clip_attention for weights that were"
     " trained in float16"
 )
-_CACHES = threading.Lock()  # held while a cache of a pipeline is looked at or changed
-REMEMBERED = 4  # instructions, and as many negative prompts; 50 MB an instruction in float32
 
 
 class SanaPipeline:
@@ -74,13 +70,13 @@ class SanaPipeline:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: it draws nothing")
         check_fit(checkpoint)
         self.checkpoint, self.mesh, self.dtype = checkpoint, mesh, dtype
-        self._process = os.getpid()
+        self._place = Placement(mesh, dtype)
         self.dit, self.vae, self.text_encoder = (
             module_for(getattr(checkpoint, name), component_dtype(name, dtype)) for name in CONFIGS
         )
         self.params = checkpoint.params
         self._facts = Facts.of(checkpoint)
-        self._prefixes, self._negatives = OrderedDict(), OrderedDict()
+        self._prefixes, self._negatives = Remembered(), Remembered()
 
     @classmethod
     def from_pretrained(
@@ -218,7 +214,7 @@ class SanaPipeline:
 
         Raises UserError, a ValueError, if an argument is out of range.
         """
-        self._check_process()
+        self._place.check_process()
         return Request.of(self._facts, prompt, **arguments)
 
     def draw(
@@ -304,7 +300,7 @@ class SanaPipeline:
                 params = self.params["text_encoder"]
                 return programs.read_prefix(self.text_encoder, params, np.array([tokens], np.int32))
 
-        return _remembered(self._prefixes, tokens, read) if tokens else None
+        return self._prefixes.of(tokens, read) if tokens else None
 
     def _encode_negative(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encodes negative prompts, without an instruction: one row if all prompts are equal.
@@ -314,7 +310,7 @@ class SanaPipeline:
         if len(set(prompts)) > 1:
             return self._encode_prompts(prompts, None)
         encode = partial(self._encode_prompts, prompts[:1], None)
-        return _remembered(self._negatives, prompts[0], encode)
+        return self._negatives.of(prompts[0], encode)
 
     def velocity(
         self,
@@ -395,40 +391,8 @@ class SanaPipeline:
             return tiling.tiled_decode(run, latents, size, stride, self.factor)
 
     def _spread(self, x) -> Array:
-        """Splits the batch of `x` over the mesh, padded with copies of the last row to fit."""
-        self._check_process()
-        x = np.asarray(x) if not isinstance(x, jax.Array) else x
-        missing = -x.shape[0] % sharding.batch_divisor(self.mesh)
-        if missing:
-            x = jnp.concatenate([jnp.asarray(x), jnp.repeat(x[-1:], missing, axis=0)])
-        return jax.device_put(x, sharding.batch_sharding(self.mesh))
+        return self._place.spread(x)
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise UserError(
-                "this pipeline is of the process that was forked, and JAX does not work in a fork:"
-                " start processes by spawn, and let each make its own pipeline"
-            )
-
-    @contextlib.contextmanager
-    def context(self):
+    def context(self) -> contextlib.AbstractContextManager[None]:
         """Sets the mesh for the networks; with it float32 means float32 on every device."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(jax.set_mesh(self.mesh))
-            if self.dtype == "float32":
-                stack.enter_context(jax.default_matmul_precision("float32"))
-            yield
-
-
-def _remembered(cache: OrderedDict, key: Hashable, compute: Callable[[], Any]) -> Any:
-    """Returns the cached result of `compute` for this key; drops the least recently used entry."""
-    with _CACHES:
-        value = cache.get(key)
-    if value is None:
-        value = compute()  # without the lock: two threads may, and get the same
-    with _CACHES:
-        cache[key] = value
-        cache.move_to_end(key)
-        if len(cache) > REMEMBERED:
-            cache.popitem(last=False)
-    return value
+        return self._place.context()

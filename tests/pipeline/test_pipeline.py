@@ -2,7 +2,6 @@
 
 import functools
 import tempfile
-from collections import OrderedDict
 
 import jax
 import jax.extend
@@ -284,19 +283,6 @@ def test_negative_prompt_is_encoded_once(ours, folder, calls):
     np.testing.assert_array_equal(again, expected)
     draw(pipe, prompts, negative_prompt=["", "a dog"], **settings)
     assert calls[3:] == [((2, 16), 0)] * 2
-
-
-def test_oldest_are_forgotten():
-    cache, asked = OrderedDict(), []
-
-    def get(key):
-        return pipeline._remembered(cache, key, lambda: asked.append(key) or (key,))
-
-    for key in range(pipeline.REMEMBERED):
-        assert get(key) == (key,)
-    assert get(0) == (0,) and get("new") == ("new",) and get(0) == (0,)
-    assert asked == [*range(pipeline.REMEMBERED), "new"]
-    assert get(1) == (1,) and asked[-1] == 1 and len(cache) == pipeline.REMEMBERED
 
 
 def test_outputs(ours):

@@ -1,7 +1,6 @@
 """Threads that share a pipeline, as those of a web server do, get what each would get alone."""
 
 import threading
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -9,7 +8,8 @@ import numpy as np
 import pytest
 
 from sana_jax import SanaPipeline
-from sana_jax.pipeline import pipeline
+from sana_jax.pipeline import pipeline, placement
+from sana_jax.pipeline.remembered import MOST
 from sana_jax.runtime.errors import UserError
 from tests import PATIENCE, mini, toy
 
@@ -56,20 +56,7 @@ def test_threads_get_what_each_would_get_alone(pipe):
         for i, found in zip(again, pool.map(lambda i: call(pipe, i), again), strict=True):
             for name, expected in alone[i].items():
                 np.testing.assert_array_equal(found[name], expected, f"{name} of call {i}")
-    assert len(pipe._prefixes) <= pipeline.REMEMBERED >= len(pipe._negatives)
-
-
-def test_threads_may_change_a_cache_at_once():
-    cache, start = OrderedDict(), threading.Barrier(THREADS, timeout=PATIENCE)
-
-    def user(k: int) -> bool:
-        start.wait()
-        keys = [(i * 7 + k) % 9 for i in range(3000)]
-        return all(pipeline._remembered(cache, i, lambda i=i: (i,)) == (i,) for i in keys)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        assert all(pool.map(user, range(THREADS)))
-    assert len(cache) == pipeline.REMEMBERED
+    assert len(pipe._prefixes) <= MOST >= len(pipe._negatives)
 
 
 def test_a_thread_has_the_settings_of_its_own(pipe):
@@ -90,7 +77,7 @@ def test_a_thread_has_the_settings_of_its_own(pipe):
 
 
 def test_a_fork_is_refused_in_which_jax_would_wait_for_ever(pipe, monkeypatch):
-    monkeypatch.setattr(pipeline.os, "getpid", lambda: -1)
+    monkeypatch.setattr(placement.os, "getpid", lambda: -1)
     for use in lambda: pipe("a cat"), lambda: pipe.encode_prompt("a cat"):
         with pytest.raises(UserError, match="start processes by spawn"):
             use()
