@@ -65,6 +65,12 @@ def flow_euler(num_steps: int, shift: float) -> Schedule:
     return _schedule(timestep, sigma, order=1)
 
 
+def last_steps(schedule: Schedule, count: int) -> Schedule:
+    """Returns the last `count` steps. The first of them is of first order: none goes before it."""
+    rest = Schedule(*(column[-count:] for column in schedule))
+    return rest._replace(correct=np.append(np.float32(0), rest.correct[1:]))
+
+
 SAMPLERS = {"flow_dpm_solver": flow_dpm_solver, "flow_euler": flow_euler}
 
 # (state, timestep, sigma) -> velocity; timestep and sigma are scalars.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from sana_jax.diffusion import dpm_solver
+from sana_jax.diffusion import dpm_solver, flow_matching
 from tests import toy
 
 
@@ -88,3 +88,35 @@ def test_second_order_converges_faster():
     exact = solve(960)
     coarse, fine = abs(solve(30) - exact), abs(solve(60) - exact)
     assert coarse / fine > 3
+
+
+@pytest.mark.parametrize("num_steps, count", [(20, 20), (20, 12), (20, 2), (14, 5), (3, 1), (1, 1)])
+@pytest.mark.parametrize("sampler", ["flow_dpm_solver", "flow_euler"])
+def test_the_last_steps_are_those_of_diffusers_from_its_begin_index(sampler, num_steps, count):
+    """The first of them is of first order, and the second takes its history from the first."""
+    data, noise = np.random.default_rng(0).standard_normal((2, 2, 4, 6, 3), np.float32)
+    reference = scheduler(sampler, 3.0, num_steps)
+    timesteps = reference.timesteps[num_steps - count :]
+    reference.set_begin_index(num_steps - count)
+    clean, noisy = torch.tensor(data), torch.tensor(noise)
+    if sampler == "flow_euler":
+        x = reference.scale_noise(clean, timesteps[:1], noisy)
+    else:
+        x = reference.add_noise(clean, noisy, timesteps[:1])
+    schedule = dpm_solver.last_steps(dpm_solver.SAMPLERS[sampler](num_steps, 3.0), count)
+    assert len(schedule.sigma) == count and schedule.correct[0] == 0
+    start = flow_matching.interpolate(data, noise, np.full(2, schedule.sigma[0]))
+    toy.assert_close(start, x.numpy(), 1e-6, "the start")
+    for i, timestep in enumerate(timesteps, num_steps - count):
+        v = field(x, timestep.float(), reference.sigmas[i])
+        x = reference.step(v, timestep, x, return_dict=False)[0]
+    ours = dpm_solver.solve(field, start, schedule)
+    toy.assert_close(ours, x.numpy(), 1e-5, sampler)
+
+
+@pytest.mark.parametrize("sampler", ["flow_dpm_solver", "flow_euler"])
+def test_all_steps_are_the_schedule_to_the_bit(sampler):
+    schedule = dpm_solver.SAMPLERS[sampler](20, 3.0)
+    for found, expected in zip(dpm_solver.last_steps(schedule, 20), schedule, strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
