@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from sana_jax.diffusion import dpm_solver
 from sana_jax.diffusion.guidance import guide
+from sana_jax.diffusion.inpainting import Kept, keep
 
 
 @partial(jax.jit, static_argnames="module")
@@ -41,32 +42,42 @@ def sample(
     scale: Float[Array, "B 1 1 1"],
     interval: tuple[Array, Array] | None,
     sequential: bool,
+    kept: Kept | None = None,
 ) -> Float[Array, "B h w c"]:
     """Returns latents from noise. S is 2 (without and with the prompt), or 1 for no guidance.
 
+    `noise` is the state at the schedule's first sigma, which may have a picture in it.
     `sequential`: compute the two one after the other, in less memory. `scale`, `interval`: see
-    diffusion/guidance.py.
+    diffusion/guidance.py. `kept`: see diffusion/inpainting.py.
     """
     keys_values = keys_values_of(module, params, captions)
-    velocity = _guided(module, params, keys_values, masks, scale, interval, sequential)
+    velocity = _velocity(module, params, keys_values, masks, scale, interval, sequential, kept)
     return dpm_solver.solve(velocity, noise, schedule)
 
 
-def sample_slowly(on_step, module, params, noise, schedule, captions, *guidance, sequential):
+def sample_slowly(
+    on_step, module, params, noise, schedule, captions, *guidance, sequential, kept=None
+):
     """Samples like `sample`, one dispatch per step, and calls on_step(step, latents) after each."""
     keys_values = keys_values_of(module, params, captions)
     carry = noise, jnp.zeros_like(noise)
     for i in range(len(schedule.sigma)):
         row = jax.tree.map(lambda column, i=i: column[i], schedule)
-        carry = _step(module, params, carry, row, keys_values, *guidance, sequential=sequential)
+        arguments = module, params, carry, row, keys_values, *guidance
+        carry = _step(*arguments, sequential=sequential, kept=kept)
         on_step(i, carry[0])
     return carry[0]
 
 
 @partial(jax.jit, static_argnames=("module", "sequential"))
-def _step(module, params, carry, row, keys_values, masks, scale, interval, sequential):
-    velocity = _guided(module, params, keys_values, masks, scale, interval, sequential)
+def _step(module, params, carry, row, keys_values, masks, scale, interval, sequential, kept):
+    velocity = _velocity(module, params, keys_values, masks, scale, interval, sequential, kept)
     return dpm_solver.step(velocity, carry, row)
+
+
+def _velocity(module, params, keys_values, masks, scale, interval, sequential, kept):
+    velocity = _guided(module, params, keys_values, masks, scale, interval, sequential)
+    return velocity if kept is None else keep(velocity, kept)
 
 
 def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval, sequential):

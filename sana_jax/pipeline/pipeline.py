@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
@@ -23,9 +25,12 @@ from sana_jax.checkpoints.components import (
     module_for,
 )
 from sana_jax.checkpoints.load import load
-from sana_jax.diffusion import dpm_solver
+from sana_jax.diffusion.flow_matching import interpolate
+from sana_jax.diffusion.inpainting import Kept
 from sana_jax.models.gemma2 import Prefix
+from sana_jax.pictures import to_float
 from sana_jax.pipeline import denoise, programs, tiling
+from sana_jax.pipeline.image_input import redrawn_latents
 from sana_jax.pipeline.placement import Placement
 from sana_jax.pipeline.remembered import Remembered
 from sana_jax.pipeline.request import (
@@ -151,6 +156,9 @@ class SanaPipeline:
         output: str = "pil",
         sequential_guidance: bool = False,
         tile: Tile | str | None = "auto",
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
     ) -> list[Image.Image] | np.ndarray | Array:
         """Draws `num_images_per_prompt` images of every prompt, the images of a prompt together.
 
@@ -171,6 +179,11 @@ class SanaPipeline:
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]) or "latent".
           sequential_guidance: compute the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
+          image: a picture to start from, or one per prompt: PIL's, or uint8 (H, W, 3). Its size is
+            drawn. Of the `num_steps` the last ceil(strength * num_steps) are run.
+          strength: above 0, up to 1, which without a mask leaves nothing of it; None: 0.6.
+          mask: where the picture is redrawn (white, 255 or True) and where its pixels are kept (0):
+            PIL's or (H, W), one for all or one per prompt; see pipeline/image_input.py.
 
         Scalars and lists of NumPy and JAX are taken wherever Python's are. Raises UserError, a
         ValueError, if an argument is out of range.
@@ -197,6 +210,9 @@ class SanaPipeline:
             use_resolution_binning=use_resolution_binning,
             sequential_guidance=sequential_guidance,
             tile=tile,
+            image=image,
+            strength=strength,
+            mask=mask,
         )
         if output == "latent":
             return self._sample(request, on_step)[: request.count]
@@ -227,6 +243,9 @@ class SanaPipeline:
     def _paint(self, request: Request, on_step) -> Float[Array, "padded H W 3"]:
         """Returns pixels in about [-1, 1]."""
         images = self._decode_padded(self._sample(request, on_step), request.tile)
+        if request.start is not None and request.start.masks is not None:
+            shown = request.start.read_pictures(), request.start.read_masks()
+            return programs.composite(images, *(self._spread(request.to_rows(x)) for x in shown))
         return images if request.crop is None else programs.resize_and_crop(images, request.crop)
 
     def _sample(self, request: Request, on_step) -> Float[Array, "padded h w c"]:
@@ -237,8 +256,10 @@ class SanaPipeline:
         else:
             noise = jnp.asarray(request.latents, jnp.float32)
         scale = np.maximum(request.scale, 1).repeat(request.images_each)[:, None, None, None]
-        schedule = dpm_solver.SAMPLERS[request.sampler](request.num_steps, request.flow_shift)
+        schedule, kept = request.schedule, None
         noise, captions, masks, scale = map(self._spread, (noise, captions, masks, scale))
+        if request.start is not None:
+            noise, kept = self._start(request, noise, schedule.sigma[0])
         run = denoise.sample
         if on_step is not None:
             run = partial(denoise.sample_slowly, lambda i, x: on_step(i, x[: request.count]))
@@ -253,7 +274,26 @@ class SanaPipeline:
                 scale,
                 request.interval,
                 sequential=request.sequential,
+                kept=kept,
             )
+
+    def _start(self, request: Request, noise: Array, sigma) -> tuple[Array, Kept | None]:
+        """Returns the pictures' latents with noise of level sigma, and what inpainting keeps."""
+        start, several = request.start, sharding.batch_divisor(self.mesh)
+        masks = None if start.masks is None else start.read_masks()
+        pixels = to_float(start.read_pictures())
+        vae = module_for(self.checkpoint.vae, jnp.float32)
+        with jax.default_matmul_precision("float32"):
+            groups = [  # of a picture on each device: their activations are large
+                self._encode(vae, pixels[i : i + several], request.tile)
+                for i in range(0, len(pixels), several)
+            ]
+        data = self._spread(request.to_rows(jnp.concatenate(groups)))
+        noise = interpolate(data, noise, jnp.full(len(data), sigma))
+        if masks is None:
+            return noise, None
+        redrawn = self._spread(request.to_rows(redrawn_latents(masks, self.factor)))
+        return noise, Kept(data, redrawn)
 
     def _read(self, request: Request) -> tuple[Float[Array, "B S L T"], Bool[Array, "B S L"]]:
         """Returns every picture's text; S is 2 (without and with the prompt), or 1 unguided."""
@@ -357,8 +397,10 @@ class SanaPipeline:
         array("images", images, ("B", "H", "W", channels))
         for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
             checks.multiple(f"{name} {side}", side, self.factor)
-        tile = tiles(self.factor, tile, *images.shape[1:3])
-        run = partial(programs.encode_images, self.vae, self.params["vae"])
+        return self._encode(self.vae, images, tiles(self.factor, tile, *images.shape[1:3]))
+
+    def _encode(self, vae: nn.Module, images, tile: Tile | None) -> Float[Array, "B h w c"]:
+        run = partial(programs.encode_images, vae, self.params["vae"])
         padded = self._spread(images)
         with self.context():
             if tile is None:

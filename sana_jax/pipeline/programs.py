@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int32, UInt8, UInt32
 
 from sana_jax.models.gemma2 import Prefix
+from sana_jax.pictures import to_float
 from sana_jax.pipeline import tiling
 from sana_jax.pipeline.tiling import LARGE
 from sana_jax.text.prompts import gather_window
@@ -106,6 +107,21 @@ def to_uint8(
     """Maps [-1, 1] to 0 .. 255; also says which images were finite, which uint8 cannot show."""
     finite = jnp.isfinite(images).all(axis=(1, 2, 3))
     return jnp.round(to_unit_range(images) * 255).astype(jnp.uint8), finite
+
+
+@jax.jit
+def composite(
+    drawn: Float[Array, "B H W 3"],
+    pictures: UInt8[Array, "B H W 3"],
+    masks: UInt8[Array, "B H W"],
+) -> Float[Array, "B H W 3"]:
+    """Returns pixels in [-1, 1]: the drawn ones where the mask is 255, the picture's where it is 0.
+
+    Greys blend the two. Where the mask is 0, `to_uint8` gives the picture's bytes again.
+    """
+    mask, pictures = masks[..., None], to_float(pictures)
+    share = mask.astype(jnp.float32) / 255
+    return jnp.where(mask == 0, pictures, share * drawn + (1 - share) * pictures)
 
 
 @partial(jax.jit, static_argnums=1)

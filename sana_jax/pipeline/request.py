@@ -5,6 +5,7 @@ All checks raise UserError, a ValueError, naming the argument.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32, UInt64
@@ -14,6 +15,7 @@ from sana_jax.diffusion import dpm_solver
 from sana_jax.diffusion.flow import SHIFTS
 from sana_jax.models import buckets
 from sana_jax.pipeline import tiling
+from sana_jax.pipeline.image_input import ImageInput
 from sana_jax.pipeline.tiling import LARGE, LARGE_TILE
 from sana_jax.runtime.checks import (
     MAX_PICTURE_SEED,
@@ -93,6 +95,7 @@ class Request:
     sampler: str
     num_steps: int
     flow_shift: float
+    start: ImageInput | None  # None: noise alone
 
     @classmethod
     def of(
@@ -117,12 +120,20 @@ class Request:
         use_resolution_binning: bool = False,
         sequential_guidance: bool = False,
         tile: Tile | str | None = "auto",
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
     ) -> "Request":
         """Makes a request from SanaPipeline's arguments, for a checkpoint with these facts."""
         binning = truth("use_resolution_binning", use_resolution_binning)
-        height, width, crop = sizes(facts, height, width, binning)
         each = integer("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
-        prompts, mask, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
+        prompts, rows, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
+        start = ImageInput.of(image, strength, mask, count)
+        if start is not None:
+            if binning:
+                raise UserError("use_resolution_binning is for sizes without an image: resize it")
+            height, width = start.sides(height, width, facts.factor * facts.patch_size)
+        height, width, crop = sizes(facts, height, width, binning)
         none = negative_prompt is None or listed(negative_prompt) == []
         negatives = texts("negative_prompt", "" if none else negative_prompt)
         if len(negatives) not in (1, count):
@@ -134,7 +145,7 @@ class Request:
         return cls(
             prompts=prompts,
             embeddings=prompt_embeddings,
-            mask=mask,
+            mask=rows,
             negative_prompts=negatives,
             instruction=instruction_text(instruction),
             images_each=each,
@@ -150,12 +161,25 @@ class Request:
             sampler=choice("sampler", sampler, dpm_solver.SAMPLERS),
             num_steps=integer("num_steps", num_steps, 1, MAX_STEPS),
             flow_shift=number("flow_shift", shift, *SHIFTS),
+            start=None if start is None or start.is_text_to_image else start,
         )
 
     @property
     def count(self) -> int:
         """The number of pictures, B."""
         return len(self.scale) * self.images_each
+
+    def to_rows(self, x: Any) -> Any:
+        """Repeats rows, one for all prompts or one per prompt, so that each picture has its own."""
+        return x.repeat(self.count // len(x), axis=0)
+
+    @property
+    def schedule(self) -> dpm_solver.Schedule:
+        """The steps that are run."""
+        schedule = dpm_solver.SAMPLERS[self.sampler](self.num_steps, self.flow_shift)
+        if self.start is None:
+            return schedule
+        return dpm_solver.last_steps(schedule, self.start.steps(self.num_steps))
 
     @property
     def keys(self) -> UInt32[np.ndarray, "B 2"]:
