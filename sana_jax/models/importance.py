@@ -1,0 +1,60 @@
+"""The importance of a transformer's blocks: how far each one turns the residual stream.
+
+    importance_i = 1 - mean cos(X_i, X_{i+1})
+
+X_i is a token's state before block i; the mean is over tokens, prompts and timesteps (SANA-1.5,
+arXiv 2501.18427, which prunes by it). Weights and inputs are those of SanaTransformer.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sana_jax.models.dit import Block, SanaTransformer
+from sana_jax.models.layers import scan_for_sampling
+
+
+def turn(x: Float[Array, "*B C"], y: Float[Array, "*B C"]) -> Float[Array, "*B"]:
+    """Returns 1 - cos(x, y) in float32.
+
+    As half the squared distance of the unit vectors, it is 0 where x is y, and a small angle keeps
+    its digits.
+    """
+
+    def unit(v):
+        v = v.astype(jnp.float32)
+        return v / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), 1e-30)
+
+    return jnp.sum((unit(x) - unit(y)) ** 2, axis=-1) / 2
+
+
+class MeasuredBlock(Block):
+    """A block that also says how far it turned its input, the mean over tokens."""
+
+    def with_keys_values(self, x, keys_values, modulation, mask):
+        after, _ = super().with_keys_values(x, keys_values, modulation, mask)
+        return after, turn(x, after).mean(axis=(1, 2))
+
+
+class MeasuredTransformer(SanaTransformer):
+    """SanaTransformer with the method `importance`, on the same parameters."""
+
+    def importance(
+        self,
+        latents: Float[Array, "B h w c"],
+        timestep: Float[Array, " #B"],
+        keys_values: Float[Array, "depth B L C2"],
+        mask: Bool[Array, "B L"],
+    ) -> Float[Array, "depth B"]:
+        """Returns the importance of every block where `denoise` computes each velocity."""
+        options = self.dtype, self.param_dtype, self.implementation
+        block, found = MeasuredBlock(self.config, *options, parent=None), []
+
+        def blocks(x, modulation):
+            x, turns = scan_for_sampling(
+                self.blocks, block, "with_keys_values", x, (keys_values,), modulation, mask
+            )
+            found.append(turns)
+            return x, None
+
+        self._velocity(latents, timestep, blocks)
+        return found[0]
