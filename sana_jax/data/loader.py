@@ -60,6 +60,7 @@ class TrainingLoader:
       threads: for decoding; None: as many as there are cores, up to 16.
       prefetch: batches that are prepared ahead.
       budget: of bad records. Every host counts for itself.
+      repeat: a batch may be larger than the data, whose records then stand in it more than once.
 
     Raises UserError if the numbers do not fit.
     """
@@ -76,8 +77,9 @@ class TrainingLoader:
         threads: int | None = None,
         prefetch: int = 2,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
+        repeat: bool = False,
     ):
-        if len(source) < batch_size:
+        if len(source) < (1 if repeat else batch_size):
             raise UserError(
                 f"batch_size={batch_size}: the data has {len(source)} records, less than a batch;"
                 " lower it, or give more data"

@@ -57,20 +57,30 @@ class BucketOrder:
     In an epoch each bucket's records are shuffled and cut into full batches, and the batches of all
     buckets are shuffled. Records that do not fill a batch are left out, others in every epoch.
 
+    With `repeat` none is left out: in as many epochs as a batch has rows, the records of a bucket
+    fill as many batches as they are. A bucket of fewer records repeats them within a batch.
+
     Args:
       bucket_of_record: a number from 0 for each record; -1: never drawn.
       batch_size: of the global batch.
+      repeat: use buckets of less than a batch as well.
 
     `left_out` counts the records that are never drawn, by bucket: those of -1, and of buckets with
     less than a batch. Raises UserError if no bucket holds a batch.
     """
 
-    def __init__(self, bucket_of_record: Int[np.ndarray, " N"], batch_size: int, seed: int = 0):
-        buckets = np.asarray(bucket_of_record)
+    def __init__(
+        self,
+        bucket_of_record: Int[np.ndarray, " N"],
+        batch_size: int,
+        seed: int = 0,
+        repeat: bool = False,
+    ):
+        buckets, least = np.asarray(bucket_of_record), 1 if repeat else batch_size
         self.records, self.batch_size = len(buckets), batch_size
         numbers, counts = np.unique(buckets, return_counts=True)
         sizes = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-        used = [b for b, count in sizes.items() if b >= 0 and count >= batch_size]
+        used = [b for b, count in sizes.items() if b >= 0 and count >= least]
         self.left_out = {b: count for b, count in sizes.items() if b not in used}
         if not used:
             most = max((count for b, count in sizes.items() if b >= 0), default=0)
@@ -85,37 +95,47 @@ class BucketOrder:
                 " (-1: not usable): %s",
                 sum(self.left_out.values()),
                 len(buckets),
-                batch_size,
+                least,
                 each,
             )
+        self.buckets = used
         self._members = [np.flatnonzero(buckets == b) for b in used]
         seeds = np.random.SeedSequence(seed).generate_state(1 + max(used) + 1)
         self._shuffles = [
             _shuffle(len(members), seeds[1 + b])
             for b, members in zip(used, self._members, strict=True)
         ]
-        self._ends = np.cumsum([len(members) // batch_size for members in self._members])
-        self._batches_of_epoch = int(self._ends[-1])
-        self._batches = _shuffle(self._batches_of_epoch, seeds[0])
-        self.length = self._batches_of_epoch * batch_size
+        # A round is an epoch; with `repeat`, as many epochs as a batch has rows.
+        counts = np.array([len(members) for members in self._members])
+        self._rows_of_round = counts * batch_size if repeat else counts
+        self._ends = np.cumsum(self._rows_of_round // batch_size)
+        self._batches_of_round = int(self._ends[-1])
+        self._batches = _shuffle(self._batches_of_round, seeds[0])
+        self.length = int(counts.sum()) if repeat else self._batches_of_round * batch_size
         digest = hashlib.sha256(np.ascontiguousarray(buckets, "<i4")).hexdigest()[:16]
         self.settings = {"kind": "buckets", "version": 1, "seed": seed, "buckets": digest}
+        self.settings |= {"repeat": True} if repeat else {}
 
     def __getitem__(self, position: int) -> int:
         step, row = divmod(position, self.batch_size)
         bucket, batch = self._batch(step)
-        members = self._members[bucket]
-        epoch = step // self._batches_of_epoch
-        place = epoch * len(members) + batch * self.batch_size + row
-        return int(members[self._shuffles[bucket][place]])
+        number = step // self._batches_of_round
+        place = number * self._rows_of_round[bucket] + batch * self.batch_size + row
+        return int(self._members[bucket][self._shuffles[bucket][int(place)]])
 
     def replacement(self, position: int, rng: np.random.Generator) -> int:
         """Returns another record of the same bucket."""
         members = self._members[self._batch(position // self.batch_size)[0]]
         return int(members[rng.integers(len(members))])
 
+    def turn(self, step: int) -> tuple[int, int]:
+        """Returns the bucket of a step, and a number that no other batch of the bucket has."""
+        bucket, batch = self._batch(step)
+        each = self._rows_of_round[bucket] // self.batch_size
+        return self.buckets[bucket], int(step // self._batches_of_round * each + batch)
+
     def _batch(self, step: int) -> tuple[int, int]:
-        """Returns the bucket's place in `_members`, and the number of its batch."""
+        """Returns the place of a step's bucket in `buckets`, and the batch's number in a round."""
         number = self._batches[step]
         bucket = int(np.searchsorted(self._ends, number, side="right"))
         return bucket, number - int(self._ends[bucket - 1] if bucket else 0)
@@ -130,6 +150,7 @@ def bucket_order(
     upscale: bool = False,
     cache: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
+    repeat: bool = False,
 ) -> BucketOrder:
     """Makes the order for the images that a BucketTransform of these settings puts into buckets.
 
@@ -139,9 +160,9 @@ def bucket_order(
     shapes = getattr(source, "shapes", None)
     if shapes is not None:
         _, buckets = np.unique(shapes, axis=0, return_inverse=True)
-        return BucketOrder(buckets.reshape(-1), batch_size, seed)
+        return BucketOrder(buckets.reshape(-1), batch_size, seed, repeat)
     sizes, _ = image_sizes(source, cache, max_pixels=max_pixels)
-    return BucketOrder(assign(sizes, table, upscale), batch_size, seed)
+    return BucketOrder(assign(sizes, table, upscale), batch_size, seed, repeat)
 
 
 def _shuffle(count: int, seed) -> grain.MapDataset:

@@ -345,6 +345,15 @@ def test_storage_that_is_away_is_no_bad_record():
         next(iter(loader(Away(10))))
 
 
+def test_a_batch_of_few_records_repeats_them_if_it_may():
+    source = Numbers(3)
+    batches = iter(loader(source, batch_size=8, repeat=True))
+    drawn = np.concatenate([next(batches)["number"] for _ in range(3)])
+    assert collections.Counter(drawn.tolist()) == {0: 8, 1: 8, 2: 8}
+    with pytest.raises(UserError, match="the data has 0 records"):
+        loader(Numbers(0), repeat=True)
+
+
 def test_item_18_no_data_at_all():
     with pytest.raises(UserError, match="batch_size=4: the data has 0 records, less than a batch"):
         loader(Numbers(0))

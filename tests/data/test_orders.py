@@ -168,3 +168,32 @@ def test_every_batch_of_images_has_one_published_shape(tmp_path):
         assert batch.shape[0] == 8 and batch.shape[1:3] in TABLE
         seen[batch.shape[1:3]] += 1
     assert set(seen) == set(TABLE)
+
+
+def test_a_batch_may_be_larger_than_a_bucket_where_records_repeat():
+    """No record is left out: after as many epochs as a batch has rows, all were drawn as often."""
+    buckets = np.array([0, 1, 1, -1, 2, 2, 2, 2, 2])
+    order = BucketOrder(buckets, BATCH, seed=3, repeat=True)
+    assert (order.length, order.left_out) == (8, {-1: 1})
+    rounds = []
+    for first in (0, 8 * BATCH):  # positions of a round, which are four epochs
+        batches = [[order[first + 4 * step + row] for row in range(BATCH)] for step in range(8)]
+        assert all(len(set(buckets[batch])) == 1 for batch in batches)
+        counts = collections.Counter(np.ravel(batches).tolist())
+        assert counts == {index: BATCH for index in range(9) if index != 3}
+        rounds.append(str(batches))
+    assert len(set(rounds)) == 2
+    assert order.settings["repeat"] is True
+    with pytest.raises(UserError, match="no bucket of images holds a batch; the largest has 0"):
+        BucketOrder(np.array([-1]), BATCH, repeat=True)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_turns_number_the_batches_of_a_bucket(repeat):
+    order, seen = BucketOrder(BUCKETS, BATCH, seed=3, repeat=repeat), collections.defaultdict(list)
+    for step in range(2 * (33 if repeat else 7)):  # two rounds
+        bucket, number = order.turn(step)
+        assert bucket == BUCKETS[order[step * BATCH]]
+        seen[bucket].append(number)
+    assert set(seen) == {0, 1, 2, 5} if repeat else {0, 1, 5}
+    assert all(sorted(numbers) == list(range(len(numbers))) for numbers in seen.values())
