@@ -42,7 +42,7 @@ class GlobalOrder:
         self.length = records
         # Seeds of grain's epochs are consecutive: spread ours, or seed 1 is seed 0 an epoch later.
         (spread,) = np.random.SeedSequence(seed).generate_state(1)
-        self._shuffle = _shuffle(records, spread)
+        self._shuffle = endless_shuffle(records, spread)
 
     def __getitem__(self, position: int) -> int:
         return self._shuffle[position]
@@ -102,7 +102,7 @@ class BucketOrder:
         self._members = [np.flatnonzero(buckets == b) for b in used]
         seeds = np.random.SeedSequence(seed).generate_state(1 + max(used) + 1)
         self._shuffles = [
-            _shuffle(len(members), seeds[1 + b])
+            endless_shuffle(len(members), seeds[1 + b])
             for b, members in zip(used, self._members, strict=True)
         ]
         # A round is an epoch; with `repeat`, as many epochs as a batch has rows.
@@ -110,7 +110,7 @@ class BucketOrder:
         self._rows_of_round = counts * batch_size if repeat else counts
         self._ends = np.cumsum(self._rows_of_round // batch_size)
         self._batches_of_round = int(self._ends[-1])
-        self._batches = _shuffle(self._batches_of_round, seeds[0])
+        self._batches = endless_shuffle(self._batches_of_round, seeds[0])
         self.length = int(counts.sum()) if repeat else self._batches_of_round * batch_size
         digest = hashlib.sha256(np.ascontiguousarray(buckets, "<i4")).hexdigest()[:16]
         self.settings = {"kind": "buckets", "version": 1, "seed": seed, "buckets": digest}
@@ -165,7 +165,7 @@ def bucket_order(
     return BucketOrder(assign(sizes, table, upscale), batch_size, seed, repeat)
 
 
-def _shuffle(count: int, seed) -> grain.MapDataset:
+def endless_shuffle(count: int, seed) -> grain.MapDataset:
     """Returns shuffles of 0 .. count - 1 without end."""
     shuffled = grain.MapDataset.range(count).shuffle(int(seed)).repeat()
     shuffled[0]  # grain sets itself up at the first access, which threads must not share

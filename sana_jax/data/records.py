@@ -24,6 +24,7 @@ class Record(TypedDict):
     scores: list[float]  # one a caption, or none at all
     embeddings: NotRequired[list[np.ndarray]]  # of each caption, (rows that count, T)
     truth: str  # JSON, or ""
+    prior: NotRequired[bool]  # one of prior.py
 
 
 class NoData(UserError):
