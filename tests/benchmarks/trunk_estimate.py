@@ -3,10 +3,11 @@
     python -m tests.benchmarks.trunk_estimate --model=1.6B --what=backward --chip=v5e
 
 Covers all blocks, with mask and biases, in bfloat16 at 1024 px, but not embeddings, output
-projection and optimizer. `backward` is forward and backward with full rematerialisation. FLOPs
-count the matrix products, linear attention and convolution, including keys and values of the text;
-three times for `backward`. Needs libtpu and a few minutes, for the kernels' schedules. The last
-line is JSON. Not a test: its figures are in a README.md.
+projection and optimizer. `backward` is forward and backward with full rematerialisation, and `lora`
+the same of a LoRA of rank 4 on both attentions, below which no weight needs a gradient. FLOPs count
+the matrix products, linear attention and convolution, including keys and values of the text; three
+times for `backward` and twice for `lora`. Needs libtpu and a few minutes, for the kernels'
+schedules. The last line is JSON. Not a test: its figures are in a README.md.
 """
 
 import json
@@ -18,6 +19,9 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
+from sana_jax.checkpoints.components import abstract_params
+from sana_jax.lora.adapter import attach, new_adapter
+from sana_jax.lora.config import LoraConfig
 from sana_jax.measure import tpu_estimate
 from sana_jax.models import flops
 from sana_jax.models.dit import PRESETS, REMAT, Block
@@ -28,7 +32,7 @@ TOPOLOGIES = {"v5e": "2x2", "v6e": "2x2", "v5p": "2x2x1"}
 ROWS = 300  # of text
 
 MODEL = flags.DEFINE_enum("model", "0.6B", list(MODELS), "transformer")
-WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward"], "program")
+WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward", "lora"], "program")
 CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip")
 IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "kernels or none")
 BATCH = flags.DEFINE_integer("batch_size", None, "default: 16 for 0.6B, 8 for 1.6B", lower_bound=1)
@@ -63,14 +67,24 @@ def main(argv: list[str]) -> None:
         def step(x, params):
             return block.apply(params, x, *rest)[0], None
 
-        if WHAT.value == "backward":
+        if WHAT.value != "forward":
             step = jax.checkpoint(step, policy=REMAT["full"], prevent_cse=False)
         return jax.lax.scan(step, x, params)[0]
 
     def loss(*args):
         return jnp.sum(blocks(*args).astype(jnp.float32) ** 2)
 
-    fn, passes = (blocks, 1) if WHAT.value == "forward" else (jax.grad(loss), 3)
+    def loss_of_lora(adapter, params, *rest):
+        return loss({"params": attach(params["params"], [(adapter, 1.0)])}, *rest)
+
+    programs = {"forward": (blocks, 1), "backward": (jax.grad(loss), 3)}
+    fn, passes = programs.get(WHAT.value, (jax.grad(loss_of_lora), 2))
+    if WHAT.value == "lora":
+        lora = LoraConfig(rank=4, targets=(r"(attention|cross_attention)/[qkv]",))
+        boxed = abstract_params(config)["blocks"]
+        adapter = nn.unbox(jax.eval_shape(lambda: new_adapter(boxed, lora, jax.random.key(0))))
+        inputs = params, *inputs
+        params = jax.tree.map(lambda x: like(x.shape, x.dtype), adapter)
     count = passes * batch * flops.blocks(config, side * side, ROWS)
     found = tpu_estimate.estimate(fn, params, *inputs, chip=CHIP.value)
 
