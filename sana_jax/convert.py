@@ -5,13 +5,15 @@
     python -m sana_jax.convert --source=Sana_600M_1024px.pth --rest=DIR --out=DIR
     python -m sana_jax.convert --source=FINE_TUNE/transformer --rest=DIR --out=DIR
     python -m sana_jax.convert --source=WORKDIR --out=DIR --ema
+    python -m sana_jax.convert --source=DIR_OR_HUB_ID --lora=FILE:0.8 --out=DIR
 
 Tensors pass through one by one: memory holds the largest tensor, not the checkpoint (for a
 training, the networks it trained). A .pth or .safetensors file and a fine-tune's transformer/ hold
 the transformer alone; --rest names the checkpoint that provides the autoencoder, the text encoder
 and the tokenizer. WORKDIR is the
---workdir of `train`; its newest checkpoint that is complete and undamaged is read. The complex
-human instruction is stored with its sha256 and its origin.
+--workdir of `train`; its newest checkpoint that is complete and undamaged is read. A LoRA is added
+to the weights, and named in the provenance. The complex human instruction is stored with its sha256
+and its origin.
 """
 
 import dataclasses
@@ -62,6 +64,7 @@ _CROSS_HEADS = flags.DEFINE_integer(
     None,
     "for a file of an unpublished width: the number of heads of the cross-attention",
 )
+_LORA = checkpoint_flags.define_lora()
 _CLIP = flags.DEFINE_bool(
     "clip_attention",
     None,
@@ -168,10 +171,12 @@ def main(argv):
 
     from sana_jax.checkpoints.components import check_fit
     from sana_jax.checkpoints.load import warn_of_float16
+    from sana_jax.checkpoints.loras import merge_into, open_all
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or be too small
     checkpoint = open_source()
     check_fit(checkpoint)
+    checkpoint = merge_into(checkpoint, open_all(_LORA.value, checkpoint.dit))
     if checkpoint.provenance.get("trained"):  # of random weights there is nothing to expect
         warn_of_scale(checkpoint)
     if _CLIP.value is not None:

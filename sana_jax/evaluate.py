@@ -51,7 +51,7 @@ from sana_jax.runtime.errors import UserError
 
 OWN = {  # flags that only one task reads
     "reconstruction": ("data", "data_dir", "split", "lpips_weights"),
-    "shapes": ("seed", "num_steps", "guidance_scale", "flow_shift"),
+    "shapes": ("seed", "num_steps", "guidance_scale", "flow_shift", "lora"),
 }
 
 FLAGS = flags.FLAGS
@@ -116,6 +116,7 @@ _GUIDANCE = flags.DEFINE_float(
 _SHIFT = flags.DEFINE_float(
     "flow_shift", None, "shift of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
 )
+_LORA = checkpoint_flags.define_lora()
 _VARIANT = checkpoint_flags.define("variant")
 _REVISION = checkpoint_flags.define("revision")
 
@@ -162,6 +163,7 @@ def shapes() -> None:
         dtype=_DTYPE.value,
         variant=_VARIANT.value,
         revision=_REVISION.value,
+        lora=_LORA.value,
     )
     found, sheet = evaluation.measure(_CHECKPOINT.value, options)
     if out is not None:

@@ -2,6 +2,7 @@
 
     python -m sana_jax.sample --checkpoint=DIR_OR_HUB_ID --prompt="a red fox in the snow" --out=DIR
     python -m sana_jax.sample --checkpoint=... --prompts=FILE.txt --out=DIR --batch_size=16
+    python -m sana_jax.sample --checkpoint=... --lora=FILE:0.8 --prompt="..." --out=DIR
 
 A .txt file has one prompt per line. A .jsonl file has one object per line, such as
 {"prompt": "a red fox", "seed": 7, "width": 768}, with the keys prompt, negative_prompt, seed,
@@ -105,6 +106,7 @@ flags.DEFINE_enum(
     "the solver: flow_dpm_solver (second order, SANA's) or flow_euler",
 )
 flags.DEFINE_float("flow_shift", None, "shift of the noise schedule; default: the checkpoint's")
+checkpoint_flags.define_lora()
 checkpoint_flags.define("instruction_file")
 flags.DEFINE_bool("no_instruction", False, "encode the prompts without an instruction")
 flags.DEFINE_enum(

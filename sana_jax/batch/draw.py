@@ -19,6 +19,7 @@ from sana_jax.batch.settings import (
 from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint, place_all
+from sana_jax.checkpoints.loras import Lora, open_all
 from sana_jax.pipeline import tiling
 from sana_jax.pipeline.pipeline import NOT_FINITE, SanaPipeline
 from sana_jax.pipeline.request import Request
@@ -39,10 +40,12 @@ def draw(tasks: list[Task], options: Options) -> None:
     """
     folder = find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
+    loras = open_all(options.lora, pipe.checkpoint.dit)
     tasks = with_sizes(tasks, pipe.native_size, options.max_pixels)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
     batches = with_requests(batches, pipe, options)
-    wanted = settings_of(batches, pipe, options, checkpoint_hash(folder, options.variant))
+    sha256 = checkpoint_hash(folder, options.variant)
+    wanted = settings_of(batches, pipe, options, sha256, loras)
     notes = {"checkpoint": options.checkpoint}
     extras = extras_of(tasks, wanted, notes)
     with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid, extras) as out:
@@ -51,7 +54,7 @@ def draw(tasks: list[Task], options: Options) -> None:
         if out.missing:
             out.probe(3 * max(task.height * task.width for task in tasks))
             enable_compilation_cache(options.compilation_cache)
-            _draw_missing(batches, pipe, out, options)
+            _draw_missing(batches, pipe, loras, out, options)
         else:
             print(f"nothing to draw: {len(tasks)} of {len(tasks)} images are done", file=sys.stderr)
         if options.grid:
@@ -72,7 +75,13 @@ def _open(name: str, options: Options) -> SanaPipeline:
     return SanaPipeline(checkpoint, mesh, dtype)
 
 
-def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, options: Options):
+def _draw_missing(
+    batches: list[Batch],
+    pipe: SanaPipeline,
+    loras: list[Lora],
+    out: OutputFolder,
+    options: Options,
+):
     missing, start = out.missing, time.monotonic()
     count_missing = len(missing)
     count = sum(len(batch.tasks) for batch in batches)
@@ -112,6 +121,7 @@ def _draw_missing(batches: list[Batch], pipe: SanaPipeline, out: OutputFolder, o
     others = "--dtype=bfloat16, --sequential_guidance, --tile=SIZE,STRIDE or smaller images"
     with devices.memory_errors(smaller + others), Progress(**progress) as bar:
         place_all(pipe.checkpoint, options.checkpoint, pipe.dtype, pipe.mesh)
+        pipe.set_loras(loras)
         throughput = overlap(due, dispatch, save)
     if bad:
         raise UserError(_not_finite(bad))

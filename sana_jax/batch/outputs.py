@@ -36,6 +36,7 @@ OWN = {"manifest.jsonl", f"manifest.jsonl{ASIDE}"}  # names beside those of pict
 THUMBNAIL, THUMBNAILS = 256, 64  # pixels a side, and how many the contact sheet shows at most
 OF_GRID = "grid"  # the contact sheet's mark, where pictures have their key
 CHANGED = "changed since it was drawn"
+OPTIONAL = ("loras",)  # settings that only some runs have
 
 
 class OutputFolder:
@@ -287,6 +288,7 @@ def _differences(old: Line, new: Line) -> str:
 def _changes(old: Line, new: Line) -> list[str]:
     """Names the settings that differ, such as "batch_size 8 -> 3"."""
     new = json.loads(json.dumps(new))  # tuples are lists there
+    new |= {name: None for name in OPTIONAL if name in old and name not in new}
     return [
         f"{name} {reprlib.repr(old[name]) if name in old else 'unknown'} -> {reprlib.repr(value)}"
         for name, value in new.items()

@@ -2,12 +2,13 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from sana_jax.batch.tasks import Batch, Task
+from sana_jax.checkpoints.loras import Lora
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.pipeline.request import BadSide, Request
 from sana_jax.runtime.checks import BadArgument
@@ -24,6 +25,7 @@ class Options:
     variant: str | None = None
     revision: str | None = None
     instruction_file: str | None = None
+    lora: Sequence[str] = ()  # FILE or FILE:WEIGHT
     no_instruction: bool = False
     guidance_interval: tuple[float, float] | None = None
     sampler: str = "flow_dpm_solver"
@@ -75,12 +77,18 @@ def _request(batch: Batch, pipe: SanaPipeline, options: Options) -> Request:
 
 
 def settings_of(
-    batches: list[Batch], pipe: SanaPipeline, options: Options, checkpoint_sha256: str
+    batches: list[Batch],
+    pipe: SanaPipeline,
+    options: Options,
+    checkpoint_sha256: str,
+    loras: Sequence[Lora] = (),
 ) -> dict[str, dict[str, Any]]:
     """Returns file -> the settings that decide its pixels, in the order of the tasks."""
     shared = _shared(pipe, options, batches[0].request.flow_shift)
     shared["checkpoint_sha256"] = checkpoint_sha256
     shared["step_by_step"] = shows_steps(batches)
+    if loras:  # a run without any has the settings that it had before there were some
+        shared["loras"] = [[lora.sha256, lora.weight] for lora in loras]
     owns = [(task, batch) for batch in batches for task in batch.tasks]
     owns.sort(key=lambda own: own[0].number)
     names = "prompt negative_prompt seed height width num_steps guidance_scale".split()

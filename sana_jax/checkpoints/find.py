@@ -1,9 +1,10 @@
 """Finds the folder of a named checkpoint: native, diffusers, bundled or on the hub."""
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ WHOLE = "model.json", "model_index.json"
 MARKERS = *WHOLE, "config.json"
 # The files of a hub repository that we read besides its weights, which are fetched by variant.
 HUB_FILES = ["*.json", "tokenizer/*"]
+LORA = "pytorch_lora_weights.safetensors"  # as diffusers names it, in a folder or on the hub
 
 
 def checkpoint_hash(folder: Path, variant: str | None = None) -> str:
@@ -78,16 +80,54 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
         return _only_snapshot(path, name)
     if name in bundled():
         return bundled()[name]
-    # The parent is a folder here, so `name` is a mistyped path rather than a hub id.
-    mistyped = path.parent != Path(".") and path.parent.is_dir()
-    if name.count("/") == 1 and not (path.is_absolute() or name.startswith(".") or mistyped):
+    if _is_hub_id(name):
         return _download(name, revision, variant)
     names = " or ".join(bundled()) or "none yet"
-    no_hub = f"; {path.parent} is a folder here, so that it is no hub id" if mistyped else ""
+    no_hub = f"; {path.parent} is a folder here, so that it is no hub id" * _is_mistyped(path)
     raise UserError(
         f"no checkpoint {name!r}: give a native folder, a diffusers folder, "
         f"a bundled name ({names}) or a hub id (org/name){no_hub}"
     )
+
+
+def find_lora(name: str) -> Path:
+    """Returns the file of a LoRA: the file itself, that of a folder, or that of a hub id.
+
+    Raises UserError, or Retry if the hub does not answer.
+    """
+    name = named(name)
+    path = Path(name)
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UserError(f"no LoRA {name!r:.60}: {error.strerror}") from None
+    if is_file:
+        return path
+    if is_folder:
+        if (path / LORA).is_file():
+            return path / LORA
+        others = " or ".join(map(str, sorted(path.glob("*.safetensors"))[:4]))
+        raise UserError(f"{name} has no {LORA}" + f": give {others}" * bool(others))
+    if _is_hub_id(name) and path.suffix != ".safetensors":
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()
+        with _fetching(name):
+            return Path(huggingface_hub.hf_hub_download(name, LORA))
+    raise UserError(
+        f"no LoRA {name!r}: give a .safetensors file, a folder with {LORA}, or a hub id (org/name)"
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    path = Path(name)
+    local = path.is_absolute() or name.startswith(".") or _is_mistyped(path)
+    return name.count("/") == 1 and not local
+
+
+def _is_mistyped(path: Path) -> bool:
+    """Returns True if the parent is a folder here: a mistyped path rather than a hub id."""
+    return path.parent != Path(".") and path.parent.is_dir()
 
 
 def convert_command(source: str | os.PathLike, *flags: str) -> str:
@@ -146,12 +186,10 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity_error()  # our own errors say what is missing
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     fetch = partial(huggingface_hub.snapshot_download, name, revision=revision)
     # The files of a variant have its name between two dots; plain files have one dot.
     plain = dict(allow_patterns=["*.safetensors"], ignore_patterns=["*.*.safetensors"])
-    try:
+    with _fetching(name):
         folder = Path(fetch(allow_patterns=HUB_FILES))
         if not _has_one(folder, MARKERS):
             raise UserError(
@@ -176,6 +214,16 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
             plain["ignore_patterns"] += [f"{part}/*" for part in there]
         fetch(**plain)
         return folder
+
+
+@contextlib.contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    """Turns the errors of the hub into UserError, or into Retry where it does not answer."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
     except Exception as error:  # each transport raises errors of its own
         away = _is_away(error) and not huggingface_hub.constants.HF_HUB_OFFLINE
         if not (away or isinstance(error, HfHubHTTPError | HFValidationError | OSError)):

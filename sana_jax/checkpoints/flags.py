@@ -10,9 +10,19 @@ HELP = {
     " default: the checkpoint's, else for a diffusers folder that of an installed diffusers",
 }
 
+LORA_HELP = (
+    "a LoRA and its weight, FILE:0.8, or FILE for a weight of 1: a .safetensors file, a folder with"
+    " pytorch_lora_weights.safetensors, or a hub id; may be given several times"
+)
+
 flags.disclaim_key_flags()  # the flags are those of the module that calls
 
 
 def define(name: str) -> flags.FlagHolder:
     """Defines the flag `name`, a key of HELP; only --checkpoint is required."""
     return flags.DEFINE_string(name, None, HELP[name], required=name == "checkpoint")
+
+
+def define_lora() -> flags.FlagHolder:
+    """Defines --lora, whose values checkpoints/loras.py opens."""
+    return flags.DEFINE_multi_string("lora", [], LORA_HELP)

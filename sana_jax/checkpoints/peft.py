@@ -10,10 +10,16 @@ The header's `lora_adapter_metadata` has the fields of peft's LoraConfig, each a
 patterns that match a module the first one counts. Patterns are sorted when a file is written, so we
 write whole names, of which only one matches. Without metadata alpha is the rank, so that B A counts
 once; every file of ours says both.
+
+Read are these files, others of peft's whose adapter_config.json is beside them, and those with the
+keys of kohya and ComfyUI (lora_unet_NAME.lora_down.weight, lora_up.weight, alpha) where the name is
+that of a module.
 """
 
 import collections
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,17 +30,45 @@ from einops import rearrange
 from etils import epath
 from flax import linen as nn
 from flax import traverse_util
+from safetensors import safe_open
 
+from sana_jax.checkpoints.components import abstract_params
 from sana_jax.checkpoints.diffusers_names import dit_entries
-from sana_jax.checkpoints.mapping import LINEAR, POINTWISE
-from sana_jax.checkpoints.tensors import on_host
+from sana_jax.checkpoints.mapping import LINEAR, POINTWISE, cast
+from sana_jax.checkpoints.tensors import FLOAT_DTYPES, TensorReader, on_host
+from sana_jax.lora.adapter import sites
+from sana_jax.lora.config import MAX_RANK
 from sana_jax.models.dit import SanaConfig
+from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import write_atomically
+from sana_jax.runtime.files import parse_json, read_json, write_atomically
 
 PyTree = Any
 METADATA = "lora_adapter_metadata"
 ABSENT_ALPHA = {"absent_alpha": "rank"}  # of a file's header, for people
+MAX_ALPHA = 2.0**20
+PEFT = "base_model.model."  # of the names in files of peft's own, which have no metadata
+PREFIXES = "transformer.", "diffusion_model.", PEFT, "lora_unet_", "lora_transformer_"
+# The ends of the tensors' names, and the part of a LoRA that each of them is.
+PARTS = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_down.weight": "a",
+    ".lora_up.weight": "b",
+    ".lora.down.weight": "a",
+    ".lora.up.weight": "b",
+    ".alpha": "alpha",
+}
+# Other things that files of LoRA hold, by what their names have.
+REFUSED = {
+    r"dora_scale|lora_magnitude_vector": "DoRA, which is not supported",
+    r"^(text_encoder|lora_te)": "the text encoder, which takes no LoRA",
+    r"conv_depth\.": "a depthwise convolution, which takes no LoRA",
+}
+# Fields of peft's LoraConfig that make the update another one, and not by a tensor of their own.
+VARIANTS = {"use_dora": "DoRA", "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA"}
+VARIANTS |= {"kasa_config": "KaSA", "arrow_config": "Arrow", "alora_invocation_tokens": "aLoRA"}
+CHANGES_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # values of init_lora_weights
 
 
 class Module(NamedTuple):
@@ -46,8 +80,20 @@ class Module(NamedTuple):
     sizes: dict[str, int]
 
     @property
-    def pattern_b(self) -> str:
-        return LINEAR if self.pattern == LINEAR else POINTWISE
+    def patterns(self) -> dict[str, tuple[str, dict[str, int]]]:
+        """The einops pattern and the sizes of both halves, "theirs -> ours"."""
+        pattern_b = LINEAR if self.pattern == LINEAR else POINTWISE
+        return {"a": (self.pattern, self.sizes), "b": (pattern_b, {})}
+
+    def theirs(self, half: str, ours: np.ndarray) -> np.ndarray:
+        """Returns our half, "a" (in, rank) or "b" (rank, out), in the layout of the file."""
+        pattern, sizes = self.patterns[half]
+        left, right = pattern.split("->")
+        return rearrange(ours, f"{right} -> {left}", **sizes)
+
+    def ours(self, half: str, theirs: np.ndarray) -> np.ndarray:
+        pattern, sizes = self.patterns[half]
+        return rearrange(theirs, pattern, **sizes)
 
 
 def modules(config: SanaConfig) -> dict[str, Module]:
@@ -99,10 +145,9 @@ def write_adapter(
         alphas[name] = _number(rank if alpha is None else alpha)
         if (scale := flat.get(f"{module.site}/scale")) is not None:
             alphas[name] = _number(rank * float(scale[module.layer] if scale.ndim else scale))
-        for key, array, pattern in ("A", a, module.pattern), ("B", b, module.pattern_b):
-            left, right = pattern.split("->")
-            array = rearrange(array, f"{right} -> {left}", **module.sizes if key == "A" else {})
-            tensors[f"transformer.{name}.lora_{key}.weight"] = np.ascontiguousarray(array)
+        for half, array in ("a", a), ("b", b):
+            key = f"transformer.{name}.lora_{half.upper()}.weight"
+            tensors[key] = np.ascontiguousarray(module.theirs(half, array))
     fields = {"target_modules": list(ranks)}
     for one, pattern, values in (
         ("r", "rank_pattern", ranks),
@@ -120,3 +165,151 @@ def write_adapter(
 def _number(value: float) -> float:
     """Returns a whole number as one, as people write alphas."""
     return int(value) if float(value).is_integer() else float(value)
+
+
+def read_adapter(path: Path, config: SanaConfig) -> PyTree:
+    """Reads an adapter for the network of `config`: a tree of lora/adapter.py in float32.
+
+    Layers of other ranks are filled up with zeros, those without an update are zeros; every layer
+    has a scale. Raises UserError if the file holds anything but a whole LoRA of this network.
+    """
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise UserError(f"{path}: pickled LoRAs are not read: save it as safetensors")
+    tensors, known = TensorReader(path), modules(config)
+    parts, prefix = _parts(path, tensors, known)
+    fields = _fields(path, prefix)
+    if fields and (keys := [part["alpha"] for part in parts.values() if "alpha" in part]):
+        raise UserError(f"{path}: alpha is said twice, by {METADATA} and by {keys[0]}")
+    shapes, flat = sites(abstract_params(config)), {}
+    ranks: dict[str, int] = collections.defaultdict(int)
+    for name, part in parts.items():
+        rank = _check(path, tensors, part, known[name], shapes[known[name].site][0])
+        ranks[known[name].site] = max(rank, ranks[known[name].site])
+    for site, rank in ranks.items():
+        (*layers, inputs, outputs), _ = shapes[site]
+        flat[f"{site}/a"] = np.zeros((*layers, inputs, rank), np.float32)
+        flat[f"{site}/b"] = np.zeros((*layers, rank, outputs), np.float32)
+        flat[f"{site}/scale"] = np.ones(layers)
+    for name, part in parts.items():
+        module = known[name]
+        halves = {half: cast(part[half], tensors[part[half]], "float32") for half in "ab"}
+        a, b = (module.ours(half, array) for half, array in halves.items())
+        rank = len(b)
+        alpha = rank
+        if "alpha" in part:
+            alpha = cast(part["alpha"], tensors[part["alpha"]], "float64").item()
+        scale = _scale(path, fields, name, rank) if fields else alpha / rank
+        flat[f"{module.site}/a"][module.layer][:, :rank] = a
+        flat[f"{module.site}/b"][module.layer][:rank] = b
+        flat[f"{module.site}/scale"][module.layer] = scale
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _parts(
+    path: Path, tensors: TensorReader, known: Mapping[str, Module]
+) -> tuple[dict[str, dict[str, str]], str]:
+    """Returns module -> part -> name of the tensor, and the prefix of all names."""
+    names = sorted(tensors)
+    if not any("lora" in name.lower() for name in names):
+        raise UserError(f"{path} holds no LoRA, but {', '.join(names[:3]) or 'nothing'}")
+    prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names)), "")
+    spelt = {name.replace(".", "_"): name for name in known} if prefix[-1:] == "_" else {}
+    parts: dict[str, dict[str, str]] = {}
+    for pattern, what in REFUSED.items():
+        if found := [name for name in names if re.search(pattern, name)]:
+            raise UserError(f"{path}: {found[0]} is of {what}")
+    for key in names:
+        end = next((end for end in PARTS if key.endswith(end)), None)
+        if end is None:
+            raise UserError(f"{path}: {key} is no part of a LoRA that can be read")
+        name = key.removeprefix(prefix).removesuffix(end)
+        name = spelt.get(name, name)
+        if name not in known:
+            raise UserError(
+                f"{path}: {key} belongs to no matrix of this transformer: it is a LoRA of another"
+                " network, or of a layout that is not read"
+            )
+        if PARTS[end] in parts.setdefault(name, {}):
+            raise UserError(f"{path} holds {key} twice: as {parts[name][PARTS[end]]} too")
+        parts[name][PARTS[end]] = key
+    for part in parts.values():
+        if missing := {"a", "b"} - part.keys():
+            half = f"lora_{min(missing).upper()}"
+            raise UserError(f"{path}: {min(part.values())} lacks its other half, {half}")
+    return parts, prefix
+
+
+def _check(
+    path: Path, tensors: TensorReader, part: dict[str, str], module: Module, shape: tuple[int, ...]
+) -> int:
+    """Returns the rank of a module's tensors, whose shapes and types are right."""
+    rank = (*tensors.shape(part["a"]), 0)[0]
+    if not 0 < rank <= MAX_RANK:
+        raise UserError(f"{path}: {part['a']} is of rank {rank}: there is none")
+    sides = {"a": (shape[-2], rank), "b": (rank, shape[-1])}
+    for half, ours in sides.items():
+        key = part[half]
+        wanted = module.theirs(half, np.broadcast_to(np.zeros((), np.int8), ours)).shape
+        if tensors.shape(key) != wanted:
+            raise UserError(
+                f"{path}: {key} is {list(tensors.shape(key))} instead of {list(wanted)}: it is a"
+                " LoRA of another network"
+            )
+    for key in part.values():
+        if tensors.dtype(key) not in FLOAT_DTYPES:
+            raise UserError(f"{path}: {key} is {tensors.dtype(key)}; floating point is needed")
+    if "alpha" in part and math.prod(tensors.shape(part["alpha"])) != 1:
+        raise UserError(f"{path}: {part['alpha']} is no single number")
+    return rank
+
+
+def _fields(path: Path, prefix: str) -> dict[str, Any]:
+    """Returns the fields of peft's LoraConfig that a file has, none without metadata."""
+    if prefix == PEFT:
+        fields = read_json(path.parent / "adapter_config.json")
+    else:
+        with safe_open(path, framework="np") as opened:
+            text = (opened.metadata() or {}).get(METADATA) or "{}"
+        try:
+            fields = parse_json(text)
+        except ValueError as error:
+            raise UserError(f"{path}: its {METADATA} is not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: its {METADATA} is no JSON object")
+        if others := [name for name in fields if not name.startswith(prefix)]:
+            raise UserError(f"{path}: {min(others)} of its {METADATA} is not of {prefix}NAME")
+        fields = {name.removeprefix(prefix): value for name, value in fields.items()}
+    for name, what in VARIANTS.items():
+        if fields.get(name):
+            raise UserError(f"{path} is of {what} ({name}), which is not supported")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGES_BASE):
+        raise UserError(f"{path} began as {start}, which changes the base: convert it to a LoRA")
+    return fields
+
+
+def _scale(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
+    """Returns the factor of a module's update by peft's metadata."""
+    said = _by_pattern(path, fields, "rank_pattern", name, fields.get("r", 8))
+    if said != rank:
+        raise UserError(
+            f"{path}: {name} is of rank {rank}, but of {said!r} by the file's {METADATA}, where the"
+            " first pattern that matches counts"
+        )
+    alpha = _by_pattern(path, fields, "alpha_pattern", name, fields.get("lora_alpha", 8))
+    alpha = checks.number(f"{path}: lora_alpha", alpha, -MAX_ALPHA, MAX_ALPHA)
+    return alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+
+
+def _by_pattern(path: Path, fields: Mapping[str, Any], key: str, name: str, usual: Any) -> Any:
+    """Returns a module's own value, or the usual one, as peft 0.21.2 finds it."""
+    patterns = fields.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{path}: {key} is no JSON object")
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise UserError(f"{path}: {key} has {pattern!r}: {error}") from None
+    return patterns.get(name, usual)

@@ -30,6 +30,7 @@ from sana_jax.diffusion.inpainting import Kept
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pictures import to_float
 from sana_jax.pipeline import denoise, programs, tiling
+from sana_jax.pipeline.adapters import WithLoras
 from sana_jax.pipeline.image_input import redrawn_latents
 from sana_jax.pipeline.placement import Placement
 from sana_jax.pipeline.remembered import Remembered
@@ -56,7 +57,7 @@ NOT_FINITE = (
 )
 
 
-class SanaPipeline:
+class SanaPipeline(WithLoras):
     """Draws images from prompts. The result of a call depends on its arguments alone.
 
     The text encoder's output for instructions and negative prompts is cached between calls, so make
@@ -65,8 +66,8 @@ class SanaPipeline:
     Threads may share a pipeline: all its methods may run at once, with any arguments, and return
     what they return alone. They wait for one another where they tokenize. `on_step` is called on
     the thread of its own call. Memory is needed for all calls that run. What is not safe is to
-    change `checkpoint` or `params` while another thread draws. Processes cannot share one: in a
-    fork JAX would wait for ever, so that a pipeline refuses to be used there.
+    change `checkpoint`, `params` or the LoRAs while another thread draws. Processes cannot share
+    one: in a fork JAX would wait for ever, so that a pipeline refuses to be used there.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, dtype: str = "bfloat16"):
@@ -127,7 +128,11 @@ class SanaPipeline:
         return cls(checkpoint, mesh, dtype)
 
     def save_pretrained(self, path: str | Path, format: str = "native") -> None:
-        """Writes a folder for from_pretrained; diffusers reads the "diffusers" format too."""
+        """Writes a folder for from_pretrained; diffusers reads the "diffusers" format too.
+
+        Raises UserError while LoRAs are loaded: sana_jax.convert merges them.
+        """
+        self.check_no_loras()
         formats = {"native": native.save, "diffusers": diffusers.save}
         checks.choice("format", format, formats)
         with new_folder(path := local(path)):

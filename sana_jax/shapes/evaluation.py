@@ -8,7 +8,7 @@ another picture with as many objects.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from sana_jax.batch.overlap import overlap
 from sana_jax.batch.tasks import Batch, make_batches, make_tasks
 from sana_jax.checkpoints.components import component_dtype, module_for
 from sana_jax.checkpoints.load import open_checkpoint, place_all
+from sana_jax.checkpoints.loras import open_all
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.pictures import Picture, in_rows, make_grid, to_float
 from sana_jax.pipeline.pipeline import SanaPipeline
@@ -50,6 +51,7 @@ class Options:
     dtype: str = "float32"
     variant: str | None = None
     revision: str | None = None
+    lora: Sequence[str] = ()  # FILE or FILE:WEIGHT
 
 
 def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
@@ -66,6 +68,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
     if draws:
         pipe = SanaPipeline(checkpoint, mesh, options.dtype)
         size = pipe.native_size
+    loras = open_all(options.lora, checkpoint.dit)
     checks.multiple(f"--size={size}", size, vae.factor)
 
     asked = prompts(options.count, options.seed)
@@ -76,6 +79,8 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(mesh))
 
     place_all(checkpoint, name, options.dtype, mesh)
+    if loras:
+        pipe.set_loras(loras)
     apply = jax.jit(module_for(vae, component_dtype("vae", options.dtype)).apply)
     finite = []
 

@@ -4,13 +4,17 @@ import json
 
 import jax
 import numpy as np
+import peft
 import pytest
+import safetensors.numpy
+import torch
+from diffusers import SanaPipeline
 from flax import linen as nn
 from flax import traverse_util
 from safetensors import safe_open
 
 from sana_jax.checkpoints.components import abstract_params
-from sana_jax.checkpoints.peft import METADATA, modules, write_adapter
+from sana_jax.checkpoints.peft import METADATA, modules, read_adapter, write_adapter
 from sana_jax.lora.adapter import attach, new_adapter, sites
 from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import PRESETS, SanaTransformer
@@ -55,8 +59,6 @@ def velocity_of(module, config):
 
 def load(module, file, **kwargs):
     """Gives a LoRA file to diffusers, as its pipelines do."""
-    from diffusers import SanaPipeline
-
     state, metadata = SanaPipeline.lora_state_dict(str(file), return_lora_metadata=True)
     SanaPipeline.load_lora_into_transformer(state, module, metadata=metadata, **kwargs)
 
@@ -116,3 +118,74 @@ def test_what_the_layout_has_no_name_for_is_not_written(tmp_path):
     with pytest.raises(UserError, match="blocks/elsewhere"):
         write_adapter(tmp_path / "lora.safetensors", {"blocks": {"elsewhere": site}}, config)
     assert not [*tmp_path.iterdir()]
+
+
+# peft's side: its own module names, ranks and alphas.
+TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "patch_embed.proj"),
+    *("caption_projection.linear_1", "caption_projection.linear_2", "proj_out"),
+    *("timestep_embedder.linear_1", "timestep_embedder.linear_2", "time_embed.linear"),
+]
+PATTERNS = dict(
+    # The first pattern that matches counts, so that the order is part of the meaning.
+    rank_pattern={"to_q": 6, r"transformer_blocks\.1\..*": 2, "ff.conv_point": 5, "proj_out": 1},
+    alpha_pattern={r"attn2\.to_[qk]": 3, "to_k": 9.5, "conv_inverted": 1, "^proj_out": 2},
+)
+CONFIGS = {
+    "alpha is the rank": dict(r=4, lora_alpha=4),
+    "alpha is another": dict(r=4, lora_alpha=7),
+    "patterns": dict(r=4, lora_alpha=6, **PATTERNS),
+    "rank-stabilised": dict(r=4, lora_alpha=3, use_rslora=True, rank_pattern={"to_v": 2}),
+    "some layers": dict(r=3, lora_alpha=6, target_modules=r"transformer_blocks\.[02].*to_[qv]"),
+}
+
+
+def add_adapter(module, name="default", seed=5, **fields):
+    """Gives a torch module a random LoRA of peft's."""
+    module.add_adapter(peft.LoraConfig(**{"target_modules": TARGETS, **fields}), name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in module.named_parameters():
+            if f".lora_A.{name}" in key or f".lora_B.{name}" in key:
+                sides = tensor[0].numel()
+                tensor.copy_(0.7 * torch.randn(tensor.shape, generator=generator) / sides**0.5)
+
+
+def save(module, folder, name="default"):
+    """Writes the LoRA as diffusers' training script does; returns the file."""
+    layers = peft.get_peft_model_state_dict(module, adapter_name=name)
+    told = {k: sorted(x) if isinstance(x, set) else x for k, x in fields_of(module, name).items()}
+    SanaPipeline.save_lora_weights(
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=told
+    )
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def fields_of(module, name="default"):
+    return module.peft_config[name].to_dict()
+
+
+@pytest.mark.parametrize(
+    "kind, fields",
+    sorted({("plain", name) for name in CONFIGS} | {(kind, "patterns") for kind in KINDS}),
+)
+def test_the_velocity_is_that_of_a_file_of_peft(kind, fields, tmp_path):
+    module, config = toy.transformer(**KINDS[kind])
+    params = toy.params(module, config)
+    add_adapter(module, **CONFIGS[fields])
+    file = tmp_path / "lora.safetensors"
+    save(module, tmp_path).rename(file)
+    if fields == "patterns":  # peft sorts them: what the file says is another LoRA by now
+        rewrite(file, lambda told: told | {f"transformer.{k}": v for k, v in PATTERNS.items()})
+    attached = attach(params, [(read_adapter(file, config), 1)])
+    toy.assert_close(velocity(config, attached), velocity_of(module, config), 1e-5)
+    with pytest.raises(AssertionError):
+        toy.assert_close(velocity(config, params), velocity_of(module, config), 1e-2)
+
+
+def rewrite(file, change):
+    """Changes the metadata of a file."""
+    with safe_open(file, framework="np") as opened:
+        header, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}
+    header[METADATA] = json.dumps(change(json.loads(header[METADATA])))
+    safetensors.numpy.save_file(tensors, file, header)

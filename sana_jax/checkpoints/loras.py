@@ -1,0 +1,111 @@
+"""The LoRAs that a user names, each with a weight, and their merge into a checkpoint."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.checkpoints.find import file_sha256, find_lora
+from sana_jax.checkpoints.mapping import cast
+from sana_jax.checkpoints.peft import read_adapter
+from sana_jax.checkpoints.tensors import LazyArray
+from sana_jax.lora.adapter import attach
+from sana_jax.models.dit import SanaConfig
+from sana_jax.runtime import checks
+from sana_jax.runtime.errors import UserError
+
+PyTree = Any
+MAX_WEIGHT = 1000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A LoRA that is read and checked; `adapter` is a tree of lora/adapter.py, on the host."""
+
+    name: str  # as the user says it
+    weight: float
+    sha256: str  # of the file
+    adapter: PyTree
+
+
+def open_lora(name: str, weight: float, config: SanaConfig) -> Lora:
+    """Reads the LoRA called `name`, a file, a folder or a hub id, for the network of `config`.
+
+    Raises UserError, and Retry if the hub does not answer.
+    """
+    weight = checks.number(f"the weight of {name}", weight, -MAX_WEIGHT, MAX_WEIGHT)
+    file = find_lora(name)
+    return Lora(str(name), weight, file_sha256(file), read_adapter(file, config))
+
+
+def open_all(texts: Sequence[str], config: SanaConfig | None) -> list[Lora]:
+    """Reads the LoRAs of a command line, each FILE or FILE:WEIGHT.
+
+    Raises UserError for a weight that is no number, and for a file that is named twice.
+    """
+    if texts and config is None:
+        raise UserError(f"--lora={texts[0]}: the checkpoint has no transformer to change")
+    named = [split(text) for text in texts]
+    files = [find_lora(name).resolve() for name, _ in named]
+    for i, (name, _) in enumerate(named):
+        if files[i] in files[:i]:
+            raise UserError(f"--lora={name} is given twice: give it once, with the sum of weights")
+    return [open_lora(name, weight, config) for name, weight in named]
+
+
+def split(text: str) -> tuple[str, float]:
+    """Returns the name and the weight of FILE[:WEIGHT]; the weight is 1.0 where it is left out."""
+    name, colon, weight = text.rpartition(":")
+    with contextlib.suppress(OSError):
+        if Path(text).exists():  # a file with a colon in its name
+            return text, 1.0
+    if not colon or "/" in weight:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise UserError(f"--lora={text}: the weight {weight!r} is no number") from None
+
+
+def merge_into(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+    """Returns an opened checkpoint whose transformer has the LoRAs in it; its provenance says so.
+
+    The weights stay unread: each is read and changed when it is used, with float32 sums.
+    """
+    if not loras:
+        return checkpoint
+    attached = attach(checkpoint.params["dit"], [(lora.adapter, lora.weight) for lora in loras])
+    told = [
+        {"name": Path(lora.name).name, "weight": lora.weight, "sha256": lora.sha256}
+        for lora in loras
+    ]
+    return dataclasses.replace(
+        checkpoint,
+        params={**checkpoint.params, "dit": _merged(attached)},
+        provenance={**checkpoint.provenance, "loras": told},
+    )
+
+
+def _merged(params: PyTree, path: str = "") -> PyTree:
+    if not isinstance(params, Mapping):
+        return params
+    kept = {n: _merged(x, f"{path}/{n}".lstrip("/")) for n, x in params.items() if n != "lora"}
+    if "lora" in params:
+        kept["kernel"] = _updated(f"{path}/kernel", kept["kernel"], params["lora"])
+    return kept
+
+
+def _updated(name: str, kernel: LazyArray, lora: Mapping[str, Any]) -> LazyArray:
+    def load(dtype: np.dtype) -> np.ndarray:
+        base = np.asarray(kernel)
+        made = np.empty(base.shape, dtype)
+        a, b = (np.asarray(lora[half], np.float32) for half in "ab")
+        for i in np.ndindex(base.shape[:-2]):  # a layer at a time
+            made[i] = cast(name, base[i].astype(np.float32) + a[i] @ b[i], dtype)
+        return made
+
+    return LazyArray(kernel.shape, kernel.dtype, load)
