@@ -3,11 +3,16 @@
     python -m sana_jax.sample --checkpoint=DIR_OR_HUB_ID --prompt="a red fox in the snow" --out=DIR
     python -m sana_jax.sample --checkpoint=... --prompts=FILE.txt --out=DIR --batch_size=16
     python -m sana_jax.sample --checkpoint=... --lora=FILE:0.8 --prompt="..." --out=DIR
+    python -m sana_jax.sample --checkpoint=... --prompt="a fox" --image=dog.png --out=DIR
 
 A .txt file has one prompt per line. A .jsonl file has one object per line, such as
 {"prompt": "a red fox", "seed": 7, "width": 768}, with the keys prompt, negative_prompt, seed,
-height, width, num_steps and guidance_scale; these take precedence over the flags, and null stands
-for a key that is absent. Other keys are copied into manifest.jsonl.
+height, width, num_steps, guidance_scale, image, strength and mask; these take precedence over the
+flags, and null stands for a key that is absent. Its paths begin at the file's folder. Other keys
+are copied into manifest.jsonl.
+
+With an image the picture starts from that one, and has its size; with a mask it is redrawn where
+the mask is white, and its pixels are kept where the mask is black.
 
 Pictures are written as NUMBER_SEED.png, numbered in the order of the prompts. The prompt and the
 settings are in the PNG header and in a line of manifest.jsonl, never in the name. Running the same
@@ -76,6 +81,22 @@ flags.DEFINE_bool(
 )
 _IMAGES = flags.DEFINE_integer(
     "num_images_per_prompt", 1, "pictures for each prompt", lower_bound=1
+)
+
+
+_IMAGE = flags.DEFINE_string(
+    "image", None, "a picture to start from; its sides are multiples as for --height"
+)
+_STRENGTH = flags.DEFINE_float(
+    "strength",
+    None,
+    "share of the steps that change --image, above 0, up to 1, where nothing of it is left;"
+    " default: 0.6",
+)
+_MASK = flags.DEFINE_string(
+    "mask",
+    None,
+    "a picture of --image's size: white where that is redrawn, black where its pixels are kept",
 )
 
 
@@ -171,6 +192,9 @@ def main(argv):
         "width": _WIDTH.value,
         "num_steps": _STEPS.value,
         "guidance_scale": _GUIDANCE.value,
+        "image": _IMAGE.value,
+        "strength": _STRENGTH.value,
+        "mask": _MASK.value,
     }
     common = {name: value for name, value in common.items() if value is not None}
     rows = [("--", {"prompt": _PROMPT.value})]

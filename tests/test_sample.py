@@ -83,6 +83,12 @@ def names(folder) -> list[str]:
         (["--prompt=a", "--out="], "--out= is empty"),
         (["--prompt=a", "--guidance_interval=0.9,0.1"], "--guidance_interval=0.9,0.1"),
         (["--prompt=a", "--guidance_interval=low"], "--guidance_interval=low"),
+        (["--prompt=a", "--image=a.png", "--strength=0"], "--strength=0.0: it takes a number abo"),
+        (
+            ["--prompt=a", "--mask=m.png"],
+            "--mask=m.png is of no use without an image: give --image",
+        ),
+        (["--prompt=a", "--image=absent.png"], "--image=absent.png: No such file"),
         (["--prompt=a", "--batch_size=0"], "--batch_size=0"),
         (["--prompt=a", "--prompts=b.txt"], "give one of --prompt"),
         ([], "give one of --prompt"),
@@ -135,6 +141,26 @@ def test_fields_of_other_programs_and_a_random_seed_are_in_the_manifest(sample, 
     assert names(tmp_path / "here/out")[:2] == [f"000000_{seed}.png", f"000001_{2**64 - 1}.png"]
     status, _, stderr = finish(sample(*arguments, f"--seed={seed}"))
     assert status == 0 and "nothing to draw: 2 of 2 images are done" in stderr
+
+
+def test_draws_from_a_picture_and_finds_it_again(sample, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "in/a.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(tmp_path / "in/m.png")
+    (tmp_path / "in/p.jsonl").write_text('{"prompt": "a", "image": "a.png", "mask": "m.png"}')
+    arguments = f"--prompts={tmp_path / 'in/p.jsonl'}", "--num_steps=2", "--out=out"
+    status, stdout, stderr = finish(sample(*arguments, "--strength=0.9"))
+    assert (status, stdout) == (0, "out/000000_0.png\n"), stderr
+    with Image.open(tmp_path / "here/out/000000_0.png") as image:
+        assert image.size == (32, 32) and image.crop((0, 0, 16, 32)).getcolors() == [
+            (16 * 32, (255, 0, 0))
+        ]
+    status, _, stderr = finish(sample(*arguments, "--strength=0.9"))
+    assert status == 0 and "nothing to draw: 1 of 1 images are done" in stderr
+    status, _, stderr = finish(sample(*arguments, "--strength=0.8"))
+    assert status == 2 and "strength 0.9 -> 0.8" in stderr and stderr.count("\n") == 1
 
 
 def lines(out) -> list[bytes]:

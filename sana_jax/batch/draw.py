@@ -6,12 +6,14 @@ import time
 import jax
 
 from sana_jax import sharding
+from sana_jax.batch.inputs import with_inputs
 from sana_jax.batch.outputs import OutputFolder
 from sana_jax.batch.overlap import overlap, wait
 from sana_jax.batch.settings import (
     Options,
     copied,
     extras_of,
+    paths_of,
     settings_of,
     shows_steps,
     with_requests,
@@ -38,6 +40,7 @@ def draw(tasks: list[Task], options: Options) -> None:
     Progress and a summary go to stderr. Raises UserError, if possible before anything is drawn or
     written.
     """
+    tasks = with_inputs(tasks)
     folder = find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
     loras = open_all(options.lora, pipe.checkpoint.dit)
@@ -48,7 +51,9 @@ def draw(tasks: list[Task], options: Options) -> None:
     wanted = settings_of(batches, pipe, options, sha256, loras)
     notes = {"checkpoint": options.checkpoint}
     extras = extras_of(tasks, wanted, notes)
-    with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid, extras) as out:
+    paths = paths_of(tasks)
+    more = {file: paths.get(file, {}) | extras.get(file, {}) for file in wanted}
+    with OutputFolder(options.out, wanted, notes, options.overwrite, options.grid, more) as out:
         if extras:
             print(copied(extras), file=sys.stderr)
         if out.missing:
@@ -93,7 +98,7 @@ def _draw_missing(
     progress = dict(total=count, initial=count - len(missing), unit="image")
     by_step = shows_steps(batches)
     if by_step:
-        progress = dict(total=batches[0].tasks[0].num_steps, unit="step")
+        progress = dict(total=len(batches[0].request.schedule.sigma), unit="step")
 
     def dispatch(batch: Batch) -> tuple[jax.Array, jax.Array]:
         return pipe.draw(batch.request, show_step if by_step else None)

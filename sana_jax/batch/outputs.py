@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sana_jax.batch import png
+from sana_jax.batch import inputs, png
 from sana_jax.batch.manifest import ASIDE, Line, Manifest, key_of
 from sana_jax.pictures import encode_png, in_rows, make_grid
 from sana_jax.runtime.errors import Retry, UserError
@@ -288,7 +288,8 @@ def _differences(old: Line, new: Line) -> str:
 def _changes(old: Line, new: Line) -> list[str]:
     """Names the settings that differ, such as "batch_size 8 -> 3"."""
     new = json.loads(json.dumps(new))  # tuples are lists there
-    new |= {name: None for name in OPTIONAL if name in old and name not in new}
+    # Settings that a line has only where they were used.
+    new = dict.fromkeys(old.keys() & {*OPTIONAL, *inputs.SETTINGS}) | new
     return [
         f"{name} {reprlib.repr(old[name]) if name in old else 'unknown'} -> {reprlib.repr(value)}"
         for name, value in new.items()

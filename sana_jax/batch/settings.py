@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from sana_jax.batch import inputs
 from sana_jax.batch.tasks import Batch, Task
 from sana_jax.checkpoints.loras import Lora
 from sana_jax.pipeline.pipeline import SanaPipeline
@@ -51,6 +52,8 @@ def with_requests(batches: list[Batch], pipe: SanaPipeline, options: Options) ->
 
 def _request(batch: Batch, pipe: SanaPipeline, options: Options) -> Request:
     tasks, first = batch.padded(), batch.tasks[0]
+    files = [task.inputs for task in tasks if task.inputs]  # all have an image, or none
+    masks = [each.mask for each in files if each.mask]
     try:
         return pipe.request(
             [task.prompt for task in tasks],
@@ -66,6 +69,9 @@ def _request(batch: Batch, pipe: SanaPipeline, options: Options) -> Request:
             use_resolution_binning=options.use_resolution_binning,
             sequential_guidance=options.sequential_guidance,
             tile=options.tile,
+            image=[each.image for each in files] or None,
+            strength=first.strength,
+            mask=masks or None,
         )
     except BadSide as error:
         raise UserError(
@@ -96,6 +102,7 @@ def settings_of(
         task.file: {name: getattr(task, name) for name in names}
         | {"tile": batch.request.tile, "batch_size": batch.size}
         | shared
+        | ({**task.inputs.settings, "strength": task.strength} if task.inputs else {})
         for task, batch in owns
     }
 
@@ -107,7 +114,7 @@ def extras_of(
 
     Raises UserError for one that the manifest uses itself.
     """
-    own = {"file", "sha256", "key", *notes, *settings[tasks[0].file]}
+    own = {"file", "sha256", "key", *notes, *settings[tasks[0].file], *inputs.SETTINGS}
     for task in tasks:
         if taken := sorted(own & task.extras.keys()):
             raise UserError(
@@ -115,6 +122,15 @@ def extras_of(
                 " give the flag of the name, where there is one, and rename this key"
             )
     return {task.file: task.extras for task in tasks if task.extras}
+
+
+def paths_of(tasks: list[Task]) -> dict[str, dict[str, Any]]:
+    """Returns file -> the paths of the picture and the mask that it starts from, for people."""
+    return {
+        task.file: {"image": task.image} | ({"mask": task.mask} if task.mask else {})
+        for task in tasks
+        if task.image
+    }
 
 
 def copied(extras: dict[str, dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import io
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterable
@@ -13,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from sana_jax.pipeline.image_input import STRENGTH
 from sana_jax.runtime.checks import MAX_PICTURE_SEED, MAX_STEPS, MAX_TEXT
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import UNREACHABLE, check_is_file, nests, reason_of
 
 if TYPE_CHECKING:  # flags and files are read before jax is
+    from sana_jax.batch.inputs import Inputs
     from sana_jax.pipeline.request import Request
 
 MAX_IMAGES = 10**6  # of one run: names have six digits
 MAX_FILE, MAX_LINE = 2**27, 2**22  # bytes of prompts: they take several times as much memory
+MAX_PATH = 4096  # characters
 MAX_LEVELS = 16  # of lists and objects in a line
 
 Row = tuple[str, dict[str, Any]]  # how complaints about it begin, and the fields that it gives
@@ -39,6 +43,10 @@ class Task:
     width: int | None = None
     num_steps: int = 20
     guidance_scale: float = 4.5
+    image: str | None = None  # the file that it starts from; None: noise alone
+    strength: float | None = None  # 0 .. 1, where there is an image
+    mask: str | None = None
+    inputs: "Inputs | None" = None  # what is in the files
     row: Row = dataclasses.field(default=("", {}), repr=False, compare=False)  # where it came from
 
     @property
@@ -57,9 +65,10 @@ class Task:
         return f"{self.number:06d}_{self.seed}.png"
 
     @property
-    def shape(self) -> tuple[int | None, int | None, int, bool]:
-        """The settings that are compiled in, which all tasks of a batch share."""
-        return self.height, self.width, self.num_steps, self.guidance_scale > 1
+    def shape(self) -> tuple:
+        """The settings that are compiled in, or decide the steps, which tasks of a batch share."""
+        start = self.strength, self.mask is not None
+        return self.height, self.width, self.num_steps, self.guidance_scale > 1, *start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +92,10 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
+def _is_path(value) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_PATH
+
+
 TEXT = f"a string of up to {MAX_TEXT} characters"
 # What a line of a .jsonl file may hold: what it takes, and whether a value is that.
 FIELDS = {
@@ -99,14 +112,18 @@ FIELDS = {
         "a number in 0 .. 1000, where up to 1 is no guidance",
         lambda v: type(v) in (int, float) and 0 <= v <= 1000,
     ),
+    "image": ("the path of a picture", _is_path),
+    "strength": ("a number above 0, up to 1", lambda v: type(v) in (int, float) and 0 < v <= 1),
+    "mask": ("the path of a mask, white where the picture is redrawn", _is_path),
 }
+OF_IMAGES = "strength", "mask"  # fields that need an image
 
 
 def read_rows(path: str) -> list[Row]:
     """Reads the prompts of a file: .txt, one a line; .jsonl, an object a line with keys of FIELDS.
 
-    There null stands for a key that is absent, and other keys are kept. Blank lines are skipped.
-    Raises UserError.
+    There null stands for a key that is absent, and other keys are kept; paths begin at the file's
+    folder. Blank lines are skipped. Raises UserError.
     """
     file = epath.Path(path)
     kind = file.suffix.lower()
@@ -138,6 +155,10 @@ def read_rows(path: str) -> list[Row]:
             rows.append((where, {"prompt": text} if kind == ".txt" else _parse(text, where)))
     if not rows:
         raise UserError(f"--prompts={path} holds no prompt")
+    for _, row in rows:
+        for name in ("image", "mask"):
+            if _is_path(row.get(name)):
+                row[name] = os.fspath(file.parent / row[name])
     return rows
 
 
@@ -215,10 +236,25 @@ def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: 
             raise UserError(f"{wrong}: seeds count up from it, and end at {MAX_PICTURE_SEED}")
         values = common | {name: value for name, value in row.items() if name in FIELDS}
         values["guidance_scale"] = float(values["guidance_scale"])  # 4 and 4.0 are one setting
+        _start_from(values, row, where)
         for j in range(images_each):
             values["seed"] = first + j
             tasks.append(Task(number=len(tasks), row=(where, row), **values))
+    for name in OF_IMAGES:
+        if name in common and not any(task.image for task in tasks):
+            raise UserError(f"--{name}={common[name]} is of no use without an image: give --image")
     return tasks
+
+
+def _start_from(values: dict[str, Any], row: dict[str, Any], where: str) -> None:
+    """Resolves the strength, and drops flags that are for other prompts' images."""
+    if "image" in values:
+        values["strength"] = float(values.get("strength", STRENGTH))
+        return
+    for name in OF_IMAGES:
+        if name in row:
+            raise UserError(f"{where}{name}={row[name]!r:.60} is of no use without an image")
+        values.pop(name, None)
 
 
 def with_sizes(tasks: Iterable[Task], native: int, max_pixels: int) -> list[Task]:

@@ -139,6 +139,13 @@ def test_file_that_cannot_be_read(tmp_path):
         ({"guidance_scale": -1}, "guidance_scale=-1"),
         ({"guidance_scale": "4"}, "guidance_scale='4'"),
         ({"prompt": ["a"]}, "prompt=['a']: it takes a string"),
+        ({"strength": 0}, "strength=0: it takes a number above 0, up to 1"),
+        ({"strength": 1.5}, "strength=1.5: it takes a number above 0, up to 1"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"strength": "0.5"}, "strength='0.5'"),
+        ({"image": ""}, "image='': it takes the path of a picture"),
+        ({"image": 7}, "image=7: it takes the path of a picture"),
+        ({"mask": ["m.png"]}, "mask=['m.png']: it takes the path of a mask"),
         ({"sed": 1}, "unknown key 'sed'; did you mean seed?"),
         ({"Seed": 1}, "unknown key 'Seed'; did you mean seed?"),
         ({"heigth": 1}, "unknown key 'heigth'; did you mean height?"),
@@ -233,3 +240,38 @@ def test_batches_hold_one_shape_in_order():
 def test_batch_sizes(count, batch_size, divisor, expected):
     tasks = [Task(i, "a", i) for i in range(count)]
     assert [b.size for b in make_batches(tasks, batch_size, divisor)] == expected
+
+
+def test_paths_of_a_line_begin_at_its_file(tmp_path):
+    given = {"prompt": "a", "image": "in/a.png", "mask": "/m.png", "strength": 1}
+    (row,) = rows_of(tmp_path, "p.jsonl", json.dumps(given))
+    (task,) = make_tasks([row], COMMON, 0, 1)
+    assert (task.image, task.mask) == (f"{tmp_path}/in/a.png", "/m.png")
+    assert (task.strength, type(task.strength), task.extras) == (1.0, float, {})
+
+
+def test_flags_of_images_are_for_the_prompts_that_have_one():
+    rows = [("", {"prompt": "a", "image": "a.png"}), ("", {"prompt": "b"})]
+    first, second = make_tasks(rows, {**COMMON, "strength": 0.3, "mask": "m.png"}, 0, 1)
+    assert (first.strength, first.mask) == (0.3, "m.png")
+    assert (second.image, second.strength, second.mask) == (None, None, None)
+    (task,) = make_tasks(rows[1:], {**COMMON, "image": "b.png"}, 0, 1)
+    assert (task.image, task.strength, task.mask) == ("b.png", 0.6, None)
+
+
+@pytest.mark.parametrize("name, value", [("strength", 0.5), ("mask", "m.png")])
+def test_what_is_of_no_use_without_an_image_is_refused(name, value):
+    row = ("F line 2: ", {"prompt": "a", name: value})
+    with pytest.raises(UserError, match=f"^F line 2: {name}={value!r} is of no use without"):
+        make_tasks([row], COMMON, 0, 1)
+    with pytest.raises(UserError, match=f"^--{name}={value} is of no use .*: give --image$"):
+        make_tasks([("", {"prompt": "a"})], {**COMMON, name: value}, 0, 1)
+
+
+def test_batches_share_the_strength_and_whether_there_is_a_mask():
+    starts = [{}, dict(strength=0.5), dict(strength=0.6), dict(strength=0.6, mask="m")]
+    starts = [dict(start, image="a") if start else start for start in starts]
+    tasks = [Task(i, "a", i, **starts[i % 4]) for i in range(12)]
+    assert [[t.number % 4 for t in b.tasks] for b in make_batches(tasks, 3, 1)] == [
+        [i] * 3 for i in range(4)
+    ]
