@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sana_jax.checkpoints.find import file_sha256, find_lora
 from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.peft import read_adapter
 from sana_jax.checkpoints.tensors import LazyArray
-from sana_jax.lora.adapter import attach
+from sana_jax.lora.adapter import attach, merge
 from sana_jax.models.dit import SanaConfig
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
@@ -78,25 +78,21 @@ def merge_into(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
     """
     if not loras:
         return checkpoint
-    attached = attach(checkpoint.params["dit"], [(lora.adapter, lora.weight) for lora in loras])
+    pairs = [(lora.adapter, lora.weight) for lora in loras]
     told = [
         {"name": Path(lora.name).name, "weight": lora.weight, "sha256": lora.sha256}
         for lora in loras
     ]
     return dataclasses.replace(
         checkpoint,
-        params={**checkpoint.params, "dit": _merged(attached)},
+        params={**checkpoint.params, "dit": merge_lazily(checkpoint.params["dit"], pairs)},
         provenance={**checkpoint.provenance, "loras": told},
     )
 
 
-def _merged(params: PyTree, path: str = "") -> PyTree:
-    if not isinstance(params, Mapping):
-        return params
-    kept = {n: _merged(x, f"{path}/{n}".lstrip("/")) for n, x in params.items() if n != "lora"}
-    if "lora" in params:
-        kept["kernel"] = _updated(f"{path}/kernel", kept["kernel"], params["lora"])
-    return kept
+def merge_lazily(params: PyTree, adapters: Iterable[tuple[PyTree, float]]) -> PyTree:
+    """Returns a network's unread parameters with adapters and their weights in them, unread."""
+    return merge(attach(params, adapters), _updated)
 
 
 def _updated(name: str, kernel: LazyArray, lora: Mapping[str, Any]) -> LazyArray:

@@ -12,7 +12,7 @@ reads: samplers, trainings and compiled programs need not know of them.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,16 +131,22 @@ def attach(
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def merge(params: PyTree) -> PyTree:
+def merge(
+    params: PyTree,
+    update: Callable[[str, Any, Mapping[str, Any]], Any] = lambda _, *pair: merged(*pair),
+    path: str = "",
+) -> PyTree:
     """Returns parameters whose kernels have the updates that `attach` put beside them.
 
-    The sums are float32, rounded to the dtype of the kernel.
+    `update` makes such a kernel from its name, itself and its "lora"; by default with float32 sums,
+    rounded to the dtype of the kernel.
     """
     if not isinstance(params, Mapping):
         return params
-    kept = {name: merge(branch) for name, branch in params.items() if name != "lora"}
+    branches = {name: (x, f"{path}/{name}".lstrip("/")) for name, x in params.items()}
+    kept = {name: merge(x, update, at) for name, (x, at) in branches.items() if name != "lora"}
     if "lora" in params:
-        kept["kernel"] = merged(kept["kernel"], params["lora"])
+        kept["kernel"] = update(f"{path}/kernel", kept["kernel"], params["lora"])
     return kept
 
 

@@ -131,6 +131,10 @@ def open_start(config: ConfigDict) -> Any:
     # No shape shows a difference in these.
     for key in "head_dim", "cross_heads", "timestep_scale", "clip_attention":
         then, now = getattr(found.dit, key), getattr(network, key)
+        if then != now and read_lora(config).rank:  # its file is for the network as it is there
+            raise UserError(
+                f"config.network.{key}={now}, but {then} of config.start={config.start}"
+            )
         if then != now:
             logging.warning("config.network.%s=%s, but %s of %s", key, now, then, config.start)
     return found.params["dit"]

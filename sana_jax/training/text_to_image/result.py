@@ -10,15 +10,19 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
 
-from sana_jax.checkpoints import native, peft
+from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.checkpoints.find import LORA
+from sana_jax.checkpoints.loras import merge_lazily
 from sana_jax.checkpoints.mapping import cast
+from sana_jax.checkpoints.peft import write_adapter
 from sana_jax.checkpoints.tensors import LazyArray
 from sana_jax.lora.config import LoraConfig
 from sana_jax.runtime import hosts
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import read_json, replace_folder, storage
+from sana_jax.runtime.files import parse_json, read_json, replace_folder, storage
 from sana_jax.training.checkpoints.manager import read_newest
 from sana_jax.training.session import export
 from sana_jax.training.text_to_image.networks import open_base, read_lora
@@ -50,6 +54,8 @@ def open_workdir(
         settings["autoencoder"] = rest
         if settings["text_encoder"]["checkpoint"]:
             settings["text_encoder"]["checkpoint"] = rest
+        if "lora" in trained:
+            settings["start"] = rest
     try:
         base, now = open_base(ConfigDict(settings))
     except UserError as error:
@@ -61,7 +67,7 @@ def open_workdir(
             raise UserError(f"config.{name} of {workdir} is not what it was in the training")
     if "lora" in trained:
         update = trained.pop("lora"), read_lora(ConfigDict(settings)).scale
-        trained["dit"] = peft.merge_lazily(base.params["dit"], [update])
+        trained["dit"] = merge_lazily(base.params["dit"], [update])
     return complete(base, jax.tree_util.tree_map_with_path(_lazy, trained), document["step"], ema)
 
 
@@ -84,21 +90,30 @@ def write(base: Checkpoint, trained: Any, step: int, lora: LoraConfig, folder: P
     def write_lora() -> None:
         about = {MADE: json.dumps(model.provenance, sort_keys=True)}
         with storage(folder), replace_folder(folder) as part:
-            file = part / peft.FILE
-            peft.write_adapter(file, trained["lora"], base.dit, lora.alpha, metadata=about)
+            file = part / LORA
+            write_adapter(file, trained["lora"], base.dit, lora.alpha, metadata=about)
 
     hosts.on_first_host(write_lora)
 
 
 def steps_of(folder: Path) -> int | None:
     """Returns after how many steps a result was written; None where none is whole."""
-    if (folder / peft.FILE).is_file():
-        made = json.loads(peft.read_metadata(folder / peft.FILE).get(MADE, "{}"))
+    if (folder / LORA).is_file():
+        made = _made(folder / LORA)
     elif native.is_whole(folder):
         made = read_json(folder / "model.json").get("provenance")
     else:
         return None
     return made.get("steps") if isinstance(made, dict) else None
+
+
+def _made(file: Path) -> Any:
+    """Returns the provenance in a LoRA's file; None where the file is damaged or another's."""
+    try:
+        with safe_open(file, "np") as opened:
+            return parse_json((opened.metadata() or {}).get(MADE, "null"))
+    except (SafetensorError, OSError, ValueError):
+        return None
 
 
 def _lazy(path: tuple, array: np.ndarray | LazyArray) -> np.ndarray | LazyArray:

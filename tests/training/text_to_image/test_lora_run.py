@@ -21,7 +21,8 @@ LORA = dict(lora__rank=4, lora__alpha=8.0, recipe__ema_decay=0.5)
 
 
 def changes(config, **more):
-    return LORA | dict(start=str(config.parent / "base"), network__sample_size=16) | more
+    base = dict(start=str(config.parent / "base"), network__head_dim=32, network__sample_size=16)
+    return LORA | base | more
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +64,13 @@ def test_the_file_says_what_it_is_of(unbroken, config):
     assert made["steps"] == 20 and made["start"] == "base"
 
 
-def test_the_pictures_of_the_run_are_those_of_its_file(unbroken, config):
+def test_the_pictures_of_the_run_are_those_of_its_file(unbroken, config, tmp_path):
     pipe = SanaPipeline.from_pretrained(str(config.parent / "base"), dtype="float32")
     before = pipe("a red cat", height=16, width=16, num_steps=1, output="float")
     pipe.load_lora(str(unbroken / "model"))
     after = pipe("a red cat", height=16, width=16, num_steps=1, output="float")
-    merged = SanaPipeline(open_workdir(unbroken), pipe.mesh, "float32")
+    native.save(open_workdir(unbroken), tmp_path / "merged")
+    merged = SanaPipeline.from_pretrained(str(tmp_path / "merged"), dtype="float32")
     theirs = merged("a red cat", height=16, width=16, num_steps=1, output="float")
     assert np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-3
     np.testing.assert_allclose(after, theirs, atol=1e-4)
@@ -107,6 +109,7 @@ def test_dropout_is_of_the_step_alone(config, tmp_path):
     "more, told",
     [
         (dict(start=None), "config.start is missing"),
+        (dict(network__head_dim=16), "config.network.head_dim=16, but 32 of"),
         (dict(lora__rank=33), "config.lora: rank=33"),
         (dict(lora__rank=-1), "config.lora.rank -1"),
         (dict(lora__targets=("nothing",)), "config.lora: targets: 'nothing' matches nothing"),
