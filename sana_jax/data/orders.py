@@ -77,7 +77,7 @@ class BucketOrder:
         repeat: bool = False,
     ):
         buckets, least = np.asarray(bucket_of_record), 1 if repeat else batch_size
-        self.records, self.batch_size = len(buckets), batch_size
+        self.records, self.batch_size, self.bucket_of_record = len(buckets), batch_size, buckets
         numbers, counts = np.unique(buckets, return_counts=True)
         sizes = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
         used = [b for b, count in sizes.items() if b >= 0 and count >= least]

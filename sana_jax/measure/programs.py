@@ -124,10 +124,12 @@ def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program
 def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -> Program:
     from sana_jax.training.text_to_image.abstract import abstract_training
     from sana_jax.training.text_to_image.recipe import check_batches
+    from sana_jax.training.text_to_image.start import stand_in
 
     if batch is not None:
-        config = ConfigDict(config.to_dict())
+        config = config.copy_and_resolve_references()
         config.recipe.batch_size = batch
+    config = stand_in(config, mesh)
     check_batches(config, mesh)
     made = abstract_training(config, mesh)
     batch = config.recipe.batch_size

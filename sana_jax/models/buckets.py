@@ -22,6 +22,9 @@ _TRAINING_1024 = (
 _RARE = {0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88}
 
 
+BASES = (512, 1024, 2048, 4096)  # pixels a side; there are buckets around these
+
+
 def ratio(size: tuple[int, int]) -> float:
     """Returns height / width rounded to two digits, the key of a bucket."""
     return round(size[0] / size[1], 2)
@@ -32,7 +35,7 @@ def training_buckets(base: int) -> tuple[tuple[int, int], ...]:
 
     Raises UserError for any other `base`.
     """
-    if base not in (512, 1024, 2048, 4096):
+    if base not in BASES:
         raise UserError(f"there are no buckets for {base} px, only for 512, 1024, 2048 and 4096")
     return tuple((h * base // 1024, w * base // 1024) for h, w in _TRAINING_1024)
 

@@ -91,6 +91,7 @@ class Checkpoints:
         keep: int = 3,
         keep_every: int | None = None,
         free: Sequence[str] = FREE,
+        defaults: Document | None = None,
     ):
         """
         Args:
@@ -100,6 +101,7 @@ class Checkpoints:
           keep: how many of the latest steps are kept.
           keep_every: steps that are multiples of it are kept for good.
           free: globs of keys of the config that may change, with dots between levels.
+          defaults: a config whose values stand for keys that a run of before did not have yet.
         """
         check_name(workdir)
         self.workdir = epath.Path(workdir)
@@ -107,6 +109,7 @@ class Checkpoints:
         self._remote = not is_local(workdir)
         self._about = json.loads(json.dumps({"config": config, "data": data}))
         self._free = [f"config.{glob}" for glob in free]
+        self._defaults = json.loads(json.dumps({"config": defaults or {}}))
         self._keep, self._keep_every = keep, keep_every
         self._manager: ocp.CheckpointManager | None = None
         self._stack, self._failures = contextlib.ExitStack(), 0
@@ -334,7 +337,8 @@ class Checkpoints:
     def _check(self, step: int, document: Document, wanted: dict[str, Any]) -> None:
         """Raises UserError if the checkpoint belongs to another run."""
         then = keys({name: document[name] for name in ("config", "data")})
-        now = keys(self._about)
+        now, defaults = keys(self._about), keys(self._defaults)
+        then |= {key: defaults[key] for key in now if key in defaults and key not in then}
         changed = [key for key in now | then if now.get(key, ABSENT) != then.get(key, ABSENT)]
         changed = [key for key in changed if not self._may_change(key)]
         if changed:

@@ -83,6 +83,8 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
 
     side = size = config.data.size or base.dit.sample_size * base.vae.factor
     batch = {"tokens": placed((tokens,), jnp.int32), "mask": placed((rows,), jnp.bool_)}
+    if config.prior.prompt is not None:
+        batch["weight"] = placed((), jnp.float32)
     if config.data.source.startswith("precomputed:"):
         side //= base.vae.factor
         batch["latents"] = placed((side, side, base.vae.latent_channels), jnp.float32)

@@ -11,20 +11,29 @@ from ml_collections import ConfigDict
 
 from sana_jax import sharding
 from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.data.caption_template import Captioned, CaptionTemplate
 from sana_jax.data.captions import CaptionChoice
+from sana_jax.data.first_look import check_first
 from sana_jax.data.images import MOST_PIXELS
 from sana_jax.data.loader import LoaderConfig, TrainingLoader
-from sana_jax.data.orders import bucket_order
+from sana_jax.data.orders import GlobalOrder, Order, bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
+from sana_jax.data.prior import WeightedRows
 from sana_jax.data.rejections import Budget
 from sana_jax.data.sources import check_apart, open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
-from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
+from sana_jax.data.transforms import (
+    BucketTransform,
+    ImageTransform,
+    StoredLatents,
+    Transform,
+)
 from sana_jax.models import buckets
 from sana_jax.runtime import hosts
 from sana_jax.runtime.checks import read_group, within
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import is_local
+from sana_jax.training.text_to_image.prior import with_prior
 from sana_jax.training.text_to_image.recipe import EvaluationConfig
 
 
@@ -50,37 +59,22 @@ def make_loaders(
     """Returns the loader of the training split and, if the config evaluates, of the test split.
 
     Raises UserError if the data does not fit the config or the networks. Only after these
-    checks does it write: the data set shapes, and the sizes of images for buckets, below `workdir`.
+    checks does it write below `workdir`: the data set shapes, the sizes of images for buckets, and
+    the pictures of config.prior.
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
-    batch_size = config.recipe.batch_size
-    choice = read_group(CaptionChoice, data.captions.to_dict(), "config.data.captions")
-    wanted = [Split(data.train_split, batch_size, data.crop, data.flip, config.seed, choice)]
-    if config.loop.evaluate_every:
-        held = read_group(EvaluationConfig, config.evaluation.to_dict(), "config.evaluation")
-        given = data.test_split, held.batch_size, "centre", False, held.seed, held.captions
-        wanted.append(Split(*given))
-
+    wanted = _splits(config)
     within("config.data.max_pixels", data.max_pixels, 1, MOST_PIXELS)
     stored, table = data.source.startswith("precomputed:"), ()
     if stored:
-        if data.flip or data.upscale or data.crop != "centre":
-            raise UserError(
-                "config.data.crop, .flip and .upscale: stored latents stay as they are; give"
-                " centre, False and False"
-            )
-        images = [StoredLatents() for _ in wanted]
+        _check_options_of_stored(config)
     else:
         table = buckets.training_buckets(size) if data.buckets else ()
         _check_sequence(mesh, base, {height for height, _ in table} or {size})
-        images = [
-            BucketTransform(table, split.crop, split.flip, data.upscale, max_pixels=data.max_pixels)
-            if table
-            else ImageTransform(
-                *(size, size, split.crop, split.flip, data.upscale), max_pixels=data.max_pixels
-            )
-            for split in wanted
-        ]
+    images = [_image_transform(config, split, table, size) for split in wanted]
+    template = None
+    if data.caption is not None:
+        template = CaptionTemplate(data.caption, epath.Path(data.source).name)
     if data.source == "shapes":
         _draw_shapes(folder, size, data.shapes, wanted)
     # What was trained on before is only away if it is not there.
@@ -89,36 +83,91 @@ def make_loaders(
         open_source(data.source, split.name, str(folder), size, resumes and split is wanted[0])
         for split in wanted
     ]
+    if template is not None:
+        sources = [Captioned(source, template) for source in sources]
     if len(sources) > 1:
         check_apart(*sources, data.train_split, data.test_split)
     if stored:
         _check_stored(sources, config, base, captions, mesh, size)
+    texts = [CaptionEmbeddings(s.rows) if stored and s.rows else captions for s in sources]
+    transforms = [
+        TextImageTransform(image, text, split.captions)
+        for image, text, split in zip(images, texts, wanted, strict=True)
+    ]
+    options = read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
+    if data.check_first and not resumes:
+        check_first(sources[0], transforms[0], data.check_first, options.threads)
 
     # The sizes are kept in files of a local disk; an object store has no place for them.
     cache = workdir / "data" / "sizes" if is_local(workdir) else None
-    options = read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
-    budget, loaders = Budget(options.bad_fraction), []
-    for source, image, split in zip(sources, images, wanted, strict=True):
-        order, text = None, captions
-        if data.buckets or stored:
-            how = dict(upscale=data.upscale, cache=cache, max_pixels=data.max_pixels)
-            order = bucket_order(source, table, split.batch_size, split.seed, **how)
-        if stored and source.rows:
-            text = CaptionEmbeddings(source.rows)
-        loaders.append(
-            TrainingLoader(
-                source,
-                TextImageTransform(image, text, split.captions),
-                batch_size=split.batch_size,
-                seed=split.seed,
-                order=order,
-                rows=sharding.batch_rows(mesh, split.batch_size),
-                threads=options.threads,
-                prefetch=options.prefetch,
-                budget=budget,
-            )
+    prior, budget = config.prior.prompt is not None, Budget(options.bad_fraction)
+    orders: list[Order | None] = [None] * len(wanted)
+    if data.buckets or stored:
+        how = dict(upscale=data.upscale, cache=cache, max_pixels=data.max_pixels)
+        for i, (source, split) in enumerate(zip(sources, wanted, strict=True)):
+            rows = split.batch_size // 2 if prior and split is wanted[0] else split.batch_size
+            orders[i] = bucket_order(source, table, rows, split.seed, **how, repeat=data.repeat)
+    if prior:  # last, for it draws pictures, with all that is above in order
+        order = orders[0] or GlobalOrder(len(sources[0]), config.seed)
+        given = sources[0], order, table or ((size, size),), resumes
+        sources[0], orders[0] = with_prior(config, workdir, *given)
+        transforms[0] = WeightedRows(transforms[0], config.prior.weight)
+    return [
+        TrainingLoader(
+            source,
+            transform,
+            batch_size=split.batch_size,
+            seed=split.seed,
+            order=order,
+            rows=sharding.batch_rows(mesh, split.batch_size),
+            threads=options.threads,
+            prefetch=options.prefetch,
+            budget=budget,
+            repeat=data.repeat,
         )
-    return loaders
+        for source, transform, order, split in zip(sources, transforms, orders, wanted, strict=True)
+    ]
+
+
+def _splits(config: ConfigDict) -> list[Split]:
+    """Returns the training split and, if the config evaluates, the test split."""
+    data = config.data
+    choice = read_group(CaptionChoice, data.captions.to_dict(), "config.data.captions")
+    given = data.train_split, config.recipe.batch_size, data.crop, data.flip, config.seed, choice
+    wanted = [Split(*given)]
+    if config.loop.evaluate_every:
+        held = read_group(EvaluationConfig, config.evaluation.to_dict(), "config.evaluation")
+        given = data.test_split, held.batch_size, "centre", False, held.seed, held.captions
+        wanted.append(Split(*given))
+    return wanted
+
+
+def _image_transform(
+    config: ConfigDict, split: Split, table: tuple[tuple[int, int], ...], size: int
+) -> Transform:
+    """Returns what makes a record's pixels, in the sizes of `table` if there are any."""
+    data = config.data
+    if data.source.startswith("precomputed:"):
+        return StoredLatents()
+    options, pixels = (split.crop, split.flip, data.upscale), data.max_pixels
+    if table:
+        return BucketTransform(table, *options, max_pixels=pixels)
+    return ImageTransform(size, size, *options, max_pixels=pixels)
+
+
+def _check_options_of_stored(config: ConfigDict) -> None:
+    """Raises UserError for options of pictures and captions, which are stored as they are."""
+    data = config.data
+    if data.flip or data.upscale or data.crop != "centre":
+        raise UserError(
+            "config.data.crop, .flip and .upscale: stored latents stay as they are; give"
+            " centre, False and False"
+        )
+    if data.caption is not None or config.prior.prompt is not None:
+        raise UserError(
+            "config.data.caption and config.prior: stored latents have their captions and no"
+            " pictures beside them; give a folder of pictures, or leave these out"
+        )
 
 
 def _draw_shapes(

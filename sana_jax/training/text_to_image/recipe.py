@@ -66,14 +66,33 @@ class ImagesConfig:
         checks.number("guidance_scale", self.guidance_scale, -1e6, 1e6)
 
 
+@dataclasses.dataclass(frozen=True)
+class PriorConfig:
+    """Prior preservation (data/prior.py): half of each batch are pictures that `start` drew."""
+
+    prompt: str | None = None  # of the class, such as "a photo of a dog"; None: no such pictures
+    images: int = 100  # that are drawn before the training starts
+    weight: float = 1.0  # of their error beside that of the data
+
+    def __post_init__(self):
+        given = (self.images, self.weight) != (PriorConfig.images, PriorConfig.weight)
+        if not (self.prompt or "").strip() and (given or self.prompt is not None):
+            raise UserError("prompt is missing: give the class, such as 'a photo of a dog'")
+        checks.within("images", self.images, 1, 10**6)
+        checks.positive("weight", self.weight)
+
+
 def check_figures(config: ConfigDict) -> None:
     """Raises UserError for figures of a recipe that would otherwise be refused late in a run."""
     checks.check_least(config, {"keep_every": 1})
     read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
+    read_group(PriorConfig, config.prior.to_dict(), "config.prior")
+    if config.prior.prompt is not None and not config.start:
+        raise UserError("config.prior: config.start draws its pictures; name a checkpoint")
     if config.loop.evaluate_every:
         read_group(EvaluationConfig, config.evaluation.to_dict(), "config.evaluation")
     if config.loop.images_every:
-        if not config.images.prompts:
+        if config.images.prompts is not None and not config.images.prompts:
             raise UserError("config.images.prompts is empty: give some, or loop.images_every=0")
         read_group(ImagesConfig, config.images.to_dict(), "config.images")
 
@@ -130,9 +149,15 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "flip": False,
                 "upscale": False,
                 "max_pixels": MAX_PIXELS,  # of an image; larger ones are left out
+                "repeat": False,  # images, to fill batches with fewer of them
+                "check_first": 0,  # images, of which none may be bad
+                # Of images that have none of their own, or a template of all captions
+                # (data/caption_template.py).
+                "caption": config_dict.placeholder(str),
                 "captions": as_group(CaptionChoice()),
                 "shapes": {"train": 20_000, "test": 1000, "seed": 0},  # records
             },
+            "prior": as_group(PriorConfig()) | {"prompt": config_dict.placeholder(str)},
             "loader": as_group(LoaderConfig()),
             "evaluation": as_group(EvaluationConfig(batch_size=min(batch_size, 512))),
             "images": as_group(ImagesConfig()),

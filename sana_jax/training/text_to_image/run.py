@@ -3,8 +3,9 @@
     WORKDIR/checkpoints, metrics.jsonl, tensorboard/, images/    while it trains
     WORKDIR/model/                  its moving average: a native folder, or the file of its LoRA
 
-Before the first step, and before anything but pictures of the data set shapes is written,
-everything that the config names is opened and everything that can be wrong with it is checked.
+Before the first step, and before anything but pictures of the data set shapes or of config.prior
+is written, everything that the config names is opened and everything that can be wrong with it is
+checked.
 """
 
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 
 from sana_jax import sharding
 from sana_jax.checkpoints.components import place
+from sana_jax.data.first_look import first_captions
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
 from sana_jax.models import flops
@@ -47,6 +49,7 @@ from sana_jax.training.text_to_image.networks import (
 )
 from sana_jax.training.text_to_image.recipe import check_batches, check_figures, text_to_image
 from sana_jax.training.text_to_image.result import complete, steps_of, write
+from sana_jax.training.text_to_image.start import leave_open, resolve
 from sana_jax.training.text_to_image.task import Frozen
 
 # Keys that may change from one run in a folder to the next. Names of checkpoints and of the data
@@ -63,14 +66,19 @@ SHEET_COLUMNS = 8  # images in a row of a sheet of validation images
 class TextToImageTraining:
     """A training made ready by its config: everything that the config names exists and fits.
 
-    Nothing is written yet, except the data set shapes and the sizes of images, which come last.
+    Nothing is written yet, except the data set shapes, the sizes of images and the pictures of
+    config.prior, which come last.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):
         """Raises UserError, naming the key, for a config that cannot be trained."""
         if "phases" in config:
             raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
-        check_types(config, text_to_image(SanaConfig(), 1, 1), but=["network"])
+        recipe = text_to_image(SanaConfig(), 1, 1)
+        check_types(config, leave_open(recipe.copy_and_resolve_references()), but=["network"])
+        config = resolve(config)
+        later = ["prompts"] if config.images.prompts is None else []
+        check_types(config, recipe, but=["network", *later])
         self.config, self.workdir = config, epath.Path(workdir)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
         self.base, self.hashes = open_base(config)
@@ -88,6 +96,8 @@ class TextToImageTraining:
             open_start(config)
         given = config, self.workdir, self.base, self.captions, self.mesh, self.size
         self.loader, *self.held_out = make_loaders(*given)
+        if config.images.prompts is None:
+            config.images.prompts = first_captions(self.loader.source, SHEET_COLUMNS // 2)
 
     def run(self) -> None:
         """Trains the steps that are left, and writes the model. Raises the errors of `loop.fit`."""
@@ -99,8 +109,9 @@ class TextToImageTraining:
         about = config.to_dict() | {"fingerprints": self.hashes}  # as runs of before call them
         free = FREE + (("recipe.steps",) * (config.recipe.optimizer.schedule == "constant"))
         given = about, self.loader.fingerprint, config.keep, config.keep_every, free
+        defaults = text_to_image(SanaConfig(), 1, 1).to_dict()
         abstract, create = on_mesh(lambda: self.task.init(jax.random.key(config.seed)), self.mesh)
-        with Checkpoints(self.workdir, *given) as checkpoints:
+        with Checkpoints(self.workdir, *given, defaults) as checkpoints:
             session = Session(checkpoints, self.loader, self.mesh, self.loop)
             state = session.begin(abstract, lambda: self._start(create))
             state = session.fit(

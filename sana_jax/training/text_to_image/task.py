@@ -4,6 +4,7 @@ A batch is a dict of rows:
 
     "image" float32 (B, H, W, 3) in [-1, 1], or "latents" (B, h, w, c) as the sampler sees them
     "tokens" int32 (B, T) and "mask" bool (B, L), or "embeddings" (B, L, C) and "mask"
+    "weight" float32 (B,) of the rows' errors in the loss; without it they are all 1
 
 The transformer trains, or a LoRA of it (lora/adapter.py), the autoencoder never does, and the text
 encoder may. Networks that do not train are inputs of the step (`Frozen`), so that they are no
@@ -151,6 +152,8 @@ class TextToImageTask:
 
         def loss(params: Any, rows: Batch):
             errors = self._errors(params, rows, frozen, trains=True)
+            if "weight" in rows:
+                errors = errors * rows["weight"]
             return flow_matching.flow_loss(errors, rows["sigma"], recipe.noise), ()
 
         (value, _), gradient = accumulated_gradients(loss, state.params, rows, recipe.microbatches)
