@@ -11,15 +11,18 @@ its folder, and a caption with {caption}, such as "{caption}, in the style of sk
 picture's own. Pictures keep their aspect ratios where the size has buckets (512, 1024, 2048 and
 4096 px); the step is compiled for each bucket that they need.
 
-    --config.recipe.steps=2000 --config.recipe.batch_size=32
     --config.prior.prompt="a photo of a dog"
+    --config.recipe.steps=2000 --config.recipe.batch_size=32
 
-The second line has the checkpoint draw 100 pictures of the class first, and half of each batch is
-of them (data/prior.py). A batch is 4 pictures, or one for each device where there are more; twice
-as many with a prior.
+With the first line the checkpoint draws 100 pictures of the class before it is trained, and half of
+each batch is of them (data/prior.py). A batch is 4 pictures, or one for each device where there are
+more; twice as many with a prior. `--config=configs/finetune.py:full` trains all weights,
+`configs/finetune.py:lora` a LoRA.
 
-Optimizer, rate, clipping, batch and steps are those of diffusers' DreamBooth script for SANA. Noise
-levels are SANA's, logit-normal and shifted; in that script they are uniform and have no shift.
+Optimizer, clipping, batch and steps, and the rate of a LoRA, are those of diffusers' DreamBooth
+script for SANA. The rate of all weights is that of SANA-1.5's stages after the first (arXiv
+2501.18427). Noise levels are SANA's, logit-normal and shifted; in the script they are uniform and
+have no shift. Nothing here has been run on published weights yet.
 """
 
 from sana_jax.models.dit import SanaConfig
@@ -27,15 +30,23 @@ from sana_jax.training.text_to_image.recipe import text_to_image
 from sana_jax.training.text_to_image.start import leave_open
 
 
-def get_config():
+def get_config(kind="full"):
+    if kind not in ("full", "lora"):
+        raise ValueError(f"{kind} is neither full nor lora")
     config = leave_open(text_to_image(SanaConfig(), steps=500, batch_size=4))
     config.auto_lr = "none"
     config.remat = "full"
     config.recipe.optimizer.update(
         name="adamw", learning_rate=1e-4, weight_decay=1e-4, warmup_steps=0, clip_norm=1.0
     )
-    # The checkpoint knows the empty prompt, which few pictures would make one of them.
+    # The checkpoint knows the empty prompt already, which few pictures would make one of them.
     config.recipe.update(caption_dropout=0.0, ema_decay=0.99)
     config.data.update(repeat=True, check_first=1000, upscale=True)
     config.loop.update(log_every=10, checkpoint_every=100, images_every=100)
+    if kind == "lora":
+        config.lora.rank = 4
+    else:
+        config.recipe.optimizer.learning_rate = 2e-5
+        config.loop.checkpoint_every = 250  # of 26 GB at 1.6B
+        config.keep = 1
     return config

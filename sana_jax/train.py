@@ -3,6 +3,9 @@
     python -m sana_jax.train --config=configs/sana_600m_512.py --workdir=DIR \\
         --config.autoencoder=CHECKPOINT --config.text_encoder.checkpoint=CHECKPOINT \\
         --config.data.source=precomputed:DATA
+    python -m sana_jax.train --config=configs/finetune.py --workdir=DIR \\
+        --config.start=CHECKPOINT --config.data.source=PICTURES \\
+        --config.data.caption="a photo of sks dog"
 
 The same command continues a run that was stopped, killed or preempted. DIR holds the run's metrics,
 pictures and checkpoints. DIR/model is the result, the moving average as a native folder; `convert

@@ -92,9 +92,8 @@ def stand_in(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     if config.network.get("depth") is None:
-        sana = Checkpoint(DCAEConfig(), SanaConfig())
-        config.autoencoder = config.text_encoder.checkpoint = config.start or "sana"
-        _follow(config, sana, is_open=True)
+        config.start = config.start or "Sana_1600M_1024px"  # a name, which nothing opens
+        _follow(config, Checkpoint(DCAEConfig(), SanaConfig()), is_open=True)
     config.dtype, config.data.source = config.dtype or "bfloat16", config.data.source or "folder"
     _split_batch(config, mesh)
     return config
