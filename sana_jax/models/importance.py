@@ -17,11 +17,12 @@ def turn(x: Float[Array, "*B C"], y: Float[Array, "*B C"]) -> Float[Array, "*B"]
     """Returns 1 - cos(x, y) in float32.
 
     As half the squared distance of the unit vectors, it is 0 where x is y, and a small angle keeps
-    its digits.
+    its digits. No square overflows; a number that is not finite gives NaN.
     """
 
     def unit(v):
         v = v.astype(jnp.float32)
+        v = v / jnp.maximum(jnp.abs(v).max(axis=-1, keepdims=True), 1e-30)
         return v / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), 1e-30)
 
     return jnp.sum((unit(x) - unit(y)) ** 2, axis=-1) / 2

@@ -93,6 +93,14 @@ def test_a_small_angle_keeps_its_digits():
     assert turn(x, x) == 0
 
 
+def test_large_numbers_do_not_overflow_and_what_is_not_finite_shows():
+    x, y = np.float32([[3e30, 0]]), np.float32([[0, 2e-30]])
+    np.testing.assert_allclose(turn(x, y), 1, rtol=1e-6)
+    np.testing.assert_allclose(turn(x, -x), 2, rtol=1e-6)
+    assert np.isnan(turn(np.float32([[np.inf, 1]]), y)).all()
+    assert turn(0 * x, 0 * x) == 0
+
+
 def test_the_network_needs_no_more_parameters_than_before(params):
     shapes = jax.eval_shape(MeasuredTransformer(TINY).init, jax.random.key(0), *inputs())["params"]
     assert jax.tree.map(jnp.shape, nn.unbox(shapes)) == jax.tree.map(jnp.shape, params)
