@@ -12,6 +12,7 @@ from sana_jax.checkpoints import random_weights
 from sana_jax.checkpoints.components import Checkpoint, param_shapes
 from sana_jax.checkpoints.depth import ZEROS, grow, most_important, new_weight, prune
 from sana_jax.checkpoints.tensors import LazyArray
+from sana_jax.models import flops
 from sana_jax.models.config import MAX_LAYERS
 from sana_jax.models.dit import PRESETS, Block, SanaTransformer
 from sana_jax.runtime.errors import UserError
@@ -162,6 +163,7 @@ def test_the_paper_s_large_model_is_grown_from_its_small_one_without_reading_a_w
     grown = grow(dataclasses.replace(made, params={**made.params, "dit": lazy}), 60)
     large = PRESETS["sana1.5_4800m_1024"]
     assert grown.dit == large
+    assert flops.blocks(grown.dit, 1024, 300) == 3 * flops.blocks(made.dit, 1024, 300)
     shapes = {name: leaf.shape for name, leaf in param_shapes(large).items()}
     flat = traverse_util.flatten_dict(grown.params["dit"], sep="/")
     assert {name: leaf.shape for name, leaf in flat.items()} == shapes
