@@ -3,6 +3,8 @@
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=DIR_OR_HUB_ID --data=PICTURES
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=shapes --out=pairs.png
     python -m sana_jax.evaluate --task=shapes --checkpoint=shapes --out=sheet.png
+    python -m sana_jax.evaluate --task=importance --checkpoint=DIR --prompts=prompts.txt \
+        --guidance_scale=4.5 --out=importance.json
 
 reconstruction: how near decode(encode(image)) is to the image, for the images of --data, centre
 cropped to squares. Both are rounded to 8 bits first; the figures are means over the images.
@@ -35,8 +37,19 @@ null where nothing was stated, or where the checkpoint is an autoencoder alone.
     prompts, pixels       the number of prompts, and the side of the pictures
     flow_shift            shift of the noise levels that sampling used
 
+importance: how much each block of the transformer changes its input, for `convert --prune`. The
+first --count prompts (100) of --prompts, by default held-out prompts of shapes, are drawn, and at
+every step 1 - cos of a token's state before and after each block is measured. --out gets a .json:
+
+    importance            the mean over tokens, steps and prompts, for every block in order
+    sha256, depth         hash of the transformer's weights, and the number of its blocks
+    prompts, evaluations  the number of prompts, and of evaluations of the network, one a step
+    flow_shift            shift of the noise levels that sampling used
+    instruction           sha256 of the complex human instruction, null without
+    pictures              (in --out alone) the prompt and the settings of every picture
+
 The last line is a JSON object with these figures and what was measured: task and checkpoint, then
-data, split, size and dtype for reconstruction, or the options for shapes.
+data, split, size and dtype for reconstruction, or the options for shapes and importance.
 """
 
 import dataclasses
@@ -49,15 +62,15 @@ from sana_jax.pictures import check_out, save_png
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
-OWN = {  # flags that only one task reads
-    "reconstruction": ("data", "data_dir", "split", "lpips_weights"),
-    "shapes": ("seed", "num_steps", "guidance_scale", "flow_shift", "lora"),
+SAMPLING = "seed", "num_steps", "guidance_scale", "flow_shift"
+OWN = {  # flags that not every task reads
+    "reconstruction": ("data", "data_dir", "split", "lpips_weights", "size"),
+    "shapes": (*SAMPLING, "size", "lora"),
+    "importance": (*SAMPLING, "prompts"),
 }
 
 FLAGS = flags.FLAGS
-_TASK = flags.DEFINE_enum(
-    "task", "reconstruction", ["reconstruction", "shapes"], "the task, as described above"
-)
+_TASK = flags.DEFINE_enum("task", "reconstruction", list(OWN), "the task, as described above")
 _CHECKPOINT = checkpoint_flags.define("checkpoint")
 _DATA = flags.DEFINE_string(
     "data", "shapes", "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]"
@@ -81,7 +94,8 @@ _SIZE = flags.DEFINE_integer(
 _COUNT = flags.DEFINE_integer(
     "count",
     None,
-    "how many of the first images (default: all), or how many prompts (default: 512)",
+    "how many of the first images (default: all), or how many prompts (default: 512 for shapes, 100"
+    " for importance)",
     1,
     10**6,
 )
@@ -100,7 +114,13 @@ _OUT = flags.DEFINE_string(
     "out",
     None,
     "a .png to write, replaced if it exists: originals above reconstructions; or the drawn"
-    " pictures, framed green where every fact is right",
+    " pictures, framed green where every fact is right; for importance a .json",
+)
+_PROMPTS = flags.DEFINE_string(
+    "prompts",
+    None,
+    "prompts to measure importance on: a .txt file, one a line, or a .jsonl file as `sample` takes;"
+    " default: held-out prompts of shapes",
 )
 _SEED = flags.DEFINE_integer(
     "seed",
@@ -179,12 +199,41 @@ def shapes() -> None:
     print(json.dumps(about | {"options": dataclasses.asdict(options)} | found))
 
 
-TASKS = {"reconstruction": reconstruction, "shapes": shapes}
+def importance() -> None:
+    """Measures how much each block of the transformer changes its input."""
+    out = check_out(_OUT.value, ".json", "an importance file")
+
+    from sana_jax.checkpoints.importance import write
+    from sana_jax.metrics import importance_task
+
+    options = importance_task.Options(
+        prompts=_PROMPTS.value,
+        count=_COUNT.value or importance_task.COUNT,
+        seed=_SEED.value,
+        num_steps=_STEPS.value,
+        guidance_scale=_GUIDANCE.value,
+        flow_shift=_SHIFT.value,
+        batch_size=_BATCH.value,
+        dtype=_DTYPE.value,
+        variant=_VARIANT.value,
+        revision=_REVISION.value,
+    )
+    found = importance_task.measure(_CHECKPOINT.value, options)
+    if out is not None:
+        write(out, found)
+    print(f"{found['prompts']} prompts, {found['evaluations']} evaluations:")
+    print(importance_task.table(found))
+    del found["pictures"]
+    print(json.dumps({"task": "importance"} | found))
+
+
+TASKS = {"reconstruction": reconstruction, "shapes": shapes, "importance": importance}
 
 
 def main(argv):
     del argv
-    for name in (name for task, names in OWN.items() if task != _TASK.value for name in names):
+    owned = {name for names in OWN.values() for name in names}
+    for name in sorted(owned.difference(OWN[_TASK.value])):
         if FLAGS[name].present:
             raise UserError(f"--{name} is not of --task={_TASK.value}; leave it out")
     from sana_jax.runtime import devices

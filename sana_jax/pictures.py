@@ -63,13 +63,13 @@ def save_png(path: Path, picture: Picture) -> None:
         raise UserError(f"--out={path}: {reason_of(error)}") from None
 
 
-def check_out(out: str | None) -> Path | None:
-    """Returns --out as a path to which a PNG can be written. Raises UserError."""
+def check_out(out: str | None, suffix: str = ".png", what: str = "a picture") -> Path | None:
+    """Returns --out as a path to which a PNG, or `what`, can be written. Raises UserError."""
     if out is None:
         return None
     path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out={out}: a picture is written; give it a name that ends with .png")
+    if path.suffix.lower() != suffix:
+        raise UserError(f"--out={out}: {what} is written; give it a name that ends with {suffix}")
     try:
         if path.is_dir():
             raise UserError(f"--out={out} is a folder; name a file")

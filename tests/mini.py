@@ -11,7 +11,7 @@ from sana_jax.models.dit import SanaConfig
 FACTOR, NATIVE_SIZE = 4, 64
 
 
-def save(folder: Path, seed: int = 0) -> None:
+def save(folder: Path, seed: int = 0, depth: int = 1) -> None:
     """Writes it as a native folder."""
     blocks, channels = ("ResBlock", "ResBlock", "EfficientViTBlock"), (8, 16, 32)
     autoencoder = DCAEConfig(
@@ -28,7 +28,12 @@ def save(folder: Path, seed: int = 0) -> None:
         decoder_activations=("silu",) * 3,
     )
     transformer = SanaConfig(
-        depth=1, width=32, latent_channels=8, cross_heads=1, caption_channels=48, sample_size=16
+        depth=depth,
+        width=32,
+        latent_channels=8,
+        cross_heads=1,
+        caption_channels=48,
+        sample_size=16,
     )
     *_, encoder = random_weights.configs(random_weights.TINY)
     configs = random_weights.configs
