@@ -6,6 +6,8 @@
     python -m sana_jax.convert --source=FINE_TUNE/transformer --rest=DIR --out=DIR
     python -m sana_jax.convert --source=WORKDIR --out=DIR --ema
     python -m sana_jax.convert --source=DIR_OR_HUB_ID --lora=FILE:0.8 --out=DIR
+    python -m sana_jax.convert --source=DIR --out=DIR --grow=60
+    python -m sana_jax.convert --source=DIR --out=DIR --prune=40 --importance=FILE
 
 Tensors pass through one by one: memory holds the largest tensor, not the checkpoint (for a
 training, the networks it trained). A .pth or .safetensors file and a fine-tune's transformer/ hold
@@ -14,10 +16,16 @@ and the tokenizer. WORKDIR is the
 --workdir of `train`; its newest checkpoint that is complete and undamaged is read. A LoRA is added
 to the weights, and named in the provenance. The complex human instruction is stored with its sha256
 and its origin.
+
+--grow and --prune change the number of the transformer's blocks, as SANA-1.5 does, before a
+training that starts from --out. A grown network computes what its kept blocks did, until it is
+trained. FILE is the one that `evaluate --task=importance --checkpoint=DIR --out=FILE` writes.
 """
 
 import dataclasses
+import functools
 import math
+from functools import partial
 from pathlib import Path
 
 from absl import flags, logging
@@ -70,6 +78,21 @@ _CLIP = flags.DEFINE_bool(
     None,
     "clip the attention's output to float16's range in every dtype: for weights trained in"
     " float16; native layout only; default: as --source says, else in float16 alone",
+)
+_GROW = flags.DEFINE_integer(
+    "grow", None, "append new blocks to the transformer, up to this number; native layout only"
+)
+_KEEP = flags.DEFINE_integer(
+    "keep",
+    None,
+    "for --grow: how many of the first blocks stay; default: all but the last two, as in the paper",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "for --grow: seed of the new blocks", 0, 2**32 - 1)
+_PRUNE = flags.DEFINE_integer(
+    "prune", None, "keep this number of the most important blocks; native layout only"
+)
+_IMPORTANCE = flags.DEFINE_string(
+    "importance", None, "for --prune: a file of evaluate --task=importance on the same weights"
 )
 _SHARD = flags.DEFINE_integer(
     "max_shard_mb", 5000, "largest size of a weight file, MB", lower_bound=1
@@ -162,8 +185,46 @@ def prepare(checkpoint, dtype: str | None, progress):
     return dataclasses.replace(checkpoint, params=params)
 
 
+def check_depth_flags() -> None:
+    """Checks the flags of growth and pruning against one another. Raises UserError."""
+    for flag, of in ((_KEEP, _GROW), (_SEED, _GROW), (_IMPORTANCE, _PRUNE)):
+        if FLAGS[flag.name].present and of.value is None:
+            raise UserError(f"--{flag.name} is for --{of.name}, which is not given")
+    changed = [flag for flag in (_GROW, _PRUNE) if flag.value is not None]
+    if len(changed) == 2:
+        raise UserError("--grow and --prune are two steps: convert twice")
+    if changed and _FORMAT.value != "native":
+        raise UserError(
+            f"--{changed[0].name} writes the native layout, which says what was done: convert its"
+            f" --out once more for --format={_FORMAT.value}"
+        )
+    if _PRUNE.value is not None and _IMPORTANCE.value is None:
+        raise UserError(
+            "--prune needs --importance=FILE: evaluate --task=importance --out=FILE makes it"
+        )
+
+
+def change_depth(checkpoint):
+    """Returns the checkpoint grown or pruned, if a flag says so. Raises UserError."""
+    if _GROW.value is None and _PRUNE.value is None:
+        return checkpoint
+    from sana_jax.checkpoints import depth, importance
+    from sana_jax.metrics.importance_task import transformer_sha256
+
+    sha256 = functools.cache(lambda: transformer_sha256(checkpoint))
+
+    def about():
+        return {"source": Path(_SOURCE.value).name, "sha256": sha256()}
+
+    if _GROW.value is not None:
+        return depth.grow(checkpoint, _GROW.value, _KEEP.value, _SEED.value, about)
+    numbers = partial(importance.read, _IMPORTANCE.value, sha256)
+    return depth.prune(checkpoint, _PRUNE.value, numbers, about)
+
+
 def main(argv):
     del argv
+    check_depth_flags()
     out = check_new(_OUT.value)
     if out.resolve().is_relative_to(Path(_SOURCE.value).resolve()):
         raise UserError(f"--out={out} lies inside --source={_SOURCE.value}: write it elsewhere")
@@ -177,6 +238,7 @@ def main(argv):
     checkpoint = open_source()
     check_fit(checkpoint)
     checkpoint = merge_into(checkpoint, open_all(_LORA.value, checkpoint.dit))
+    checkpoint = change_depth(checkpoint)
     if checkpoint.provenance.get("trained"):  # of random weights there is nothing to expect
         warn_of_scale(checkpoint)
     if _CLIP.value is not None:
