@@ -8,8 +8,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 from flax import linen as nn
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from sana_jax.checkpoints import native
@@ -120,12 +122,16 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
 def open_start(config: ConfigDict) -> Any:
     """Returns the transformer's weights that config.start names: of step 0, or below a LoRA.
 
-    Raises UserError if the checkpoint has no transformer, or one of other shapes.
+    Norms of queries and keys that the config has and the checkpoint has not start at one, as for
+    Sana-1.5 (arXiv 2501.18427). Raises UserError if the checkpoint has no transformer, or one of
+    other shapes.
     """
     found, network = open_checkpoint(config.start), read_network(SanaConfig, config, "network")
     if found.dit is None:
         raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
-    theirs, ours = (nn.unbox(abstract_params(c)) for c in (found.dit, network))
+    weights, norms = found.params["dit"], network.qk_norm and not found.dit.qk_norm
+    normed = dataclasses.replace(found.dit, qk_norm=True) if norms else found.dit
+    theirs, ours = (nn.unbox(abstract_params(c)) for c in (normed, network))
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
     # No shape shows a difference in these.
@@ -137,7 +143,20 @@ def open_start(config: ConfigDict) -> Any:
             )
         if then != now:
             logging.warning("config.network.%s=%s, but %s of %s", key, now, then, config.start)
-    return found.params["dit"]
+    if norms:
+        logging.warning("%s has no norms of queries and keys: they start at one", config.start)
+        weights = _with_norms(weights, ours)
+    return weights
+
+
+def _with_norms(weights: Any, shapes: Any) -> Any:
+    """Returns weights and, at one, the norms of queries and keys that `shapes` has beside them."""
+    norms = {
+        path: np.ones(leaf.shape, np.float32)
+        for path, leaf in traverse_util.flatten_dict(shapes).items()
+        if {"q_norm", "k_norm"} & set(path)
+    }
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(weights) | norms)
 
 
 def read_lora(config: ConfigDict) -> LoraConfig:

@@ -1,16 +1,25 @@
 """The networks that a config names are opened; differences that no shape shows are told."""
 
 import dataclasses
+import re
 
+import jax
+import numpy as np
 import pytest
+from flax import traverse_util
 
 from sana_jax.checkpoints import native
+from sana_jax.checkpoints.components import place
+from sana_jax.models.dit import SanaConfig
 from sana_jax.runtime.errors import UserError
+from sana_jax.sharding import make_mesh
 from sana_jax.text.instruction import Instruction
 from sana_jax.training.text_to_image import networks
 from sana_jax.training.text_to_image.networks import open_base
 from sana_jax.training.text_to_image.run import TextToImageTraining
 from tests.training.text_to_image.toy import load
+
+NORMED = "attention", "cross_attention"
 
 
 def test_the_instruction_is_part_of_a_run(config, monkeypatch):
@@ -42,3 +51,46 @@ def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
     assert "clip_attention" not in caplog.text
     networks.open_start(load(config, start=start, network__clip_attention=True))
     assert "config.network.clip_attention=True, but None of" in caplog.text
+
+
+def test_norms_that_a_start_has_not_begin_at_one(config, caplog):
+    start = str(config.parent / "base")
+    plain = networks.open_start(load(config, start=start))
+    now = load(config, start=start, network__qk_norm=True)
+    normed = networks.open_start(now)
+    network = networks.read_network(SanaConfig, now, "network")
+    place(normed, network, "float32", make_mesh(devices=jax.devices()[:1]))  # as a training does
+    assert f"{start} has no norms of queries and keys: they start at one" in caplog.text
+    flat = traverse_util.flatten_dict(normed, sep="/")
+    found = {f"blocks/{a}/{n}/scale" for a in NORMED for n in ("q_norm", "k_norm")}
+    new = found & flat.keys()
+    assert new == found and all((flat.pop(name) == np.ones((1, 32))).all() for name in new)
+    jax.tree.map(np.testing.assert_array_equal, traverse_util.unflatten_dict(flat, "/"), plain)
+
+
+def test_norms_go_on_from_those_of_the_start(config, tmp_path, caplog):
+    base = native.open_folder(config.parent / "base")
+    start = str(config.parent / "base")
+    weights = networks.open_start(load(config, start=start, network__qk_norm=True))
+    weights["blocks"]["attention"]["q_norm"]["scale"][:] = 2.0
+    with_norms = dataclasses.replace(base.dit, qk_norm=True)
+    native.save(
+        dataclasses.replace(base, dit=with_norms, params={**base.params, "dit": weights}),
+        tmp_path / "normed",
+    )
+    caplog.clear()
+    changes = dict(start=str(tmp_path / "normed"))
+    again = networks.open_start(load(config, network__qk_norm=True, **changes))
+    assert "start at one" not in caplog.text
+    assert (np.asarray(again["blocks"]["attention"]["q_norm"]["scale"]) == 2).all()
+    with pytest.raises(UserError, match="normed does not have the weights of config.network"):
+        networks.open_start(load(config, **changes))  # it has norms, the config has none
+
+
+@pytest.mark.parametrize("change", [dict(depth=2), dict(width=64), dict(attention_bias=True)])
+def test_norms_excuse_no_other_difference(config, change):
+    start = str(config.parent / "base")
+    changes = {f"network__{key}": value for key, value in change.items()}
+    words = f"config.start={start} does not have the weights of config.network"
+    with pytest.raises(UserError, match=re.escape(words)):
+        networks.open_start(load(config, start=start, network__qk_norm=True, **changes))
