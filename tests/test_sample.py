@@ -96,6 +96,9 @@ def names(folder) -> list[str]:
         (["--prompt=a", "--heigth=64"], "did you mean --height?"),
         (["--prompt=a", "--checkpoint=absent"], "no checkpoint 'absent'"),
         (["--prompt=a", "--out=/proc/nothing"], "--out=/proc/nothing: "),
+        (["--prompt=a", "--lora=absent.safetensors:0.5"], "no LoRA 'absent.safetensors'"),
+        (["--prompt=a", "--lora=absent.safetensors:much"], "the weight 'much' is no number"),
+        (["--prompt=a", "--lora="], "a path is empty"),
     ],
 )
 def test_mistake_is_one_line_and_nothing_is_written(sample, tmp_path, arguments, words):

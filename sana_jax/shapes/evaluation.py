@@ -8,7 +8,7 @@ another picture with as many objects.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class Options:
     dtype: str = "float32"
     variant: str | None = None
     revision: str | None = None
-    lora: Sequence[str] = ()  # FILE or FILE:WEIGHT
+    lora: list[str] = dataclasses.field(default_factory=list)  # FILE or FILE:WEIGHT
 
 
 def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:

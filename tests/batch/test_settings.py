@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from sana_jax import sharding
@@ -10,6 +11,9 @@ from sana_jax.batch import draw
 from sana_jax.batch.manifest import key_of
 from sana_jax.batch.settings import Options, copied, extras_of, settings_of, with_requests
 from sana_jax.batch.tasks import Task, make_batches, make_tasks
+from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.checkpoints.loras import open_all
+from sana_jax.checkpoints.peft import write_adapter
 from sana_jax.models import buckets
 from sana_jax.runtime.errors import UserError
 from tests import mini
@@ -37,6 +41,7 @@ CHANGES = dict(
     tile=(32, 8),
     clip_attention=True,
     batch_size=16,
+    lora=("lora.safetensors:0.5",),
 )
 # The first two are in checkpoint_sha256; the others decide about no pixel.
 EXEMPT = {"checkpoint", "revision", "out", "max_pixels", "overwrite", "grid", "compilation_cache"}
@@ -46,6 +51,9 @@ def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.txt").write_text("Think.")
     (tmp_path / "two.txt").write_text("Think twice.")
+    dit = open_checkpoint(checkpoint).dit
+    site = {"a": np.ones((dit.width, 2)), "b": np.ones((2, dit.latent_channels))}
+    write_adapter(tmp_path / "lora.safetensors", {"proj_out": site}, dit)
     fields = {field.name for field in dataclasses.fields(Options)}
     assert fields == CHANGES.keys() | EXEMPT and not CHANGES.keys() & EXEMPT
     drawn = [Task(i, f"{i}", i, height=64, width=64) for i in range(16)]
@@ -55,7 +63,8 @@ def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch)
         pipe = draw._open(checkpoint, dataclasses.replace(opts, variant=None))
         divisor = sharding.batch_divisor(pipe.mesh)
         batches = with_requests(make_batches(drawn, opts.batch_size, divisor), pipe, opts)
-        found = settings_of(batches, pipe, opts, sha256)
+        loras = open_all(opts.lora, pipe.checkpoint.dit)
+        found = settings_of(batches, pipe, opts, sha256, loras)
         assert [*found] == [task.file for task in drawn]
         return {key_of(settings) for settings in found.values()}
 

@@ -189,3 +189,227 @@ def rewrite(file, change):
         header, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}
     header[METADATA] = json.dumps(change(json.loads(header[METADATA])))
     safetensors.numpy.save_file(tensors, file, header)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return toy.transformer()[1]
+
+
+@pytest.fixture(scope="module")
+def written(config, tmp_path_factory):
+    """A whole LoRA of two sites."""
+    file = tmp_path_factory.mktemp("written") / "lora.safetensors"
+    write_adapter(file, random_adapter(config, (r"blocks/attention/q", "proj_out")), config, 2)
+    return file
+
+
+@pytest.fixture
+def spoil(written, tmp_path):
+    """Writes a copy with other tensors, or other metadata."""
+
+    def change(tensors=lambda found: found, metadata=lambda told: told):
+        with safe_open(written, framework="np") as opened:
+            header = opened.metadata()
+            found = {key: opened.get_tensor(key) for key in opened.keys()}
+        if told := metadata(json.loads(header.pop(METADATA))):
+            header[METADATA] = told if isinstance(told, str) else json.dumps(told)
+        file = tmp_path / "lora.safetensors"
+        found = {key: np.array(x, order="C") for key, x in tensors(found).items()}
+        safetensors.numpy.save_file(found, file, header)
+        return file
+
+    return change
+
+
+def same(one, other) -> bool:
+    flat = [traverse_util.flatten_dict(tree, sep="/") for tree in (one, other)]
+    equal = [np.array_equal(flat[0][name], flat[1][name]) for name in flat[0]]
+    return flat[0].keys() == flat[1].keys() and all(equal)
+
+
+def test_what_was_read_is_written_and_read_again(config, tmp_path):
+    module, _ = toy.transformer()
+    add_adapter(module, **CONFIGS["rank-stabilised"])
+    first = read_adapter(save(module, tmp_path), config)
+    write_adapter(tmp_path / "again.safetensors", first, config)
+    assert same(read_adapter(tmp_path / "again.safetensors", config), first)
+
+
+def test_without_metadata_alpha_is_the_rank(config, written, spoil):
+    scales = [
+        read_adapter(file, config)["proj_out"]["scale"]
+        for file in (written, spoil(metadata=lambda told: None))
+    ]
+    assert scales == [0.5, 1.0]
+
+
+NAMES = {
+    "kohya": ("lora_unet_", lambda name: name.replace(".", "_"), "lora_down", "lora_up"),
+    "kohya, transformer": (
+        "lora_transformer_",
+        lambda name: name.replace(".", "_"),
+        "lora_down",
+        "lora_up",
+    ),
+    "ComfyUI": ("diffusion_model.", str, "lora_A", "lora_B"),
+    "no prefix": ("", str, "lora.down", "lora.up"),
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_names_of_other_programs_are_read(names, config, written, spoil):
+    prefix, spell, *halves = NAMES[names]
+
+    def renamed(found):
+        made = {}
+        for key, array in found.items():
+            name, half = key.removeprefix("transformer.").split(".lora_")
+            made[f"{prefix}{spell(name)}.{halves['AB'.index(half[0])]}.weight"] = array
+            made[f"{prefix}{spell(name)}.alpha"] = np.array(2, np.float16)
+        return made
+
+    found = read_adapter(spoil(renamed, metadata=lambda told: None), config)
+    assert same(found, read_adapter(written, config))
+
+
+def test_a_folder_of_pefts_own_is_read(config, tmp_path):
+    module, _ = toy.transformer()
+    fields = dict(CONFIGS["alpha is another"], target_modules=["to_q", "proj_out"])
+    wrapped = peft.get_peft_model(module, peft.LoraConfig(init_lora_weights=False, **fields))
+    wrapped.save_pretrained(tmp_path)
+    found = read_adapter(tmp_path / "adapter_model.safetensors", config)
+    layer = wrapped.base_model.model.transformer_blocks[1].attn2.to_q
+    update = layer.get_delta_weight("default").detach().numpy().T
+    site = found["blocks"]["cross_attention"]["q"]
+    np.testing.assert_allclose(site["scale"][1] * site["a"][1] @ site["b"][1], update, atol=1e-5)
+
+
+def test_halves_of_sixteen_bits_are_read(config, written, spoil):
+    narrow = spoil(lambda found: {key: x.astype("bfloat16") for key, x in found.items()})
+    a = read_adapter(narrow, config)["proj_out"]["a"]
+    assert a.dtype == np.float32
+    np.testing.assert_allclose(a, read_adapter(written, config)["proj_out"]["a"], rtol=4e-3)
+
+
+Q = "transformer.transformer_blocks.1.attn1.to_q"
+
+
+def without(*ends):
+    return lambda found: {key: x for key, x in found.items() if not key.endswith(ends)}
+
+
+def put(key, make):
+    return lambda found: found | {key: make(found[f"{Q}.lora_A.weight"])}
+
+
+def moved(new):
+    return lambda found: {key.replace(Q, new): x for key, x in found.items()}
+
+
+SPOILT = {
+    "of no rank": (put(f"{Q}.lora_A.weight", lambda a: a[:0]), "rank 0"),
+    "of another width": (
+        put(f"{Q}.lora_A.weight", lambda a: a[:, 1:]),
+        r"\[4, 63\].*another network",
+    ),
+    "of another rank in B": (put(f"{Q}.lora_B.weight", lambda a: a.T[:, 1:]), r"\[64, 3\]"),
+    "without axes": (put(f"{Q}.lora_A.weight", lambda a: a[0, 0]), "rank 0"),
+    "of a convolution in two axes": (
+        lambda found: {
+            key.replace(Q, "transformer.transformer_blocks.1.ff.conv_point"): np.ones(
+                (64, 4) if key.endswith("B.weight") else (4, 160), np.float32
+            )
+            for key in found
+            if key.startswith(Q)
+        },
+        r"instead of \[4, 160, 1, 1\]",
+    ),
+    "of more layers": (moved("transformer.transformer_blocks.3.attn1.to_q"), "another network"),
+    "of Flux": (moved("transformer.single_transformer_blocks.0.attn.to_q"), "another network"),
+    "of NVlabs' names": (moved("transformer.blocks.1.attn.qkv"), r"blocks.1.attn.qkv.lora_A"),
+    "of a depthwise convolution": (
+        moved("transformer.transformer_blocks.1.ff.conv_depth"),
+        "conv_depth.*depthwise",
+    ),
+    "of a text encoder": (put("text_encoder.q_proj.lora_A.weight", np.array), "the text encoder"),
+    "of kohya's text encoder": (put("lora_te_q_proj.lora_down.weight", np.array), "text encoder"),
+    "NaN": (put(f"{Q}.lora_B.weight", lambda a: np.nan * a.T), f"{Q}.lora_B.weight holds NaN"),
+    "whole numbers": (put(f"{Q}.lora_A.weight", lambda a: a.astype(np.int32)), "floating point"),
+    "A without B": (without(f"{Q[-22:]}.lora_B.weight"), "to_q.lora_A.weight lacks its other half"),
+    "B without A": (without(f"{Q[-22:]}.lora_A.weight"), "to_q.lora_B.weight lacks its other half"),
+    "no LoRA": (
+        lambda found: {"proj_out.weight": np.ones(3)},
+        "holds no LoRA, but proj_out.weight",
+    ),
+    "nothing": (lambda found: {}, "holds no LoRA, but nothing"),
+    "DoRA": (put(f"{Q}.lora_magnitude_vector", np.array), "lora_magnitude_vector is of DoRA"),
+    "DoRA of others": (put("lora_unet_x.dora_scale", np.array), "dora_scale is of DoRA"),
+    "biases": (put(f"{Q}.lora_B.bias", lambda a: a[0]), "lora_B.bias is no part"),
+    "LoCon": (put(f"{Q}.lora_mid.weight", np.array), "lora_mid.weight is no part"),
+    "both spellings": (put(f"{Q}.lora_down.weight", np.array), "twice"),
+    "two alphas": (put(f"{Q}.alpha", lambda a: a[0, 0]), "said twice"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_file_that_holds_anything_else_is_refused_by_name(how, config, spoil):
+    change, told = SPOILT[how]
+    with pytest.raises(UserError, match=told) as error:
+        read_adapter(spoil(change), config)
+    assert "lora.safetensors" in str(error.value) or how == "NaN"
+
+
+def test_an_alpha_is_one_number(config, spoil):
+    for wrong in np.ones(2), np.float32("nan"):
+        file = spoil(put(f"{Q}.alpha", lambda a, x=wrong: np.array(x)), lambda told: None)
+        with pytest.raises(UserError, match="alpha"):
+            read_adapter(file, config)
+
+
+SAID = {
+    "no JSON": (lambda told: "{", "is not JSON"),
+    "no object": (lambda told: "[3]", "no JSON object"),
+    "nested": (lambda told: "[" * 5000 + "]" * 5000, "is not JSON"),
+    "of another prefix": (lambda told: {"unet.r": 4}, "unet.r"),
+    "another rank": (lambda told: told | {"transformer.r": 8}, "of rank 4, but of 8"),
+    "another rank by a pattern": (
+        lambda told: told | {"transformer.rank_pattern": {"to_q": 2}},
+        "to_q is of rank 4, but of 2",
+    ),
+    "no rank": (lambda told: {"transformer.lora_alpha": 4}, "of rank 4, but of 8"),  # peft's r
+    "a pattern that is none": (
+        lambda told: told | {"transformer.alpha_pattern": {"to_(q": 2}},
+        "alpha_pattern",
+    ),
+    "no patterns": (lambda told: told | {"transformer.rank_pattern": [1]}, "rank_pattern"),
+    "an alpha in letters": (lambda told: told | {"transformer.lora_alpha": "4"}, "lora_alpha"),
+    "an alpha that is not finite": (
+        lambda told: told | {"transformer.lora_alpha": float("nan")},
+        "lora_alpha",
+    ),
+    "DoRA": (lambda told: told | {"transformer.use_dora": True}, "DoRA"),
+    "PiSSA": (lambda told: told | {"transformer.init_lora_weights": "pissa_niter_4"}, "pissa"),
+}
+
+
+@pytest.mark.parametrize("how", SAID)
+def test_metadata_that_say_something_else_are_refused(how, config, spoil):
+    change, told = SAID[how]
+    with pytest.raises(UserError, match=told):
+        read_adapter(spoil(metadata=change), config)
+
+
+def test_a_file_that_is_none_is_refused(config, written, tmp_path):
+    whole = written.read_bytes()
+    for content in whole[:-5], whole[:20], b"", b"version https://git-lfs.github.com/spec/v1\n":
+        (tmp_path / "lora.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="whole safetensors|git-LFS"):
+            read_adapter(tmp_path / "lora.safetensors", config)
+    with pytest.raises(UserError, match="pickled"):
+        read_adapter(tmp_path / "pytorch_lora_weights.bin", config)
+    with pytest.raises(UserError, match="adapter_config.json is missing"):
+        found = safetensors.numpy.load(whole)
+        found = {key.replace("transformer.", "base_model.model.", 1): x for key, x in found.items()}
+        safetensors.numpy.save_file(found, tmp_path / "lora.safetensors")
+        read_adapter(tmp_path / "lora.safetensors", config)
