@@ -22,7 +22,9 @@ from sana_jax import SanaPipeline, checkpoints, random_checkpoint
 from sana_jax.checkpoints import scale
 from sana_jax.checkpoints.components import param_shapes
 from sana_jax.checkpoints.diffusers_configs import dc_ae_from_diffusers
+from sana_jax.checkpoints.find import file_sha256
 from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.checkpoints.peft import write_adapter
 from sana_jax.sharding import make_mesh
 from tests import toy
 from tests.checkpoints.test_nvlabs import official
@@ -225,6 +227,27 @@ def test_a_fine_tunes_transformer_with_the_rest_of_another(folder, tmp_path):
     assert found.provenance == told
 
 
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+def test_loras_are_merged(layout, folder, tmp_path):
+    base, rng = open_checkpoint(str(folder)), np.random.default_rng(0)
+    site = {"a": rng.standard_normal((64, 4)), "b": rng.standard_normal((4, 8))}
+    site = {half: array.astype(np.float32) for half, array in site.items()}
+    file, out = tmp_path / "lora.safetensors", tmp_path / "out"
+    write_adapter(file, {"proj_out": site}, base.dit, alpha=8)
+    result = convert(
+        f"--source={folder}", f"--out={out}", f"--lora={file}:0.25", f"--format={layout}"
+    )
+    assert result.returncode == 0, result.stderr
+    found = open_checkpoint(str(out))
+    kernel = found.params["dit"]["proj_out"].pop("kernel")
+    before = base.params["dit"]["proj_out"].pop("kernel")
+    np.testing.assert_allclose(kernel, before + 0.5 * site["a"] @ site["b"], atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, found.params["dit"], base.params["dit"])
+    if layout == "native":
+        told = {"name": "lora.safetensors", "weight": 0.25, "sha256": file_sha256(file)}
+        assert found.provenance == base.provenance | {"loras": [told]}
+
+
 def spoiled(folder, tmp_path, change):
     import shutil
 
@@ -299,6 +322,8 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
         (["--source={folder}", "--clip_attention", "--format=diffusers"], ["--clip_attention"]),
         (["--source={folder}", "--format=onnx"], ["--format"]),
         (["--source={folder}", "--instruction_file=/no/such"], ["/no/such"]),
+        (["--source={folder}", "--lora={folder}:0.5"], ["no pytorch_lora_weights.safetensors"]),
+        (["--source={folder}", "--lora={folder}/" + WEIGHTS], ["holds no LoRA, but"]),
         (["--source=missing.pth"], ["--rest"]),
         (["--source=missing.safetensors"], ["--rest"]),
         (["--source=missing.pth", "--rest={folder}"], ["missing.pth"]),

@@ -14,6 +14,9 @@ from sana_jax.batch import outputs
 from sana_jax.batch.draw import draw
 from sana_jax.batch.settings import Options
 from sana_jax.batch.tasks import make_tasks
+from sana_jax.checkpoints.find import file_sha256
+from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.checkpoints.peft import write_adapter
 from sana_jax.pipeline import denoise, request
 from sana_jax.runtime.errors import Retry, UserError
 from tests import mini
@@ -336,3 +339,29 @@ def test_bad_options_write_nothing(checkpoint, tmp_path, monkeypatch, common, ch
         draw(tasks(**common), dataclasses.replace(opts, overwrite=True))
     assert words in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_draws_other_pictures_which_another_run_does_not_take_for_its_own(
+    checkpoint, tmp_path
+):
+    dit, rng = open_checkpoint(checkpoint).dit, np.random.default_rng(0)
+    site = {"a": rng.standard_normal((32, 2)), "b": rng.standard_normal((2, 8))}
+    site = {half: array.astype(np.float32) for half, array in site.items()}
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for i, file in enumerate(files):
+        write_adapter(file, {"proj_out": site}, dit, alpha=i + 1)
+    out, few = tmp_path / "out", tasks()[:2]
+    draw(few, options(checkpoint, out, lora=[f"{files[0]}:0.5"]))
+    (line, *_) = map(json.loads, (out / "manifest.jsonl").read_text().splitlines())
+    assert line["loras"] == [[file_sha256(files[0]), 0.5]]
+    pipe = SanaPipeline.from_pretrained(checkpoint, dtype="float32")
+    settings = {name: getattr(few[0], name) for name in (*COMMON, "seed")}
+    plain = pipe(few[0].prompt, output="np", **settings)[0].astype(int)
+    pipe.load_lora(str(files[0]), 0.5)
+    alone = pipe(few[0].prompt, output="np", **settings)[0].astype(int)
+    found = pixels(out / few[0].file).astype(int)
+    assert np.abs(found - alone).max() <= 1 < np.abs(found - plain).max()
+    for other in [], [f"{files[0]}:0.6"], [f"{files[1]}:0.5"]:
+        with pytest.raises(UserError, match="of other settings .loras"):
+            draw(few, options(checkpoint, out, lora=other))
+    draw(few, options(checkpoint, out, lora=[f"{files[0]}:0.5"]))

@@ -7,7 +7,7 @@ import pytest
 
 from sana_jax import random_checkpoint
 from sana_jax.checkpoints import diffusers
-from sana_jax.checkpoints.find import checkpoint_hash, file_sha256, find
+from sana_jax.checkpoints.find import checkpoint_hash, file_sha256, find, find_lora
 from sana_jax.runtime.errors import UserError
 from tests import mini
 
@@ -146,3 +146,25 @@ def test_what_names_nothing_is_refused(name):
         find(name)
     with pytest.raises(UserError, match="revision 5 is no text"):
         find("org/name", revision=5)
+
+
+def test_a_lora_is_a_file_or_that_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path in folder / "pytorch_lora_weights.safetensors", other / "mine.safetensors":
+        path.parent.mkdir()
+        path.touch()
+        assert find_lora(str(path)) == path
+    assert find_lora("folder").name == "pytorch_lora_weights.safetensors"
+    with pytest.raises(UserError, match="give .*mine.safetensors"):
+        find_lora(str(other))
+
+
+@pytest.mark.parametrize(
+    "name", ["absent", "a/b.safetensors", "./a/b", "other/b", "/no/such", "", 3]
+)
+def test_what_is_no_lora_is_refused_before_the_hub_is_asked(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="no LoRA|path"):
+        find_lora(name)

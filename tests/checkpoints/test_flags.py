@@ -26,6 +26,17 @@ def test_only_the_checkpoint_is_required(defined):
     assert defined.revision is None and defined.instruction_file is None
 
 
+def test_loras_add_up(monkeypatch):
+    values = flags.FlagValues()
+    define = partial(flags.DEFINE_multi_string, flag_values=values)
+    monkeypatch.setattr(flags, "DEFINE_multi_string", define)
+    checkpoint_flags.define_lora()
+    values(["command"])
+    assert values.lora == []
+    values(["command", "--lora=a:0.5", "--lora=b"])
+    assert values.lora == ["a:0.5", "b"]
+
+
 def test_a_flag_belongs_to_the_module_that_asks_for_it_and_none_is_there_before(defined):
     assert list(defined) == []
     checkpoint_flags.define("variant")

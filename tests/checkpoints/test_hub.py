@@ -223,3 +223,18 @@ def test_other_kinds_are_refused_before_their_weights_are_fetched(tmp_path, file
     server.shutdown()
     assert result.returncode == 2 and word in result.stderr, result.stderr
     assert not any(path.endswith(".safetensors") for path in asked)
+
+
+def test_a_lora_is_fetched_alone(hub, tmp_path):
+    address, asked, root = hub
+    (root / "pytorch_lora_weights.safetensors").write_bytes(b"a LoRA")
+    asked.clear()
+    code = (
+        f"from sana_jax.checkpoints.find import find_lora; print(find_lora({NAME!r}).read_bytes())"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env = clean | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    (root / "pytorch_lora_weights.safetensors").unlink()
+    assert result.stdout == "b'a LoRA'\n", result.stderr
+    assert all("pytorch_lora_weights" in path for path in asked), asked
