@@ -6,6 +6,7 @@ as half a pixel on both sides. Only an object's bounding box is touched.
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -15,15 +16,25 @@ from sana_jax.shapes.scene import COLOURS, Background, Object, Scene
 Distance = Float[np.ndarray, "h w"]
 
 
-def draw(scene: Scene, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws a scene, in sRGB."""
+def draw(
+    scene: Scene,
+    height: int,
+    width: int,
+    colours: Mapping[str, tuple[float, float, float]] = COLOURS,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws a scene, in sRGB. `colours`: the sRGB, 0..1, of each name of a colour."""
     pixels = _background(scene.background, height, width)
     for thing in scene.objects:
-        _paint(pixels, thing, scene.light)
+        _paint(pixels, thing, colours[thing.colour], scene.light)
     return (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _paint(pixels: Float[np.ndarray, "H W 3"], thing: Object, light: float) -> None:
+def _paint(
+    pixels: Float[np.ndarray, "H W 3"],
+    thing: Object,
+    colour: tuple[float, float, float],
+    light: float,
+) -> None:
     height, width = pixels.shape[:2]
     radius = thing.radius * min(height, width)  # pixels
     rows, y = _span(thing.y * height, radius, height)
@@ -31,8 +42,8 @@ def _paint(pixels: Float[np.ndarray, "H W 3"], thing: Object, light: float) -> N
     x, y = x[None, :], y[:, None]
     coverage = np.clip(0.5 - radius * DISTANCES[thing.shape](x, y), 0, 1)[..., None]
     ramp = 1 + thing.shade * (math.cos(light) * x + math.sin(light) * y)[..., None]
-    colour = (np.float32(COLOURS[thing.colour]) + np.float32(thing.tint)) * ramp
-    pixels[rows, columns] += coverage * (colour - pixels[rows, columns])
+    shaded = (np.float32(colour) + np.float32(thing.tint)) * ramp
+    pixels[rows, columns] += coverage * (shaded - pixels[rows, columns])
 
 
 def _span(centre: float, radius: float, limit: int) -> tuple[slice, Float[np.ndarray, " n"]]:

@@ -14,6 +14,7 @@ coverage in the least-squares sense, hence right where blur has mixed it with th
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -60,13 +61,29 @@ class Found:
         return "large" if self.radius > LARGE else "small"
 
 
-def parse(picture: UInt8[np.ndarray, "H W 3"]) -> list[Found]:
-    """Returns the objects in a picture, the largest first."""
+@dataclasses.dataclass(frozen=True)
+class Palette:
+    """The colours that objects may have: a unit vector of hue, the chroma, and CIELAB of each."""
+
+    names: tuple[str, ...]
+    hues: Float[np.ndarray, "n 2"]
+    strengths: Float[np.ndarray, " n"]
+    labs: Float[np.ndarray, "n 3"]
+
+
+def parse(
+    picture: UInt8[np.ndarray, "H W 3"], colours: Mapping[str, tuple[float, float, float]] = COLOURS
+) -> list[Found]:
+    """Returns the objects in a picture, the largest first.
+
+    `colours`: the sRGB, 0..1, of all colours that an object may have.
+    """
+    palette = _palette(tuple(colours.items()))
     pixels = _resized(picture)
     chroma = pixels @ _OPPONENT
     chroma -= np.median(chroma, axis=(0, 1))
-    labels = _label(chroma)
-    patches = (_objects(pixels, chroma, labels, k) for k in range(1, 1 + labels.max()))
+    labels = _label(chroma, palette)
+    patches = (_objects(pixels, chroma, labels, k, palette) for k in range(1, 1 + labels.max()))
     return sorted(sum(patches, []), key=lambda thing: -thing.radius)
 
 
@@ -82,14 +99,20 @@ def _resized(picture: UInt8[np.ndarray, "H W 3"]) -> Pixels:
 
 # From sRGB to the plane across the axis of greys, orthonormal.
 _OPPONENT = np.float32([[2, 0], [-1, math.sqrt(3)], [-1, -math.sqrt(3)]]) / math.sqrt(6)
-_CHROMAS = np.float32(list(COLOURS.values())) @ _OPPONENT
-_STRENGTHS = np.linalg.norm(_CHROMAS, axis=1)
 
 
-def _label(chroma: Chroma) -> Labels:
+@functools.cache
+def _palette(colours: tuple[tuple[str, tuple[float, float, float]], ...]) -> Palette:
+    names, values = zip(*colours, strict=True)
+    chromas = np.float32(values) @ _OPPONENT
+    strengths = np.linalg.norm(chromas, axis=1)
+    return Palette(names, chromas / strengths[:, None], strengths, _lab(np.array(values)))
+
+
+def _label(chroma: Chroma, palette: Palette) -> Labels:
     """Numbers the patches of one hue; fringes of another hue join the patch beside them."""
-    hue = (chroma @ (_CHROMAS / _STRENGTHS[:, None]).T).argmax(-1)
-    covered = np.linalg.norm(chroma, axis=-1) > COVERED * _STRENGTHS[hue]
+    hue = (chroma @ palette.hues.T).argmax(-1)
+    covered = np.linalg.norm(chroma, axis=-1) > COVERED * palette.strengths[hue]
     patches = []
     for k in np.unique(hue[covered]):
         parts, last = ndimage.label(covered & (hue == k))
@@ -117,9 +140,11 @@ def _grow(seeds: Labels, region: Region) -> Labels:
     return np.where(region, seeds[rows, columns], 0)
 
 
-def _objects(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> list[Found]:
+def _objects(
+    pixels: Pixels, chroma: Chroma, labels: Labels, k: int, palette: Palette
+) -> list[Found]:
     """Returns a patch's object, or its touching objects of one hue."""
-    whole = _fit(pixels, chroma, labels, k)
+    whole = _fit(pixels, chroma, labels, k, palette)
     if whole.misfit < POOR:
         return [whole]
     patch = labels == k
@@ -128,13 +153,13 @@ def _objects(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> list[Fou
         cores, count = ndimage.label(depth > level)
         if count > 1:
             split = _grow(cores, patch)
-            parts = [_fit(pixels, chroma, split, part) for part in range(1, 1 + count)]
+            parts = [_fit(pixels, chroma, split, part, palette) for part in range(1, 1 + count)]
             better = max(part.misfit for part in parts) < whole.misfit / 2
             return parts if better else [whole]
     return [whole]
 
 
-def _fit(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> Found:
+def _fit(pixels: Pixels, chroma: Chroma, labels: Labels, k: int, palette: Palette) -> Found:
     """Finds the shape and colour that explain a patch best."""
     box = tuple(
         slice(max(0, side.start - MARGIN), min(limit, side.stop + MARGIN))
@@ -149,7 +174,7 @@ def _fit(pixels: Pixels, chroma: Chroma, labels: Labels, k: int) -> Found:
     shape, misfit, x, y, radius, drawn = min(guesses, key=lambda guess: guess[1])
     return Found(
         shape,
-        _colour(pixels[near], drawn[near]),
+        _colour(pixels[near], drawn[near], palette),
         (box[1].start + x) / width,
         (box[0].start + y) / height,
         radius / min(height, width),
@@ -199,12 +224,14 @@ def _unit(shape: str) -> tuple[float, float, float]:
     return total / scale**2, y / scale - 1.1, spread / scale**2
 
 
-def _colour(pixels: Float[np.ndarray, "n 3"], coverage: Float[np.ndarray, " n"]) -> str:
+def _colour(
+    pixels: Float[np.ndarray, "n 3"], coverage: Float[np.ndarray, " n"], palette: Palette
+) -> str:
     """Returns the nearest colour, in CIELAB, at full coverage."""
     design = np.stack([coverage, 1 - coverage], 1)
     colour, _ = np.linalg.lstsq(design, pixels, rcond=None)[0]
-    distances = np.linalg.norm(_lab(colour.clip(0, 1)) - _LABS, axis=-1)
-    return list(COLOURS)[distances.argmin()]
+    distances = np.linalg.norm(_lab(colour.clip(0, 1)) - palette.labs, axis=-1)
+    return palette.names[distances.argmin()]
 
 
 def _lab(colour: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
@@ -219,4 +246,3 @@ def _lab(colour: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
 _XYZ = np.array(
     [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
 )  # fmt: skip
-_LABS = _lab(np.array(list(COLOURS.values())))
