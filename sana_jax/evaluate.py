@@ -5,6 +5,7 @@
     python -m sana_jax.evaluate --task=shapes --checkpoint=shapes --out=sheet.png
     python -m sana_jax.evaluate --task=importance --checkpoint=DIR --prompts=prompts.txt \
         --guidance_scale=4.5 --out=importance.json
+    python -m sana_jax.evaluate --task=shapes --checkpoint=TAUGHT/model --novel
 
 reconstruction: how near decode(encode(image)) is to the image, for the images of --data, centre
 cropped to squares. Both are rounded to 8 bits first; the figures are means over the images.
@@ -36,6 +37,8 @@ null where nothing was stated, or where the checkpoint is an autoencoder alone.
                           all shares of the ceiling, and by objects and by shapes as above
     prompts, pixels       the number of prompts, and the side of the pictures
     flow_shift            shift of the noise levels that sampling used
+    novel                 with --novel, the colour that every prompt names; the bundled model has
+                          not seen it (make_shapes --novel), and held_out is about it
 
 importance: how much each block of the transformer changes its input, for `convert --prune`. The
 first --count prompts (100) of --prompts, by default held-out prompts of shapes, are drawn, and at
@@ -65,7 +68,7 @@ from sana_jax.runtime.errors import UserError
 SAMPLING = "seed", "num_steps", "guidance_scale", "flow_shift"
 OWN = {  # flags that not every task reads
     "reconstruction": ("data", "data_dir", "split", "lpips_weights", "size"),
-    "shapes": (*SAMPLING, "size", "lora"),
+    "shapes": (*SAMPLING, "size", "lora", "novel"),
     "importance": (*SAMPLING, "prompts"),
 }
 
@@ -137,6 +140,9 @@ _SHIFT = flags.DEFINE_float(
     "flow_shift", None, "shift of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
 )
 _LORA = checkpoint_flags.define_lora()
+_NOVEL = flags.DEFINE_bool(
+    "novel", False, "ask for a colour that shapes does not have, which make_shapes --novel teaches"
+)
 _VARIANT = checkpoint_flags.define("variant")
 _REVISION = checkpoint_flags.define("revision")
 
@@ -170,7 +176,7 @@ def shapes() -> None:
     """Measures how well a model of the built-in data set draws what prompts state."""
     out = check_out(_OUT.value)
 
-    from sana_jax.shapes import evaluation
+    from sana_jax.shapes import evaluation, novel
 
     options = evaluation.Options(
         count=_COUNT.value or 512,
@@ -185,16 +191,19 @@ def shapes() -> None:
         revision=_REVISION.value,
         lora=_LORA.value,
     )
-    found, sheet = evaluation.measure(_CHECKPOINT.value, options)
+    quiz = evaluation.NOVEL if _NOVEL.value else evaluation.USUAL
+    found, sheet = evaluation.measure(_CHECKPOINT.value, options, quiz)
     if out is not None:
         save_png(out, sheet)
+    asked = f" with {novel.NAME}" if _NOVEL.value else ""
     error = found["overall_error"]
     sure = "" if error is None else f" (overall +- {100 * error:.1f}, a standard error)"
-    print(f"{found['prompts']} held-out prompts, {found['pixels']} px; per cent{sure}:")
+    print(f"{found['prompts']} held-out prompts{asked}, {found['pixels']} px; per cent{sure}:")
     print(evaluation.table(found))
     if found["overall"] is None:
         print(f"note: {_CHECKPOINT.value} is an autoencoder alone, which draws nothing")
     about = {"task": "shapes", "checkpoint": _CHECKPOINT.value}
+    about |= {"novel": novel.NAME} if _NOVEL.value else {}
     # Under a key of their own: count and size are kinds of facts here.
     print(json.dumps(about | {"options": dataclasses.asdict(options)} | found))
 

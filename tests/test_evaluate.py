@@ -192,12 +192,15 @@ def test_shapes(shared, tmp_path):
         [f"--checkpoint={shared / 'checkpoint'}"],
         [f"--checkpoint={shared / 'overflowing'}", "--out=none.png"],
         [f"--checkpoint={shared / 'checkpoint'}", "--size=50"],
+        [f"--checkpoint={shared / 'checkpoint'}", "--novel"],
     ]
     result = run(["-c", SEVERAL], tmp_path, input=json.dumps([arguments + case for case in cases]))
     assert result.returncode == 0, result.stderr
     *lines, answers = result.stdout.splitlines()
-    whole, alone = (json.loads(line) for line in lines if line.startswith("{"))
-    for found in (whole, alone):
+    whole, alone, novel = (json.loads(line) for line in lines if line.startswith("{"))
+    assert novel["novel"] == "lime" and not {"novel"} & {*whole, *alone}
+    assert any("6 held-out prompts with lime, 64 px" in line for line in lines)
+    for found in (whole, alone, novel):
         assert (found["prompts"], found["pixels"]) == (6, 64)
         assert found["parser_overall"] == 1 and found["ceiling"] == 0
         # What no flag says is as in Python.

@@ -46,6 +46,9 @@ def test_command(tmp_path):
         (["--data_dir=d", "--size=8"], "--size"),
         (["--data_dir=d", "--sizes=64"], "did you mean --size?"),
         (["--data_dir=d", "--preview=no/such/folder.png"], "--preview"),
+        (["--data_dir=d", "--novel=n"], "--data_dir is not for --novel"),
+        (["--novel=n", "--seed=1"], "--seed is not for --novel"),
+        (["--novel="], "name"),
     ],
 )
 def test_bad_flags(tmp_path, flags, words):
@@ -55,6 +58,15 @@ def test_bad_flags(tmp_path, flags, words):
     )
     assert result.returncode == 2 and words in result.stderr
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_twenty_pictures_with_a_new_colour(tmp_path):
+    result = run(f"--novel={tmp_path / 'lessons'}", "--size=32")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'lessons'}: 20 pictures with lime, and their captions\n"
+    assert len(list((tmp_path / "lessons").iterdir())) == 40
+    again = run(f"--novel={tmp_path / 'lessons'}", "--size=32")
+    assert again.returncode == 2 and "is not an empty folder" in again.stderr
 
 
 def test_importing_defines_no_flags():

@@ -75,11 +75,17 @@ def captions(scene: Scene) -> list[Caption]:
     return [_caption(style, known, rng) for style in CAPTIONERS]
 
 
-def prompts(count: int, seed: int = 0, split: str = "test") -> list[Prompt]:
+def prompts(
+    count: int,
+    seed: int = 0,
+    split: str = "test",
+    scenes: Callable[[tuple[int, ...], str], Scene] = scene,
+) -> list[Prompt]:
     """Makes prompts for evaluation: a quarter each of 1, 2, 3 and 4 objects, half with a relation.
 
     The captioners' styles have equal shares. Colours are always stated, so every prompt of the test
-    split names a held-out combination. No prompt contradicts itself.
+    split names a held-out combination. No prompt contradicts itself. `scenes` makes the scene of a
+    seed and a split.
     """
     rng = np.random.default_rng([4, seed])
     several = [k for k in range(count) if k % MAX_OBJECTS]
@@ -93,13 +99,14 @@ def prompts(count: int, seed: int = 0, split: str = "test") -> list[Prompt]:
             seed=(seed, k),
             split=split,
             rng=rng,
+            scenes=scenes,
         )
         for k in range(count)
     ]
 
 
-def _prompt(style: str, objects: int, related: bool, seed, split: str, rng) -> Prompt:
-    attempts = (scene((*seed, attempt), split) for attempt in itertools.count())
+def _prompt(style: str, objects: int, related: bool, seed, split: str, rng, scenes) -> Prompt:
+    attempts = (scenes((*seed, attempt), split) for attempt in itertools.count())
     drawn, known = next(
         (drawn, known)
         for drawn in attempts

@@ -8,7 +8,7 @@ another picture with as many objects.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -27,10 +27,11 @@ from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.progress import Progress
+from sana_jax.shapes import novel
 from sana_jax.shapes.captions import Prompt, prompts
 from sana_jax.shapes.draw import draw
 from sana_jax.shapes.parse import Found, parse
-from sana_jax.shapes.scene import MAX_OBJECTS
+from sana_jax.shapes.scene import COLOURS, HELD_OUT, MAX_OBJECTS
 from sana_jax.shapes.score import KINDS, held_out, objects_by, overall_by, rates, score
 
 COLUMNS, SHOWN = 8, 48  # pictures of the sheet
@@ -54,7 +55,20 @@ class Options:
     lora: list[str] = dataclasses.field(default_factory=list)  # FILE or FILE:WEIGHT
 
 
-def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
+@dataclasses.dataclass(frozen=True)
+class Quiz:
+    """A kind of prompts: those of a count and a seed, and what is known of them."""
+
+    prompts: Callable[[int, int], list[Prompt]]
+    colours: Mapping[str, tuple[float, float, float]]  # all that objects may have
+    held_out: Collection[tuple[str, str]]  # combinations that no picture of the training has
+
+
+USUAL = Quiz(prompts, COLOURS, HELD_OUT)
+NOVEL = Quiz(novel.prompts, novel.COLOURS, novel.HELD_OUT)
+
+
+def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, Any], Picture]:
     """Returns a checkpoint's figures, for JSON, and a sheet of its first pictures.
 
     A checkpoint without a transformer or a text encoder draws nothing: figures that need its
@@ -71,7 +85,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
     loras = open_all(options.lora, checkpoint.dit)
     checks.multiple(f"--size={size}", size, vae.factor)
 
-    asked = prompts(options.count, options.seed)
+    asked = quiz.prompts(options.count, options.seed)
     common = {"num_steps": options.num_steps, "guidance_scale": options.guidance_scale}
     shift = checkpoint.flow_shift if options.flow_shift is None else options.flow_shift
     rows = [("--", {"prompt": each.text}) for each in asked]
@@ -107,7 +121,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
 
     def reconstruct(batch: Batch) -> jax.Array:
         scenes = [asked[task.number].scene for task in batch.padded()]
-        images = np.stack([draw(scene, size, size) for scene in scenes])
+        images = np.stack([draw(scene, size, size, quiz.colours) for scene in scenes])
         images = jax.device_put(images, sharding.batch_sharding(mesh))
         return rounded(apply({"params": checkpoint.params["vae"]}, to_float(images)))
 
@@ -116,14 +130,15 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
         jax.default_matmul_precision("float32" if options.dtype == "float32" else "default"),
         Progress(len(tasks) * (1 + draws), "image") as bar,
     ):
-        restored, pictures = _parse_all(reconstruct, batches, bar.update)
+        restored, pictures = _parse_all(reconstruct, batches, quiz, bar.update)
         check("reconstructs")
         drawn = None
         if draws:
-            drawn, pictures = _parse_all(sample, batches, bar.update)
+            drawn, pictures = _parse_all(sample, batches, quiz, bar.update)
             check("draws")
-    truth = [parse(draw(each.scene, size, size)) for each in asked]
-    found = figures(asked, drawn, truth, restored) | {"pixels": size}
+    exact = (draw(each.scene, size, size, quiz.colours) for each in asked)
+    truth = [parse(picture, quiz.colours) for picture in exact]
+    found = figures(asked, drawn, truth, restored, quiz.held_out) | {"pixels": size}
     found["flow_shift"] = shift if draws else None
     shown = drawn or restored
     good = [score(asked[k].facts, shown[k]).overall for k in range(len(pictures))]
@@ -131,13 +146,16 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Picture]:
 
 
 def _parse_all(
-    dispatch: Callable[[Batch], jax.Array], batches: list[Batch], update: Callable[[], Any]
+    dispatch: Callable[[Batch], jax.Array],
+    batches: list[Batch],
+    quiz: Quiz,
+    update: Callable[[], Any],
 ) -> tuple[list[list[Found]], list[Picture]]:
     """Parses the picture of every task; also returns the first pictures."""
     found, pictures = {}, {}
 
     def keep(task, picture) -> None:
-        found[task.number] = parse(np.asarray(picture))
+        found[task.number] = parse(np.asarray(picture), quiz.colours)
         if task.number < SHOWN:
             pictures[task.number] = np.array(picture)
         update()
@@ -151,6 +169,7 @@ def figures(
     drawn: list[list[Found]] | None,
     truth: list[list[Found]],
     restored: list[list[Found]],
+    kinds: Collection[tuple[str, str]] = HELD_OUT,
 ) -> dict[str, Any]:
     """Turns the objects found in the prompts' pictures into figures for JSON.
 
@@ -158,6 +177,7 @@ def figures(
       drawn: objects in the model's pictures; None, and so the figures, without a model.
       truth: objects in pictures of the prompts' scenes.
       restored: objects in these pictures after the autoencoder.
+      kinds: the combinations of shape and colour that are held out of the training.
     """
 
     def scored(found):
@@ -172,7 +192,7 @@ def figures(
             "by_objects": overall_by(scores, [each.facts["count"] for each in asked]),
             "by_style": overall_by(scores, [each.style for each in asked]),
             "by_shape": objects_by(scores, "shape"),
-            "held_out": held_out(scores),
+            "held_out": held_out(scores, kinds),
         }
         share = found["overall"]
         found["overall_error"] = math.sqrt(share * (1 - share) / len(asked))

@@ -10,7 +10,7 @@ further left). A scene's own margins keep captions true by more than this.
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sana_jax.shapes.parse import Found
 from sana_jax.shapes.scene import HELD_OUT, is_at, is_related
@@ -104,9 +104,11 @@ def objects_by(scores: Sequence[Score], *names: str) -> dict[str, float]:
     return {key: _share(groups[key]) for key in sorted(groups)}
 
 
-def held_out(scores: Sequence[Score]) -> dict[str, float]:
-    """Returns the share with shape and colour right, for every held-out combination."""
-    names = {f"{colour} {shape}" for shape, colour in HELD_OUT}
+def held_out(
+    scores: Sequence[Score], kinds: Collection[tuple[str, str]] = HELD_OUT
+) -> dict[str, float]:
+    """Returns the share with shape and colour right, for every held-out combination of `kinds`."""
+    names = {f"{colour} {shape}" for shape, colour in kinds}
     shares = objects_by(scores, "colour", "shape")
     return {name: share for name, share in shares.items() if name in names}
 
