@@ -3,7 +3,7 @@
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=DIR_OR_HUB_ID --data=PICTURES
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=shapes --out=pairs.png
     python -m sana_jax.evaluate --task=shapes --checkpoint=shapes --out=sheet.png
-    python -m sana_jax.evaluate --task=importance --checkpoint=DIR --prompts=prompts.txt \
+    python -m sana_jax.evaluate --task=importance --checkpoint=DIR --prompts=prompts.txt \\
         --guidance_scale=4.5 --out=importance.json
     python -m sana_jax.evaluate --task=shapes --checkpoint=TAUGHT/model --novel
 
