@@ -110,6 +110,11 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         raise UserError(
             f"a diffusers folder needs {', '.join(sorted(missing))}, which is not there"
         )
+    if variants := checkpoint.dit.variants():
+        given = ", ".join(f"{name}={value}" for name, value in variants.items())
+        raise UserError(
+            f"a diffusers folder cannot hold a transformer with {given}: keep it native"
+        )
     if checkpoint.text_rows != TEXT_ROWS or checkpoint.dit.clip_attention is not None:
         logging.warning(
             "a diffusers folder cannot hold text_rows and clip_attention: they are lost"

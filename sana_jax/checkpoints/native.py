@@ -3,13 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from flax import traverse_util
 
-from sana_jax.checkpoints.components import CONFIGS, Checkpoint, param_shapes
+from sana_jax.checkpoints.components import CONFIGS, Checkpoint, Config, param_shapes
 from sana_jax.checkpoints.mapping import Entry, check, lazy_params
 from sana_jax.checkpoints.tensors import TensorReader, write_tensors
 from sana_jax.diffusion.flow import SHIFTS
+from sana_jax.models.config import without_later
 from sana_jax.runtime.checks import integer, number
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_itself, local, named_file, read_json, sha256_of
@@ -33,7 +35,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
     model = {
         "format": FORMAT,
         "version": VERSION,
-        **{name: dataclasses.asdict(config) for name, config in configs.items()},
+        **{name: _described(config) for name, config in configs.items()},
         # For people and other programs: we read the autoencoder's config instead.
         "latent_channels": checkpoint.vae.latent_channels,
         "factor": checkpoint.vae.factor,
@@ -111,6 +113,10 @@ def is_whole(folder: Path) -> bool:
         return whole and bool(files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
+
+
+def _described(config: Config) -> dict[str, Any]:
+    return without_later(type(config), dataclasses.asdict(config))
 
 
 def _files(folder: Path) -> set[str]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from sana_jax.diffusion import ddpm
 from sana_jax.diffusion.flow import NUM_TIMESTEPS, shift_sigma
 from sana_jax.runtime.errors import UserError
 
@@ -61,14 +62,20 @@ def _uniform(key: Array, config: NoiseConfig) -> Float[Array, ""]:
     return jax.random.uniform(key)
 
 
-# Name -> a function that draws one u (2403.03206, section 3.1: equations 19 and 20).
-DENSITIES = {"logit_normal": _logit_normal, "mode": _mode, "uniform": _uniform}
+def _ddpm(key: Array, config: NoiseConfig) -> Float[Array, ""]:
+    return ddpm.draw_level(key)
+
+
+# Name -> a function that draws one u (2403.03206, section 3.1: equations 19 and 20; ddpm.py).
+DENSITIES = {"logit_normal": _logit_normal, "mode": _mode, "uniform": _uniform, "ddpm": _ddpm}
 
 # Name -> the weight of a row's error as a function of its noise level.
 WEIGHTINGS: dict[str, Callable[[Float[Array, " B"]], Float[Array, " B"]]] = {
     "none": jnp.ones_like,  # SANA's
     "cosmap": lambda sigma: 2 / (jnp.pi * (1 - 2 * sigma + 2 * sigma**2)),  # 2403.03206, eq. 21
+    "ddpm": lambda sigma: (1 - sigma) ** 2,  # the error of the noise: see ddpm.py
 }
+DDPM = NoiseConfig(density="ddpm", shift=1.0, weighting="ddpm")
 
 
 def reference_grid(shift: float) -> tuple[np.ndarray, np.ndarray]:

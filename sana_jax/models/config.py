@@ -8,6 +8,8 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_WIDTH = 2**18  # of an axis of a weight; the largest language models have 2**16
 MAX_LAYERS = 1000  # of one stack; the deepest SANA has 60
@@ -31,6 +33,28 @@ def check_fields(config, network: str, **most: int) -> None:
         if not all(low <= number <= high for number in _numbers(value)):
             limits = f"{low:g} .. {high:g}" if is_factor else f"at most {high}"
             raise ValueError(f"{network} {field.name} {value!r} is beyond the limit, {limits}")
+
+
+def check_choices(config, network: str, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError, naming the field, unless each field named in `choices` has one of them."""
+    for name, known in choices.items():
+        if (value := getattr(config, name)) not in known:
+            raise ValueError(f"{network} {name} {value!r} is not one of {', '.join(known)}")
+
+
+def later(default: Any) -> Any:
+    """Returns a field that the first version of our files does not have; see `without_later`."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+def without_later(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config of `kind`, without later ones that have their default.
+
+    So the files of networks that need no later field are as they were, and older programs read
+    them.
+    """
+    later = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("later")}
+    return {name: x for name, x in fields.items() if name not in later or x != later[name]}
 
 
 def check_width(network: str, name: str, value: float) -> None:

@@ -13,23 +13,26 @@ blocks (adaLN-single); LN is a layer norm without weights:
 
 Attention is linear in N, the depthwise convolution of Mix-FFN tells tokens where they are, and
 only the 2048 and 4096 px models add positions. Sprint's guidance embedding and ControlNet are not
-implemented.
+implemented. For ablations there are the parts that SANA replaced (variants.py) and the objective of
+DDPM.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from sana_jax.diffusion import ddpm
+from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.kernels.cross_attention import cross_attention
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.modulated_norm import modulated_norm, reference
-from sana_jax.models.config import MAX_LAYERS, check_fields, check_width
+from sana_jax.models.config import MAX_LAYERS, check_choices, check_fields, check_width, later
+from sana_jax.models.embedders import CaptionEmbedder, TimestepEmbedder, position_features
 from sana_jax.models.layers import (
     Dtype,
     GLUMBConv,
@@ -38,6 +41,7 @@ from sana_jax.models.layers import (
     partitioned,
     scan_for_sampling,
 )
+from sana_jax.models.variants import MLP, softmax_attention
 from sana_jax.sharding import check_tokens, constrain
 
 FLOAT16_MAX = 65504.0
@@ -56,11 +60,15 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
-small_normal = nn.initializers.normal(0.02)
-
 
 # A sample of 2**14 latents is a picture of half a million pixels a side.
 _MOST = {"depth": MAX_LAYERS, "patch_size": 64, "sample_size": 2**14}
+# The first of each is SANA's own, and the only one that files of others can hold.
+VARIANTS = {
+    "attention": ("linear", "softmax"),
+    "ffn": ("glumbconv", "mlp"),
+    "objective": ("flow", "ddpm"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +91,14 @@ class SanaConfig:
     # True clips the linear attention's output to float16's range, on which weights trained in
     # float16 rely. None clips only if activations are float16, as diffusers does.
     clip_attention: bool | None = None
+    # For ablations; see VARIANTS.
+    attention: str = later("linear")  # of tokens to tokens
+    ffn: str = later("glumbconv")
+    objective: str = later("flow")  # of the training; the network gives the flow's velocity anyway
 
     def __post_init__(self):
         check_fields(self, "transformer", **_MOST)
+        check_choices(self, "transformer", VARIANTS)
         check_width("transformer", "width x mlp_ratio", int(self.width * self.mlp_ratio))
         check_width(
             "transformer",
@@ -96,6 +109,11 @@ class SanaConfig:
             raise ValueError(f"transformer sample_size {self.sample_size} is less than a patch")
         if self.width % self.head_dim or self.width % self.cross_heads:
             raise ValueError(f"transformer width {self.width} does not divide into its heads")
+
+    def variants(self) -> dict[str, str]:
+        """Returns the fields of VARIANTS that are not SANA's own."""
+        values = {name: getattr(self, name) for name in VARIANTS}
+        return {name: value for name, value in values.items() if value != VARIANTS[name][0]}
 
 
 _600M = SanaConfig(depth=28, width=1152, cross_heads=16)
@@ -113,29 +131,8 @@ PRESETS = {
 }
 
 
-def timestep_features(timestep: Float[Array, " B"], size: int = 256) -> Float[Array, "B size"]:
-    """Returns [cos | sin] of the timestep at frequencies 10000^(-i / (size/2)), in float32."""
-    half = size // 2
-    # Computed in float64, then rounded: at timestep 999 an error of 5e-7 is 5e-4 of a radian.
-    frequencies = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def position_features(length: int, base: int, scale: float, size: int) -> np.ndarray:
-    """Returns [sin | cos] along one side of the image, (length, size) in float32.
-
-    Coordinates run over [0, base / scale) for any length, so that a larger picture has the
-    positions that the network was trained on, only denser.
-    """
-    coordinates = np.arange(length, dtype=np.float32) / np.float32(length / base) / scale
-    omega = 10000.0 ** -(np.arange(size // 2, dtype=np.float64) / (size / 2))
-    angles = coordinates.astype(np.float64)[:, None] * omega[None]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
-
-
-class LinearAttention(nn.Module):
-    """ReLU linear attention of every token to every other (section 2.3)."""
+class SelfAttention(nn.Module):
+    """ReLU linear attention of every token to every other (section 2.3), or softmax attention."""
 
     config: SanaConfig
     dtype: Dtype = jnp.float32
@@ -153,7 +150,10 @@ class LinearAttention(nn.Module):
             q = RMSNorm(1e-5, name="q_norm", **types)(q)
             k = RMSNorm(1e-5, name="k_norm", **types)(k)
             qkv = jnp.concatenate([q, k, v], axis=-1)
-        out = linear_attention(qkv, config.head_dim, implementation=self.implementation)
+        if config.attention == "softmax":
+            out = softmax_attention(qkv, config.head_dim)
+        else:
+            out = linear_attention(qkv, config.head_dim, implementation=self.implementation)
         out = dense(width, ("heads", "embed"), name="out", **types)(out)
         clip = config.clip_attention
         if clip is None:
@@ -215,10 +215,13 @@ class Block(nn.Module):
             self.param_dtype,
         )
         options = dict(implementation=self.implementation, **types)
-        self.attention = LinearAttention(config, **options)
+        self.attention = SelfAttention(config, **options)
         self.cross_attention = CrossAttention(config, **options)
         hidden = int(config.mlp_ratio * config.width)
-        self.ffn = GLUMBConv(hidden, split_rows=True, **options)
+        if config.ffn == "mlp":
+            self.ffn = MLP(hidden, **types)
+        else:
+            self.ffn = GLUMBConv(hidden, split_rows=True, **options)
 
     def keys_values(self, carry, caption):
         """Returns the keys and values of the text, which sampling computes once a prompt."""
@@ -248,56 +251,6 @@ class Block(nn.Module):
     def __call__(self, x, modulation, caption, mask):
         keys_values = self.cross_attention.keys_values(caption)
         return self.with_keys_values(x, keys_values, modulation, mask)
-
-
-class TimestepEmbedder(nn.Module):
-    """Maps timesteps to embeddings (B, C) and the modulation (B, 6, C) that all blocks share.
-
-    Always computes in float32: it costs little, and bfloat16 would coarsen the noise level.
-    """
-
-    width: int
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, timestep: Float[Array, " B"]):
-        def linear(features, name, axes):
-            return dense(
-                features,
-                axes,
-                kernel_init=small_normal,
-                dtype=jnp.float32,
-                param_dtype=self.param_dtype,
-                precision=jax.lax.Precision.HIGHEST,
-                name=name,
-            )
-
-        x = linear(self.width, "linear_1", (None, "embed"))(timestep_features(timestep))
-        x = constrain(x, "batch", "residual")
-        embedding = linear(self.width, "linear_2", ("embed", "heads"))(jax.nn.silu(x))
-        embedding = constrain(embedding, "batch", "residual")
-        modulation = linear(6 * self.width, "modulation", ("embed", "heads"))
-        return embedding, rearrange(modulation(jax.nn.silu(embedding)), "b (s c) -> b s c", s=6)
-
-
-class CaptionEmbedder(nn.Module):
-    """Maps text rows to the width C; the norm tames Gemma's large hidden states."""
-
-    width: int
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, caption: Float[Array, "B L T"]) -> Float[Array, "B L C"]:
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        linear = dict(kernel_init=small_normal, **types)
-        caption = constrain(caption, "batch", None, None)
-        x = dense(self.width, (None, "embed"), name="linear_1", **linear)(caption)
-        x = constrain(x, "batch", None, "residual")
-        x = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
-        x = dense(self.width, ("embed", "heads"), name="linear_2", **linear)(x)
-        x = constrain(x, "batch", None, "residual")
-        return RMSNorm(1e-5, scale_init=0.01, name="norm", **types)(x)
 
 
 class SanaTransformer(nn.Module):
@@ -396,6 +349,16 @@ class SanaTransformer(nn.Module):
         return scan_for_sampling(self.blocks, block, method, *arguments)
 
     def _velocity(self, latents, timestep, blocks):
+        if self.config.objective == "flow":
+            return self._predict(latents, timestep, blocks)
+        scale = self.config.timestep_scale
+
+        def noise_of(x, timestep):
+            return self._predict(x, timestep * scale, blocks)
+
+        return ddpm.velocity(noise_of, latents, timestep / (NUM_TIMESTEPS * scale))
+
+    def _predict(self, latents, timestep, blocks):
         config, patch = self.config, self.config.patch_size
         # Patches to tokens, (B, H, W, C).
         x = rearrange(latents, "b (h p) (w q) c -> b h w (c p q)", p=patch, q=patch)

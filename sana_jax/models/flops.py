@@ -12,6 +12,7 @@ import jax
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.models.variants import mlp_width
 
 # Prefix of a device's name -> its FLOP/s in dense bfloat16, as the vendors state them. The first
 # match counts: "TPU v5" is a v5p.
@@ -61,9 +62,16 @@ def blocks(config: SanaConfig, tokens: int, rows: int) -> int:
 def _block(config: SanaConfig, tokens: int, rows: int) -> int:
     """Counts one block without the keys and values of the text."""
     c, hidden = config.width, int(config.mlp_ratio * config.width)
-    attention = _linear(tokens, c, 4 * c) + _linear_attention(tokens, c, config.head_dim)
+    if config.attention == "softmax":
+        mixing = 4 * tokens**2 * c
+    else:
+        mixing = _linear_attention(tokens, c, config.head_dim)
     cross = _linear(tokens, c, 2 * c) + 4 * tokens * rows * c
-    return attention + cross + _glumbconv(tokens, c, hidden)
+    if config.ffn == "mlp":
+        ffn = 2 * _linear(tokens, c, mlp_width(hidden))
+    else:
+        ffn = _glumbconv(tokens, c, hidden)
+    return _linear(tokens, c, 4 * c) + mixing + cross + ffn
 
 
 def text(config: Gemma2Config, tokens: int, before: int = 0) -> int:

@@ -1,5 +1,7 @@
 """Native folders: exact in both directions, and damage is named."""
 
+import dataclasses
+import json
 import shutil
 
 import jax
@@ -8,8 +10,9 @@ import pytest
 from diffusers import SanaPipeline as TheirPipeline
 
 from sana_jax.checkpoints import diffusers, native
+from sana_jax.models.dit import VARIANTS
 from sana_jax.runtime.errors import UserError
-from tests import toy
+from tests import mini, toy
 from tests.checkpoints.folders import assert_same, edit_json, load_on_one_device
 
 
@@ -27,6 +30,20 @@ def test_native_round_trip(written, tmp_path):
     their = TheirPipeline.from_pretrained(tmp_path / "diffusers")
     again = toy.params(their.transformer, first.dit)
     jax.tree.map(np.testing.assert_array_equal, again, first.params["dit"])
+
+
+def test_a_variant_is_kept_and_no_diffusers_folder_is_written_of_it(tmp_path):
+    """Of SANA's own network, model.json does not name the fields at all."""
+    mini.save(tmp_path / "own")
+    own = native.open_folder(tmp_path / "own")
+    assert VARIANTS.keys().isdisjoint(json.loads((tmp_path / "own/model.json").read_text())["dit"])
+    dit = dataclasses.replace(own.dit, attention="softmax", objective="ddpm")
+    changed = dataclasses.replace(own, dit=dit)
+    native.save(changed, tmp_path / "changed")
+    assert native.open_folder(tmp_path / "changed").dit == dit
+    with pytest.raises(UserError, match="with attention=softmax, objective=ddpm: write native"):
+        diffusers.save(changed, tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_damaged_native_folder(written, tmp_path):

@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from sana_jax.models.config import MAX_WIDTH, check_fields
+from sana_jax.models.config import (
+    MAX_WIDTH,
+    check_choices,
+    check_fields,
+    later,
+    without_later,
+)
 from sana_jax.models.dc_ae_config import PER_STAGE, DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
@@ -99,3 +105,20 @@ def test_a_number_beyond_every_network_is_refused(change, limit):
 def test_networks_beyond_every_published_one_are_refused_before_they_are_built(kind, change):
     with pytest.raises(ValueError, match=f"{'|'.join(change)}"):
         kind(**change)
+
+
+def test_a_choice_is_one_of_those_that_there_are():
+    check_choices(Config(), "network", {"kind": ("plain", "other")})
+    with pytest.raises(ValueError, match="network kind 'plain' is not one of this, that"):
+        check_choices(Config(), "network", {"kind": ("this", "that")})
+
+
+def test_a_later_field_is_written_only_where_it_is_not_its_default():
+    @dataclasses.dataclass(frozen=True)
+    class Later:
+        width: int = 8
+        kind: str = later("plain")
+
+    assert without_later(Later, dataclasses.asdict(Later())) == {"width": 8}
+    assert without_later(Later, {"kind": "other"}) == {"kind": "other"}
+    assert Later(**without_later(Later, {"width": 9, "kind": "plain"})) == Later(9)

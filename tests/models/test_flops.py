@@ -1,5 +1,7 @@
 """The counts, beside torch's own counter and beside figures that it gave for the full sizes."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import AutoencoderDC
@@ -59,6 +61,22 @@ def test_trunk_is_what_torch_counts(changes):
     timestep = torch.zeros(1, device="meta")
     named = dict(encoder_hidden_states=caption, timestep=timestep)
     assert flops.trunk(config, 8, 12, 7) == counted(module, latents, **named)
+
+
+def test_variants_differ_by_what_torch_counts():
+    config = PRESETS["sana_600m_512"]
+    tokens, c, heads = 8 * 12, config.width, config.width // config.head_dim
+    qkv = torch.zeros(3, 1, heads, tokens, config.head_dim, device="meta")
+    own = flops.trunk(config, 8, 12, 7)
+    softmax = flops.trunk(dataclasses.replace(config, attention="softmax"), 8, 12, 7)
+    products = torch.nn.Identity()
+    attention = counted(products, method=lambda: qkv[0] @ qkv[1].mT @ qkv[2])
+    linear = 4 * tokens * c * (config.head_dim + 1)
+    assert softmax - own == config.depth * (attention - linear)
+
+    mlp = flops.trunk(dataclasses.replace(config, ffn="mlp"), 8, 12, 7)
+    depthwise = 2 * 9 * tokens * 2 * int(config.mlp_ratio * c)
+    assert own - mlp == config.depth * depthwise
 
 
 SHUFFLED = dict(downsample="pixel_unshuffle", upsample="pixel_shuffle")

@@ -135,7 +135,8 @@ def open_start(config: ConfigDict) -> Any:
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
     # No shape shows a difference in these.
-    for key in "head_dim", "cross_heads", "timestep_scale", "clip_attention":
+    unseen = "head_dim", "cross_heads", "timestep_scale", "clip_attention", "attention", "objective"
+    for key in unseen:
         then, now = getattr(found.dit, key), getattr(network, key)
         if then != now and read_lora(config).rank:  # its file is for the network as it is there
             raise UserError(

@@ -54,7 +54,7 @@ class Recipe:
     steps: int
     batch_size: int  # of all devices
     optimizer: OptimizerConfig = OptimizerConfig()
-    noise: NoiseConfig = NoiseConfig()
+    noise: NoiseConfig = NoiseConfig()  # of a flow; the objective of DDPM has its own
     microbatches: int = 1  # a step computes its batch in this many parts
     encoder_microbatches: int = 1  # and encodes the images and texts of each part in this many
     caption_dropout: float = 0.1  # probability of the empty prompt, for classifier-free guidance
@@ -120,6 +120,7 @@ class TextToImageTask:
             raise UserError("a text encoder that trains reads no instruction; leave it out")
         self.recipe, self.captions, self.lora = recipe, captions, lora
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+        self.noise = flow_matching.DDPM if dit.config.objective == "ddpm" else recipe.noise
         # The start of each part that trains, by its name in state.params.
         self.trained = {"dit": partial(init_params, dit)}
         if lora.rank:
@@ -154,7 +155,7 @@ class TextToImageTask:
             errors = self._errors(params, rows, frozen, trains=True)
             if "weight" in rows:
                 errors = errors * rows["weight"]
-            return flow_matching.flow_loss(errors, rows["sigma"], recipe.noise), ()
+            return flow_matching.flow_loss(errors, rows["sigma"], self.noise), ()
 
         (value, _), gradient = accumulated_gradients(loss, state.params, rows, recipe.microbatches)
         norm = optax.tree.norm(gradient)
@@ -193,7 +194,7 @@ class TextToImageTask:
         of_levels, of_noise, of_dropout = jax.random.split(key, 3)
         latents, recipe = jax.eval_shape(self._latent_shape, batch), self.recipe
         count = latents.shape[0]
-        sigma, timestep = flow_matching.draw_levels(of_levels, count, recipe.noise)
+        sigma, timestep = flow_matching.draw_levels(of_levels, count, self.noise)
         noise = flow_matching.draw_noise(of_noise, latents)
         drawn = {
             "sigma": sigma,

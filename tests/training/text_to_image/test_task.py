@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from sana_jax import sharding
 from sana_jax.checkpoints.components import init_params, module_for
-from sana_jax.diffusion import flow_matching
+from sana_jax.diffusion import ddpm, flow_matching
 from sana_jax.diffusion.flow_matching import NoiseConfig
 from sana_jax.models.dit import REMAT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
@@ -255,3 +255,23 @@ def test_weighting_by_level():
     errors = task._errors(start.params, {**batch, **drawn}, Frozen(None))
     weights = flow_matching.WEIGHTINGS["cosmap"](drawn["sigma"])
     np.testing.assert_allclose(weighted, jnp.mean(weights * errors), rtol=1e-5)
+
+
+def test_the_objective_of_ddpm_is_the_error_of_the_noise_at_its_own_levels(monkeypatch):
+    """Whatever config.recipe.noise says; the network's own prediction is the noise."""
+    monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, objective="ddpm"))
+    task, batch = make_task(Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0))), make_batch()
+    _, losses = run(task, 5, batch, Frozen(None))
+    start = nn.unbox(task.init(jax.random.key(0)))
+    drawn = task._draw(start.step_key(), batch)
+    sigma, noise = np.asarray(drawn["sigma"]), np.asarray(drawn["noise"])
+    assert np.isin(sigma, ddpm.SIGMAS.astype(np.float32)).all()
+    embeddings, mask = task._text(start.params, batch | drawn, Frozen(None))
+    timestep = np.searchsorted(ddpm.SIGMAS.astype(np.float32), sigma)
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timestep][:, None, None, None]
+    state = np.sqrt(kept) * batch["latents"] + np.sqrt(1 - kept) * noise
+    predicts = module_for(dataclasses.replace(DIT, objective="flow"), "float32")
+    inputs = state.astype(np.float32), timestep.astype(np.float32), embeddings, mask
+    found = predicts.apply({"params": start.params["dit"]}, *inputs)
+    np.testing.assert_allclose(losses[0], np.mean((np.asarray(found) - noise) ** 2), rtol=1e-4)
+    assert np.isfinite(losses).all()
