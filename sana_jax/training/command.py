@@ -1,5 +1,6 @@
 """The flags and the main function that the commands for training share."""
 
+import ast
 import ctypes
 import os
 import signal
@@ -21,6 +22,20 @@ JOIN_SECONDS = 1800  # a preempted host may come back minutes after the others
 SMALLER = "a smaller batch_size in the config, more microbatches, or remat"
 
 flags.disclaim_key_flags()  # the flags are those of the module that calls
+
+
+class _AnyValue(flags.ArgumentParser):
+    """Reads a value of Python, such as 1.0 or None; anything else is a text."""
+
+    def parse(self, argument: str) -> Any:
+        try:
+            return ast.literal_eval({"true": "True", "false": "False"}.get(argument, argument))
+        except (SyntaxError, ValueError):
+            return argument
+
+
+# Without this, no flag could change a field that is None in the config's file.
+config_flags.register_flag_parser_for_type(type(None), _AnyValue())
 
 
 def training_command(make_training: Callable[..., Any]) -> Callable[[list[str]], None]:

@@ -5,9 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
+from absl import flags
+from ml_collections.config_flags import config_flags
 
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.training import command
@@ -132,3 +135,22 @@ def test_hosts_that_do_not_come(monkeypatch, error, kind):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(kind, match="did not come: DEAD|--multihost: none; leave"):
         command.join_hosts()
+
+
+@pytest.mark.parametrize(
+    "file, value, wanted",
+    [
+        ("shapes", "None", None),
+        ("shapes", "2.0", 2.0),
+        ("sana_600m_512", "1.0", 1.0),
+        ("sana_600m_512", "None", None),
+        ("sana_600m_512", "wide", "wide"),  # which the network's config refuses
+    ],
+)
+def test_a_flag_gives_positions_and_takes_them_away(file, value, wanted):
+    known = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", f"configs/{file}.py", flag_values=known)
+    line = ["", f"--config.network.interpolation_scale={value}"]
+    with mock.patch.object(sys, "argv", line):
+        known(line)
+    assert config.value.network.interpolation_scale == wanted

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 from sana_jax import sharding
 from sana_jax.data.captions import CaptionChoice
@@ -113,7 +113,7 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
         {
             "seed": 0,
             # SanaConfig, and the implementation that its module uses (kernels/dispatch.py).
-            "network": as_group(network) | {"implementation": "auto"},
+            "network": as_group(network) | {"implementation": "auto"} | _optional(network),
             # A checkpoint whose transformer is trained further; none: it starts from nothing.
             "start": config_dict.placeholder(str),
             "autoencoder": config_dict.placeholder(str),  # a checkpoint that has one
@@ -168,6 +168,12 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
             "peak_flops": config_dict.placeholder(float),
         }
     )
+
+
+def _optional(network: SanaConfig) -> dict[str, FieldReference]:
+    """Returns fields in a form of which a flag can take the value away, by =None."""
+    fields = {"interpolation_scale": network.interpolation_scale}
+    return {k: FieldReference(x, object) for k, x in fields.items() if x is not None}
 
 
 def read_recipe(config: ConfigDict) -> Recipe:
