@@ -25,7 +25,8 @@ POOL |= dict(HOSTS="4", BUCKET="bucket")
 
 
 def launch(script, *arguments, path=None, **environment):
-    environment = {"RETRY_SECONDS": "0", "PATH": os.environ["PATH"], **environment}
+    given = {"RETRY_SECONDS": "0", "PATH": os.environ["PATH"], "PYTHON": sys.executable}
+    environment = given | environment
     if path:
         environment["PATH"] = f"{path}:{environment['PATH']}"
     command = ["bash", ROOT / "launch" / script, *map(str, arguments)]
@@ -109,6 +110,64 @@ def test_ctrl_c_is_not_tried_again(tmp_path):
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(PATIENCE) == 130 and (tmp_path / "started").read_text() == "x"
+
+
+WAITS = """
+import signal, sys, time
+def stop(*_):
+    time.sleep(0.5)
+    open({saved!r}, "a").write("x")
+    sys.exit({status})
+signal.signal(signal.SIGTERM, stop)
+open({started!r}, "a").write("x")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("status, wanted", [(75, 75), (0, 143), (3, 3)])
+@pytest.mark.parametrize("script", ["sweep", "train_shapes", "tpu"])
+def test_sigterm_reaches_the_program_and_is_not_tried_again(tmp_path, script, status, wanted):
+    """The launcher ends when the program has saved, and as it ended; 0 would say: all is done."""
+    started, saved = tmp_path / "started", tmp_path / "saved"
+    training = tmp_path / "train.py"
+    training.write_text(WAITS.format(started=str(started), saved=str(saved), status=status))
+    arguments, given = [], {"RETRY_SECONDS": "0", "PATH": os.environ["PATH"]}
+    if script == "sweep":
+        arguments = ["--field=rate", "--values=1,2", f"--out={tmp_path}", sys.executable, training]
+    elif script == "train_shapes":
+        path, _ = fake(tmp_path, "python", f"exec {sys.executable} {training}")
+        arguments, given["PYTHON"] = [tmp_path / "run"], str(path / "python")
+    else:
+        body = f'case "$*" in *describe*) echo ACTIVE ;; *.venv/bin:*) exec {sys.executable} '
+        path, _ = fake(tmp_path, "gcloud", f"{body}{training} ;; esac")
+        arguments = ["run", "python", "x.py"]
+        given |= SLICE | {"PATH": f"{path}:{given['PATH']}"}
+    command = ["bash", ROOT / "launch" / script, *map(str, arguments)]
+    run = subprocess.Popen(command, env=given, cwd=ROOT, start_new_session=True)
+    while not started.exists() and run.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(PATIENCE) == wanted
+    assert started.read_text() == saved.read_text() == "x"
+
+
+def test_sigterm_between_two_tries_ends_the_launcher(tmp_path):
+    command = ["bash", ROOT / "launch/sweep", "--field=rate", "--values=1", f"--out={tmp_path}"]
+    command += map(str, counting(tmp_path, 75, 0))
+    run = subprocess.Popen(command, env=os.environ | {"RETRY_SECONDS": "60"})
+    while not (tmp_path / "count").exists() and run.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(PATIENCE) == 143 and (tmp_path / "count").read_text() == "1"
+
+
+def test_programs_of_a_launcher_read_its_input():
+    """In the background, bash would give them nothing to read."""
+    given = ["--field=rate", "--values=1", "--out=x", "bash", "-c", "read line; [ $line = hello ]"]
+    command = ["bash", ROOT / "launch/sweep", *given]
+    assert subprocess.run(command, input="hello\n", text=True, cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("number", ["many", "-1", "08", "1m", "1\n2", " 1", "9" * 20])
@@ -558,6 +617,67 @@ def test_sweep(tmp_path):
         again.returncode == 2 and "no run has los; they have rate, end, step, loss" in again.stderr
     )
     assert again.stdout.splitlines()[0].split() == ["rate", "end", "step", "loss"]
+
+
+VARIED = """
+import json, pathlib, sys
+given = dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
+folder = pathlib.Path(given["workdir"])
+folder.mkdir(parents=True, exist_ok=True)
+loss = float(given["rate"]) + len(given["config.kind"]) + int(given.get("config.seed", 0))
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}))
+"""
+
+
+def test_a_sweep_varies_one_field_at_a_time_over_seeds(tmp_path):
+    (tmp_path / "train.py").write_text(VARIED)
+    out, plot = tmp_path / "runs", tmp_path / "plot.png"
+    flags = "--vary=config.kind=a,bbb", "--vary=rate=0.5,10,20", "--seeds=0,2", f"--out={out}"
+    command = sys.executable, tmp_path / "train.py"
+    shown = launch("sweep", "--dry_run", *flags, *command)
+    lines = [line.split()[2:] for line in shown.stdout.splitlines()]
+    settings = {
+        "base": ["--config.kind=a", "--rate=0.5"],
+        "kind=bbb": ["--rate=0.5", "--config.kind=bbb"],
+        "rate=10": ["--config.kind=a", "--rate=10"],
+        "rate=20": ["--config.kind=a", "--rate=20"],
+    }
+    assert lines == [
+        [*fields, f"--config.seed={seed}", f"--workdir={out}/{name}/seed_{seed}"]
+        for seed in (0, 2)
+        for name, fields in settings.items()
+    ]
+    result = launch("sweep", *flags, "--metrics=loss", f"--plot={plot}", *command)
+    assert result.returncode == 0 and plot.exists(), result.stderr
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert table == [
+        ["setting", "end", "runs", "step", "loss"],
+        *(
+            [name, "done", "2", "1", mean, "±", "1.4"]
+            for name, mean in zip(settings, ("2.5", "4.5", "12", "22"), strict=True)
+        ),
+        [str(plot)],
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--vary=rate=1,2", "--field=rate", "--values=1"], "give --vary and --out, without"),
+        (["--vary=rate=1"], "has one value"),
+        (["--vary=rate"], "is not FIELD=VALUE,VALUE"),
+        (["--vary=rate=1,../x"], "cannot name a folder"),
+        (["--vary=rate=1,2", "--vary=rate=3,4"], "--vary=rate is given twice"),
+        (["--vary=rate=1,2", "--seeds=0,x"], "--seeds=0,x: give numbers"),
+        (["--vary=rate=1,2", "--seeds=1,"], "give numbers"),
+        (["--vary=rate=1,2", "--plot=plot.png"], "name what it shows"),
+        (["--vary=rate=1,2", "--plot=/nowhere/plot.png", "--metrics=loss"], "no such folder"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_its_first_run(tmp_path, flags, words):
+    result = launch("sweep", *flags, f"--out={tmp_path}/runs", "touch", tmp_path / "ran")
+    assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"\0\0", b"\xff", b"[1]\n{}\n"])
