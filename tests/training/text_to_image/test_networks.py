@@ -51,6 +51,8 @@ def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
     assert "clip_attention" not in caplog.text
     networks.open_start(load(config, start=start, network__clip_attention=True))
     assert "config.network.clip_attention=True, but None of" in caplog.text
+    networks.open_start(load(config, start=start, network__attention="softmax"))
+    assert "config.network.attention=softmax, but linear of" in caplog.text
 
 
 def test_norms_that_a_start_has_not_begin_at_one(config, caplog):
