@@ -48,7 +48,7 @@ def test_command(tmp_path):
         (["--data_dir=d", "--preview=no/such/folder.png"], "--preview"),
         (["--data_dir=d", "--novel=n"], "--data_dir is not for --novel"),
         (["--novel=n", "--seed=1"], "--seed is not for --novel"),
-        (["--novel="], "name"),
+        (["--novel="], "--novel= is empty"),
     ],
 )
 def test_bad_flags(tmp_path, flags, words):
