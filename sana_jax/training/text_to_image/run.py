@@ -26,7 +26,6 @@ from sana_jax.data.first_look import first_captions
 from sana_jax.data.precomputed import Precomputed
 from sana_jax.data.text_image import CaptionTokens
 from sana_jax.models import flops
-from sana_jax.models.config import without_later
 from sana_jax.models.dit import SanaConfig
 from sana_jax.pictures import in_rows
 from sana_jax.pipeline.pipeline import SanaPipeline
@@ -108,7 +107,6 @@ class TextToImageTraining:
     def _run(self) -> None:
         config = self.config
         about = config.to_dict() | {"fingerprints": self.hashes}  # as runs of before call them
-        about["network"] = without_later(SanaConfig, about["network"])
         free = FREE + (("recipe.steps",) * (config.recipe.optimizer.schedule == "constant"))
         given = about, self.loader.fingerprint, config.keep, config.keep_every, free
         defaults = text_to_image(SanaConfig(), 1, 1).to_dict()
