@@ -92,6 +92,7 @@ class Module(NamedTuple):
         return rearrange(ours, f"{right} -> {left}", **sizes)
 
     def ours(self, half: str, theirs: np.ndarray) -> np.ndarray:
+        """Returns our half from that of the file."""
         pattern, sizes = self.patterns[half]
         return rearrange(theirs, pattern, **sizes)
 
@@ -192,12 +193,10 @@ def read_adapter(path: Path, config: SanaConfig) -> PyTree:
         flat[f"{site}/scale"] = np.ones(layers)
     for name, part in parts.items():
         module = known[name]
-        halves = {half: cast(part[half], tensors[part[half]], "float32") for half in "ab"}
-        a, b = (module.ours(half, array) for half, array in halves.items())
+        values = {end: cast(f"{path}: {key}", tensors[key], "float32") for end, key in part.items()}
+        a, b = (module.ours(half, values[half]) for half in "ab")
         rank = len(b)
-        alpha = rank
-        if "alpha" in part:
-            alpha = cast(part["alpha"], tensors[part["alpha"]], "float64").item()
+        alpha = values["alpha"].item() if "alpha" in values else rank
         scale = _scale(path, fields, name, rank) if fields else alpha / rank
         flat[f"{module.site}/a"][module.layer][:, :rank] = a
         flat[f"{module.site}/b"][module.layer][:rank] = b
