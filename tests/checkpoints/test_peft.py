@@ -357,7 +357,7 @@ def test_a_file_that_holds_anything_else_is_refused_by_name(how, config, spoil):
     change, told = SPOILT[how]
     with pytest.raises(UserError, match=told) as error:
         read_adapter(spoil(change), config)
-    assert "lora.safetensors: " in str(error.value) or "holds no LoRA" in told
+    assert "lora.safetensors" in str(error.value)
 
 
 def test_an_alpha_is_one_number(config, spoil):
