@@ -89,8 +89,11 @@ def upsample(
 
 
 def split_batch(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Keeps activations on their images' devices; the compiler would move them to the weights."""
-    return constrain(x, "batch", None, None, "residual")
+    """Keeps activations on their images' devices; the compiler would move them to the weights.
+
+    Where the mesh splits tokens, their rows are split too: convolutions exchange those that meet.
+    """
+    return constrain(x, "batch", "tokens", None, "residual")
 
 
 class BatchNorm(nn.Module):
