@@ -13,18 +13,10 @@ config, which runs in float16. The number of steps, the 64 devices that make up 
 and the moving average are ours.
 """
 
-from sana_jax.models.dit import PRESETS
-from sana_jax.training.text_to_image.recipe import PROMPTS, text_to_image
+from sana_jax.training.text_to_image.recipe import full_size
 
 
 def get_config():
-    config = text_to_image(PRESETS["sana_600m_512"], steps=200_000, batch_size=8192)
-    config.mesh.update(replica=4, fsdp=64)
-    config.remat = "full"
-    config.data.buckets = True
     # The autoencoder encodes 16 images at a time. The step then takes 5.8 of a v5e's 15.75 GiB,
     # according to the TPU compiler (sana_jax.compile --memory).
-    config.recipe.encoder_microbatches = 2
-    config.loop.update(images_every=500, evaluate_every=500)
-    config.images.prompts = PROMPTS
-    return config
+    return full_size("sana_600m_512", steps=200_000, batch_size=8192, encoder_microbatches=2)

@@ -10,7 +10,7 @@ from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.images import MAX_PIXELS
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.lora.config import LoraConfig
-from sana_jax.models.dit import SanaConfig
+from sana_jax.models.dit import PRESETS, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.runtime import checks
 from sana_jax.runtime.checks import as_group, read_group
@@ -174,6 +174,25 @@ def _optional(network: SanaConfig) -> dict[str, FieldReference]:
     """Returns fields in a form of which a flag can take the value away, by =None."""
     fields = {"interpolation_scale": network.interpolation_scale}
     return {k: FieldReference(x, object) for k, x in fields.items() if x is not None}
+
+
+def full_size(
+    preset: str, steps: int, batch_size: int, encoder_microbatches: int = 1
+) -> ConfigDict:
+    """Returns the recipe of a published network, for the 256 chips of a v5e 16x16 slice.
+
+    `preset` is one of models/dit.py's. Four copies of the state are each sharded over 64 chips,
+    blocks are computed again for their gradients, and pictures keep their aspect ratios.
+    """
+    config = text_to_image(PRESETS[preset], steps, batch_size)
+    config.mesh.update(replica=4, fsdp=64)
+    config.remat = "full"
+    config.data.buckets = True
+    config.recipe.encoder_microbatches = encoder_microbatches
+    config.evaluation.batch_size = 256 * encoder_microbatches  # as the training's, it splits
+    config.loop.update(images_every=500, evaluate_every=500)
+    config.images.prompts = PROMPTS
+    return config
 
 
 def read_recipe(config: ConfigDict) -> Recipe:

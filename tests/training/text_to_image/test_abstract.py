@@ -17,7 +17,12 @@ from sana_jax.training.text_to_image.abstract import abstract_training
 from sana_jax.training.text_to_image.recipe import check_batches, check_figures, read_recipe
 
 ROOT = Path(__file__).parents[3]
-SIZES = {"sana_600m_512": (592, 512), "sana_1600m_1024": (1604, 1024)}  # millions, pixels
+SIZES = {  # millions of parameters, pixels, chips that share a picture
+    "sana_600m_512": (592, 512, 1),
+    "sana_1600m_1024": (1604, 1024, 1),
+    "sana_1600m_4096": (1604, 4096, 4),
+    "sana1.5_4800m_1024": (4722, 1024, 1),
+}
 
 
 def config(name):
@@ -30,14 +35,15 @@ def config(name):
 @pytest.mark.parametrize("name", SIZES)
 def test_recipe_is_what_it_says(name):
     """On 256 chips: the size of the network, the bytes on a chip, and a step that is traced."""
-    recipe, (millions, side) = config(name), SIZES[name]
+    recipe, (millions, side, sharing) = config(name), SIZES[name]
     axes = tuple(recipe.mesh[name] for name in sharding.MESH_AXES)
-    assert axes == (4, 64, 1, 1)
+    assert axes == (4 // sharing, 64, sharing, 1)
     mesh = jax.sharding.AbstractMesh(axes, sharding.MESH_AXES)
     check_batches(recipe, mesh)
     check_figures(recipe)
     # The authors' auto_lr: the rate of a batch of 256, times the root.
-    scaled = 1e-4 * math.sqrt(recipe.recipe.batch_size / 256)
+    rate = 2e-5 if name.startswith("sana1.5") else 1e-4
+    scaled = rate * math.sqrt(recipe.recipe.batch_size / 256)
     np.testing.assert_allclose(read_recipe(recipe).optimizer.learning_rate, scaled)
     step, state, batch, inputs, size, count = abstract_training(recipe, mesh)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -14,6 +14,7 @@ from sana_jax.training.text_to_image.recipe import (
     ImagesConfig,
     Recipe,
     check_figures,
+    full_size,
     text_to_image,
 )
 
@@ -81,3 +82,11 @@ def test_none_stands_for_as_many_threads_as_there_are_cores():
     config = recipe()
     config.loader.threads = None
     check_figures(config)
+
+
+def test_a_full_size_recipe_is_a_preset_and_a_batch():
+    config = full_size("sana_600m_1024", steps=10, batch_size=4096, encoder_microbatches=4)
+    check_figures(config)
+    assert (config.network.width, config.recipe.steps, config.recipe.batch_size) == (1152, 10, 4096)
+    # Held-out batches split over 256 chips and into the encoder's parts, as the training's do.
+    assert config.evaluation.batch_size == 256 * config.recipe.encoder_microbatches == 1024
