@@ -76,7 +76,7 @@ def with_inputs(tasks: Sequence["Task"]) -> list["Task"]:
         (name, path), task = item
         return _open(path, name == "mask", f"{task.place_of(name)}{name}={path}")
 
-    with ThreadPoolExecutor() as pool, Progress(len(due), "picture", "reading") as bar:
+    with ThreadPoolExecutor() as pool, Progress(len(due), "picture", "reading", delay=2) as bar:
         found = {}
         try:
             for key, file in zip(due, pool.map(attempt, due.items()), strict=True):

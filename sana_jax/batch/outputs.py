@@ -289,7 +289,7 @@ def _changes(old: Line, new: Line) -> list[str]:
     """Names the settings that differ, such as "batch_size 8 -> 3"."""
     new = json.loads(json.dumps(new))  # tuples are lists there
     # Settings that a line has only where they were used.
-    new = dict.fromkeys(old.keys() & {*OPTIONAL, *inputs.SETTINGS}) | new
+    new = dict.fromkeys(name for name in (*OPTIONAL, *inputs.SETTINGS) if name in old) | new
     return [
         f"{name} {reprlib.repr(old[name]) if name in old else 'unknown'} -> {reprlib.repr(value)}"
         for name, value in new.items()
