@@ -184,11 +184,9 @@ class SanaPipeline(WithLoras):
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]) or "latent".
           sequential_guidance: compute the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
-          image: a picture to start from, or one per prompt: PIL's, or uint8 (H, W, 3). Its size is
-            drawn. Of the `num_steps` the last ceil(strength * num_steps) are run.
-          strength: above 0, up to 1, which without a mask leaves nothing of it; None: 0.6.
-          mask: where the picture is redrawn (white, 255 or True) and where its pixels are kept (0):
-            PIL's or (H, W), one for all or one per prompt; see pipeline/image_input.py.
+          image: to start from, one or one per prompt: PIL's, or uint8 (H, W, 3). Its size is drawn.
+          strength: the share of the steps, above 0, up to 1, that change the image; None: 0.6.
+          mask: white (255, True) where image is redrawn, 0 where it is kept; see image_input.py.
 
         Scalars and lists of NumPy and JAX are taken wherever Python's are. Raises UserError, a
         ValueError, if an argument is out of range.
@@ -219,6 +217,10 @@ class SanaPipeline(WithLoras):
             strength=strength,
             mask=mask,
         )
+        return self._deliver(request, on_step, output)
+
+    def _deliver(self, request: Request, on_step, output: str):
+        """Draws a request and returns it as `output` says."""
         if output == "latent":
             return self._sample(request, on_step)[: request.count]
         if output == "float":
