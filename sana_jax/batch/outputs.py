@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sana_jax.batch import inputs, png
+from sana_jax.batch import image_files, png
 from sana_jax.batch.manifest import ASIDE, Line, Manifest, key_of
 from sana_jax.pictures import encode_png, in_rows, make_grid
 from sana_jax.runtime.errors import Retry, UserError
@@ -289,7 +289,7 @@ def _changes(old: Line, new: Line) -> list[str]:
     """Names the settings that differ, such as "batch_size 8 -> 3"."""
     new = json.loads(json.dumps(new))  # tuples are lists there
     # Settings that a line has only where they were used.
-    new = dict.fromkeys(name for name in (*OPTIONAL, *inputs.SETTINGS) if name in old) | new
+    new = dict.fromkeys(name for name in (*OPTIONAL, *image_files.SETTINGS) if name in old) | new
     return [
         f"{name} {reprlib.repr(old[name]) if name in old else 'unknown'} -> {reprlib.repr(value)}"
         for name, value in new.items()

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sana_jax.batch import inputs
+from sana_jax.batch import image_files
 from sana_jax.batch.tasks import Batch, Task
 from sana_jax.checkpoints.loras import Lora
 from sana_jax.pipeline.pipeline import SanaPipeline
@@ -114,7 +114,7 @@ def extras_of(
 
     Raises UserError for one that the manifest uses itself.
     """
-    own = {"file", "sha256", "key", *notes, *settings[tasks[0].file], *inputs.SETTINGS}
+    own = {"file", "sha256", "key", *notes, *settings[tasks[0].file], *image_files.SETTINGS}
     for task in tasks:
         if taken := sorted(own & task.extras.keys()):
             raise UserError(

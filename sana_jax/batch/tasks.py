@@ -20,7 +20,7 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import UNREACHABLE, check_is_file, nests, reason_of
 
 if TYPE_CHECKING:  # flags and files are read before jax is
-    from sana_jax.batch.inputs import Inputs
+    from sana_jax.batch.image_files import Inputs
     from sana_jax.pipeline.request import Request
 
 MAX_IMAGES = 10**6  # of one run: names have six digits

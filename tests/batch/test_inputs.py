@@ -10,9 +10,9 @@ from PIL import Image
 
 from sana_jax import SanaPipeline
 from sana_jax.batch import draw as batch
-from sana_jax.batch import inputs
+from sana_jax.batch import image_files
 from sana_jax.batch.draw import draw
-from sana_jax.batch.inputs import ImageFile, with_inputs
+from sana_jax.batch.inputs import with_inputs
 from sana_jax.batch.settings import Options
 from sana_jax.batch.tasks import make_tasks
 from sana_jax.runtime.errors import UserError
@@ -41,31 +41,11 @@ def tasks_of(*rows, **common):
     return make_tasks(rows, COMMON | common, 3, 1)
 
 
-def test_a_file_is_an_array_that_is_read_when_it_is_needed(tmp_path, monkeypatch):
-    image, mask = save(tmp_path / "a.png", picture()), save(tmp_path / "m.png", half())
-    (task,) = with_inputs(tasks_of({"image": image, "mask": mask}))
-    assert (task.height, task.width) == (SIDE, SIDE)
-    assert task.inputs.image.shape == (SIDE, SIDE, 3) and task.inputs.mask.shape == (SIDE, SIDE)
-    np.testing.assert_array_equal(np.asarray(task.inputs.image), picture())
-    np.testing.assert_array_equal(np.stack([task.inputs.mask] * 2)[1], half())
-    monkeypatch.setattr(inputs, "_content", None)
-    np.testing.assert_array_equal(np.asarray(task.inputs.image), picture())  # kept
-
-
 def test_a_picture_for_all_prompts_is_read_once(tmp_path, monkeypatch):
-    image, seen, content = save(tmp_path / "a.png", picture()), [], inputs._content
-    monkeypatch.setattr(inputs, "_content", lambda *a: seen.append(a) or content(*a))
+    image, seen, content = save(tmp_path / "a.png", picture()), [], image_files._content
+    monkeypatch.setattr(image_files, "_content", lambda *a: seen.append(a) or content(*a))
     tasks = with_inputs(tasks_of(*[{}] * 50, image=image))
     assert len(seen) == 1 and len({id(task.inputs.image) for task in tasks}) == 1
-
-
-def test_a_file_that_changes_while_pictures_are_drawn_is_told(tmp_path):
-    image = save(tmp_path / "a.png", picture())
-    (task,) = with_inputs(tasks_of({"image": image}))
-    save(tmp_path / "a.png", picture(1))
-    inputs._pixels_of.cache_clear()
-    with pytest.raises(UserError, match="a.png has changed since this command began"):
-        np.asarray(task.inputs.image)
 
 
 def test_pictures_are_upright_and_on_white_and_masks_grey(tmp_path):
@@ -150,7 +130,7 @@ def test_a_second_run_finds_its_pictures_by_what_they_started_from(
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [line.get("image") for line in lines] == [image, None]
     assert [line.get("strength") for line in lines] == [0.6, None]
-    assert len(lines[0]["mask_sha256"]) == 64 and not lines[1].keys() & inputs.SETTINGS
+    assert len(lines[0]["mask_sha256"]) == 64 and not lines[1].keys() & image_files.SETTINGS
     (drawn,) = np.asarray(Image.open(out / "000000_3.png"))[None]
     np.testing.assert_array_equal(drawn[half() == 0], picture()[half() == 0])
 
@@ -206,17 +186,3 @@ def test_one_batch_on_a_cpu_shows_the_steps_that_are_run(checkpoint, tmp_path, m
     monkeypatch.setattr(batch, "Progress", Seen)
     run(checkpoint, tmp_path / "out", tasks_of({"image": image, "strength": 0.5}))
     assert totals == [(2, "step"), 2]
-
-
-def test_files_have_a_largest_size(tmp_path, monkeypatch):
-    image = save(tmp_path / "a.png", picture())
-    monkeypatch.setattr(inputs, "MAX_FILE", 99)
-    with pytest.raises(UserError, match=r"^--image=.*a.png has \d+ bytes, 99 at most"):
-        with_inputs(tasks_of({}, image=image))
-
-
-def test_equal_files_have_equal_hashes(tmp_path):
-    one, two = (save(tmp_path / name, picture()) for name in ("a.png", "b.png"))
-    first, second = with_inputs(tasks_of({"image": one}, {"image": two}))
-    assert first.inputs.image.sha256 == second.inputs.image.sha256
-    assert isinstance(first.inputs.image, ImageFile) and first.inputs.image != second.inputs.image
