@@ -80,11 +80,6 @@ class PriorOrder:
         batch_size: int,
         seed: int = 0,
     ):
-        if batch_size % 2:
-            raise UserError(
-                f"config.recipe.batch_size={batch_size}: half of a batch is of config.prior: give"
-                " an even number"
-            )
         self._order, self._half = order, batch_size // 2
         self.batch_size, self.records = batch_size, records + len(buckets)
         self.length = 2 * order.length

@@ -95,8 +95,6 @@ def test_class_pictures_are_shared_out_as_the_data_is():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="config.recipe.batch_size=7: half of a batch is of"):
-        PriorOrder(GlobalOrder(OWN, 0), OWN, np.zeros(CLASS, int), 7)
     order = BucketOrder(np.array([0, 2]), 4, repeat=True)
     with pytest.raises(UserError, match="there is no picture of the size of bucket 2"):
         PriorOrder(order, 2, np.zeros(CLASS, int), BATCH)

@@ -214,6 +214,11 @@ def read_recipe(config: ConfigDict) -> Recipe:
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UserError if a batch does not split over the devices and into its parts."""
     recipe = config.recipe
+    if config.prior.prompt is not None and recipe.batch_size % 2:
+        raise UserError(
+            f"config.recipe.batch_size={recipe.batch_size}: half of a batch is of config.prior:"
+            " give an even number"
+        )
     divisor = sharding.batch_divisor(mesh) * recipe.microbatches * recipe.encoder_microbatches
     for key in ("recipe", "evaluation")[: 2 if config.loop.evaluate_every else 1]:
         size = config[key].batch_size

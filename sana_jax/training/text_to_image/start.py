@@ -7,6 +7,7 @@ a run that goes on is compared by them.
 
 import dataclasses
 import functools
+import math
 import operator
 import typing
 
@@ -126,8 +127,10 @@ def _has_buckets(config: ConfigDict) -> bool:
 def _split_batch(config: ConfigDict, mesh: Mesh) -> None:
     """Gives every device one picture at a time, and a batch at least BATCH of the data."""
     recipe, parts = config.recipe, sharding.batch_divisor(mesh)
-    if recipe.batch_size is None:
-        least = BATCH if config.prior.prompt is None else 2 * BATCH
-        recipe.batch_size = -(-least // parts) * parts
+    if recipe.batch_size is None and config.prior.prompt is None:
+        recipe.batch_size = -(-BATCH // parts) * parts
+    elif recipe.batch_size is None:  # half of it is of the class
+        even = math.lcm(parts, 2)
+        recipe.batch_size = -(-2 * BATCH // even) * even
     if recipe.microbatches is None:
         recipe.microbatches = max(1, recipe.batch_size // (parts * recipe.encoder_microbatches))

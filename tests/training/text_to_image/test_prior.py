@@ -35,7 +35,7 @@ CHANGES = {
     "prior.prompt": "a photo of a dog",
     "prior.images": 20,
     "prior.weight": 0.5,
-    "data.size": 16,
+    "data.size": 32,
     "recipe.steps": 6,
     "recipe.optimizer.learning_rate": 1e-2,
     "loop.log_every": 1,
@@ -58,8 +58,8 @@ def finetune(folder: Path, **changes):
 
 def patch(monkeypatch) -> None:
     """One device; a square and a wide bucket in the place of the published sizes."""
-    monkeypatch.setattr(buckets, "training_buckets", lambda size: ((8, 32), (16, 16)))
-    monkeypatch.setattr(start, "BASES", (16,))
+    monkeypatch.setattr(buckets, "training_buckets", lambda size: ((16, 64), (32, 32)))
+    monkeypatch.setattr(start, "BASES", (32,))
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *a: device)
 
@@ -103,8 +103,8 @@ def test_the_checkpoint_draws_the_class_in_the_sizes_of_the_data(unbroken):
         found[name] = png.size
     # Two of five pictures are wide: eight of twenty.
     assert sorted(found) == [f"{i:06d}_{i}.png" for i in range(20)]
-    assert list(found.values()).count((8, 32)) == 8
-    assert list(found.values()).count((16, 16)) == 12
+    assert list(found.values()).count((16, 64)) == 8
+    assert list(found.values()).count((32, 32)) == 12
 
 
 def test_a_batch_is_half_of_the_class_in_one_size(folder, unbroken):
@@ -117,7 +117,7 @@ def test_a_batch_is_half_of_the_class_in_one_size(folder, unbroken):
         ours, theirs = batch["tokens"][:4], batch["tokens"][4:]
         assert (ours == ours[0]).all() and (theirs == theirs[0]).all()
         assert (ours[0] != theirs[0]).any()
-    assert shapes == {(8, 32), (16, 16)}
+    assert shapes == {(16, 64), (32, 32)}
 
 
 def test_its_result_is_a_model_that_has_moved(folder, unbroken):

@@ -84,6 +84,7 @@ def test_a_config_that_states_all_does_not_open_its_start(config):
         (8, {}, 8, 1),
         (1, dict(prior__prompt="a dog"), 8, 8),
         (8, dict(prior__prompt="a dog"), 8, 1),
+        (3, dict(prior__prompt="a dog"), 12, 4),
         (2, dict(recipe__batch_size=32), 32, 16),
         (2, dict(recipe__batch_size=32, recipe__encoder_microbatches=4), 32, 4),
         (8, dict(mesh__fsdp=2, mesh__tensor=4), 4, 2),
