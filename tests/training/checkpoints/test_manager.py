@@ -152,6 +152,21 @@ def test_other_config_is_refused_with_the_difference(folder):
     assert restore(folder, CONFIG | {"steps": 20, "log_every": 7})[0] is not None
 
 
+def test_a_key_that_a_run_did_not_have_had_its_default(folder):
+    def restore_with(**changes):
+        defaults = CONFIG | {"model": {"width": 32, "bias": True}, "prior": {"images": 100}}
+        model = CONFIG["model"] | {"bias": changes.get("bias", True)}
+        new = CONFIG | {"model": model, "prior": {"images": changes.get("images", 100)}}
+        with Checkpoints(folder, new, DATA, defaults=defaults) as checkpoints:
+            return checkpoints.restore(abstract(make()))
+
+    assert restore_with() is not None
+    with pytest.raises(UserError, match="config.prior.images: 100 -> 50"):
+        restore_with(images=50)
+    with pytest.raises(UserError, match="config.model.bias: true -> false"):
+        restore_with(bias=False)
+
+
 def test_other_shapes_are_refused(folder):
     other = make().replace(params={"net": {"w": jnp.ones((64, 64)), "c": jnp.ones(1)}})
     with pytest.raises(UserError) as error:
