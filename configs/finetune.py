@@ -5,19 +5,21 @@
 
 CHECKPOINT is `shapes`, a native folder, a diffusers folder or a hub id. Its networks, their sizes,
 its instruction, its flow shift and its native size are used, unless the command line names others.
-The result is in RUN/model. The caption is for pictures that have none beside them, in a.txt or the
-other files of data/sidecars.py; {name} and {folder} in it stand for the names of the picture and of
-its folder, and a caption with {caption}, such as "{caption}, in the style of sks", is made of the
-picture's own. Pictures keep their aspect ratios where the size has buckets (512, 1024, 2048 and
-4096 px); the step is compiled for each bucket that they need.
+The result is RUN/model/pytorch_lora_weights.safetensors, a LoRA of rank 4, which diffusers loads as
+well. With `--config=configs/finetune.py:full` all weights train, and RUN/model is a whole model.
+
+The caption is for pictures that have none beside them, in a.txt or the other files of
+data/sidecars.py; {name} and {folder} in it stand for the names of the picture and of its folder,
+and a caption with {caption}, such as "{caption}, in the style of sks", is made of the picture's
+own. Pictures keep their aspect ratios where the size has buckets (512, 1024, 2048 and 4096 px); the
+step is compiled for each bucket that they need.
 
     --config.prior.prompt="a photo of a dog"
     --config.recipe.steps=2000 --config.recipe.batch_size=32
 
 With the first line the checkpoint draws 100 pictures of the class before it is trained, and half of
 each batch is of them (data/prior.py). A batch is 4 pictures, or one for each device where there are
-more; twice as many with a prior. `--config=configs/finetune.py:full` trains all weights,
-`configs/finetune.py:lora` a LoRA.
+more; twice as many with a prior.
 
 Optimizer, clipping, batch and steps, and the rate of a LoRA, are those of diffusers' DreamBooth
 script for SANA. The rate of all weights is that of SANA-1.5's stages after the first (arXiv
@@ -30,9 +32,9 @@ from sana_jax.training.text_to_image.recipe import text_to_image
 from sana_jax.training.text_to_image.start import leave_open
 
 
-def get_config(kind="full"):
-    if kind not in ("full", "lora"):
-        raise ValueError(f"{kind} is neither full nor lora")
+def get_config(kind="lora"):
+    if kind not in ("lora", "full"):
+        raise ValueError(f"{kind} is neither lora nor full")
     config = leave_open(text_to_image(SanaConfig(), steps=500, batch_size=4))
     config.auto_lr = "none"
     config.remat = "full"
