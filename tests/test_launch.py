@@ -623,7 +623,7 @@ def test_sweep(tmp_path):
 
 VARIED = """
 import json, pathlib, sys
-given = dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
+given = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:])
 folder = pathlib.Path(given["workdir"])
 folder.mkdir(parents=True, exist_ok=True)
 loss = float(given["rate"]) + len(given["config.kind"]) + int(given.get("config.seed", 0))
