@@ -41,7 +41,7 @@ def test_a_variant_is_kept_and_no_diffusers_folder_is_written_of_it(tmp_path):
     changed = dataclasses.replace(own, dit=dit)
     native.save(changed, tmp_path / "changed")
     assert native.open_folder(tmp_path / "changed").dit == dit
-    with pytest.raises(UserError, match="with attention=softmax, objective=ddpm: write native"):
+    with pytest.raises(UserError, match="with attention=softmax, objective=ddpm: keep it native"):
         diffusers.save(changed, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 

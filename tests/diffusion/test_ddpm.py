@@ -12,12 +12,12 @@ DATA, NOISE = (RNG.standard_normal((4, 3, 5, 2)).astype(np.float32) for _ in "xy
 
 
 def knowing(seen=None):
-    """A network that returns the noise, and notes what it is given."""
+    """A network that returns the noise of as many rows as it is given, which it notes."""
 
     def noise_of(x, timestep):
         if seen is not None:
             seen.append((np.asarray(x), np.asarray(timestep)))
-        return jnp.asarray(NOISE)
+        return jnp.asarray(NOISE[: len(x)])
 
     return noise_of
 

@@ -149,8 +149,8 @@ def test_hosts_that_do_not_come(monkeypatch, error, kind):
 )
 def test_a_flag_gives_positions_and_takes_them_away(file, value, wanted):
     known = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", f"configs/{file}.py", flag_values=known)
-    line = ["", f"--config.network.interpolation_scale={value}"]
-    with mock.patch.object(sys, "argv", line):
+    config = config_flags.DEFINE_config_file("config", flag_values=known)
+    line = ["", f"--config=configs/{file}.py", f"--config.network.interpolation_scale={value}"]
+    with mock.patch.object(sys, "argv", line):  # in which the flag looks for changes of fields
         known(line)
     assert config.value.network.interpolation_scale == wanted
