@@ -20,7 +20,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
     The two matrices of a low-rank update are called a and b.
     """
-    return map_with_name(lambda name, _: name.rpartition("/")[2] in ("kernel", "a", "b"), params)
+    return map_with_name(lambda name, _: name.endswith(("kernel", "/a", "/b")), params)
 
 
 def trainable_mask(params: PyTree, patterns: Sequence[str]) -> PyTree:

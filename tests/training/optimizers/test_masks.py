@@ -27,3 +27,13 @@ def test_boxed_parameters_have_the_same_masks():
     plain, _ = make_optimizer(OptimizerConfig(weight_decay=0.1), params(), 10, patterns)
     a, b = nn.unbox(tx.init(boxed)), plain.init(params())
     assert jax.tree.structure(a) == jax.tree.structure(b)
+
+
+def test_matrices_decay_those_of_a_lora_too():
+    site = {"a": 1.0, "b": 1.0}
+    tree = {"q": site, "ffn": {"depthwise_kernel": 1.0, "bias": 1.0}, "out": {"kernel": 1.0}}
+    assert masks.decay_mask(tree) == {
+        "q": {"a": True, "b": True},
+        "ffn": {"depthwise_kernel": True, "bias": False},
+        "out": {"kernel": True},
+    }
