@@ -45,6 +45,11 @@ def sites(abstract_params: PyTree) -> dict[str, tuple[tuple[int, ...], tuple[str
     return found
 
 
+def axes_of_halves(axes: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
+    """Returns the names of the axes of "a" and "b" beside a matrix with these; ranks stay whole."""
+    return {"a": (*axes[:-1], None), "b": (*axes[:-2], None, axes[-1])}
+
+
 def _kernels(abstract_params: PyTree) -> Iterator[tuple[str, Any, tuple[str | None, ...]]]:
     flat = traverse_util.flatten_dict(abstract_params, sep="/")
     for path, box in flat.items():
@@ -87,9 +92,9 @@ def new_adapter(abstract_params: PyTree, config: LoraConfig, key: Array) -> PyTr
             )
         a = jax.random.normal(of_site, (*layers, inputs, config.rank)) / config.rank
         b = jnp.zeros((*layers, config.rank, outputs))
-        boxes = nn.LogicallyPartitioned
-        made[f"{name}/a"] = boxes(a, (*axes[:-1], None))
-        made[f"{name}/b"] = boxes(b, (*axes[:-2], None, axes[-1]))
+        names_of = axes_of_halves(axes)
+        for half, array in ("a", a), ("b", b):
+            made[f"{name}/{half}"] = nn.LogicallyPartitioned(array, names_of[half])
     return traverse_util.unflatten_dict(made, sep="/")
 
 
@@ -148,6 +153,11 @@ def merge(
     if "lora" in params:
         kept["kernel"] = update(f"{path}/kernel", kept["kernel"], params["lora"])
     return kept
+
+
+def detach(params: PyTree) -> PyTree:
+    """Returns parameters without what `attach` put beside their kernels; arrays are shared."""
+    return merge(params, lambda _, kernel, lora: kernel)
 
 
 def _sites_of(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from sana_jax.checkpoints.components import Checkpoint, abstract_params
 from sana_jax.checkpoints.loras import Lora, open_lora
-from sana_jax.lora.adapter import attach
+from sana_jax.lora.adapter import attach, axes_of_halves, detach
 from sana_jax.models.dit import SanaConfig
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import shardings_for
@@ -73,7 +73,7 @@ def with_loras(params: PyTree, loras: Sequence[Lora], config: SanaConfig, mesh: 
     The kernels and all other arrays are those of `params`, not copies. The updates are placed on
     `mesh`, split where their kernels are. Raises UserError for a LoRA of another network.
     """
-    plain = _plain(params)
+    plain = detach(params)
     if not loras:
         return plain
     flat = traverse_util.flatten_dict(
@@ -84,16 +84,9 @@ def with_loras(params: PyTree, loras: Sequence[Lora], config: SanaConfig, mesh: 
     for name in flat:
         layer, _, half = name.rpartition("/lora/")
         if layer:
-            axes = boxes[f"{layer}/kernel"].names
-            axes = (*axes[:-1], None) if half == "a" else (*axes[:-2], None, axes[-1])
+            axes = axes_of_halves(boxes[f"{layer}/kernel"].names)[half]
             shape = jax.ShapeDtypeStruct(flat[name].shape, flat[name].dtype)
             updates[name] = nn.LogicallyPartitioned(shape, axes)
     for name, where in shardings_for(updates, mesh).items():
         flat[name] = jax.device_put(flat[name], where)
     return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _plain(params: PyTree) -> PyTree:
-    if not isinstance(params, Mapping):
-        return params
-    return {name: _plain(branch) for name, branch in params.items() if name != "lora"}

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sana_jax.checkpoints.components import abstract_params, init_params, module_for
-from sana_jax.lora.adapter import attach, chosen, merge, new_adapter, sites
+from sana_jax.lora.adapter import attach, chosen, detach, merge, new_adapter, sites
 from sana_jax.lora.config import ATTENTION, LoraConfig
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import REMAT, SanaConfig
@@ -160,3 +160,9 @@ def test_an_unknown_site_is_refused(params):
     for name in "nowhere", "attention":
         with pytest.raises(UserError, match="no such matrix"):
             attach(params, [({"blocks": {name: {"z": site}}}, 1.0)])
+
+
+def test_what_is_detached_is_as_it_was(params):
+    plain = detach(attach(params, [(adapter(EVERYWHERE), 1.0)]))
+    assert jax.tree.structure(plain) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, plain, params)
