@@ -45,15 +45,16 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
     Raises UserError, naming the key, where a part is missing or the parts do not fit together.
     """
     encoder, prints = config.text_encoder, {}
-    opened: dict[str, Checkpoint] = {}
+    opened: dict[str, tuple[Checkpoint, str]] = {}  # by name; a hash reads all weights
 
     def open_named(key: str, name: str, *parts: str) -> Checkpoint:
-        folder = find(name)
-        opened[name] = found = opened.get(name) or open_checkpoint(name)
+        if name not in opened:
+            folder = find(name)
+            opened[name] = open_checkpoint(name), checkpoint_hash(folder)
+        found, prints[key] = opened[name]
         for part in parts:
             if getattr(found, part) is None:
                 raise UserError(f"config.{key}={name}: this checkpoint has no {part}")
-        prints[key] = checkpoint_hash(folder)
         return found
 
     if not config.autoencoder:
@@ -111,8 +112,7 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
         )
     base.dit = read_network(SanaConfig, config, "network")
     if read_lora(config).rank:
-        base.params["dit"] = open_start(config)
-        prints["start"] = checkpoint_hash(find(config.start))
+        base.params["dit"] = _weights_of_start(config, open_named("start", config.start))
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
     check_fit(base)
@@ -126,7 +126,11 @@ def open_start(config: ConfigDict) -> Any:
     Sana-1.5 (arXiv 2501.18427). Raises UserError if the checkpoint has no transformer, or one of
     other shapes.
     """
-    found, network = open_checkpoint(config.start), read_network(SanaConfig, config, "network")
+    return _weights_of_start(config, open_checkpoint(config.start))
+
+
+def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
+    network, is_lora = read_network(SanaConfig, config, "network"), bool(read_lora(config).rank)
     if found.dit is None:
         raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
     weights, norms = found.params["dit"], network.qk_norm and not found.dit.qk_norm
@@ -138,12 +142,11 @@ def open_start(config: ConfigDict) -> Any:
     unseen = "head_dim", "cross_heads", "timestep_scale", "clip_attention", "attention", "objective"
     for key in unseen:
         then, now = getattr(found.dit, key), getattr(network, key)
-        if then != now and read_lora(config).rank:  # its file is for the network as it is there
-            raise UserError(
-                f"config.network.{key}={now}, but {then} of config.start={config.start}"
-            )
+        told = f"config.network.{key}={now}, but {then} of"
+        if then != now and is_lora:  # its file is for the network as it is there
+            raise UserError(f"{told} config.start={config.start}")
         if then != now:
-            logging.warning("config.network.%s=%s, but %s of %s", key, now, then, config.start)
+            logging.warning("%s %s", told, config.start)
     if norms:
         logging.warning("%s has no norms of queries and keys: they start at one", config.start)
         weights = _with_norms(weights, ours)

@@ -72,12 +72,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
         or None in (config.autoencoder, encoder.rows, config.recipe.noise.shift)
         or not (encoder.checkpoint or encoder.tokenizer)
     )
-    if from_start:
-        _follow(config, open_checkpoint(config.start), is_open)
+    start = open_checkpoint(config.start) if from_start else None
+    if start is not None:
+        _follow(config, start, is_open)
     if config.dtype is None:
         config.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if config.data.buckets is None:
-        config.data.buckets = _has_buckets(config)
+        config.data.buckets = _has_buckets(config, start)
     caption = config.data.caption
     if config.images.prompts is None and caption is not None and "{" not in caption:
         config.images.prompts = (caption,)
@@ -117,10 +118,11 @@ def _follow(config: ConfigDict, start: Checkpoint, is_open: bool) -> None:
         config.recipe.noise.shift = start.flow_shift
 
 
-def _has_buckets(config: ConfigDict) -> bool:
+def _has_buckets(config: ConfigDict, start: Checkpoint | None) -> bool:
     if config.data.source.startswith(NAMED):
         return False
-    factor = open_checkpoint(config.autoencoder).vae.factor
+    known = start if config.autoencoder == config.start else None  # else its files are read again
+    factor = (known or open_checkpoint(config.autoencoder)).vae.factor
     return (config.data.size or config.network.sample_size * factor) in BASES
 
 
