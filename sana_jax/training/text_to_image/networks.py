@@ -140,7 +140,7 @@ def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
     # No shape shows a difference in these.
     unseen = "head_dim", "cross_heads", "timestep_scale", "clip_attention", "attention", "objective"
-    for key in unseen:
+    for key in (*unseen, *["qk_norm"] * is_lora):
         then, now = getattr(found.dit, key), getattr(network, key)
         told = f"config.network.{key}={now}, but {then} of"
         if then != now and is_lora:  # its file is for the network as it is there

@@ -110,6 +110,7 @@ def test_dropout_is_of_the_step_alone(config, tmp_path):
     [
         (dict(start=None), "config.start is missing"),
         (dict(network__head_dim=16), "config.network.head_dim=16, but 32 of"),
+        (dict(network__qk_norm=True), "config.network.qk_norm=True, but False of"),
         (dict(lora__rank=33), "config.lora: rank=33"),
         (dict(lora__rank=-1), "config.lora.rank -1"),
         (dict(lora__targets=("nothing",)), "config.lora: targets: 'nothing' matches nothing"),
