@@ -343,10 +343,10 @@ class SanaTransformer(nn.Module):
 
         return self._velocity(latents, timestep, blocks)
 
-    def _scan(self, method, *arguments):
+    def _scan(self, method, *arguments, block=None):
         options = self.dtype, self.param_dtype, self.implementation
-        block = Block(self.config, *options, parent=None)
-        return scan_for_sampling(self.blocks, block, method, *arguments)
+        layer = (block or Block)(self.config, *options, parent=None)
+        return scan_for_sampling(self.blocks, layer, method, *arguments)
 
     def _velocity(self, latents, timestep, blocks):
         if self.config.objective == "flow":

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.models.dit import Block, SanaTransformer
-from sana_jax.models.layers import scan_for_sampling
 
 
 def turn(x: Float[Array, "*B C"], y: Float[Array, "*B C"]) -> Float[Array, "*B"]:
@@ -47,13 +46,11 @@ class MeasuredTransformer(SanaTransformer):
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "depth B"]:
         """Returns the importance of every block where `denoise` computes each velocity."""
-        options = self.dtype, self.param_dtype, self.implementation
-        block, found = MeasuredBlock(self.config, *options, parent=None), []
+        found = []
 
         def blocks(x, modulation):
-            x, turns = scan_for_sampling(
-                self.blocks, block, "with_keys_values", x, (keys_values,), modulation, mask
-            )
+            inputs = x, (keys_values,), modulation, mask
+            x, turns = self._scan("with_keys_values", *inputs, block=MeasuredBlock)
             found.append(turns)
             return x, None
 
