@@ -64,10 +64,7 @@ def find(name: str, revision: str | None = None, variant: str | None = None) -> 
     if "://" in name:
         raise UserError(f"{name}: checkpoints are read from local folders; copy it to one first")
     path = Path(name)
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:
-        raise UserError(f"no checkpoint {name!r:.60}: {error.strerror}") from None
+    is_folder, is_file = _look(path, "checkpoint")
     if is_file:
         raise UserError(_of_file(path, name))
     if is_folder:
@@ -97,10 +94,7 @@ def find_lora(name: str) -> Path:
     """
     name = named(name)
     path = Path(name)
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:
-        raise UserError(f"no LoRA {name!r:.60}: {error.strerror}") from None
+    is_folder, is_file = _look(path, "LoRA")
     if is_file:
         return path
     if is_folder:
@@ -117,6 +111,14 @@ def find_lora(name: str) -> Path:
     raise UserError(
         f"no LoRA {name!r}: give a .safetensors file, a folder with {LORA}, or a hub id (org/name)"
     )
+
+
+def _look(path: Path, what: str) -> tuple[bool, bool]:
+    """Returns whether a folder, and whether a file, is there. Raises UserError for a bad name."""
+    try:
+        return path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UserError(f"no {what} {os.fspath(path)!r:.60}: {error.strerror}") from None
 
 
 def _is_hub_id(name: str) -> bool:
