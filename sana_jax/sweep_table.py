@@ -13,7 +13,6 @@ over seeds as a thick line, and each seed as a thin one.
 """
 
 import importlib.util
-import json
 import re
 import statistics
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from etils import epath
 
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import parse_json
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "folder of the sweep's runs", required=True)
@@ -52,8 +52,8 @@ class Run(NamedTuple):
 def parsed(text: bytes) -> Row:
     """Returns an object of JSON; an empty one for anything else."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     return found if isinstance(found, dict) else {}
 
