@@ -112,8 +112,8 @@ class BucketOrder:
         self._batches_of_round = int(self._ends[-1])
         self._batches = endless_shuffle(self._batches_of_round, seeds[0])
         self.length = int(counts.sum()) if repeat else self._batches_of_round * batch_size
-        digest = hashlib.sha256(np.ascontiguousarray(buckets, "<i4")).hexdigest()[:16]
-        self.settings = {"kind": "buckets", "version": 1, "seed": seed, "buckets": digest}
+        about = {"kind": "buckets", "version": 1, "seed": seed}
+        self.settings = about | {"buckets": digest_of(buckets)}
         self.settings |= {"repeat": True} if repeat else {}
 
     def __getitem__(self, position: int) -> int:
@@ -163,6 +163,11 @@ def bucket_order(
         return BucketOrder(buckets.reshape(-1), batch_size, seed, repeat)
     sizes, _ = image_sizes(source, cache, max_pixels=max_pixels)
     return BucketOrder(assign(sizes, table, upscale), batch_size, seed, repeat)
+
+
+def digest_of(buckets: Int[np.ndarray, " N"]) -> str:
+    """Returns a hash of every record's bucket, for the settings of an order."""
+    return hashlib.sha256(np.ascontiguousarray(buckets, "<i4")).hexdigest()[:16]
 
 
 def endless_shuffle(count: int, seed) -> grain.MapDataset:

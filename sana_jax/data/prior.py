@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import Int
 
 from sana_jax.data.images import BadImage
-from sana_jax.data.orders import BucketOrder, Order, endless_shuffle
+from sana_jax.data.orders import BucketOrder, Order, digest_of, endless_shuffle
 from sana_jax.data.records import Record, Source
 from sana_jax.data.transforms import Example, Transform
 from sana_jax.runtime.errors import Retry, UserError
@@ -90,8 +90,7 @@ class PriorOrder:
         # Not the order's own seeds: the halves would be shuffled alike.
         seeds = np.random.SeedSequence((seed, 1)).generate_state(1 + max(needed))
         self._shuffles = {b: endless_shuffle(len(self._members[b]), seeds[b]) for b in needed}
-        digest = hashlib.sha256(np.ascontiguousarray(buckets, "<i4")).hexdigest()[:16]
-        about = {"kind": "prior", "version": 1, "seed": seed, "buckets": digest}
+        about = {"kind": "prior", "version": 1, "seed": seed, "buckets": digest_of(buckets)}
         self.settings = about | {"order": order.settings}
 
     def __getitem__(self, position: int) -> int:
