@@ -235,8 +235,11 @@ def test_local_kills_what_does_not_end(tmp_path, number):
         time.sleep(0.05)
     run.send_signal(number)
     assert run.wait(PATIENCE) == 128 + number
+    deadline = time.monotonic() + PATIENCE  # a killed process ends when the system next runs it
     for pid in (tmp_path / "pids").read_text().split():
-        assert not is_alive(pid)
+        while is_alive(pid):
+            assert time.monotonic() < deadline, pid
+            time.sleep(0.05)
 
 
 def is_alive(pid):
