@@ -14,11 +14,11 @@ and a caption with {caption}, such as "{caption}, in the style of sks", is made 
 own. Pictures keep their aspect ratios where the size has buckets (512, 1024, 2048 and 4096 px); the
 step is compiled for each bucket that they need.
 
-    --config.prior.prompt="a photo of a dog"
+    --config.prior.prompt="a photo of a dog"          # or --config.prior.prompts=FILE, one a line
     --config.recipe.steps=2000 --config.recipe.batch_size=32
 
 With the first line the checkpoint draws 100 pictures of the class before it is trained, and half of
-each batch is of them (data/prior.py). A batch is 4 pictures, or one for each device where there are
+each batch is of them (data/prior.py); of a file it draws each prompt once. A batch is 4 pictures, or one for each device where there are
 more; twice as many with a prior.
 
 Optimizer, clipping, batch and steps, and the rate of a LoRA, are those of diffusers' DreamBooth

@@ -119,26 +119,26 @@ FIELDS = {
 OF_IMAGES = "strength", "mask"  # fields that need an image
 
 
-def read_rows(path: str) -> list[Row]:
+def read_rows(path: str, flag: str = "--prompts=") -> list[Row]:
     """Reads the prompts of a file: .txt, one a line; .jsonl, an object a line with keys of FIELDS.
 
     There null stands for a key that is absent, and other keys are kept; paths begin at the file's
-    folder. Blank lines are skipped. Raises UserError.
+    folder. Blank lines are skipped. Raises UserError, which begins with the flag that named it.
     """
     file = epath.Path(path)
     kind = file.suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise UserError(
-            f"--prompts={path}: give a .txt file with a prompt a line, or a .jsonl file"
+            f"{flag}{path}: give a .txt file with a prompt a line, or a .jsonl file"
             ' with an object a line, such as {"prompt": "a red circle", "seed": 1}'
         )
     try:
-        check_is_file(file, f"--prompts={path}")
+        check_is_file(file, f"{flag}{path}")
         if (size := file.stat().length) > MAX_FILE:
-            raise UserError(f"--prompts={path} has {size} bytes, {MAX_FILE} at most: split it")
+            raise UserError(f"{flag}{path} has {size} bytes, {MAX_FILE} at most: split it")
         content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except UNREACHABLE as error:
-        raise UserError(f"--prompts={path}: {reason_of(error)}") from None
+        raise UserError(f"{flag}{path}: {reason_of(error)}") from None
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     rows: list[Row] = []
     for number, line in enumerate(io.BytesIO(content), 1):
@@ -154,7 +154,7 @@ def read_rows(path: str) -> list[Row]:
         if text:
             rows.append((where, {"prompt": text} if kind == ".txt" else _parse(text, where)))
     if not rows:
-        raise UserError(f"--prompts={path} holds no prompt")
+        raise UserError(f"{flag}{path} holds no prompt")
     for _, row in rows:
         for name in ("image", "mask"):
             if _is_path(row.get(name)):

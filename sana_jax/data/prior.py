@@ -2,7 +2,8 @@
 
 DreamBooth (Ruiz et al., arXiv 2208.12242, section 3.3): the first half of each batch is of the data
 set, the second of pictures that the model drew of the class before it was trained further. The loss
-is the mean error of the first half, and `weight` times that of the second. Where batches are of
+is the mean error of the first half, and `weight` times that of the second. The class is one prompt,
+or the prompts of a file: all that the model should go on drawing as it does. Where batches are of
 buckets, both halves of a batch are of one bucket, and so of one size.
 """
 
@@ -23,10 +24,10 @@ from sana_jax.runtime.files import reason_of
 
 
 class ClassPictures:
-    """The pictures of a class in a folder, which share a caption."""
+    """The pictures of a class in a folder, and the prompt of each as its caption."""
 
-    def __init__(self, folder: epath.Path, files: Sequence[str], caption: str):
-        self._folder, self._files, self._caption = folder, files, caption
+    def __init__(self, folder: epath.Path, files: Sequence[str], captions: Sequence[str]):
+        self._folder, self._files, self._captions = folder, files, captions
 
     def __len__(self) -> int:
         return len(self._files)
@@ -39,8 +40,8 @@ class ClassPictures:
             raise BadImage("unreadable", f"{path} is gone") from None
         except OSError as error:
             raise Retry(f"{path}: {reason_of(error)}; try again") from None
-        key = f"class picture {self._files[index]}"
-        return {"key": key, "image": image, "captions": [self._caption], "scores": [], "truth": ""}
+        key, captions = f"class picture {self._files[index]}", [self._captions[index]]
+        return {"key": key, "image": image, "captions": captions, "scores": [], "truth": ""}
 
 
 class WithPrior:

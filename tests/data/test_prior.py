@@ -80,8 +80,8 @@ def test_the_fingerprint_is_of_both_and_of_the_weight():
     assert loader().fingerprint["records"] == OWN + CLASS
 
 
-def test_pictures_of_the_class_share_a_caption(tmp_path):
-    source = ClassPictures(make(tmp_path, {"0.png": PNG}), ["0.png", "1.png"], "a {dog}")
+def test_pictures_of_the_class_have_their_prompts(tmp_path):
+    source = ClassPictures(make(tmp_path, {"0.png": PNG}), ["0.png", "1.png"], ["a {dog}", "b"])
     assert source[0]["captions"] == ["a {dog}"] and source[0]["image"] == PNG
     with pytest.raises(BadImage, match="1.png is gone"):
         source[1]

@@ -20,6 +20,7 @@ from sana_jax.text.prompts import TokenizedPrompts
 from sana_jax.training.loop import compile_step
 from sana_jax.training.state import on_mesh
 from sana_jax.training.text_to_image.networks import READER, frozen_dtype, make_task, read_network
+from sana_jax.training.text_to_image.recipe import has_prior
 from sana_jax.training.text_to_image.task import Frozen, TextToImageTask
 
 # About the length of SANA's instruction in Gemma's tokens; used only when compiling ahead.
@@ -83,7 +84,7 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
 
     side = size = config.data.size or base.dit.sample_size * base.vae.factor
     batch = {"tokens": placed((tokens,), jnp.int32), "mask": placed((rows,), jnp.bool_)}
-    if config.prior.prompt is not None:
+    if has_prior(config):
         batch["weight"] = placed((), jnp.float32)
     if config.data.source.startswith("precomputed:"):
         side //= base.vae.factor

@@ -33,8 +33,8 @@ from sana_jax.runtime import hosts
 from sana_jax.runtime.checks import read_group, within
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import is_local
-from sana_jax.training.text_to_image.prior import with_prior
-from sana_jax.training.text_to_image.recipe import EvaluationConfig
+from sana_jax.training.text_to_image.prior import class_prompts, with_prior
+from sana_jax.training.text_to_image.recipe import EvaluationConfig, has_prior
 
 
 class Split(NamedTuple):
@@ -63,7 +63,7 @@ def make_loaders(
     the pictures of config.prior.
     """
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
-    wanted = _splits(config)
+    wanted, of_class = _splits(config), class_prompts(config)
     within("config.data.max_pixels", data.max_pixels, 1, MOST_PIXELS)
     stored, table = data.source.startswith("precomputed:"), ()
     if stored:
@@ -100,17 +100,17 @@ def make_loaders(
 
     # The sizes are kept in files of a local disk; an object store has no place for them.
     cache = workdir / "data" / "sizes" if is_local(workdir) else None
-    prior, budget = config.prior.prompt is not None, Budget(options.bad_fraction)
+    budget = Budget(options.bad_fraction)
     orders: list[Order | None] = [None] * len(wanted)
     if data.buckets or stored:
         how = dict(upscale=data.upscale, cache=cache, max_pixels=data.max_pixels)
         for i, (source, split) in enumerate(zip(sources, wanted, strict=True)):
-            rows = split.batch_size // 2 if prior and split is wanted[0] else split.batch_size
+            rows = split.batch_size // 2 if of_class and split is wanted[0] else split.batch_size
             orders[i] = bucket_order(source, table, rows, split.seed, **how, repeat=data.repeat)
-    if prior:  # last, for it draws pictures, with all that is above in order
+    if of_class:  # last, for it draws pictures, with all that is above in order
         order = orders[0] or GlobalOrder(len(sources[0]), config.seed)
         given = sources[0], order, table or ((size, size),), resumes
-        sources[0], orders[0] = with_prior(config, workdir, *given)
+        sources[0], orders[0] = with_prior(config, of_class, workdir, *given)
         transforms[0] = WeightedRows(transforms[0], config.prior.weight)
     return [
         TrainingLoader(
@@ -163,7 +163,7 @@ def _check_options_of_stored(config: ConfigDict) -> None:
             "config.data.crop, .flip and .upscale: stored latents stay as they are; give"
             " centre, False and False"
         )
-    if data.caption is not None or config.prior.prompt is not None:
+    if data.caption is not None or has_prior(config):
         raise UserError(
             "config.data.caption and config.prior: stored latents have their captions and no"
             " pictures beside them; give a folder of pictures, or leave these out"

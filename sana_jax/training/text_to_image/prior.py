@@ -5,6 +5,8 @@ draws the rest when it comes back. Once the training has begun they stay as they
 """
 
 import gc
+import itertools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,23 +15,45 @@ from ml_collections import ConfigDict
 
 from sana_jax.batch.draw import draw
 from sana_jax.batch.settings import Options
-from sana_jax.batch.tasks import Task, make_tasks
+from sana_jax.batch.tasks import FIELDS, Row, Task, make_tasks, read_rows
 from sana_jax.data.orders import BucketOrder, Order
 from sana_jax.data.prior import ClassPictures, PriorOrder, WithPrior, share_out
 from sana_jax.data.records import Fingerprinted, Source
 from sana_jax.runtime import hosts
 from sana_jax.runtime.errors import UserError
+from sana_jax.training.text_to_image.recipe import has_prior
 
 FOLDER = "class_pictures"
-Sizes = tuple[tuple[int, int], ...]  # (height, width) in pixels
+IMAGES = 100  # of a class, as in DreamBooth's scripts; more where there are more prompts
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def class_prompts(config: ConfigDict) -> list[str]:
+    """Returns the prompts of config.prior, none where there is no prior; raises UserError."""
+    if not has_prior(config):
+        return []
+    if config.prior.prompts is None:
+        return [config.prior.prompt]
+    rows = read_rows(config.prior.prompts, "config.prior.prompts=")
+    for where, row in rows:
+        if others := sorted(FIELDS.keys() & row.keys() - {"prompt"}):
+            raise UserError(f"{where}{others[0]}: of a class, lines give the prompt alone")
+    return [row["prompt"] for _, row in rows]
 
 
 def with_prior(
-    config: ConfigDict, workdir: epath.Path, source: Source, order: Order, sizes: Sizes, begun: bool
+    config: ConfigDict,
+    prompts: Sequence[str],
+    workdir: epath.Path,
+    source: Source,
+    order: Order,
+    sizes: Sequence[Size],
+    begun: bool,
 ) -> tuple[WithPrior, PriorOrder]:
     """Draws the pictures of the class, and returns the data with them, and its order; collective.
 
     Args:
+      prompts: of the class, which take turns.
       source, order: of the data, in batches of half the size.
       sizes: the table of buckets, or the only size.
       begun: whether the training has steps already, so that nothing is drawn.
@@ -39,21 +63,25 @@ def with_prior(
     buckets = np.zeros(len(source), int)
     if isinstance(order, BucketOrder):
         buckets = order.bucket_of_record[np.isin(order.bucket_of_record, order.buckets)]
-    buckets = share_out(config.prior.images, buckets)
+    buckets = share_out(config.prior.images or max(IMAGES, len(prompts)), buckets)
     made = PriorOrder(order, len(source), buckets, config.recipe.batch_size, config.seed)
-    tasks, folder = _tasks(config, [sizes[bucket] for bucket in buckets]), workdir / FOLDER
+    tasks = _tasks(config, prompts, [sizes[bucket] for bucket in buckets])
+    folder = workdir / FOLDER
     if begun:
         _check_there(folder, tasks)
     else:
         hosts.on_first_host(_draw, config, folder, tasks)
-    drawn = ClassPictures(folder, [task.file for task in tasks], config.prior.prompt)
-    return WithPrior(source, Fingerprinted(drawn, config.prior.prompt)), made
+    captions = [task.prompt for task in tasks]
+    drawn = ClassPictures(folder, [task.file for task in tasks], captions)
+    return WithPrior(source, Fingerprinted(drawn, "\n".join(captions))), made
 
 
-def _tasks(config: ConfigDict, sizes: list[tuple[int, int]]) -> list[Task]:
+def _tasks(config: ConfigDict, prompts: Sequence[str], sizes: Sequence[Size]) -> list[Task]:
     common = {name: config.images[name] for name in ("num_steps", "guidance_scale")}
-    given = {"prompt": config.prior.prompt}
-    rows = [("config.prior: ", given | {"height": h, "width": w}) for h, w in sizes]
+    rows: list[Row] = [
+        ("config.prior: ", {"prompt": prompt, "height": height, "width": width})
+        for prompt, (height, width) in zip(itertools.cycle(prompts), sizes, strict=False)
+    ]
     return make_tasks(rows, common, config.seed, 1)
 
 

@@ -71,15 +71,25 @@ class PriorConfig:
     """Prior preservation (data/prior.py): half of each batch are pictures that `start` drew."""
 
     prompt: str | None = None  # of the class, such as "a photo of a dog"; None: no such pictures
-    images: int = 100  # that are drawn before the training starts
+    prompts: str | None = None  # or a file of prompts, as of sample --prompts, which take turns
+    # That are drawn before the training starts; None: 100, or one of each prompt if these are more.
+    images: int | None = None
     weight: float = 1.0  # of their error beside that of the data
 
     def __post_init__(self):
-        given = (self.images, self.weight) != (PriorConfig.images, PriorConfig.weight)
-        if not (self.prompt or "").strip() and (given or self.prompt is not None):
+        if self.prompts is not None and self.prompt is not None:
+            raise UserError("prompt and prompts are given: leave one of them out")
+        given = (self.prompt, self.images, self.weight) != (None, None, PriorConfig.weight)
+        if self.prompts is None and given and not (self.prompt or "").strip():
             raise UserError("prompt is missing: give the class, such as 'a photo of a dog'")
-        checks.within("images", self.images, 1, 10**6)
+        if self.images is not None:
+            checks.within("images", self.images, 1, 10**6)
         checks.positive("weight", self.weight)
+
+
+def has_prior(config: ConfigDict) -> bool:
+    """Returns True if half of each batch is of a class."""
+    return config.prior.prompt is not None or config.prior.prompts is not None
 
 
 def check_figures(config: ConfigDict) -> None:
@@ -87,7 +97,7 @@ def check_figures(config: ConfigDict) -> None:
     checks.check_least(config, {"keep_every": 1})
     read_group(LoaderConfig, config.loader.to_dict(), "config.loader")
     read_group(PriorConfig, config.prior.to_dict(), "config.prior")
-    if config.prior.prompt is not None and not config.start:
+    if has_prior(config) and not config.start:
         raise UserError("config.prior: config.start draws its pictures; name a checkpoint")
     if config.loop.evaluate_every:
         read_group(EvaluationConfig, config.evaluation.to_dict(), "config.evaluation")
@@ -157,7 +167,9 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "captions": as_group(CaptionChoice()),
                 "shapes": {"train": 20_000, "test": 1000, "seed": 0},  # records
             },
-            "prior": as_group(PriorConfig()) | {"prompt": config_dict.placeholder(str)},
+            "prior": as_group(PriorConfig())
+            | {name: config_dict.placeholder(str) for name in ("prompt", "prompts")}
+            | {"images": config_dict.placeholder(int)},
             "loader": as_group(LoaderConfig()),
             "evaluation": as_group(EvaluationConfig(batch_size=min(batch_size, 512))),
             "images": as_group(ImagesConfig()),
@@ -214,7 +226,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UserError if a batch does not split over the devices and into its parts."""
     recipe = config.recipe
-    if config.prior.prompt is not None and recipe.batch_size % 2:
+    if has_prior(config) and recipe.batch_size % 2:
         raise UserError(
             f"config.recipe.batch_size={recipe.batch_size}: half of a batch is of config.prior:"
             " give an even number"

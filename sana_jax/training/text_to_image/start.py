@@ -22,6 +22,7 @@ from sana_jax.models.buckets import BASES
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.runtime.errors import UserError
+from sana_jax.training.text_to_image.recipe import has_prior
 
 BATCH = 4  # pictures of the data in a batch, or more where there are more devices
 # Sources that are no folder of pictures.
@@ -129,7 +130,7 @@ def _has_buckets(config: ConfigDict, start: Checkpoint | None) -> bool:
 def _split_batch(config: ConfigDict, mesh: Mesh) -> None:
     """Gives every device one picture at a time, and a batch at least BATCH of the data."""
     recipe, parts = config.recipe, sharding.batch_divisor(mesh)
-    if recipe.batch_size is None and config.prior.prompt is None:
+    if recipe.batch_size is None and not has_prior(config):
         recipe.batch_size = -(-BATCH // parts) * parts
     elif recipe.batch_size is None:  # half of it is of the class
         even = math.lcm(parts, 2)

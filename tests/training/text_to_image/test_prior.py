@@ -23,7 +23,7 @@ from sana_jax.checkpoints import native
 from sana_jax.models import buckets
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.checkpoints.manager import read_newest
-from sana_jax.training.text_to_image import start
+from sana_jax.training.text_to_image import prior, start
 from sana_jax.training.text_to_image.run import TextToImageTraining
 from tests import mini
 from tests.data.bad_files import encode
@@ -199,6 +199,34 @@ def test_pictures_of_another_class_are_not_taken_for_these(folder, unbroken, tmp
     assert pictures(tmp_path) == before
 
 
+def test_a_class_of_several_prompts_is_drawn_in_turn(folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a cat", "source": 7}\n{"prompt": "a cow"}\n')
+    several = {"prior.prompt": ..., "prior.prompts": str(prompts), "prior.images": 5}
+    loader = TextToImageTraining(finetune(folder, **several), str(tmp_path / "run")).loader
+    drawn = pictures(tmp_path / "run")
+    texts = [read(io.BytesIO(drawn[name])).texts["prompt"] for name in sorted(drawn)]
+    assert texts == ["a cat", "a cow", "a cat", "a cow", "a cat"]
+    theirs = {batch["tokens"][4:].tobytes() for batch in map(loader.batch, range(5))}
+    rows = {tuple(row) for step in range(5) for row in loader.batch(step)["tokens"][4:].tolist()}
+    assert len(theirs) > 1 and len(rows) == 2
+
+    prompts.write_text('{"prompt": "a cat", "seed": 7}\n')
+    with pytest.raises(UserError, match="line 1: seed: of a class, lines give the prompt alone"):
+        TextToImageTraining(finetune(folder, **several), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_each_prompt_of_a_class_has_a_picture_by_default(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prior, "IMAGES", 2)
+    for count in 1, 5:
+        (tmp_path / "prompts.txt").write_text("".join(f"cat {i}\n" for i in range(count)))
+        several = {"prior.prompt": ..., "prior.prompts": str(tmp_path / "prompts.txt")}
+        config = finetune(folder, **several, **{"prior.images": ..., "data.size": 32})
+        TextToImageTraining(config, str(tmp_path / f"{count}"))
+        assert len(pictures(tmp_path / f"{count}")) == max(2, count)
+
+
 @pytest.mark.parametrize(
     "files, changes, message",
     [
@@ -218,6 +246,12 @@ def test_pictures_of_another_class_are_not_taken_for_these(folder, unbroken, tmp
         ({"a.png": None}, {"data.caption": "{caption}"}, "no caption of its own, for {caption}"),
         ({"a.png": None}, {"prior.prompt": ...}, "config.prior.prompt is missing: give the class"),
         ({"a.png": None}, {"prior.prompt": " "}, "config.prior.prompt is missing: give the class"),
+        ({"a.png": None}, {"prior.prompts": "x.txt"}, "prompt and prompts are given"),
+        (
+            {"a.png": None},
+            {"prior.prompt": ..., "prior.prompts": "nowhere.txt"},
+            "config.prior.prompts=nowhere.txt: ",
+        ),
         ({"a.png": None}, {"prior.images": 0}, "config.prior.images=0: give 1 to"),
         ({"a.png": None}, {"prior.weight": 0.0}, "config.prior.weight=0.0: give a positive"),
         ({"a.png": None}, {"recipe.batch_size": 3}, "config.recipe.batch_size=3: half of a batch"),
