@@ -29,6 +29,7 @@ ZEROS = (
     "cross_attention/out/kernel",
     "cross_attention/out/bias",
     "ffn/contract/kernel",
+    "ffn/contract/bias",  # of an MLP (models/variants.py)
 )
 DEVIATION, DEPTHWISE_DEVIATION = 0.02, 0.2
 
