@@ -13,6 +13,7 @@ over seeds as a thick line, and each seed as a thin one.
 """
 
 import importlib.util
+import math
 import re
 import statistics
 from typing import Any, NamedTuple
@@ -119,8 +120,12 @@ def table(runs: list[Run], title: str, metrics: list[str]) -> tuple[str, list[st
 
 
 def curve(run: Run, metric: str) -> dict[int, float]:
-    """Returns a metric by step. Of a step that was taken twice, the later value counts."""
-    return {row["step"]: row[metric] for row in run.rows if metric in row}
+    """Returns a metric by step; of a step that was taken twice, the later value.
+
+    A value that was not finite is null in a row, and a gap in the curve.
+    """
+    found = {row["step"]: row[metric] for row in run.rows if metric in row}
+    return {step: math.nan if value is None else value for step, value in found.items()}
 
 
 def plot(runs: list[Run], metrics: list[str], path: str) -> None:

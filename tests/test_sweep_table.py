@@ -88,6 +88,14 @@ def test_a_plot_is_a_small_png(sweep, tmp_path):
     assert path.stat().st_size < 150_000
 
 
+def test_a_run_that_diverged_leaves_a_gap_in_the_plot(sweep, tmp_path):
+    make(sweep / "lr=1" / "seed_0", {"step": 5, "loss": 2.0}, {"step": 10, "loss": None})
+    found = show(f"--out={sweep}", "--metrics=loss", f"--plot={tmp_path / 'plot.png'}")
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert found.stdout.splitlines()[2].split() == ["lr=1", "-", "1", "10", "None"]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
