@@ -5,6 +5,8 @@ the training's own checkpoints hold their hashes.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +39,31 @@ from sana_jax.training.text_to_image.recipe import read_recipe
 from sana_jax.training.text_to_image.task import CaptionWindow, TextToImageTask
 
 READER = "text_encoder.network"
+# By name. To open or to hash a checkpoint may read all its weights, so that a training, whose keys
+# name one several times, does each once.
+Opener = Callable[[str], Checkpoint]
 
 
-def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
+def open_once() -> Opener:
+    """Returns `open_checkpoint` that remembers what it has opened."""
+    return functools.cache(open_checkpoint)
+
+
+def open_base(
+    config: ConfigDict, opener: Opener | None = None
+) -> tuple[Checkpoint, dict[str, str]]:
     """Returns the checkpoint without the weights that train, and the hashes of its parts.
 
     Raises UserError, naming the key, where a part is missing or the parts do not fit together.
     """
     encoder, prints = config.text_encoder, {}
-    opened: dict[str, tuple[Checkpoint, str]] = {}  # by name; a hash reads all weights
+    opener, hash_of = (
+        opener or open_once(),
+        functools.cache(lambda name: checkpoint_hash(find(name))),
+    )
 
     def open_named(key: str, name: str, *parts: str) -> Checkpoint:
-        if name not in opened:
-            folder = find(name)
-            opened[name] = open_checkpoint(name), checkpoint_hash(folder)
-        found, prints[key] = opened[name]
+        found, prints[key] = opener(name), hash_of(name)
         for part in parts:
             if getattr(found, part) is None:
                 raise UserError(f"config.{key}={name}: this checkpoint has no {part}")
@@ -119,14 +131,14 @@ def open_base(config: ConfigDict) -> tuple[Checkpoint, dict[str, str]]:
     return base, prints
 
 
-def open_start(config: ConfigDict) -> Any:
+def open_start(config: ConfigDict, opener: Opener | None = None) -> Any:
     """Returns the transformer's weights that config.start names: of step 0, or below a LoRA.
 
     Norms of queries and keys that the config has and the checkpoint has not start at one, as for
     Sana-1.5 (arXiv 2501.18427). Raises UserError if the checkpoint has no transformer, or one of
     other shapes.
     """
-    return _weights_of_start(config, open_checkpoint(config.start))
+    return _weights_of_start(config, (opener or open_checkpoint)(config.start))
 
 
 def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
@@ -174,9 +186,9 @@ def read_lora(config: ConfigDict) -> LoraConfig:
     return lora
 
 
-def open_encoder(config: ConfigDict) -> Any:
+def open_encoder(config: ConfigDict, opener: Opener) -> Any:
     """Returns the weights that a trained text encoder starts from."""
-    return open_checkpoint(config.text_encoder.checkpoint).params["text_encoder"]
+    return opener(config.text_encoder.checkpoint).params["text_encoder"]
 
 
 def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> TextToImageTask:

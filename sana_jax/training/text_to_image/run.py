@@ -45,6 +45,7 @@ from sana_jax.training.text_to_image.networks import (
     make_task,
     open_base,
     open_encoder,
+    open_once,
     open_start,
 )
 from sana_jax.training.text_to_image.recipe import check_batches, check_figures, text_to_image
@@ -76,12 +77,13 @@ class TextToImageTraining:
             raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
         recipe = text_to_image(SanaConfig(), 1, 1)
         check_types(config, leave_open(recipe.copy_and_resolve_references()), but=["network"])
-        config = resolve(config)
+        self._opener = open_once()
+        config = resolve(config, self._opener)
         later = ["prompts"] if config.images.prompts is None else []
         check_types(config, recipe, but=["network", *later])
         self.config, self.workdir = config, epath.Path(workdir)
         self.mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
-        self.base, self.hashes = open_base(config)
+        self.base, self.hashes = open_base(config, self._opener)
         instruction = self.base.instruction
         self.captions = CaptionTokens(
             self.base.tokenizer, self.base.text_rows, instruction and instruction.text
@@ -93,7 +95,7 @@ class TextToImageTraining:
         self._check()
         begins = not any((self.workdir / "checkpoints").glob("[0-9]*"))
         if config.start and begins and not self.task.lora.rank:
-            open_start(config)
+            open_start(config, self._opener)
         given = config, self.workdir, self.base, self.captions, self.mesh, self.size
         self.loader, *self.held_out = make_loaders(*given)
         if config.images.prompts is None:
@@ -152,9 +154,10 @@ class TextToImageTraining:
         """Returns the state of step 0, with the weights that the config names."""
         state, params = create(), {}
         if self.config.start and not self.task.lora.rank:
-            params["dit"] = place(open_start(self.config), self.base.dit, "float32", self.mesh)
+            weights = open_start(self.config, self._opener)
+            params["dit"] = place(weights, self.base.dit, "float32", self.mesh)
         if self.config.text_encoder.train and self.config.text_encoder.checkpoint:
-            weights = open_encoder(self.config)
+            weights = open_encoder(self.config, self._opener)
             params["text_encoder"] = place(weights, self.base.text_encoder, "float32", self.mesh)
         params = state.params | params
         return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))

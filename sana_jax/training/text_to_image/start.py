@@ -17,11 +17,11 @@ from ml_collections import ConfigDict, config_dict
 
 from sana_jax import sharding
 from sana_jax.checkpoints.components import Checkpoint
-from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.models.buckets import BASES
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.runtime.errors import UserError
+from sana_jax.training.text_to_image.networks import Opener, open_once
 from sana_jax.training.text_to_image.recipe import has_prior
 
 BATCH = 4  # pictures of the data in a batch, or more where there are more devices
@@ -51,7 +51,7 @@ def leave_open(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: ConfigDict, opener: Opener | None = None) -> ConfigDict:
     """Returns the config with its open keys filled in; the config that is given stays.
 
         network, text_encoder.rows, recipe.noise.shift     those of `start`
@@ -62,7 +62,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
     Raises UserError where `start`, or the data, is to be named.
     """
-    config = config.copy_and_resolve_references()
+    config, opener = config.copy_and_resolve_references(), opener or open_once()
     is_open, encoder = config.network.get("depth") is None, config.text_encoder
     if is_open and not config.start:
         raise UserError("config.start is missing: name the checkpoint to train, such as shapes")
@@ -73,13 +73,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
         or None in (config.autoencoder, encoder.rows, config.recipe.noise.shift)
         or not (encoder.checkpoint or encoder.tokenizer)
     )
-    start = open_checkpoint(config.start) if from_start else None
-    if start is not None:
-        _follow(config, start, is_open)
+    if from_start:
+        _follow(config, opener(config.start), is_open)
     if config.dtype is None:
         config.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if config.data.buckets is None:
-        config.data.buckets = _has_buckets(config, start)
+        config.data.buckets = _has_buckets(config, opener)
     caption = config.data.caption
     if config.images.prompts is None and caption is not None and "{" not in caption:
         config.images.prompts = (caption,)
@@ -119,11 +118,10 @@ def _follow(config: ConfigDict, start: Checkpoint, is_open: bool) -> None:
         config.recipe.noise.shift = start.flow_shift
 
 
-def _has_buckets(config: ConfigDict, start: Checkpoint | None) -> bool:
+def _has_buckets(config: ConfigDict, opener: Opener) -> bool:
     if config.data.source.startswith(NAMED):
         return False
-    known = start if config.autoencoder == config.start else None  # else its files are read again
-    factor = (known or open_checkpoint(config.autoencoder)).vae.factor
+    factor = opener(config.autoencoder).vae.factor
     return (config.data.size or config.network.sample_size * factor) in BASES
 
 

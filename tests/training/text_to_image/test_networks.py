@@ -89,6 +89,19 @@ def test_norms_go_on_from_those_of_the_start(config, tmp_path, caplog):
         networks.open_start(load(config, **changes))  # it has norms, the config has none
 
 
+@pytest.mark.parametrize("kind", ["lora", "all weights"])
+def test_a_training_opens_its_start_once(config, tmp_path, monkeypatch, kind):
+    """To open a native folder is to read, and to hash, each of its bytes."""
+    opened, read = [], networks.open_checkpoint
+    monkeypatch.setattr(networks, "open_checkpoint", lambda name: opened.append(name) or read(name))
+    start = str(config.parent / "base")
+    changes = dict(start=start, network__head_dim=32, network__sample_size=16)
+    changes |= {"lora__rank": 4} if kind == "lora" else {}
+    changes |= dict(recipe__steps=2, data__size=16, autoencoder=None)  # that of the start
+    TextToImageTraining(load(config, **changes), str(tmp_path / "run")).run()
+    assert opened == [start]
+
+
 @pytest.mark.parametrize("change", [dict(depth=2), dict(width=64), dict(attention_bias=True)])
 def test_norms_excuse_no_other_difference(config, change):
     start = str(config.parent / "base")
