@@ -17,9 +17,9 @@ step is compiled for each bucket that they need.
     --config.prior.prompt="a photo of a dog"          # or --config.prior.prompts=FILE, one a line
     --config.recipe.steps=2000 --config.recipe.batch_size=32
 
-With the first line the checkpoint draws 100 pictures of the class before it is trained, and half of
-each batch is of them (data/prior.py); of a file it draws each prompt once. A batch is 4 pictures, or one for each device where there are
-more; twice as many with a prior.
+With the first line the checkpoint draws 100 pictures of the class before it is trained, or one of
+each prompt of a file, and half of each batch is of them (data/prior.py). A batch is 4 pictures, or
+one for each device where there are more; twice as many with a prior.
 
 Optimizer, clipping, batch and steps, and the rate of a LoRA, are those of diffusers' DreamBooth
 script for SANA. The rate of all weights is that of SANA-1.5's stages after the first (arXiv
