@@ -3,7 +3,7 @@
     python -m sana_jax.make_shapes --data_dir=DIR                         # 128 px, 20,000 + 1,000
     python -m sana_jax.make_shapes --data_dir=DIR --size=256 --train=2000 --test=500
     python -m sana_jax.make_shapes --data_dir=DIR --preview=shapes.png    # and a sheet of pictures
-    python -m sana_jax.make_shapes --novel=FOLDER                         # 20 pictures with lime
+    python -m sana_jax.make_shapes --novel=FOLDER                # 20 pictures with a new colour
 
 Running the same command again changes nothing. DIR/shapes/SIZE/VERSION holds ArrayRecord files as
 TFDS writes them; a run that was killed leaves a folder `incomplete.*` beside it, which is never

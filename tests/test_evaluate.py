@@ -198,8 +198,8 @@ def test_shapes(shared, tmp_path):
     assert result.returncode == 0, result.stderr
     *lines, answers = result.stdout.splitlines()
     whole, alone, novel = (json.loads(line) for line in lines if line.startswith("{"))
-    assert novel["novel"] == "lime" and not {"novel"} & {*whole, *alone}
-    assert any("6 held-out prompts with lime, 64 px" in line for line in lines)
+    assert novel["novel"] == "yellow green" and not {"novel"} & {*whole, *alone}
+    assert any("6 held-out prompts with yellow green, 64 px" in line for line in lines)
     for found in (whole, alone, novel):
         assert (found["prompts"], found["pixels"]) == (6, 64)
         assert found["parser_overall"] == 1 and found["ceiling"] == 0

@@ -1,9 +1,11 @@
 """A colour that `shapes` does not have, and what it takes to teach it: twenty captioned pictures.
 
-Lime is as far from the nearest of the eight colours (45 in CIELAB) as these are from one another
-(46). An autoencoder that has only ever seen the eight keeps it, which cannot be said of brown,
-olive, navy or maroon. The pictures show it on every other shape (`TAUGHT`), prompts ask for it on
-the shapes between (`ASKED`); all else is as in the training split. Nothing of `shapes` changes.
+Yellow green is as far from the nearest of the eight colours (45 in CIELAB) as these are from one
+another (46). An autoencoder that has only ever seen the eight keeps it, which cannot be said of
+brown, olive, navy or maroon. Its name has words that the text encoder knows, side by side as it has
+not met them: the bundled one knows no others, and a fine-tuning leaves it as it is. All else is as
+in the training split, in the pictures and in the prompts that ask for it. Nothing of `shapes`
+changes.
 """
 
 import dataclasses
@@ -19,24 +21,19 @@ from sana_jax.shapes.captions import Prompt
 from sana_jax.shapes.draw import draw
 from sana_jax.shapes.scene import SHAPES, SPLITS, Scene
 
-NAME = "lime"
+NAME = "yellow green"
 COLOURS = scene.COLOURS | {NAME: (0.60, 0.95, 0.10)}
-TAUGHT, ASKED = SHAPES[::2], SHAPES[1::2]
-HELD_OUT = frozenset((shape, NAME) for shape in ASKED)
+HELD_OUT = frozenset((shape, NAME) for shape in SHAPES)  # of all pictures but the twenty
 PICTURES = 20
 
 
 def novel_scene(seed: tuple[int, ...], split: str = "train") -> Scene:
-    """Returns an ordinary training scene that has one object in the new colour.
-
-    Its shape is one that is taught (split "train") or asked for ("test").
-    """
+    """Returns an ordinary training scene that has one object in the new colour."""
     rng = np.random.default_rng([6 + SPLITS.index(split), len(seed), *seed])
     drawn = scene.scene((SPLITS.index(split), *seed))
-    shapes = TAUGHT if split == "train" else ASKED
     things = list(drawn.objects)
     k = rng.integers(len(things))
-    shape = shapes[rng.integers(len(shapes))]
+    shape = SHAPES[rng.integers(len(SHAPES))]
     things[k] = dataclasses.replace(things[k], shape=shape, colour=NAME)
     return dataclasses.replace(drawn, objects=tuple(things))
 
