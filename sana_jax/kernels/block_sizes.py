@@ -23,7 +23,8 @@ TPU = {
 
 # Never timed; chosen as tiles of the tensor cores, and as elements for four warps.
 GPU = {
-    "linear_attention": 64,  # tokens
+    # Tokens by bytes of a number. Float32 uses no tensor cores: twice as many spilled registers.
+    "linear_attention": {2: 64, 4: 32},
     "glumbconv_columns": 8,
     "glumbconv_channels": 64,
 }

@@ -13,8 +13,6 @@ from jax.experimental.pallas import triton as plgpu
 
 from sana_jax.kernels.block_sizes import GPU
 
-TOKENS = GPU["linear_attention"]  # of a block
-
 
 def supported(head_dim: int) -> bool:
     """Returns True if a head is a tile of the tensor cores."""
@@ -56,9 +54,10 @@ def _call(kernel, operands, head_dim, out, *, name):
         "rows": ((batch, tokens, channels), qkv.dtype),
         "qkv": (qkv.shape, qkv.dtype),
     }[out]
-    grid = (batch, heads) if out == "state" else (batch, heads, pl.cdiv(tokens, TOKENS))
+    block = GPU["linear_attention"][qkv.dtype.itemsize]
+    grid = (batch, heads) if out == "state" else (batch, heads, pl.cdiv(tokens, block))
     return pl.pallas_call(
-        partial(kernel, head_dim=head_dim, channels=channels, tokens=tokens),
+        partial(kernel, head_dim=head_dim, channels=channels, tokens=tokens, block=block),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
         grid=grid,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
@@ -76,24 +75,27 @@ def _dot(x, y, dtype, *, transpose_x=False, transpose_y=False):
 class _Head:
     """Loads and stores the blocks of one head of one image."""
 
-    def __init__(self, head_dim, channels, tokens):
+    def __init__(self, head_dim, channels, tokens, block):
         self.image, self.head = pl.program_id(0), pl.program_id(1)
-        self.head_dim, self.channels, self.tokens = head_dim, channels, tokens
+        self.head_dim, self.channels, self.tokens, self.size = head_dim, channels, tokens, block
+
+    def valid(self, block):
+        """Returns True for the tokens of a block that are there, (size, 1)."""
+        return (block * self.size + jnp.arange(self.size) < self.tokens)[:, None]
 
     def _rows(self, block, part):
         first = part * self.channels + self.head * self.head_dim
-        rows = pl.ds(block * TOKENS, TOKENS)
-        valid = block * TOKENS + jnp.arange(TOKENS) < self.tokens
-        mask = jnp.broadcast_to(valid[:, None], (TOKENS, self.head_dim))
+        rows = pl.ds(block * self.size, self.size)
+        mask = jnp.broadcast_to(self.valid(block), (self.size, self.head_dim))
         return (self.image, rows, pl.ds(first, self.head_dim)), mask
 
     def load(self, ref, block, part=0):
-        """Returns q (part 0), k or v of a block, (TOKENS, D), zero behind the last token."""
+        """Returns q (part 0), k or v of a block, (size, D), zero behind the last token."""
         where, mask = self._rows(block, part)
         return plgpu.load(ref.at[where], mask=mask, other=0.0)
 
     def store(self, ref, block, value, part=0):
-        """Stores (TOKENS, D) up to the last token."""
+        """Stores (size, D) up to the last token."""
         where, mask = self._rows(block, part)
         plgpu.store(ref.at[where], value.astype(ref.dtype), mask=mask)
 
@@ -117,7 +119,7 @@ class _Head:
             return tuple(s + p for s, p in zip(sums, products(block), strict=True))
 
         zero = jnp.zeros((self.head_dim, self.head_dim), jnp.float32)
-        return jax.lax.fori_loop(0, pl.cdiv(self.tokens, TOKENS), step, (zero, zero))
+        return jax.lax.fori_loop(0, pl.cdiv(self.tokens, self.size), step, (zero, zero))
 
 
 def _relu(x):
@@ -152,9 +154,8 @@ def _output_cotangents(head, block, q, state_ref, cotangent_ref, epsilon):
     """Returns the cotangents of q S and q T, zero behind the last token, and S and T."""
     out, denominator, s, t = _quotient(head, q, state_ref, epsilon)
     d_numerator = head.load(cotangent_ref, block).astype(jnp.float32) / denominator
-    valid = block * TOKENS + jnp.arange(TOKENS) < head.tokens
-    d_numerator = jnp.where(valid[:, None], d_numerator, 0.0)
-    return d_numerator, jnp.where(valid[:, None], -d_numerator * out, 0.0), s, t
+    d_numerator = jnp.where(head.valid(block), d_numerator, 0.0)
+    return d_numerator, jnp.where(head.valid(block), -d_numerator * out, 0.0), s, t
 
 
 def _state_cotangent_kernel(qkv_ref, state_ref, cotangent_ref, out_ref, *, epsilon, **sizes):
