@@ -2,10 +2,11 @@
 
     reference.py  the operation in plain jnp: the specification, and the form without a kernel
     tpu.py        Pallas kernels for TPU (Mosaic); res_block's gradient is the plain form's
-    gpu.py        Pallas kernels for GPU (Triton), for linear_attention and glumbconv
+    gpu.py        kernels for GPU: Pallas Triton, for linear_attention and glumbconv
     api.py        the dispatching function: names shapes without a kernel, splits others over a mesh
 
 A package exports its dispatching function (res_block also `uses_kernel`), and its docstring is the
 log of what was tried, predicted and found. To mean the plain form, write `reference.NAME`.
-dispatch.py decides whether a kernel runs, by platform, dtype, shape and `implementation`.
+dispatch.py decides whether a kernel runs, by platform, dtype, shape and `implementation`. Beside
+the kernels for GPU, triton.py alone knows their compiler, and what happens when JAX drops it.
 """

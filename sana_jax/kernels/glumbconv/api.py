@@ -17,6 +17,8 @@ from sana_jax.kernels.dispatch import (
 from sana_jax.kernels.glumbconv import gpu, reference, tpu
 from sana_jax.kernels.mixed_einsum import dense_float32
 
+# By platform.
+_KERNELS = {"tpu": tpu} | ({"cuda": gpu} if gpu.supported() else {})
 OUTSIDE = -1e4  # SiLU turns it into zero after any bias, and its cotangent too
 
 
@@ -147,7 +149,7 @@ def _kernel(value, gate, out, *weights):
     def run(module, value, gate, *weights):
         return module.forward(value, gate, *_by_halves(*weights))
 
-    kernels = dict(tpu=partial(run, tpu), cuda=partial(run, gpu))
+    kernels = {name: partial(run, module) for name, module in _KERNELS.items()}
     return by_platform(value, gate, *weights, plain=_plain, **kernels)
 
 
@@ -168,7 +170,7 @@ def _backward(args, cotangent):
         d_value, d_gate, *d_weights = pull_back(args[-1])
         return d_value, d_gate, out, *d_weights
 
-    kernels = dict(tpu=partial(run, tpu), cuda=partial(run, gpu))
+    kernels = {name: partial(run, module) for name, module in _KERNELS.items()}
     return by_platform(*args, cotangent, plain=plain, **kernels)
 
 

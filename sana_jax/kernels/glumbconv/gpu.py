@@ -11,11 +11,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from sana_jax.kernels import triton
 from sana_jax.kernels.block_sizes import GPU
+from sana_jax.kernels.triton import plgpu
 
 COLUMNS, CHANNELS = GPU["glumbconv_columns"], GPU["glumbconv_channels"]  # of a strip
+
+
+def supported() -> bool:
+    """Returns True if JAX has the kernels' compiler."""
+    return triton.AVAILABLE
 
 
 def forward(value, gate, bias, kernel, depthwise_bias):
@@ -44,13 +50,9 @@ def backward(value, gate, bias, kernel, depthwise_bias, cotangent):
 
 def _call(kernel, operands, out_shape, name):
     batch, height, width, channels = operands[0].shape
-    return pl.pallas_call(
-        partial(kernel, height=height, width=width, channels=channels),
-        out_shape=out_shape,
-        grid=(batch, pl.cdiv(width, COLUMNS), pl.cdiv(channels, CHANNELS)),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        name=f"glumbconv_{name}",
-    )(*operands)
+    kernel = partial(kernel, height=height, width=width, channels=channels)
+    grid = (batch, pl.cdiv(width, COLUMNS), pl.cdiv(channels, CHANNELS))
+    return triton.call(kernel, operands, out_shape, grid, f"glumbconv_{name}")
 
 
 class _Strip:

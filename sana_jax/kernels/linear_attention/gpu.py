@@ -9,14 +9,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from sana_jax.kernels import triton
 from sana_jax.kernels.block_sizes import GPU
+from sana_jax.kernels.triton import plgpu
 
 
 def supported(head_dim: int) -> bool:
-    """Returns True if a head is a tile of the tensor cores."""
-    return head_dim in (16, 32, 64, 128)
+    """Returns True if a head is a tile of the tensor cores, and JAX has the compiler."""
+    return triton.AVAILABLE and head_dim in (16, 32, 64, 128)
 
 
 def state(qkv, head_dim):
@@ -56,13 +57,9 @@ def _call(kernel, operands, head_dim, out, *, name):
     }[out]
     block = GPU["linear_attention"][qkv.dtype.itemsize]
     grid = (batch, heads) if out == "state" else (batch, heads, pl.cdiv(tokens, block))
-    return pl.pallas_call(
-        partial(kernel, head_dim=head_dim, channels=channels, tokens=tokens, block=block),
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        grid=grid,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        name=f"linear_attention_{name}",
-    )(*operands)
+    kernel = partial(kernel, head_dim=head_dim, channels=channels, tokens=tokens, block=block)
+    out_shape = jax.ShapeDtypeStruct(shape, dtype)
+    return triton.call(kernel, operands, out_shape, grid, f"linear_attention_{name}")
 
 
 def _dot(x, y, dtype, *, transpose_x=False, transpose_y=False):
