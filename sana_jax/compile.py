@@ -1,35 +1,37 @@
-"""Compiles for TPUs that are not here, and says whether a program fits and what it costs.
+"""Compiles for TPUs and GPUs that are not here: does a program fit, and what does it cost?
 
     python -m sana_jax.compile --preset=sana_600m_1024 --topology=v5e:2x2 --batch_size=16
     python -m sana_jax.compile --config=configs/sana_1600m_1024.py --topology=v5e:16x16
+    python -m sana_jax.compile --preset=sana_600m_1024 --topology=h100:1 --what=sample
+    python -m sana_jax.compile --config=configs/finetune.py --topology=4090:1 --memory
 
     forward  the transformer once, 300 rows of text
     sample   --num_steps steps with guidance, from noise to latents
     decode   latents to pixels; above 2048 x 2048 pixels one tile, times the number of tiles
     train    the training step of a config, with its optimizer, averages and frozen networks
 
-This needs the compiler for TPUs, which pip install 'jax[tpu]' installs on x86-64 Linux, but no TPU.
-The figures are those of one chip, by the estimate of measure/tpu_estimate.py, which is a model and
-not a measurement. Networks that the program does not use are not in its memory. MFU, the share of
-the chip's peak, counts the work that the architecture asks for, so recomputed activations show as
-slowness; a training step counts three times the forward pass of the networks that train.
+The compilers are on PyPI, for x86-64 Linux, and need no TPU or GPU: pip install 'jax[tpu]', or
+pip install -e '.[gpu-compile]' of 5 GB, best into an environment of its own.
 
-Most of the time goes into the schedules from which the cost of kernels is computed. --memory leaves
-them out and only says whether the program fits.
+The figures are those of one chip or card. For a TPU they are the compiler's estimate
+(measure/tpu_estimate.py), for a GPU a bound by its output: memory, products, and the instructions
+of the kernels (measure/gpu_estimate.py). Nothing is measured. Networks that the program does not
+use are not in its memory. MFU, the share of the peak, counts the work that the architecture asks
+for, so recomputed activations show as slowness; a training step counts three times the forward pass
+of the networks that train.
+
+Most of the time goes into the cost of kernels. --memory leaves it out and only says whether the
+program fits.
 
 The last line is a JSON object, with sizes in bytes. A program that does not fit is an answer too:
-the exit status is 0, `fits` is false, and `hbm_bytes` is what the compiler says is needed at least.
-`mfu` is null where FLOPs are not counted: in phases that train a part of an autoencoder.
+the exit status is 0, `fits` is false, and `hbm_bytes` is what the compiler says is needed, for a
+TPU at least. MFU is null where FLOPs are not counted: in phases that train a part of an
+autoencoder.
 """
 
-import dataclasses
-import importlib.metadata
 import json
-import re
 import sys
 import time
-from functools import partial
-from typing import Any
 
 import jax
 from absl import flags
@@ -39,6 +41,7 @@ from sana_jax import sharding
 from sana_jax.checkpoints import random_weights
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.measure import tpu_estimate
+from sana_jax.measure.gpu_targets import CARDS
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
@@ -51,13 +54,14 @@ _PRESET = flags.DEFINE_string(
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    f"the TPUs, CHIP:SHAPE, such as v5e:16x16; chips: {', '.join(tpu_estimate.CHIPS)}",
+    f"TPUs, CHIP:SHAPE, such as v5e:16x16, with one of {', '.join(tpu_estimate.CHIPS)}; or GPUs,"
+    f" CARD:COUNT, such as h100:8, with one of {', '.join(CARDS)}",
 )
 _WHAT = flags.DEFINE_enum(
     "what", None, WHAT, "the program; default: train with a config, else forward"
 )
 _BATCH = flags.DEFINE_integer(
-    "batch_size", None, "pictures per chip; default: the config's batch, or 1", 1, 2**16
+    "batch_size", None, "pictures per chip or card; default: the config's batch, or 1", 1, 2**16
 )
 flags.DEFINE_alias("batch", "batch_size")
 _SIZE = flags.DEFINE_integer(
@@ -66,7 +70,11 @@ _SIZE = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer("num_steps", 20, "steps of the program sample", 1, 1000)
 flags.DEFINE_alias("steps", "num_steps")
 _FSDP = flags.DEFINE_integer(
-    "fsdp", 1, "chips that share a copy of a preset's weights; a config has its mesh", 1, 2**16
+    "fsdp",
+    1,
+    "chips or cards that share a copy of a preset's weights; a config has its mesh",
+    1,
+    2**16,
 )
 _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation",
@@ -87,43 +95,45 @@ flags.mark_flag_as_required("topology")
 def main(argv: list[str]) -> None:
     del argv
     what = _check_flags()
-    jax.config.update("jax_platforms", "cpu")  # even where there is a TPU
+    jax.config.update("jax_platforms", "cpu")  # even where there is a TPU or a GPU
     if _MEMORY.value:
         tpu_estimate.write_no_schedules()  # before the TPU compiler is loaded
-    chip, devices = tpu_estimate.tpu_devices(_TOPOLOGY.value)
+    report = _report(_TOPOLOGY.value)
+    chip, devices = report.devices(_TOPOLOGY.value)
     mesh, program = _program(what, devices)
-    limit, chips = tpu_estimate.CHIPS[chip].hbm_bytes, mesh.size
-    share, rest = divmod(program.batch, chips)
+    share, rest = divmod(program.batch, mesh.size)
     result = {
         "topology": _TOPOLOGY.value,
         "what": what,
-        "batch": program.batch / chips if rest else share,
+        "batch": program.batch / mesh.size if rest else share,
         "config": flags.FLAGS["config"].config_filename if what == "train" else None,
         "preset": _PRESET.value,
         "size": program.size,
         "mesh": dict(mesh.shape),
         "calls": program.calls,
-        "hbm_available": limit,
-        "libtpu": importlib.metadata.version("libtpu"),
+        "steps": _STEPS.value if what == "sample" else None,
     }
     print(f"compiling {what} for {_TOPOLOGY.value}", file=sys.stderr, flush=True)
     start = time.monotonic()
-    measure = tpu_estimate.memory if _MEMORY.value else partial(tpu_estimate.estimate, chip=chip)
-    costs = dict.fromkeys(["cycles", "kernel_cycles", "step_seconds", "mfu", "collectives"])
-    try:
-        with jax.set_mesh(mesh):
-            found = measure(program.function, *program.arguments, **program.options)
-        if not _MEMORY.value:
-            costs = figures(found, program.calls, program.flops and program.flops / chips)
-        sizes = [field.name for field in dataclasses.fields(tpu_estimate.Memory)]
-        result |= {name: getattr(found, name) for name in ("hbm_bytes", *sizes)}
-    except tpu_estimate.TooLarge as error:
-        found, result["hbm_bytes"] = None, error.needed
-    result |= costs
-    result["fits"] = found is not None and result["hbm_bytes"] <= limit
-    result["compile_seconds"] = round(time.monotonic() - start, 1)
-    print(text(result, found, _TOP.value))
+    with jax.set_mesh(mesh):
+        found, figures = report.measure(program, chip, 1 / mesh.size, _MEMORY.value)
+    result |= figures | {"compile_seconds": round(time.monotonic() - start, 1)}
+    print(report.text(result, found, _TOP.value))
     print(json.dumps(result))
+
+
+def _report(topology: str):
+    """Returns the module that compiles for a topology. Raises UserError for an unknown one."""
+    from sana_jax.measure import gpu_report, tpu_report  # take seconds
+
+    name = topology.partition(":")[0]
+    if name not in tpu_estimate.CHIPS and name not in CARDS:
+        raise UserError(
+            f"topology {topology!r} is neither CHIP:SHAPE of TPUs, such as v5e:16x16, with one of"
+            f" {', '.join(tpu_estimate.CHIPS)}, nor CARD:COUNT of GPUs, such as h100:8, with one of"
+            f" {', '.join(CARDS)}"
+        )
+    return gpu_report if name in CARDS else tpu_report
 
 
 def _program(what: str, devices: list[jax.Device]):
@@ -139,74 +149,6 @@ def _program(what: str, devices: list[jax.Device]):
     batch = (_BATCH.value or 1) * mesh.size
     size, steps, implementation = _SIZE.value, _STEPS.value, _IMPLEMENTATION.value
     return mesh, programs.drawing(what, dit, vae, mesh, batch, size, steps, implementation)
-
-
-def figures(found: tpu_estimate.Estimate, calls: int, model_flops: float | None) -> dict[str, Any]:
-    """Returns the cost of `calls` calls of a program, with `model_flops` per call and chip."""
-    return {
-        "cycles": calls * found.cycles,
-        "kernel_cycles": calls * found.kernel_cycles,
-        "step_seconds": calls * found.seconds,
-        "model_flops": model_flops and calls * model_flops,
-        "mfu": model_flops and found.utilisation(model_flops),
-        "collectives": {
-            kind: {"executions": calls * count, "bytes": calls * size}
-            for kind, (count, size) in found.collectives.items()
-        },
-        "kernels": {
-            name: {"calls": calls * count, "cycles": cost.cycles, **vars(cost)}
-            for name, (count, cost) in found.kernels.items()
-        },
-    }
-
-
-def text(result: dict[str, Any], found: tpu_estimate.Memory | None, top: int) -> str:
-    """Returns the result as text for people; `found` is None if the program does not fit."""
-    of = result["config"] or result["preset"]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
-    lines = [
-        f"{result['what']} of {of}, {result['batch']:g} pictures of {result['size']} px a chip,"
-        f" on {result['topology']} ({mesh or 'one chip'}), libtpu {result['libtpu']}"
-    ]
-    limit = result["hbm_available"]
-    if not result["fits"]:
-        least = "at least " if found is None else ""
-        over = result["hbm_bytes"] - limit
-        lines.append(
-            f"DOES NOT FIT: {least}{_gib(result['hbm_bytes'])} GiB a chip of {_gib(limit)},"
-            f" {_gib(over)} too many"
-        )
-    if found is None:
-        return "\n".join(lines)
-    lines.append(
-        f"memory, GiB a chip: arguments {_gib(found.argument_bytes)},"
-        f" temporaries {_gib(found.temp_bytes)}, outputs {_gib(found.output_bytes)},"
-        f" aliased {_gib(-found.alias_bytes)}; in all {_gib(found.hbm_bytes)} of {_gib(limit)}"
-    )
-    if not isinstance(found, tpu_estimate.Estimate):
-        return "\n".join(lines)
-    cycles = found.cycles + found.kernel_cycles
-    lines += ["", f"{'cycles':>15} {'share':>6}  operation"]
-    for count, name in found.operations[:top]:
-        lines.append(f"{count:15,} {count / max(1, cycles):6.1%}  {_short(name)}")
-    if found.kernels:
-        bounds = ("bundles", "compute", "memory")
-        lines += ["", f"{'calls':>6} " + "".join(f"{b:>12}" for b in bounds) + "  kernel, cycles"]
-    for name, (calls, cost) in found.kernels.items():
-        each = "".join(f"{getattr(cost, bound):12,}" for bound in bounds)
-        lines.append(f"{calls:6} {each}  {name}")
-    if found.collectives:
-        lines += ["", f"{'executions':>10} {'GB':>8}  collective"]
-    for kind, (count, size) in found.collectives.items():
-        lines.append(f"{count:10} {size / 1e9:8.3f}  {kind}")
-    lines += ["", "Collectives have no cycles: they are not in the step time."]
-    mfu = "not counted" if result["mfu"] is None else f"{result['mfu']:.1%}"
-    calls = f" in {result['calls']} calls" if result["calls"] > 1 else ""
-    lines.append(
-        f"{result['cycles'] / 1e6:,.1f} M cycles and {result['kernel_cycles'] / 1e6:,.1f} M of"
-        f" kernels{calls}: {result['step_seconds']:.4g} s, MFU {mfu}; by the compiler's estimate"
-    )
-    return "\n".join(lines)
 
 
 def _check_flags() -> str:
@@ -228,15 +170,6 @@ def _check_flags() -> str:
     if preset and _PHASE.value is not None:
         raise UserError("--phase goes with --config")
     return what
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
-
-
-def _short(name: str) -> str:
-    name = re.sub(r"jit\([^)]*\)/", "", name)
-    return name if len(name) <= 80 else "..." + name[-77:]
 
 
 if __name__ == "__main__":

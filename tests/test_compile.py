@@ -11,7 +11,7 @@ import pytest
 
 from sana_jax import sharding
 from sana_jax.checkpoints import random_weights
-from sana_jax.measure import programs, tpu_estimate
+from sana_jax.measure import gpu_compile, programs, tpu_estimate
 from sana_jax.models import flops
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.runtime.errors import UserError
@@ -249,7 +249,10 @@ def test_what_does_not_fit_is_an_answer():
     "flags, words",
     [
         (["--preset=tiny"], "--topology is missing"),
-        (["--preset=tiny", "--topology=v7:2x2"], "topology 'v7:2x2' is not CHIP:SHAPE"),
+        (["--preset=tiny", "--topology=v7:2x2"], "topology 'v7:2x2' is neither CHIP:SHAPE of TPUs"),
+        (["--preset=tiny", "--topology=v5e:2"], "topology 'v5e:2' is not CHIP:SHAPE"),
+        (["--preset=tiny", "--topology=h100:2x2"], "topology 'h100:2x2' is not CARD:COUNT"),
+        (["--preset=tiny", "--topology=h100:9"], "more than 8 cards are hosts of so many"),
         (["--topology=v5e:2x2"], "--what=forward needs --preset"),
         (["--topology=v5e:2x2", "--preset=tiny", "--what=train"], "--what=train needs --config"),
         (["--topology=v5e:2x2", "--preset=tiny", "--what=draw"], "should be one of"),
@@ -259,6 +262,35 @@ def test_bad_flags(flags, words):
     result = command(*flags)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert words in result.stderr and not result.stdout
+
+
+@pytest.mark.skipif(gpu_compile.has_compiler(), reason="the CUDA compiler is installed")
+def test_without_the_cuda_compiler():
+    result = command("--preset=tiny", "--topology=h100:1")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "the CUDA compiler is not installed: pip install -e '.[gpu-compile]'" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpu_compile.has_compiler(), reason="the CUDA compiler is not installed")
+def test_the_command_for_gpus():
+    flags = "--preset=tiny", "--size=64", "--topology=h100:2", "--batch_size=2", "--what=sample"
+    result = command(*flags, "--implementation=pallas", "--fsdp=2", "--num_steps=3")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["fits"] and (found["topology"], found["batch"]) == ("h100:2", 2)
+    calls = {
+        x["operation"].split("/")[-2]: x["calls"]
+        for x in found["operations"]
+        if "pallas" in x["operation"]
+    }
+    assert calls["glumbconv_forward"] == calls["linear_attention_state"] == 3 * DIT.depth
+    assert found["collectives"]["all-gather"]["executions"] >= 3 * DIT.depth
+    assert 0 < found["roofline_seconds"] <= found["bound_seconds"] < 0.1
+    assert not any(x.get("spilled_bytes") for x in found["operations"])
+    assert "2 pictures of 64 px a card, on h100:2 (fsdp 2), jax_cuda13_plugin" in result.stdout
+    fits = command(*flags, "--memory")
+    assert fits.returncode == 0 and json.loads(fits.stdout.splitlines()[-1])["launches"] is None
 
 
 @needs_libtpu

@@ -55,6 +55,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
+from sana_jax.measure.account import Memory  # noqa: E402
 from sana_jax.runtime.errors import UserError  # noqa: E402
 
 
@@ -88,21 +89,6 @@ class Kernel:
     def cycles(self) -> int:
         """The cycles of a call: the largest of the three bounds."""
         return max(self.bundles, self.compute, self.memory)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """The memory of a program on one chip."""
-
-    argument_bytes: int
-    output_bytes: int
-    temp_bytes: int
-    alias_bytes: int  # of outputs in the place of donated arguments
-
-    @property
-    def hbm_bytes(self) -> int:
-        """The bytes that must fit at once; donated arguments count once."""
-        return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +175,7 @@ def write_no_schedules() -> None:
 
 def memory(fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Memory:
     """Returns the memory of a program without costing it; arguments and errors as `estimate`."""
-    return Memory(**_memory(_compile(fn, *args, **jit_options)))
+    return Memory.of(_compile(fn, *args, **jit_options))
 
 
 def estimate(fn: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_options: Any) -> Estimate:
@@ -219,7 +205,7 @@ def estimate(fn: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_option
         kernel_cycles=sum(calls * kernel.cycles for calls, kernel in kernels.values()),
         kernels=kernels,
         collectives=total.collectives,
-        **_memory(compiled),
+        **vars(Memory.of(compiled)),
     )
 
 
@@ -233,12 +219,6 @@ def _compile(fn: Callable[..., Any], *args: Any, **jit_options: Any):
         raise TooLarge.read(str(error)) or error from None
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
-
-
-def _memory(compiled) -> dict[str, int]:
-    found = compiled.memory_analysis()
-    parts = "argument", "output", "temp", "alias"
-    return {f"{part}_bytes": getattr(found, f"{part}_size_in_bytes") for part in parts}
 
 
 @dataclasses.dataclass
