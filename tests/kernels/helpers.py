@@ -71,7 +71,9 @@ def spec(*shape, dtype="bfloat16", sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20, dtype="bfloat16"):
+def operations(
+    sharding=None, side=8, width=224, hidden=160, heads=2, rows=20, dtype="bfloat16", batch=1
+):
     """Forward and backward of every operation, through its public function: (loss, operands)."""
     made = partial(spec, sharding=sharding, dtype=dtype)
 
@@ -85,22 +87,22 @@ def operations(sharding=None, side=8, width=224, hidden=160, heads=2, rows=20, d
     to_text = partial(cross_attention, heads=heads, implementation="pallas")
     norm = partial(modulated_norm, implementation="pallas")
     tokens = side * side
-    x, vector = made(1, tokens, width), made(1, 1, width)
-    image, wide = made(1, side, side, hidden), made(2 * hidden)
-    after = made(hidden, width), made(1, 1, 1, width)
-    mask = made(1, rows, dtype="bool")
+    x, vector = made(batch, tokens, width), made(batch, 1, width)
+    image, wide = made(batch, side, side, hidden), made(2 * hidden)
+    after = made(hidden, width), made(batch, 1, 1, width)
+    mask = made(batch, rows, dtype="bool")
     square, channels = made(3, 3, 128, 128), made(128)
     return {
-        "linear_attention": (loss(attention), (made(1, tokens, 3 * width),)),
+        "linear_attention": (loss(attention), (made(batch, tokens, 3 * width),)),
         "glumbconv": (
             loss(partial(projected, True)),
             (image, image, wide, made(3, 3, 2 * hidden), wide, *after),
         ),
-        "cross_attention": (loss(to_text), (x, made(1, rows, 2 * width), mask)),
+        "cross_attention": (loss(to_text), (x, made(batch, rows, 2 * width), mask)),
         "modulated_norm": (loss(norm), (x, vector, vector)),
         "res_block": (
             res_block,
-            (made(1, 16, 16, 128), square, channels, square, channels, channels),
+            (made(batch, 16, 16, 128), square, channels, square, channels, channels),
         ),
     }
 
