@@ -136,8 +136,9 @@ def _state_kernel(qkv_ref, out_ref, **sizes):
 
 def _quotient(head, q, state_ref, epsilon):
     """Returns q S / (q T + epsilon), the denominator, S and T."""
-    s, t = head.state(state_ref, 0), head.state(state_ref, 1)
+    t = head.state(state_ref, 1)
     denominator = _dot(q, t, q.dtype) + epsilon
+    s = head.state(state_ref, 0)  # only now: on an A100 both at once spilled registers
     return _dot(q, s, q.dtype) / denominator, denominator, s, t
 
 
