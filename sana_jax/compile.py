@@ -11,7 +11,7 @@
     train    the training step of a config, with its optimizer, averages and frozen networks
 
 The compilers are on PyPI, for x86-64 Linux, and need no TPU or GPU: pip install 'jax[tpu]', or
-pip install -e '.[gpu-compile]' of 5 GB, best into an environment of its own.
+pip install -e '.[gpu-compile]' (3 GB), best into an environment of its own.
 
 The figures are those of one chip or card. For a TPU they are the compiler's estimate
 (measure/tpu_estimate.py), for a GPU a bound by its output: memory, products, and the instructions
