@@ -21,13 +21,20 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 
 
 def call(
-    kernel: Callable, operands: tuple[jax.Array, ...], out_shape, grid: tuple[int, ...], name: str
+    kernel: Callable,
+    operands: tuple[jax.Array, ...],
+    out_shape,
+    grid: tuple[int, ...],
+    name: str,
+    *,
+    warps: int = 4,
+    stages: int = 2,
 ):
-    """Runs `kernel` on a grid of programs of four warps, on references to whole arrays."""
+    """Runs `kernel` on a grid of programs of so many warps, on references to whole arrays."""
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=grid,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         name=name,
     )(*operands)
