@@ -151,11 +151,14 @@ def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
     # No shape shows a difference in these.
-    unseen = "head_dim", "cross_heads", "timestep_scale", "clip_attention", "attention", "objective"
-    for key in (*unseen, *["qk_norm"] * is_lora):
+    unseen = ["head_dim", "cross_heads", "timestep_scale", "clip_attention", "attention"]
+    unseen.append("objective")
+    if is_lora:  # its file is for the network as it is there
+        unseen += ["qk_norm", "interpolation_scale", "sample_size"]
+    for key in unseen:
         then, now = getattr(found.dit, key), getattr(network, key)
         told = f"config.network.{key}={now}, but {then} of"
-        if then != now and is_lora:  # its file is for the network as it is there
+        if then != now and is_lora:
             raise UserError(f"{told} config.start={config.start}")
         if then != now:
             logging.warning("%s %s", told, config.start)

@@ -89,6 +89,21 @@ def test_norms_go_on_from_those_of_the_start(config, tmp_path, caplog):
         networks.open_start(load(config, **changes))  # it has norms, the config has none
 
 
+@pytest.mark.parametrize(
+    "changed, told",
+    [(dict(interpolation_scale=2.0), "2.0, but None"), (dict(sample_size=8), "8, but 16")],
+)
+def test_a_lora_is_of_a_network_with_the_positions_of_its_start(config, changed, told):
+    """Its file is read for the network as it is there, which has no word of others."""
+    start, changed = str(config.parent / "base"), {f"network__{k}": x for k, x in changed.items()}
+    same = dict(start=start, lora__rank=4, network__head_dim=32, network__sample_size=16)
+    networks.open_start(load(config, **same))
+    (key,) = changed
+    words = f"config.{key.replace('__', '.')}={told} of config.start={start}"
+    with pytest.raises(UserError, match=re.escape(words)):
+        networks.open_start(load(config, **same | changed))
+
+
 @pytest.mark.parametrize("kind", ["lora", "all weights"])
 def test_a_training_opens_its_start_once(config, tmp_path, monkeypatch, kind):
     """To open a native folder is to read, and to hash, each of its bytes."""
