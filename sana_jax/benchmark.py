@@ -9,10 +9,10 @@ medians are shown. The first call, which compiles, is reported separately. The t
 the same numbers, or the exit status is 1.
 
     text    short prompts after a long instruction, from the second call on
-    trunk   the transformer once, on a batch doubled for guidance, 300 rows of text
-    loop    --num_steps steps with guidance, from noise to latents; each side starts from the rows
-            of the text encoder and does the captions' work as it does in use: ours once, diffusers
-            in every step
+    trunk   the transformer once, 300 rows of text, on a batch doubled for guidance (not for Sprint)
+    loop    --num_steps steps with guidance (Sana-Sprint: without a second half), from noise to
+            latents; each side starts from the rows of the text encoder and does the captions' work
+            as it does in use: ours once, diffusers in every step
     decode  latents to pixels
     encode  pixels to latents
     memory  runs nothing: this platform's compiler says how much memory all parts take on one
@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from sana_jax.checkpoints.flags import given
 from sana_jax.checkpoints.random_weights import KNOWN
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.measure import report
@@ -74,7 +75,9 @@ _IMPLEMENTATION = flags.DEFINE_enum(
     IMPLEMENTATIONS,
     "kernels of our transformer: auto (on TPU only), pallas (always) or xla (never)",
 )
-_STEPS = flags.DEFINE_integer("num_steps", 20, "steps of the loop", 1, 1000)
+_STEPS = flags.DEFINE_integer(
+    "num_steps", 20, "steps of the loop; default for Sana-Sprint: 2", 1, 1000
+)
 flags.DEFINE_alias("steps", "num_steps")
 _LOOP_STEPS = flags.DEFINE_integer(
     "loop_steps",
@@ -88,7 +91,8 @@ _REPEAT = flags.DEFINE_integer("repeat", 5, "repetitions; their median counts", 
 
 def main(argv):
     del argv
-    against, timed_steps = _AGAINST.value, _LOOP_STEPS.value or _STEPS.value
+    against, steps = _AGAINST.value, given(_STEPS) or _usual_steps(_PRESET.value)
+    timed_steps = _LOOP_STEPS.value or steps
     common = dict(
         preset=_PRESET.value,
         batch=_BATCH.value,
@@ -109,13 +113,13 @@ def main(argv):
             with Worker("memory", settings) as worker:
                 memory = worker.ask("analyse")
             continue
-        scale = _STEPS.value / timed_steps if part == "loop" else 1
+        scale = steps / timed_steps if part == "loop" else 1
         rows[part], found = measure(settings, against != "none", _REPEAT.value, scale)
         facts |= found
 
     shown = ("preset", "batch", "size", "dtype", "implementation")
-    result = {name: common[name] for name in shown} | dict(steps=_STEPS.value, against=against)
-    if timed_steps != _STEPS.value:
+    result = {name: common[name] for name in shown} | dict(steps=steps, against=against)
+    if timed_steps != steps:
         result["timed_steps"] = timed_steps
     result |= facts | dict(parts=rows, memory=memory)
     print(report.text(result))
@@ -253,6 +257,14 @@ def _check_size(preset: str, size: int | None) -> int:
     size = size or dit.sample_size * vae.factor
     checks.multiple(f"--size={size}", size, vae.factor * dit.patch_size)
     return size
+
+
+def _usual_steps(preset: str) -> int:
+    """Returns the steps of a picture. Raises UserError for an unknown preset."""
+    from sana_jax.checkpoints import random_weights
+    from sana_jax.pipeline.facts import usual_steps
+
+    return usual_steps(random_weights.configs(preset)[0].is_sprint)
 
 
 def _say(line: str) -> None:

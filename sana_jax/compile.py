@@ -6,7 +6,8 @@
     python -m sana_jax.compile --config=configs/finetune.py --topology=4090:1 --memory
 
     forward  the transformer once, 300 rows of text
-    sample   --num_steps steps with guidance, from noise to latents
+    sample   --num_steps steps with guidance (Sana-Sprint: without a second half), from noise to
+             latents
     decode   latents to pixels; above 2048 x 2048 pixels one tile, times the number of tiles
     train    the training step of a config, with its optimizer, averages and frozen networks
 
@@ -39,6 +40,7 @@ from ml_collections.config_flags import config_flags
 
 from sana_jax import sharding
 from sana_jax.checkpoints import random_weights
+from sana_jax.checkpoints.flags import given
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.measure import tpu_estimate
 from sana_jax.measure.gpu_targets import CARDS
@@ -67,7 +69,9 @@ flags.DEFINE_alias("batch", "batch_size")
 _SIZE = flags.DEFINE_integer(
     "size", None, "side of the picture in pixels; default: the preset's own", 1, 2**16
 )
-_STEPS = flags.DEFINE_integer("num_steps", 20, "steps of the program sample", 1, 1000)
+_STEPS = flags.DEFINE_integer(
+    "num_steps", 20, "steps of the program sample; default for Sana-Sprint: 2", 1, 1000
+)
 flags.DEFINE_alias("steps", "num_steps")
 _FSDP = flags.DEFINE_integer(
     "fsdp",
@@ -139,6 +143,7 @@ def _report(topology: str):
 def _program(what: str, devices: list[jax.Device]):
     """Returns the mesh and the program that the flags ask for. Raises UserError."""
     from sana_jax.measure import programs  # takes seconds
+    from sana_jax.pipeline.facts import usual_steps
 
     if what == "train":
         mesh = sharding.make_mesh(**_CONFIG.value.mesh, devices=devices)
@@ -147,7 +152,8 @@ def _program(what: str, devices: list[jax.Device]):
     mesh = sharding.make_mesh(fsdp=_FSDP.value, devices=devices)
     dit, vae, _ = random_weights.configs(_PRESET.value)
     batch = (_BATCH.value or 1) * mesh.size
-    size, steps, implementation = _SIZE.value, _STEPS.value, _IMPLEMENTATION.value
+    size, implementation = _SIZE.value, _IMPLEMENTATION.value
+    steps = given(_STEPS) or usual_steps(dit.is_sprint)
     return mesh, programs.drawing(what, dit, vae, mesh, batch, size, steps, implementation)
 
 

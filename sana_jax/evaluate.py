@@ -36,7 +36,8 @@ null where nothing was stated, or where the checkpoint is an autoencoder alone.
     reconstruction, reconstruction_by_objects, reconstruction_by_shape
                           all shares of the ceiling, and by objects and by shapes as above
     prompts, pixels       the number of prompts, and the side of the pictures
-    flow_shift            shift of the noise levels that sampling used
+    flow_shift            shift of the noise levels that sampling used, null for Sana-Sprint
+    options               all of the settings
     novel                 with --novel, the colour that every prompt names; the bundled model has
                           not seen it (make_shapes --novel), and held_out is about it
 
@@ -55,12 +56,12 @@ The last line is a JSON object with these figures and what was measured: task an
 data, split, size and dtype for reconstruction, or the options for shapes and importance.
 """
 
-import dataclasses
 import json
 
 from absl import flags
 
 from sana_jax.checkpoints import flags as checkpoint_flags
+from sana_jax.checkpoints.flags import given
 from sana_jax.pictures import check_out, save_png
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
@@ -132,9 +133,16 @@ _SEED = flags.DEFINE_integer(
     0,
     2**31,
 )
-_STEPS = flags.DEFINE_integer("num_steps", 20, "steps of sampling, 1 .. 1000", 1, 1000)
+_STEPS = flags.DEFINE_integer(
+    "num_steps", 20, "steps of sampling, 1 .. 1000; default for Sana-Sprint: 2", 1, 1000
+)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", 2.0, "scale of classifier-free guidance; 1 or less: no guidance", 0, 1000
+    "guidance_scale",
+    2.0,
+    "scale of classifier-free guidance; 1 or less: no guidance; default for Sana-Sprint, whose"
+    " network reads it: 4.5",
+    0,
+    1000,
 )
 _SHIFT = flags.DEFINE_float(
     "flow_shift", None, "shift of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
@@ -181,8 +189,8 @@ def shapes() -> None:
     options = evaluation.Options(
         count=_COUNT.value or 512,
         seed=_SEED.value,
-        num_steps=_STEPS.value,
-        guidance_scale=_GUIDANCE.value,
+        num_steps=given(_STEPS),
+        guidance_scale=given(_GUIDANCE),
         flow_shift=_SHIFT.value,
         batch_size=_BATCH.value,
         size=_SIZE.value,
@@ -204,8 +212,7 @@ def shapes() -> None:
         print(f"note: {_CHECKPOINT.value} is an autoencoder alone, which draws nothing")
     about = {"task": "shapes", "checkpoint": _CHECKPOINT.value}
     about |= {"novel": novel.NAME} if _NOVEL.value else {}
-    # Under a key of their own: count and size are kinds of facts here.
-    print(json.dumps(about | {"options": dataclasses.asdict(options)} | found))
+    print(json.dumps(about | found))
 
 
 def importance() -> None:
@@ -219,8 +226,8 @@ def importance() -> None:
         prompts=_PROMPTS.value,
         count=_COUNT.value or importance_task.COUNT,
         seed=_SEED.value,
-        num_steps=_STEPS.value,
-        guidance_scale=_GUIDANCE.value,
+        num_steps=given(_STEPS),
+        guidance_scale=given(_GUIDANCE),
         flow_shift=_SHIFT.value,
         batch_size=_BATCH.value,
         dtype=_DTYPE.value,

@@ -3,8 +3,9 @@
     python -m sana_jax.random_checkpoint --out=DIR                      # tiny: samples in a second
     python -m sana_jax.random_checkpoint --out=DIR --preset=sana_600m_512 --format=diffusers
 
-Every preset but tiny has the full-size autoencoder and Gemma-2 2B (5 GB of weights in bfloat16).
-Weights are made and written one shard after another. Pictures drawn with them show nothing.
+Every preset but the tiny ones has the full-size autoencoder and Gemma-2 2B (5 GB of weights in
+bfloat16). Weights are made and written one shard after another. Pictures drawn with them show
+nothing.
 """
 
 import jax

@@ -53,10 +53,14 @@ flags.DEFINE_integer(
     "max_pixels", 4096 * 4096, "the largest height x width that is accepted", lower_bound=1
 )
 _STEPS = flags.DEFINE_integer(
-    "num_steps", 20, "evaluations of the network (pairs with guidance), 1 .. 1000"
+    "num_steps",
+    20,
+    "evaluations of the network (pairs with guidance), 1 .. 1000; default for Sana-Sprint: 2",
 )
 _GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", 4.5, "scale of classifier-free guidance; 1 or less: no guidance"
+    "guidance_scale",
+    4.5,
+    "scale of classifier-free guidance; 1 or less: no guidance; Sana-Sprint's network reads it",
 )
 _INTERVAL = flags.DEFINE_list(
     "guidance_interval",
@@ -91,7 +95,7 @@ _STRENGTH = flags.DEFINE_float(
     "strength",
     None,
     "share of the steps that change --image, above 0, up to 1, where nothing of it is left;"
-    " default: 0.6",
+    " default: 0.6, for Sana-Sprint 0.5",
 )
 _MASK = flags.DEFINE_string(
     "mask",
@@ -120,11 +124,17 @@ _SEED = flags.DEFINE(
     "seed of the first picture, 0 .. 18446744073709551615; the others count up from it; random:"
     " another one for every run, which is told, and is in the pictures' names and manifest.jsonl",
 )
-flags.DEFINE_enum(
+_SAMPLER = flags.DEFINE_enum(
     "sampler",
     "flow_dpm_solver",
-    ["flow_dpm_solver", "flow_euler"],
-    "the solver: flow_dpm_solver (second order, SANA's) or flow_euler",
+    ["flow_dpm_solver", "flow_euler", "scm"],
+    "the solver: flow_dpm_solver (second order, SANA's) or flow_euler; for Sana-Sprint scm",
+)
+flags.DEFINE_string(
+    "angles",
+    None,
+    "of Sana-Sprint: falling from pi/2 at most to 0, such as 1.57,1.1,0; or paper (1, 2 or 4 steps)"
+    " or diffusers; default: the paper's where it has that many steps, else diffusers'",
 )
 flags.DEFINE_float("flow_shift", None, "shift of the noise schedule; default: the checkpoint's")
 checkpoint_flags.define_lora()
@@ -176,6 +186,16 @@ def parse_tile(text: str) -> tuple[int, int] | str | None:
     return size, stride
 
 
+def parse_angles(text: str | None) -> list[float] | str | None:
+    """Returns the angles of --angles, or their name as it is. Raises UserError."""
+    if text is None or "," not in text:
+        return text
+    try:
+        return [float(angle) for angle in text.split(",")]
+    except ValueError:
+        raise UserError(f"--angles={text}: give angles with commas between them") from None
+
+
 def main(argv):
     del argv
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
@@ -190,7 +210,7 @@ def main(argv):
         "negative_prompt": _NEGATIVE.value,
         "height": _HEIGHT.value,
         "width": _WIDTH.value,
-        "num_steps": _STEPS.value,
+        "num_steps": checkpoint_flags.given(_STEPS),
         "guidance_scale": _GUIDANCE.value,
         "image": _IMAGE.value,
         "strength": _STRENGTH.value,
@@ -206,8 +226,13 @@ def main(argv):
     from sana_jax.batch.settings import Options
 
     names = [field.name for field in dataclasses.fields(Options)]
-    values = {name: FLAGS[name].value for name in names} | {"guidance_interval": interval}
-    draw(tasks, Options(**values | {"tile": parse_tile(FLAGS.tile)}))
+    values = {name: FLAGS[name].value for name in names} | {
+        "guidance_interval": interval,
+        "sampler": checkpoint_flags.given(_SAMPLER),
+        "angles": parse_angles(FLAGS.angles),
+        "tile": parse_tile(FLAGS.tile),
+    }
+    draw(tasks, Options(**values))
     if _SEEDS.drawn is not None:
         print(
             f"--seed={_SEEDS.drawn} was drawn: with it, the same command goes on", file=sys.stderr

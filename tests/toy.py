@@ -9,7 +9,9 @@ from diffusers import (
     AutoencoderDC,
     DPMSolverMultistepScheduler,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
 )
 from flax import traverse_util
 from transformers import Gemma2Config, Gemma2Model
@@ -87,6 +89,9 @@ def transformer(seed: int = 0, **changes) -> tuple[torch.nn.Module, SanaConfig]:
     return randomise(module, seed), sana_from_diffusers(dict(module.config))
 
 
+SPRINT = dict(qk_norm="rms_norm_across_heads", guidance_embeds=True)
+
+
 def autoencoder(seed: int = 0, **changes) -> torch.nn.Module:
     """A small AutoencoderDC in the style of Sana's, factor 32."""
     widths = (8, 16, 16, 32, 32, 64)
@@ -138,6 +143,18 @@ def pipeline(seed: int = 0, **changes) -> SanaPipeline:
         scheduler=DPMSolverMultistepScheduler(
             flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
         ),
+    )
+
+
+def sprint_pipeline(seed: int = 0) -> SanaSprintPipeline:
+    """The same for Sprint."""
+    tokenizer = toy_tokenizer()
+    return SanaSprintPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder(len(tokenizer), seed),
+        vae=autoencoder(seed),
+        transformer=transformer(seed, **SPRINT)[0],
+        scheduler=SCMScheduler(),
     )
 
 

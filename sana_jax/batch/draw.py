@@ -18,13 +18,14 @@ from sana_jax.batch.settings import (
     shows_steps,
     with_requests,
 )
-from sana_jax.batch.tasks import Batch, Task, make_batches, with_sizes
+from sana_jax.batch.tasks import Batch, Task, make_batches, with_defaults
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint, place_all
 from sana_jax.checkpoints.loras import Lora, open_all
 from sana_jax.pipeline import tiling
 from sana_jax.pipeline.pipeline import NOT_FINITE, SanaPipeline
 from sana_jax.pipeline.request import Request
+from sana_jax.pipeline.steps import count_of
 from sana_jax.pipeline.tiling import LARGE
 from sana_jax.runtime import devices
 from sana_jax.runtime.devices import enable_compilation_cache
@@ -44,7 +45,7 @@ def draw(tasks: list[Task], options: Options) -> None:
     folder = find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
     loras = open_all(options.lora, pipe.checkpoint.dit)
-    tasks = with_sizes(tasks, pipe.native_size, options.max_pixels)
+    tasks = with_defaults(tasks, pipe.facts, options.max_pixels, count_of(options.angles))
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
     batches = with_requests(batches, pipe, options)
     sha256 = checkpoint_hash(folder, options.variant)

@@ -10,8 +10,10 @@ import jax
 from sana_jax.batch import image_files
 from sana_jax.batch.tasks import Batch, Task
 from sana_jax.checkpoints.loras import Lora
+from sana_jax.pipeline.facts import Facts
 from sana_jax.pipeline.pipeline import SanaPipeline
-from sana_jax.pipeline.request import BadSide, Request
+from sana_jax.pipeline.request import GUIDANCE_SCALE, BadSide, Request
+from sana_jax.pipeline.steps import Angles, Steps
 from sana_jax.runtime.checks import BadArgument
 from sana_jax.runtime.errors import UserError
 
@@ -29,8 +31,9 @@ class Options:
     lora: Sequence[str] = ()  # FILE or FILE:WEIGHT
     no_instruction: bool = False
     guidance_interval: tuple[float, float] | None = None
-    sampler: str = "flow_dpm_solver"
+    sampler: str | None = None  # None: the checkpoint's
     flow_shift: float | None = None  # None: the checkpoint's
+    angles: Angles = None  # of Sana-Sprint; None: by the number of steps
     use_resolution_binning: bool = False
     sequential_guidance: bool = False
     tile: tuple[int, int] | str | None = "auto"
@@ -40,6 +43,17 @@ class Options:
     overwrite: bool = False
     grid: bool = False
     compilation_cache: str | None = None  # None: the default; "": none
+
+
+def with_usual(measured: Any, facts: Facts, guidance_scale: float) -> Any:
+    """Returns the options of a measurement, in which None stands for a checkpoint's usual values.
+
+    `guidance_scale` is the usual one of models that are not Sana-Sprint.
+    """
+    usual = GUIDANCE_SCALE if facts.is_sprint else guidance_scale
+    scale = usual if measured.guidance_scale is None else measured.guidance_scale
+    steps = facts.num_steps if measured.num_steps is None else measured.num_steps
+    return dataclasses.replace(measured, num_steps=steps, guidance_scale=scale)
 
 
 def with_requests(batches: list[Batch], pipe: SanaPipeline, options: Options) -> list[Batch]:
@@ -66,6 +80,7 @@ def _request(batch: Batch, pipe: SanaPipeline, options: Options) -> Request:
             guidance_interval=options.guidance_interval,
             sampler=options.sampler,
             flow_shift=options.flow_shift,
+            angles=options.angles,
             use_resolution_binning=options.use_resolution_binning,
             sequential_guidance=options.sequential_guidance,
             tile=options.tile,
@@ -90,7 +105,7 @@ def settings_of(
     loras: Sequence[Lora] = (),
 ) -> dict[str, dict[str, Any]]:
     """Returns file -> the settings that decide its pixels, in the order of the tasks."""
-    shared = _shared(pipe, options, batches[0].request.flow_shift)
+    shared = _shared(pipe, options, batches[0].request.steps)
     shared["checkpoint_sha256"] = checkpoint_sha256
     shared["step_by_step"] = shows_steps(batches)
     if loras:  # a run without any has the settings that it had before there were some
@@ -102,6 +117,7 @@ def settings_of(
         task.file: {name: getattr(task, name) for name in names}
         | {"tile": batch.request.tile, "batch_size": batch.size}
         | shared
+        | ({"angles": [*batch.request.steps.angles]} if batch.request.is_sprint else {})
         | ({**task.inputs.settings, "strength": task.strength} if task.inputs else {})
         for task, batch in owns
     }
@@ -140,12 +156,12 @@ def copied(extras: dict[str, dict[str, Any]]) -> str:
     return f"{', '.join(names[:9])}{more} of the prompts are copied into manifest.jsonl alone"
 
 
-def _shared(pipe: SanaPipeline, options: Options, flow_shift: float) -> dict[str, Any]:
+def _shared(pipe: SanaPipeline, options: Options, steps: Steps) -> dict[str, Any]:
     instruction = pipe.checkpoint.instruction
     return {
         "guidance_interval": options.guidance_interval,
-        "sampler": options.sampler,
-        "flow_shift": flow_shift,
+        "sampler": steps.sampler,
+        "flow_shift": steps.flow_shift,
         "instruction_sha256": instruction and instruction.sha256,
         "use_resolution_binning": options.use_resolution_binning,
         "sequential_guidance": options.sequential_guidance,

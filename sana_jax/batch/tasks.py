@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from sana_jax.pipeline.image_input import STRENGTH
 from sana_jax.runtime.checks import MAX_PICTURE_SEED, MAX_STEPS, MAX_TEXT
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import UNREACHABLE, check_is_file, nests, reason_of
 
 if TYPE_CHECKING:  # flags and files are read before jax is
     from sana_jax.batch.image_files import Inputs
+    from sana_jax.pipeline.facts import Facts
     from sana_jax.pipeline.request import Request
 
 MAX_IMAGES = 10**6  # of one run: names have six digits
@@ -41,10 +41,10 @@ class Task:
     negative_prompt: str = ""
     height: int | None = None  # pixels; None: the checkpoint's native size
     width: int | None = None
-    num_steps: int = 20
+    num_steps: int | None = None  # None: the checkpoint's usual number
     guidance_scale: float = 4.5
     image: str | None = None  # the file that it starts from; None: noise alone
-    strength: float | None = None  # 0 .. 1, where there is an image
+    strength: float | None = None  # 0 .. 1, where there is an image; None: the usual one
     mask: str | None = None
     inputs: "Inputs | None" = None  # what is in the files
     row: Row = dataclasses.field(default=("", {}), repr=False, compare=False)  # where it came from
@@ -247,9 +247,10 @@ def make_tasks(rows: list[Row], common: dict[str, Any], seed: int, images_each: 
 
 
 def _start_from(values: dict[str, Any], row: dict[str, Any], where: str) -> None:
-    """Resolves the strength, and drops flags that are for other prompts' images."""
+    """Checks the fields of images, and drops flags that are for other prompts' images."""
     if "image" in values:
-        values["strength"] = float(values.get("strength", STRENGTH))
+        if "strength" in values:
+            values["strength"] = float(values["strength"])
         return
     for name in OF_IMAGES:
         if name in row:
@@ -257,17 +258,21 @@ def _start_from(values: dict[str, Any], row: dict[str, Any], where: str) -> None
         values.pop(name, None)
 
 
-def with_sizes(tasks: Iterable[Task], native: int, max_pixels: int) -> list[Task]:
-    """Fills in the tasks' sizes. Raises UserError for one that is too large.
+def with_defaults(
+    tasks: Iterable[Task], facts: "Facts", max_pixels: int, num_steps: int | None = None
+) -> list[Task]:
+    """Fills in what tasks leave to the checkpoint. Raises UserError for a size that is too large.
 
     Args:
-      native: pixels per side for tasks without a size.
+      facts: what is known of the checkpoint.
       max_pixels: the largest height x width; a side may reach four times its square root.
+      num_steps: of tasks that do not say it; None: the checkpoint's.
     """
-    return [_with_size(task, native, max_pixels) for task in tasks]
+    return [_with_defaults(task, facts, max_pixels, num_steps or facts.num_steps) for task in tasks]
 
 
-def _with_size(task: Task, native: int, max_pixels: int) -> Task:
+def _with_defaults(task: Task, facts: "Facts", max_pixels: int, num_steps: int) -> Task:
+    native = facts.native_size
     sizes = {"height": task.height or native, "width": task.width or native}
     height, width = sizes.values()
     if height * width > max_pixels or max(height, width) ** 2 > 16 * max_pixels:
@@ -276,7 +281,9 @@ def _with_size(task: Task, native: int, max_pixels: int) -> Task:
             f"{task.place_of(name)}{name}={side}: {height} x {width} pixels are more than"
             f" --max_pixels={max_pixels} allows; raise it if the memory is there"
         )
-    return dataclasses.replace(task, **sizes)
+    strength = (task.strength or facts.strength) if task.image else None
+    steps = task.num_steps or num_steps
+    return dataclasses.replace(task, **sizes, num_steps=steps, strength=strength)
 
 
 def make_batches(tasks: list[Task], batch_size: int, divisor: int) -> list[Batch]:

@@ -96,7 +96,8 @@ def init_params(module: nn.Module, key: Array) -> Any:
         patch = config.patch_size
         latents = jnp.zeros((1, patch, patch, config.latent_channels))
         caption = jnp.zeros((1, 1, config.caption_channels))
-        inputs = latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool)
+        guidance = jnp.ones(1) if config.is_sprint else None
+        inputs = latents, jnp.zeros(1), caption, jnp.ones((1, 1), bool), guidance
     elif isinstance(config, DCAEConfig):
         inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
     else:

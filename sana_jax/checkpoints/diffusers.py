@@ -1,4 +1,4 @@
-"""Reads and writes folders in the layout of diffusers' SanaPipeline.
+"""Reads and writes folders in the layout of diffusers' SanaPipeline and SanaSprintPipeline.
 
 Reading needs neither diffusers nor torch. Tensor names are in diffusers_names.py.
 """
@@ -18,11 +18,12 @@ from sana_jax.checkpoints.diffusers_configs import (
     gemma2_from_transformers,
     sana_from_diffusers,
 )
-from sana_jax.checkpoints.diffusers_fields import SCHEDULERS, check_supported
+from sana_jax.checkpoints.diffusers_fields import SCHEDULERS, SCM, check_supported
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import check, lazy_params, write_params
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader, read_index, write_tensors
 from sana_jax.diffusion.flow import SHIFTS
+from sana_jax.diffusion.trigflow import SIGMA_DATA
 from sana_jax.runtime.checks import number
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, read_json
@@ -37,8 +38,8 @@ COMPONENTS = {
 # Tensors in some files that are never needed: counters, and buffers that follow from the config.
 COUNTER = "num_batches_tracked"
 IGNORED = (COUNTER, "rotary_emb.inv_freq", "pos_embed", "lm_head.weight")
-UNSUPPORTED = {"Sprint": "Sana Sprint", "ControlNet": "Sana ControlNet", "PAG": "Sana PAG"}
-UNSUPPORTED |= {"Video": "Sana Video"}
+UNSUPPORTED = {"ControlNet": "Sana ControlNet", "PAG": "Sana PAG", "Video": "Sana Video"}
+SPRINT = "SanaSprintPipeline", "SanaSprintImg2ImgPipeline"  # the same networks
 TEXT_ROWS = 300  # the default of max_sequence_length in diffusers' pipeline; no folder stores it
 
 
@@ -66,12 +67,17 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
     )
     if "text_encoder" not in names:
         return checkpoint
-    return dataclasses.replace(
-        checkpoint,
-        tokenizer=load_tokenizer(folder / "tokenizer"),
-        text_rows=TEXT_ROWS,
-        flow_shift=_read_flow_shift(folder / "scheduler"),
+    checkpoint = dataclasses.replace(
+        checkpoint, tokenizer=load_tokenizer(folder / "tokenizer"), text_rows=TEXT_ROWS
     )
+    kind, shift = _read_scheduler(folder / "scheduler")
+    if (kind == SCM) != checkpoint.dit.is_sprint:
+        embeds = "embeds" if checkpoint.dit.is_sprint else "does not embed"
+        raise UserError(
+            f"{folder} has {kind} for a transformer that {embeds} the guidance scale: Sprint has"
+            f" {SCM} and one that does, other models neither"
+        )
+    return checkpoint if kind == SCM else dataclasses.replace(checkpoint, flow_shift=shift)
 
 
 def open_component(folder: Path, name: str, variant: str | None = None) -> tuple[Config, Any]:
@@ -124,7 +130,8 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
             "a diffusers folder cannot say that a model takes no instruction: draw from it with"
             " instruction=None, or --no_instruction"
         )
-    index: dict[str, Any] = {"_class_name": "SanaPipeline", "_diffusers_version": "0.42.1"}
+    kind = SPRINT[0] if checkpoint.dit.is_sprint else "SanaPipeline"
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.42.1"}
     for name, config in checkpoint.configs().items():
         subfolder, stem, _ = COMPONENTS[name]
         tensors = [*write_params(entries(config), checkpoint.params[name])]
@@ -146,9 +153,11 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         "use_flow_sigmas": True,
         "prediction_type": "flow_prediction",
     }
+    if checkpoint.dit.is_sprint:
+        scheduler = {"_class_name": SCM, "prediction_type": "trigflow", "sigma_data": SIGMA_DATA}
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     write_json(folder / "model_index.json", index)  # last: it makes the folder a checkpoint
 
 
@@ -164,7 +173,7 @@ def component_names(folder: Path) -> list[str]:
     for mark, name in UNSUPPORTED.items():
         if mark in str(kind):
             raise UserError(f"{folder} is a {name} checkpoint ({kind}), which is not supported")
-    if kind == ("SanaPipeline" if whole else "AutoencoderDC"):
+    if kind in (("SanaPipeline", *SPRINT) if whole else ("AutoencoderDC",)):
         return list(COMPONENTS) if whole else ["vae"]
     theirs = str(contents.get("model_name"))
     if not whole and theirs.startswith("dc-ae"):
@@ -178,7 +187,7 @@ def component_names(folder: Path) -> list[str]:
         return ["dit"]
     raise UserError(
         f"{folder} is {f'a {kind} checkpoint' if kind else 'a checkpoint without a _class_name'};"
-        " only SanaPipeline, and AutoencoderDC alone, are supported"
+        f" only SanaPipeline, {SPRINT[0]}, and AutoencoderDC alone, are supported"
     )
 
 
@@ -210,12 +219,13 @@ def read_config(path: Path, name: str) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
-def _read_flow_shift(folder: Path) -> float:
+def _read_scheduler(folder: Path) -> tuple[str, float]:
+    """Returns the scheduler's class, and the flow shift, which means nothing to Sprint's."""
     path = folder / "scheduler_config.json"
     config = read_json(path)
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in SCHEDULERS:
-        raise UserError(f"{path}: {kind} is not supported, only {' and '.join(SCHEDULERS)}")
+        raise UserError(f"{path}: {kind} is not supported, only {', '.join(SCHEDULERS)}")
     try:
         check_supported(f"{kind} with", SCHEDULERS[kind], config)
     except ValueError as error:
@@ -225,7 +235,7 @@ def _read_flow_shift(folder: Path) -> float:
             "%s: diffusers draws with Euler steps here: so does sampler=flow_euler", path
         )
     key = "flow_shift" if kind == "DPMSolverMultistepScheduler" else "shift"
-    return number(f"{path}: {key}", config.get(key, 1.0), *SHIFTS)
+    return kind, number(f"{path}: {key}", config.get(key, 1.0), *SHIFTS)
 
 
 def _find_weights(folder: Path, name: str, variant: str | None) -> tuple[Path, bool]:

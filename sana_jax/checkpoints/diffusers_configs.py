@@ -14,7 +14,7 @@ from sana_jax.checkpoints.diffusers_fields import (
 )
 from sana_jax.models.config import MAX_WIDTH
 from sana_jax.models.dc_ae_config import MAX_STAGES, PER_STAGE, DCAEConfig
-from sana_jax.models.dit import SanaConfig
+from sana_jax.models.dit import SPRINT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 
 
@@ -42,6 +42,7 @@ _SANA_DEFAULTS = dict(
     patch_size=1,
     interpolation_scale=None,
     guidance_embeds=False,
+    guidance_embeds_scale=0.1,
     qk_norm=None,
     timestep_scale=1.0,
 )
@@ -62,8 +63,11 @@ def sana_from_diffusers(config: dict[str, Any]) -> SanaConfig:
             raise ValueError(f"transformer {key} {get(key)!r} is not in 1 .. {MAX_WIDTH}")
     width = get("num_attention_heads") * get("attention_head_dim")
     check_supported("transformer", TRANSFORMER, config)
-    if get("guidance_embeds"):
-        raise ValueError("guidance_embeds is set: Sana Sprint models are not supported")
+    guidance, timestep_scale = None, get("timestep_scale")
+    if get("guidance_embeds"):  # Sprint, whose pipeline gives times of 0 .. 1 whatever the scale is
+        guidance, timestep_scale = get("guidance_embeds_scale"), SPRINT["timestep_scale"]
+        if guidance is None:
+            raise ValueError("transformer guidance_embeds_scale None is not a positive number")
     expected = {
         "out_channels": get("in_channels"),
         "cross_attention_dim": width,
@@ -89,11 +93,13 @@ def sana_from_diffusers(config: dict[str, Any]) -> SanaConfig:
         interpolation_scale=get("interpolation_scale"),
         qk_norm=get("qk_norm") is not None,
         attention_bias=get("attention_bias"),
-        timestep_scale=get("timestep_scale"),
+        timestep_scale=timestep_scale,
+        guidance_embedding=guidance,
     )
 
 
 def _sana_json(config: SanaConfig) -> dict[str, Any]:
+    guidance = config.guidance_embedding
     return {
         **_SANA_DEFAULTS,
         "_class_name": "SanaTransformer2DModel",
@@ -113,6 +119,7 @@ def _sana_json(config: SanaConfig) -> dict[str, Any]:
         "qk_norm": "rms_norm_across_heads" if config.qk_norm else None,
         "attention_bias": config.attention_bias,
         "timestep_scale": config.timestep_scale,
+        **({"guidance_embeds": True, "guidance_embeds_scale": guidance} if guidance else {}),
     }
 
 

@@ -36,6 +36,7 @@ _NO_DYNAMIC = "only dynamic shifting, which is refused, reads it"
 _OTHER_GRIDS = {f"use_{kind}_sigmas": (False, False) for kind in ("karras", "exponential", "beta")}
 _TIMESTEPS = {"num_train_timesteps": (NUM_TIMESTEPS, NUM_TIMESTEPS)}
 
+SCM = "SCMScheduler"  # of Sprint's pipelines
 SCHEDULERS = {
     "DPMSolverMultistepScheduler": Fields(
         obeyed=("flow_shift",),
@@ -83,6 +84,14 @@ SCHEDULERS = {
             ),
         },
     ),
+    SCM: Fields(
+        obeyed=(),
+        only={"prediction_type": ("trigflow", "trigflow")},
+        harmless={
+            "the state is multiplied by it before a step, and divided after": ("sigma_data",),
+            "angles, which are continuous, replace timesteps": ("num_train_timesteps",),
+        },
+    ),
 }
 TRANSFORMER = Fields(
     obeyed=(
@@ -90,7 +99,7 @@ TRANSFORMER = Fields(
         *("num_layers", "num_cross_attention_heads", "cross_attention_head_dim"),
         *("cross_attention_dim", "caption_channels", "mlp_ratio", "attention_bias"),
         *("sample_size", "patch_size", "interpolation_scale", "qk_norm", "timestep_scale"),
-        "guidance_embeds",
+        *("guidance_embeds", "guidance_embeds_scale"),
     ),
     only={
         "norm_elementwise_affine": (False, False, None),
@@ -98,7 +107,6 @@ TRANSFORMER = Fields(
     },
     harmless={
         _TRAINING: ("dropout",),
-        "only guidance_embeds, which is refused, reads it": ("guidance_embeds_scale",),
     },
 )
 AUTOENCODER = Fields(

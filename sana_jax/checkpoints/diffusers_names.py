@@ -28,9 +28,12 @@ def dit_entries(config: SanaConfig) -> Iterator[Entry]:
     patch = "patch_embed.proj"
     yield Entry("patch_embed/kernel", (f"{patch}.weight",), "o c p q -> (c p q) o", sizes=sizes)
     yield Entry("patch_embed/bias", (f"{patch}.bias",))
+    time = "time_embed" if config.is_sprint else "time_embed.emb"
     for name in ("linear_1", "linear_2"):
-        yield from linear(f"time_embed/{name}", f"time_embed.emb.timestep_embedder.{name}")
+        yield from linear(f"time_embed/{name}", f"{time}.timestep_embedder.{name}")
         yield from linear(f"caption_embed/{name}", f"caption_projection.{name}")
+        if config.is_sprint:
+            yield from linear(f"time_embed/guidance_{name}", f"{time}.guidance_embedder.{name}")
     yield from linear("time_embed/modulation", "time_embed.linear")
     yield Entry("caption_embed/norm/scale", ("caption_norm.weight",))
     yield Entry("final_table", ("scale_shift_table",))

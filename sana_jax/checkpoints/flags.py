@@ -1,5 +1,7 @@
 """The flags that name a checkpoint, with one text of help each for all commands."""
 
+from typing import Any
+
 from absl import flags
 
 HELP = {
@@ -21,6 +23,11 @@ flags.disclaim_key_flags()  # the flags are those of the module that calls
 def define(name: str) -> flags.FlagHolder:
     """Defines the flag `name`, a key of HELP; only --checkpoint is required."""
     return flags.DEFINE_string(name, None, HELP[name], required=name == "checkpoint")
+
+
+def given(flag: flags.FlagHolder) -> Any:
+    """Returns a flag's value, or None where the user leaves it to the checkpoint."""
+    return flag.value if flags.FLAGS[flag.name].present else None
 
 
 def define_lora() -> flags.FlagHolder:

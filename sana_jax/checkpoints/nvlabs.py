@@ -17,7 +17,7 @@ from sana_jax.checkpoints.components import param_shapes, place
 from sana_jax.checkpoints.mapping import DEPTHWISE, POINTWISE, Entry, check, lazy_params, linear
 from sana_jax.checkpoints.pth import PthReader
 from sana_jax.checkpoints.tensors import Tensors, Unprefixed
-from sana_jax.models.dit import SanaConfig
+from sana_jax.models.dit import SPRINT, SanaConfig
 from sana_jax.models.layers import Dtype
 from sana_jax.runtime.errors import UserError
 
@@ -27,14 +27,14 @@ IGNORED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logva
 PATCH = "x_embedder.proj.weight"  # every file of theirs has it
 # part of a tensor's name, or of the file's -> the relative of SANA that it belongs to
 UNSUPPORTED = {
-    "Sana_Sprint": "Sana Sprint",  # its teacher has the usual names, but timesteps from 0 to 1
-    "cfg_embedder.": "Sana Sprint",
     "controlnet.": "Sana ControlNet",
     ".t_conv.": "Sana Video",
     ".flash_attn_additional.": "Sana Video",
-    ".guidance_embedder.": "Sana Sprint",  # diffusers' name
     "controlnet_blocks.": "Sana ControlNet",
 }
+# Sprint's input of guidance, in their names and in diffusers'; the name of a file of its teacher,
+# which has the usual tensors, but times of 0 .. 1.
+GUIDANCE, TEACHER = ("cfg_embedder.", ".guidance_embedder."), "Sana_Sprint"
 CROSS_HEADS = {1152: 16, 2240: 20}  # published width -> heads of the cross-attention
 PIXELS = 32  # image pixels along one side of a latent pixel
 IMAGE_SIZES = {"512": 512, "1024": 1024, "2048": 2048, "2K": 2048, "4096": 4096, "4K": 4096}
@@ -49,6 +49,9 @@ def dit_entries(config: SanaConfig) -> Iterator[Entry]:
     yield Entry("patch_embed/bias", ("x_embedder.proj.bias",))
     yield from linear("time_embed/linear_1", "t_embedder.mlp.0")
     yield from linear("time_embed/linear_2", "t_embedder.mlp.2")
+    if config.is_sprint:
+        yield from linear("time_embed/guidance_linear_1", "cfg_embedder.mlp.0")
+        yield from linear("time_embed/guidance_linear_2", "cfg_embedder.mlp.2")
     yield from linear("time_embed/modulation", "t_block.1")
     yield from linear("caption_embed/linear_1", "y_embedder.y_proj.fc1")
     yield from linear("caption_embed/linear_2", "y_embedder.y_proj.fc2")
@@ -172,6 +175,8 @@ def infer(
     sample_size = _sample_size(path, reader, image_size, patch)
     # The network rounds width * ratio down: the ratio must give `hidden` again.
     ratio = hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width
+    is_sprint = any(mark in name for mark in GUIDANCE for name in reader)
+    scale = SPRINT["timestep_scale"] if is_sprint or TEACHER in path.stem else 1.0
     block = re.escape(names["blocks/modulation_table"].partition("{i}")[0]) + r"(\d+)\."
     return SanaConfig(
         latent_channels=channels,
@@ -184,6 +189,8 @@ def infer(
         sample_size=sample_size,
         interpolation_scale=INTERPOLATION_SCALES.get(sample_size),
         qk_norm=names["blocks/attention/q_norm/scale"].replace("{i}", "0") in reader,
+        timestep_scale=scale,
+        guidance_embedding=SPRINT["guidance_embedding"] if is_sprint else None,
     )
 
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from sana_jax.runtime.errors import UserError
 
-TINY = "tiny"
+TINY, TINY_SPRINT = "tiny", "tiny_sprint"
 KNOWN = (
-    "tiny, or sana_600m_512, _1024; sana_1600m_512, _1024, _2048, _4096;"
-    " sana1.5_1600m_1024; sana1.5_4800m_1024"
+    "tiny, tiny_sprint, or sana_600m_512, _1024; sana_1600m_512, _1024, _2048, _4096;"
+    " sana1.5_1600m_1024; sana1.5_4800m_1024; sana_sprint_600m_1024; sana_sprint_1600m_1024"
 )
 
 
@@ -53,16 +53,18 @@ def _spread(path: str, shape: tuple[int, ...]) -> np.float32:
 def configs(preset: str):
     """Returns a preset's three configs, in the order of components.CONFIGS. Raises UserError."""
     from sana_jax.models.dc_ae_config import DCAEConfig
-    from sana_jax.models.dit import PRESETS, SanaConfig
+    from sana_jax.models.dit import PRESETS, SPRINT, SanaConfig
     from sana_jax.models.gemma2 import Gemma2Config
 
-    if preset != TINY:
+    if preset not in (TINY, TINY_SPRINT):
         if preset not in PRESETS:
-            raise UserError(f"preset {preset!r} is not one of {TINY}, {', '.join(PRESETS)}")
+            known = ", ".join([TINY, TINY_SPRINT, *PRESETS])
+            raise UserError(f"preset {preset!r} is not one of {known}")
         return PRESETS[preset], DCAEConfig(), Gemma2Config()
     widths = (8, 16, 16, 32, 32, 64)
+    kind = SPRINT if preset == TINY_SPRINT else {}
     return (
-        SanaConfig(depth=2, width=64, cross_heads=2, caption_channels=48, sample_size=8),
+        SanaConfig(depth=2, width=64, cross_heads=2, caption_channels=48, sample_size=8, **kind),
         DCAEConfig(
             encoder_channels=widths,
             decoder_channels=widths,

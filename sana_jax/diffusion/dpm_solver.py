@@ -1,11 +1,12 @@
-"""Flow-DPM-Solver and flow-Euler as one linear multistep rule under one scan.
+"""Flow-DPM-Solver, flow-Euler and SCM (scm.py) as one linear multistep rule under one scan.
 
 With x0 = x - sigma v, the data at which a velocity points, and x0' from the step before:
 
-    x <- keep x + move x0 + correct (x0 - x0')
+    x <- keep x + move x0 + correct (x0 - x0') + renew z
 
-DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), for alpha = 1 - sigma and
-lambda = ln(alpha / sigma), from sigma_s to sigma_t with h = lambda_t - lambda_s:
+Only SCM adds noise z. DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), for
+alpha = 1 - sigma and lambda = ln(alpha / sigma), from sigma_s to sigma_t with
+h = lambda_t - lambda_s:
 
     keep = sigma_t / sigma_s     move = alpha_t (1 - exp(-h))     correct = move h / (2 h_previous)
 
@@ -33,6 +34,7 @@ class Schedule(NamedTuple):
     keep: Array | np.ndarray
     move: Array | np.ndarray
     correct: Array | np.ndarray
+    renew: Array | np.ndarray | None = None  # None: no step adds noise
 
 
 def _schedule(timestep: np.ndarray, sigma: np.ndarray, order: int) -> Schedule:
@@ -67,7 +69,7 @@ def flow_euler(num_steps: int, shift: float) -> Schedule:
 
 def last_steps(schedule: Schedule, count: int) -> Schedule:
     """Returns the last `count` steps. The first of them is of first order: none goes before it."""
-    rest = Schedule(*(column[-count:] for column in schedule))
+    rest = jax.tree.map(lambda column: column[-count:], schedule)
     return rest._replace(correct=np.append(np.float32(0), rest.correct[1:]))
 
 
@@ -77,19 +79,34 @@ SAMPLERS = {"flow_dpm_solver": flow_dpm_solver, "flow_euler": flow_euler}
 Velocity = Callable[[Array, Array, Array], Array]
 
 
-def step(velocity: Velocity, carry: tuple[Array, Array], row: Schedule) -> tuple[Array, Array]:
-    """Takes one step. The carry is (state, x0 of the step before), `row` its coefficients."""
+def step(
+    velocity: Velocity,
+    carry: tuple[Array, Array],
+    row: Schedule,
+    fresh: Float[Array, "B h w c"] | None = None,
+) -> tuple[Array, Array]:
+    """Takes one step. The carry is (state, x0 of the step before), `row` its coefficients.
+
+    `fresh`: the noise z that it adds, if the schedule adds noise.
+    """
     x, previous = carry
     x0 = x - row.sigma * velocity(x, row.timestep, row.sigma)
-    return row.keep * x + row.move * x0 + row.correct * (x0 - previous), x0
+    x = row.keep * x + row.move * x0 + row.correct * (x0 - previous)
+    return (x if fresh is None else x + row.renew * fresh), x0
 
 
 def solve(
-    velocity: Velocity, noise: Float[Array, "B h w c"], schedule: Schedule
+    velocity: Velocity,
+    noise: Float[Array, "B h w c"],
+    schedule: Schedule,
+    fresh: Float[Array, "B steps h w c"] | None = None,
 ) -> Float[Array, "B h w c"]:
-    """Runs all steps from noise to latents under one lax.scan; the state stays float32."""
+    """Runs all steps from noise to latents under one lax.scan; the state stays float32.
+
+    `fresh`: of each step the noise z that it adds, if the schedule adds noise.
+    """
     noise = noise.astype(jnp.float32)
-    schedule = jax.tree.map(jnp.asarray, schedule)
+    rows = jax.tree.map(jnp.asarray, schedule), fresh if fresh is None else fresh.swapaxes(0, 1)
     carry = noise, jnp.zeros_like(noise)
-    (x, _), _ = lax.scan(lambda carry, row: (step(velocity, carry, row), None), carry, schedule)
+    (x, _), _ = lax.scan(lambda carry, row: (step(velocity, carry, *row), None), carry, rows)
     return x

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 
 from sana_jax.checkpoints import random_weights
+from sana_jax.models.dit import SanaConfig
 from sana_jax.text.tokenizers import WORDS
 
 # part -> the network that it runs
@@ -57,13 +58,21 @@ def prompts(batch: int, call: int) -> list[str]:
     return [" ".join(some[: PROMPT_TOKENS - 1]) for some in words]
 
 
+def halves(dit: SanaConfig) -> int:
+    """Returns how often a step evaluates the network for a picture: twice, but for Sprint."""
+    return 1 if dit.is_sprint else 2
+
+
 def trunk(batch: int, side: int, channels: int, rows: int, width: int) -> dict[str, np.ndarray]:
-    """Returns the inputs of one step: both halves of guidance, with every row of text in use."""
+    """Returns the inputs of one step, with every row of text in use.
+
+    `batch` counts evaluations: both halves of guidance, where there are two.
+    """
     rng = np.random.default_rng(0)
     return dict(
-        latents=rng.standard_normal((2 * batch, side, side, channels), np.float32),
-        captions=rng.standard_normal((2 * batch, rows, width), np.float32),
-        mask=np.ones((2 * batch, rows), bool),
+        latents=rng.standard_normal((batch, side, side, channels), np.float32),
+        captions=rng.standard_normal((batch, rows, width), np.float32),
+        mask=np.ones((batch, rows), bool),
     )
 
 
@@ -81,6 +90,12 @@ def loop(batch: int, side: int, channels: int, rows: int, width: int) -> dict[st
         negative=captions[1],
         negative_mask=masks[1],
     )
+
+
+def fresh(batch: int, steps: int, side: int, channels: int) -> np.ndarray:
+    """Returns the noise that each of Sprint's steps adds, (batch, steps, h, w, c)."""
+    shape = batch, steps, side, side, channels
+    return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
 def decode(batch: int, side: int, channels: int) -> np.ndarray:

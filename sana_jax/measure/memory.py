@@ -14,17 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints.components import abstract_placed, component_dtype
-from sana_jax.diffusion import dpm_solver
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
 from sana_jax.pipeline import denoise, programs
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.pipeline.request import tiles
+from sana_jax.pipeline.steps import Steps
 from sana_jax.sharding import batch_divisor
 from sana_jax.text.prompts import tokenize
-
-STEPS = 20  # any number will do: all steps use the same memory
 
 
 def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
@@ -90,11 +88,14 @@ def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
         return found, given.mask
 
     def loop(params, latents, captions, mask):
-        both = [jnp.stack([x, x], axis=1) for x in (captions, mask)]
-        schedule = dpm_solver.flow_dpm_solver(STEPS, pipe.checkpoint.flow_shift)
+        halves = inputs.halves(network.config)
+        both = [jnp.stack([x] * halves, axis=1) for x in (captions, mask)]
+        schedule = Steps.of(pipe.facts, None, None, None, None).schedule
         scale = np.full((batch, 1, 1, 1), inputs.GUIDANCE_SCALE, np.float32)
-        conditions = schedule, *both, scale, None
-        return denoise.sample(network, params, latents, *conditions, sequential=False)
+        conditions, fresh = (schedule, *both, scale, None), None
+        if network.config.is_sprint:
+            fresh = jnp.repeat(latents[:, None], len(schedule.sigma), axis=1)
+        return denoise.sample(network, params, latents, *conditions, sequential=False, fresh=fresh)
 
     decode = partial(programs.decode_latents, network, devices=batch_divisor(pipe.mesh))
     function, arguments = {

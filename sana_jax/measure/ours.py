@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from sana_jax import SanaPipeline
 from sana_jax.checkpoints.components import component_dtype, param_shapes, place
-from sana_jax.diffusion import dpm_solver
+from sana_jax.diffusion import scm
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.models import flops
 from sana_jax.pipeline import denoise
+from sana_jax.pipeline.steps import Steps
 from sana_jax.sharding import make_mesh
 
 
@@ -98,27 +99,31 @@ def prepare(pipe: SanaPipeline, settings: Settings):
     """Returns the part as a function of the call's number, with its inputs on the device."""
     batch, side, dit = settings.batch, settings.size // pipe.factor, pipe.checkpoint.dit
     channels, rows = pipe.latent_channels, pipe.checkpoint.text_rows
-    network = batch, side, channels, rows, dit.caption_channels
+    network, halves = (side, channels, rows, dit.caption_channels), inputs.halves(dit)
     if settings.part == "text":
         text = inputs.instruction()
         return lambda call: pipe.encode_prompt(inputs.prompts(batch, call), text)[0]
     if settings.part == "trunk":
-        given = jax.tree.map(jnp.asarray, inputs.trunk(*network))
-        timestep = jnp.full(2 * batch, inputs.TIMESTEP)
+        given = jax.tree.map(jnp.asarray, inputs.trunk(halves * batch, *network))
+        timestep = jnp.full(halves * batch, inputs.TIMESTEP * dit.timestep_scale)
         latents, captions, mask = given["latents"], given["captions"], given["mask"]
         return lambda call: pipe.velocity(latents, timestep, captions, mask)
     if settings.part == "loop":
-        given = jax.tree.map(jnp.asarray, inputs.loop(*network))
-        captions = jnp.stack([given["negative"], given["captions"]], axis=1)
-        masks = jnp.stack([given["negative_mask"], given["mask"]], axis=1)
+        given = jax.tree.map(jnp.asarray, inputs.loop(batch, *network))
+        captions = jnp.stack([given["negative"], given["captions"]][-halves:], axis=1)
+        masks = jnp.stack([given["negative_mask"], given["mask"]][-halves:], axis=1)
         scale = jnp.full((batch, 1, 1, 1), inputs.GUIDANCE_SCALE)
-        schedule = dpm_solver.flow_dpm_solver(settings.steps, pipe.checkpoint.flow_shift)
-        conditions = schedule, captions, masks, scale, None
+        schedule = Steps.of(pipe.facts, settings.steps, None, None, None).schedule
+        conditions, fresh = (schedule, captions, masks, scale, None), None
+        start = given["latents"]
+        if dit.is_sprint:
+            start = scm.pure_noise(start, schedule.sigma[0])
+            fresh = jnp.asarray(inputs.fresh(batch, settings.steps, side, channels))
 
         def sample(call):
             network = pipe.dit, pipe.params["dit"]
             with pipe.context():
-                return denoise.sample(*network, given["latents"], *conditions, sequential=False)
+                return denoise.sample(*network, start, *conditions, sequential=False, fresh=fresh)
 
         return sample
     if settings.part == "decode":
@@ -143,6 +148,7 @@ def count(pipe: SanaPipeline, settings: Settings) -> int:
     if settings.part in ("trunk", "loop"):
         steps = settings.steps if settings.part == "loop" else 1
         denoise = steps * flops.denoise(checkpoint.dit, side, side, rows)
-        return 2 * batch * (flops.captions(checkpoint.dit, rows) + denoise)
+        halves = inputs.halves(checkpoint.dit)
+        return halves * batch * (flops.captions(checkpoint.dit, rows) + denoise)
     count_one = {"decode": flops.decode, "encode": flops.encode}[settings.part]
     return batch * count_one(checkpoint.vae, size, size)

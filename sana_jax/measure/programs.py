@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sana_jax.checkpoints.components import abstract_placed, module_for
-from sana_jax.diffusion import dpm_solver
+from sana_jax.diffusion import dpm_solver, scm
+from sana_jax.measure.inputs import halves
 from sana_jax.metrics import lpips
 from sana_jax.models import flops
 from sana_jax.models.dc_ae import DCAE
@@ -73,20 +74,24 @@ def drawing(
     if what == "forward":
         captions = rows((batch, TEXT_ROWS, dit.caption_channels))
         inputs = latents, rows((batch,)), captions, rows((batch, TEXT_ROWS), bool)
+        inputs += (rows((batch,)),) if dit.is_sprint else ()
         function = partial(predict_velocity, module)
         return Program(function, (params, *inputs), batch, size, count)
 
-    # "sample": rows without and with the prompt, guided at every step.
-    def sample(params, noise, schedule, captions, masks, scale):
+    # "sample": rows without and with the prompt, guided at every step; or Sprint, with the prompt.
+    def sample(params, noise, schedule, captions, masks, scale, fresh):
         inputs = noise, schedule, captions, masks, scale
-        return denoise.sample(module, params, *inputs, None, sequential=False)
+        return denoise.sample(module, params, *inputs, None, sequential=False, fresh=fresh)
 
-    schedule = dpm_solver.flow_dpm_solver(steps, FLOW_SHIFT)
+    schedule, fresh, number = dpm_solver.flow_dpm_solver(steps, FLOW_SHIFT), None, halves(dit)
+    if dit.is_sprint:
+        schedule = scm.scm(scm.named_angles(None, steps))
+        fresh = rows((batch, steps, *latents.shape[1:]))
     schedule = jax.tree.map(lambda x: _array(x.shape, x.dtype, NamedSharding(mesh, P())), schedule)
-    captions = rows((batch, 2, TEXT_ROWS, dit.caption_channels))
-    masks, scale = rows((batch, 2, TEXT_ROWS), bool), rows((batch, 1, 1, 1))
-    inputs = latents, schedule, captions, masks, scale
-    return Program(sample, (params, *inputs), batch, size, 2 * steps * count)
+    captions = rows((batch, number, TEXT_ROWS, dit.caption_channels))
+    masks, scale = rows((batch, number, TEXT_ROWS), bool), rows((batch, 1, 1, 1))
+    inputs = latents, schedule, captions, masks, scale, fresh
+    return Program(sample, (params, *inputs), batch, size, number * steps * count)
 
 
 def training(config: ConfigDict, mesh: Mesh, batch: int | None, phase: str | None) -> Program:

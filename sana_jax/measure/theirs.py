@@ -11,6 +11,7 @@ import numpy as np
 from sana_jax.checkpoints.diffusers_configs import config_json
 from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import write_params
+from sana_jax.diffusion import scm
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 
@@ -122,12 +123,13 @@ def _make_module(checkpoint, settings: Settings, device: str):
 
 def _prepare(checkpoint, settings: Settings, module):
     import torch
-    from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+    from diffusers.schedulers import scheduling_scm
 
     device, dtype = module.device, module.dtype
     batch, side = settings.batch, settings.size // checkpoint.vae.factor
     channels, dit = checkpoint.vae.latent_channels, checkpoint.dit
-    network = batch, side, channels, checkpoint.text_rows, dit.caption_channels
+    network = side, channels, checkpoint.text_rows, dit.caption_channels
+    halves = inputs.halves(dit)
 
     def tensor(array, dtype=dtype):
         """Returns a tensor on the device; images get torch's axes, channels last in memory."""
@@ -141,14 +143,18 @@ def _prepare(checkpoint, settings: Settings, module):
         return torch.compile(function, mode=mode) if settings.compiled else function
 
     if settings.part == "trunk":
-        given = inputs.trunk(*network)
+        given = inputs.trunk(halves * batch, *network)
         latents, captions = tensor(given["latents"]), tensor(given["captions"])
         mask = tensor(given["mask"], torch.int32)
-        timestep = torch.full((2 * batch,), inputs.TIMESTEP, device=device)
+        time = inputs.TIMESTEP * dit.timestep_scale
+        timestep = torch.full((halves * batch,), time, device=device)
         run = compiled(module)
+        named = dict(encoder_hidden_states=captions, encoder_attention_mask=mask)
+        if dit.is_sprint:
+            scale = torch.full((batch,), inputs.GUIDANCE_SCALE, device=device)
+            named["guidance"] = scale * dit.guidance_embedding
 
         def trunk(call):
-            named = dict(encoder_hidden_states=captions, encoder_attention_mask=mask)
             return run(latents, timestep=timestep, **named, return_dict=False)[0]
 
         return trunk
@@ -161,17 +167,7 @@ def _prepare(checkpoint, settings: Settings, module):
         scale = module.config.scaling_factor
         return lambda call: run(images, return_dict=False)[0] * scale
 
-    pipe = SanaPipeline(  # diffusers' own, for the other parts
-        tokenizer=checkpoint.tokenizer if settings.part == "text" else None,
-        text_encoder=compiled(module) if settings.part == "text" else None,
-        transformer=compiled(module) if settings.part == "loop" else None,
-        vae=None,
-        scheduler=DPMSolverMultistepScheduler(
-            flow_shift=checkpoint.flow_shift,
-            use_flow_sigmas=True,
-            prediction_type="flow_prediction",
-        ),
-    )
+    pipe = _make_pipeline(checkpoint, settings, compiled(module))
     pipe.set_progress_bar_config(disable=True)
     if settings.part == "text":
         text = [inputs.instruction()]
@@ -183,12 +179,10 @@ def _prepare(checkpoint, settings: Settings, module):
 
         return encode
 
-    given = inputs.loop(*network)
+    given = inputs.loop(batch, *network)
     options = dict(
         prompt_embeds=tensor(given["captions"]),
         prompt_attention_mask=tensor(given["mask"], torch.int32),
-        negative_prompt_embeds=tensor(given["negative"]),
-        negative_prompt_attention_mask=tensor(given["negative_mask"], torch.int32),
         latents=tensor(given["latents"], torch.float32),
         num_inference_steps=settings.steps,
         guidance_scale=inputs.GUIDANCE_SCALE,
@@ -198,5 +192,46 @@ def _prepare(checkpoint, settings: Settings, module):
         output_type="latent",
         return_dict=False,
     )
+    if dit.is_sprint:
+        fresh = inputs.fresh(batch, settings.steps, side, channels)
+        noise = [tensor(z, torch.float32) for z in fresh.swapaxes(0, 1)]
+        angles = list(scm.named_angles(None, settings.steps))
+        options |= dict(timesteps=angles, max_timesteps=None, intermediate_timesteps=None)
+
+        def draw(call):
+            left = iter(noise)
+            scheduling_scm.randn_tensor = lambda shape, **_: next(left)
+            return pipe(**options)[0]
+
+        return draw
     # Without a text, the pipeline uses the embeddings of the negative prompt.
-    return lambda call: pipe(negative_prompt=None, **options)[0]
+    options |= dict(
+        negative_prompt=None,
+        negative_prompt_embeds=tensor(given["negative"]),
+        negative_prompt_attention_mask=tensor(given["negative_mask"], torch.int32),
+    )
+    return lambda call: pipe(**options)[0]
+
+
+def _make_pipeline(checkpoint, settings: Settings, module):
+    """Returns diffusers' own pipeline of one network, for the parts "text" and "loop"."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaSprintPipeline,
+        SCMScheduler,
+    )
+
+    is_sprint = checkpoint.dit.is_sprint and settings.part == "loop"
+    scheduler = DPMSolverMultistepScheduler(
+        flow_shift=checkpoint.flow_shift,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+    )
+    return (SanaSprintPipeline if is_sprint else SanaPipeline)(
+        tokenizer=checkpoint.tokenizer if settings.part == "text" else None,
+        text_encoder=module if settings.part == "text" else None,
+        transformer=module if settings.part == "loop" else None,
+        vae=None,
+        scheduler=SCMScheduler() if is_sprint else scheduler,
+    )

@@ -18,16 +18,16 @@ from sana_jax.batch import settings
 from sana_jax.batch.tasks import Batch, Row, make_batches, make_tasks, read_rows
 from sana_jax.checkpoints.load import open_checkpoint, place_all
 from sana_jax.data.precomputed import weights_sha256
-from sana_jax.diffusion.dpm_solver import SAMPLERS
+from sana_jax.diffusion.scm import pure_noise
 from sana_jax.models.importance import MeasuredTransformer
-from sana_jax.pipeline import programs
 from sana_jax.pipeline.denoise import keys_values_of
+from sana_jax.pipeline.noise import noise_of
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.progress import Progress
 from sana_jax.shapes import captions
 
-COUNT = 100  # prompts, as in the paper
+COUNT, GUIDANCE_SCALE = 100, 2.0  # prompts, as in the paper; unless told otherwise
 SETTINGS = "prompt", "negative_prompt", "seed", "height", "width", "num_steps", "guidance_scale"
 
 
@@ -38,8 +38,8 @@ class Options:
     prompts: str | None = None  # a file for batch/tasks.py; None: held-out prompts of shapes
     count: int = COUNT  # the first prompts of the file, or how many of shapes
     seed: int = 0  # of the first picture, and of the prompts of shapes
-    num_steps: int = 20
-    guidance_scale: float = 2.0
+    num_steps: int | None = None  # None: the checkpoint's usual number
+    guidance_scale: float | None = None  # None: GUIDANCE_SCALE, or Sana-Sprint's own
     flow_shift: float | None = None  # None: the checkpoint's
     batch_size: int = 16
     dtype: str = "float32"
@@ -56,6 +56,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     checkpoint = open_checkpoint(name, variant=options.variant, revision=options.revision)
     mesh = sharding.make_mesh()
     pipe = SanaPipeline(checkpoint, mesh, options.dtype)
+    options = settings.with_usual(options, pipe.facts, GUIDANCE_SCALE)
     common = {"num_steps": options.num_steps, "guidance_scale": options.guidance_scale}
     tasks = make_tasks(rows, common, options.seed, 1)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(mesh))
@@ -83,7 +84,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         "prompts": len(tasks),
         "evaluations": evaluations,
         "options": dataclasses.asdict(options),
-        "flow_shift": batches[0].request.flow_shift,
+        "flow_shift": batches[0].request.steps.flow_shift,
         "instruction": found and found.sha256,
         "pictures": [{key: getattr(task, key) for key in SETTINGS} for task in tasks],
     }
@@ -110,9 +111,10 @@ def importance_of(
     timestep: Float[Array, " 1"],
     keys_values: Float[Array, "depth B L C2"],
     mask: Bool[Array, "B L"],
+    guidance: Float[Array, " B"] | None,
 ) -> Float[Array, "depth B"]:
     """Returns the importance of each block for one evaluation of each picture."""
-    inputs = latents, timestep, keys_values, mask
+    inputs = latents, timestep, keys_values, mask, guidance
     return module.apply({"params": params}, *inputs, method="importance")
 
 
@@ -122,10 +124,13 @@ def _measure(pipe: SanaPipeline, batch: Batch, bar: Progress) -> np.ndarray:
     types = dict(dtype=pipe.dit.dtype, param_dtype=pipe.dit.param_dtype)
     module = MeasuredTransformer(config, implementation=pipe.dit.implementation, **types)
     rows, mask = pipe.encode_prompt(request.prompts)
-    times = SAMPLERS[request.sampler](request.num_steps, request.flow_shift).timestep
-    times = times * np.float32(config.timestep_scale)
+    schedule = request.steps.schedule
+    times = schedule.timestep * np.float32(config.timestep_scale)
     sides = request.height // pipe.factor, request.width // pipe.factor
-    noise = programs.draw_noise(request.keys, (*sides, pipe.latent_channels))
+    noise, _ = noise_of(request, (*sides, pipe.latent_channels))
+    if request.is_sprint:
+        noise = pure_noise(noise, schedule.sigma[0])
+    guidance = request.scale if request.is_sprint else None
     state = jax.device_put(noise, sharding.batch_sharding(pipe.mesh))
     total = np.zeros(config.depth)
     with pipe.context():
@@ -134,7 +139,7 @@ def _measure(pipe: SanaPipeline, batch: Batch, bar: Progress) -> np.ndarray:
     def after_step(step: int, latents: Array) -> None:
         nonlocal state
         with pipe.context():
-            inputs = state, times[step : step + 1], keys_values, mask
+            inputs = state, times[step : step + 1], keys_values, mask, guidance
             found = importance_of(module, params, *inputs)
         total[:] += np.asarray(found, np.float64)[:, : len(batch.tasks)].sum(axis=1)
         state = latents
@@ -146,11 +151,11 @@ def _measure(pipe: SanaPipeline, batch: Batch, bar: Progress) -> np.ndarray:
         negative_prompt=request.negative_prompts,
         height=request.height,
         width=request.width,
-        num_steps=request.num_steps,
+        num_steps=request.steps.num_steps,
         guidance_scale=request.scale,
         seed=request.seeds,
-        sampler=request.sampler,
-        flow_shift=request.flow_shift,
+        sampler=request.steps.sampler,
+        flow_shift=request.steps.flow_shift,
         output="latent",
         on_step=after_step,
     )

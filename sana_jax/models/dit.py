@@ -12,9 +12,9 @@ blocks (adaLN-single); LN is a layer norm without weights:
     x += gate2 * MixFFN(LN(x) (1 + scale2) + shift2)
 
 Attention is linear in N, the depthwise convolution of Mix-FFN tells tokens where they are, and
-only the 2048 and 4096 px models add positions. Sprint's guidance embedding and ControlNet are not
-implemented. For ablations there are the parts that SANA replaced (variants.py) and the objective of
-DDPM.
+only the 2048 and 4096 px models add positions. Sprint (arXiv 2503.09641) is this network with the
+guidance scale as a further input. ControlNet is not implemented. For ablations there are the parts
+that SANA replaced (variants.py) and the objective of DDPM.
 """
 
 import dataclasses
@@ -95,6 +95,9 @@ class SanaConfig:
     attention: str = later("linear")  # of tokens to tokens
     ffn: str = later("glumbconv")
     objective: str = later("flow")  # of the training; the network gives the flow's velocity anyway
+    # Sprint's network embeds the guidance scale times this, and is drawn from in a few steps by SCM
+    # (diffusion/scm.py). None: the network does not know of guidance.
+    guidance_embedding: float | None = later(None)
 
     def __post_init__(self):
         check_fields(self, "transformer", **_MOST)
@@ -110,6 +113,11 @@ class SanaConfig:
         if self.width % self.head_dim or self.width % self.cross_heads:
             raise ValueError(f"transformer width {self.width} does not divide into its heads")
 
+    @property
+    def is_sprint(self) -> bool:
+        """True for a network that was distilled to draw in a few steps, without a second half."""
+        return self.guidance_embedding is not None
+
     def variants(self) -> dict[str, str]:
         """Returns the fields of VARIANTS that are not SANA's own."""
         values = {name: getattr(self, name) for name in VARIANTS}
@@ -119,6 +127,8 @@ class SanaConfig:
 _600M = SanaConfig(depth=28, width=1152, cross_heads=16)
 _1600M = SanaConfig()
 _replace = dataclasses.replace
+# Sprint's own: times of 0 .. 1, and 0.1 times the guidance scale.
+SPRINT = dict(qk_norm=True, timestep_scale=1 / NUM_TIMESTEPS, guidance_embedding=0.1)
 PRESETS = {
     "sana_600m_512": _replace(_600M, sample_size=16),
     "sana_600m_1024": _600M,
@@ -128,6 +138,8 @@ PRESETS = {
     "sana_1600m_4096": _replace(_1600M, sample_size=128, interpolation_scale=2.0),
     "sana1.5_1600m_1024": _replace(_1600M, qk_norm=True),
     "sana1.5_4800m_1024": _replace(_1600M, qk_norm=True, depth=60),
+    "sana_sprint_600m_1024": _replace(_600M, **SPRINT),
+    "sana_sprint_1600m_1024": _replace(_1600M, **SPRINT),
 }
 
 
@@ -315,13 +327,14 @@ class SanaTransformer(nn.Module):
         timestep: Float[Array, " #B"],
         keys_values: Float[Array, "depth B L C2"],
         mask: Bool[Array, "B L"],
+        guidance: Float[Array, " #B"] | None = None,
     ) -> Float[Array, "B h w c"]:
         """Computes `__call__` from `keys_values(caption)` in place of the caption."""
 
         def blocks(x, modulation):
             return self._scan("with_keys_values", x, (keys_values,), modulation, mask)
 
-        return self._velocity(latents, timestep, blocks)
+        return self._velocity(latents, timestep, guidance, blocks)
 
     def __call__(
         self,
@@ -329,37 +342,41 @@ class SanaTransformer(nn.Module):
         timestep: Float[Array, " #B"],
         caption: Float[Array, "B L T"],
         mask: Bool[Array, "B L"],
+        guidance: Float[Array, " #B"] | None = None,
     ) -> Float[Array, "B h w c"]:
         """Returns the velocity noise - data, in float32.
 
-        `timestep` is on the scale 0 .. 1000 and used as given; one value serves a whole batch.
-        `caption` holds the text encoder's rows, `mask` is False for the rows to ignore. Raises
-        UserError if the mesh does not divide the rows of tokens.
+        `timestep` is on the scale 0 .. 1000 (times `timestep_scale`) and used as given; one value
+        serves a whole batch. `caption` holds the text encoder's rows, `mask` is False for the rows
+        to ignore. `guidance` is the guidance scale, for Sprint's networks and no others (else
+        ValueError). Raises UserError if the mesh does not divide the rows of tokens.
         """
         caption = self.caption_embed(caption)
 
         def blocks(x, modulation):
             return self.blocks(x, modulation, caption, mask)
 
-        return self._velocity(latents, timestep, blocks)
+        return self._velocity(latents, timestep, guidance, blocks)
 
     def _scan(self, method, *arguments, block=None):
         options = self.dtype, self.param_dtype, self.implementation
         layer = (block or Block)(self.config, *options, parent=None)
         return scan_for_sampling(self.blocks, layer, method, *arguments)
 
-    def _velocity(self, latents, timestep, blocks):
+    def _velocity(self, latents, timestep, guidance, blocks):
         if self.config.objective == "flow":
-            return self._predict(latents, timestep, blocks)
+            return self._predict(latents, timestep, guidance, blocks)
         scale = self.config.timestep_scale
 
         def noise_of(x, timestep):
-            return self._predict(x, timestep * scale, blocks)
+            return self._predict(x, timestep * scale, guidance, blocks)
 
         return ddpm.velocity(noise_of, latents, timestep / (NUM_TIMESTEPS * scale))
 
-    def _predict(self, latents, timestep, blocks):
+    def _predict(self, latents, timestep, guidance, blocks):
         config, patch = self.config, self.config.patch_size
+        if config.is_sprint == (guidance is None):
+            raise ValueError("a guidance scale is an input of Sprint's networks, and of no others")
         # Patches to tokens, (B, H, W, C).
         x = rearrange(latents, "b (h p) (w q) c -> b h w (c p q)", p=patch, q=patch)
         if not self.is_initializing():
@@ -367,7 +384,9 @@ class SanaTransformer(nn.Module):
         x = constrain(self.patch_embed(x), "batch", "tokens", None, "residual")
         if config.interpolation_scale is not None:
             x = x + self._positions(*x.shape[1:3]).astype(x.dtype)
-        embedding, modulation = self.time_embed(timestep)
+        if guidance is not None:
+            guidance = guidance * config.guidance_embedding
+        embedding, modulation = self.time_embed(timestep, guidance)
         x, _ = blocks(x, modulation)
 
         # Tokens to patches of velocity; the channel is the fastest here, and the slowest above.

@@ -40,14 +40,16 @@ def position_features(length: int, base: int, scale: float, size: int) -> np.nda
 class TimestepEmbedder(nn.Module):
     """Maps timesteps to embeddings (B, C) and the modulation (B, 6, C) that all blocks share.
 
-    Always computes in float32: it costs little, and bfloat16 would coarsen the noise level.
+    A guidance scale, where one is given, has an embedding of its own, which is added to that of the
+    timestep (Sprint, arXiv 2503.09641). Always computes in float32: it costs little, and bfloat16
+    would coarsen the noise level.
     """
 
     width: int
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, timestep: Float[Array, " B"]):
+    def __call__(self, timestep: Float[Array, " #B"], guidance: Float[Array, " #B"] | None = None):
         def linear(features, name, axes):
             return dense(
                 features,
@@ -59,10 +61,15 @@ class TimestepEmbedder(nn.Module):
                 name=name,
             )
 
-        x = linear(self.width, "linear_1", (None, "embed"))(timestep_features(timestep))
-        x = constrain(x, "batch", "residual")
-        embedding = linear(self.width, "linear_2", ("embed", "heads"))(jax.nn.silu(x))
-        embedding = constrain(embedding, "batch", "residual")
+        def embed(scalar, prefix):
+            x = linear(self.width, f"{prefix}linear_1", (None, "embed"))(timestep_features(scalar))
+            x = constrain(x, "batch", "residual")
+            x = linear(self.width, f"{prefix}linear_2", ("embed", "heads"))(jax.nn.silu(x))
+            return constrain(x, "batch", "residual")
+
+        embedding = embed(timestep, "")
+        if guidance is not None:
+            embedding = embedding + embed(guidance, "guidance_")
         modulation = linear(6 * self.width, "modulation", ("embed", "heads"))
         return embedding, rearrange(modulation(jax.nn.silu(embedding)), "b (s c) -> b s c", s=6)
 

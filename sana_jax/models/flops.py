@@ -48,8 +48,8 @@ def denoise(config: SanaConfig, height: int, width: int, rows: int) -> int:
     """Counts the part of `trunk` that runs at every step."""
     tokens = (height // config.patch_size) * (width // config.patch_size)
     c, patch = config.width, config.patch_size**2 * config.latent_channels
-    # The timestep: 256 features, the embedding, and the modulation of six vectors.
-    time = _linear(1, 256, c) + _linear(1, c, 7 * c)
+    # The timestep and Sprint's guidance: 256 features, an embedding; the modulation's six vectors.
+    time = (1 + config.is_sprint) * (_linear(1, 256, c) + _linear(1, c, c)) + _linear(1, c, 6 * c)
     return config.depth * _block(config, tokens, rows) + time + _linear(tokens, patch, 2 * c)
 
 

@@ -44,6 +44,7 @@ class MeasuredTransformer(SanaTransformer):
         timestep: Float[Array, " #B"],
         keys_values: Float[Array, "depth B L C2"],
         mask: Bool[Array, "B L"],
+        guidance: Float[Array, " #B"] | None = None,
     ) -> Float[Array, "depth B"]:
         """Returns the importance of every block where `denoise` computes each velocity."""
         found = []
@@ -54,5 +55,5 @@ class MeasuredTransformer(SanaTransformer):
             found.append(turns)
             return x, None
 
-        self._velocity(latents, timestep, blocks)
+        self._velocity(latents, timestep, guidance, blocks)
         return found[0]

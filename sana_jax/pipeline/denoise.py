@@ -43,20 +43,22 @@ def sample(
     interval: tuple[Array, Array] | None,
     sequential: bool,
     kept: Kept | None = None,
+    fresh: Float[Array, "B steps h w c"] | None = None,
 ) -> Float[Array, "B h w c"]:
     """Returns latents from noise. S is 2 (without and with the prompt), or 1 for no guidance.
 
     `noise` is the state at the schedule's first sigma, which may have a picture in it.
     `sequential`: compute the two one after the other, in less memory. `scale`, `interval`: see
-    diffusion/guidance.py. `kept`: see diffusion/inpainting.py.
+    diffusion/guidance.py; Sprint's networks read the scale themselves, and S is 1. `kept`: see
+    diffusion/inpainting.py. `fresh`: see `dpm_solver.solve`.
     """
     keys_values = keys_values_of(module, params, captions)
     velocity = _velocity(module, params, keys_values, masks, scale, interval, sequential, kept)
-    return dpm_solver.solve(velocity, noise, schedule)
+    return dpm_solver.solve(velocity, noise, schedule, fresh)
 
 
 def sample_slowly(
-    on_step, module, params, noise, schedule, captions, *guidance, sequential, kept=None
+    on_step, module, params, noise, schedule, captions, *guidance, sequential, kept=None, fresh=None
 ):
     """Samples like `sample`, one dispatch per step, and calls on_step(step, latents) after each."""
     keys_values = keys_values_of(module, params, captions)
@@ -64,15 +66,16 @@ def sample_slowly(
     for i in range(len(schedule.sigma)):
         row = jax.tree.map(lambda column, i=i: column[i], schedule)
         arguments = module, params, carry, row, keys_values, *guidance
-        carry = _step(*arguments, sequential=sequential, kept=kept)
+        added = fresh if fresh is None else fresh[:, i]
+        carry = _step(*arguments, sequential=sequential, kept=kept, fresh=added)
         on_step(i, carry[0])
     return carry[0]
 
 
 @partial(jax.jit, static_argnames=("module", "sequential"))
-def _step(module, params, carry, row, keys_values, masks, scale, interval, sequential, kept):
+def _step(module, params, carry, row, keys_values, masks, scale, interval, sequential, kept, fresh):
     velocity = _velocity(module, params, keys_values, masks, scale, interval, sequential, kept)
-    return dpm_solver.step(velocity, carry, row)
+    return dpm_solver.step(velocity, carry, row, fresh)
 
 
 def _velocity(module, params, keys_values, masks, scale, interval, sequential, kept):
@@ -87,9 +90,12 @@ def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval,
     splitting the batch over devices never separates them.
     """
 
+    inputs = (scale[:, 0, 0, 0],) if module.config.is_sprint else ()
+
     def evaluate(x, timestep, keys_values, masks):
         timestep = timestep[None] * module.config.timestep_scale
-        return module.apply({"params": params}, x, timestep, keys_values, masks, method="denoise")
+        given = x, timestep, keys_values, masks, *inputs
+        return module.apply({"params": params}, *given, method="denoise")
 
     def half(x, timestep, i):
         return evaluate(x, timestep, keys_values[:, :, i], masks[:, i])

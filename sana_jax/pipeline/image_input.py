@@ -27,6 +27,7 @@ from PIL import Image
 from sana_jax.runtime.checks import BadArgument, near, number
 
 STRENGTH = 0.6  # unless told otherwise, as in diffusers' pipelines of flow models
+SPRINT_STRENGTH = 0.5  # 0.6 of two steps would be both of them, from noise alone
 HALF_WHITE = 128  # of 255: at least one pixel of a redrawn latent has it
 # Decimals of a number of steps: 0.14 * 50 is 7.000000000000001, and meant to be 7.
 DECIMALS = 6
@@ -45,8 +46,13 @@ class ImageInput:
     strength: float
 
     @classmethod
-    def of(cls, image: Any, strength: Any, mask: Any, prompts: int) -> "ImageInput | None":
-        """Checks SanaPipeline's arguments. Raises BadArgument, naming the one that is wrong."""
+    def of(
+        cls, image: Any, strength: Any, mask: Any, prompts: int, default: float = STRENGTH
+    ) -> "ImageInput | None":
+        """Checks SanaPipeline's arguments. Raises BadArgument, naming the one that is wrong.
+
+        `default`: the strength, if None is given.
+        """
         if image is None:
             for name, value in ("strength", strength), ("mask", mask):
                 if value is not None:
@@ -62,15 +68,10 @@ class ImageInput:
             if value.shape[:2] != size:
                 wrong = f"is {_pixels(value.shape)}, where the first picture is {_pixels(size)}"
                 raise BadArgument(name, f"{wrong}: resize it")
-        strength = number("strength", STRENGTH if strength is None else strength, 0, 1)
+        strength = number("strength", default if strength is None else strength, 0, 1)
         if not strength:
             raise BadArgument("strength", "0.0 leaves no step to be drawn: give more, up to 1")
         return cls(pictures, masks, strength)
-
-    @property
-    def is_text_to_image(self) -> bool:
-        """True if nothing of the pictures is left but their size."""
-        return self.strength == 1 and self.masks is None
 
     def sides(self, height: int | None, width: int | None, step: int) -> tuple[int, int]:
         """Returns (height, width) of what is drawn, which is that of the pictures.

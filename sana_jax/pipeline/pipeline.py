@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
@@ -25,31 +25,32 @@ from sana_jax.checkpoints.components import (
     module_for,
 )
 from sana_jax.checkpoints.load import load
+from sana_jax.diffusion import scm
 from sana_jax.diffusion.flow_matching import interpolate
 from sana_jax.diffusion.inpainting import Kept
-from sana_jax.models.gemma2 import Prefix
 from sana_jax.pictures import to_float
 from sana_jax.pipeline import denoise, programs, tiling
 from sana_jax.pipeline.adapters import WithLoras
+from sana_jax.pipeline.facts import Facts
 from sana_jax.pipeline.image_input import redrawn_latents
+from sana_jax.pipeline.noise import noise_of
 from sana_jax.pipeline.placement import Placement
 from sana_jax.pipeline.remembered import Remembered
 from sana_jax.pipeline.request import (
     DTYPES,
+    GUIDANCE_SCALE,
     OUTPUTS,
-    Facts,
     Request,
     Tile,
     array,
-    instruction_text,
-    texts,
     tiles,
     truths,
 )
+from sana_jax.pipeline.steps import Angles
+from sana_jax.pipeline.texts import ReadsTexts
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, new_folder
-from sana_jax.text.prompts import tokenize
 
 NOT_FINITE = (
     "have NaN or infinite values: try another dtype, or clip_attention for weights that were"
@@ -57,7 +58,7 @@ NOT_FINITE = (
 )
 
 
-class SanaPipeline(WithLoras):
+class SanaPipeline(WithLoras, ReadsTexts):
     """Draws images from prompts. The result of a call depends on its arguments alone.
 
     The text encoder's output for instructions and negative prompts is cached between calls, so make
@@ -81,7 +82,7 @@ class SanaPipeline(WithLoras):
             module_for(getattr(checkpoint, name), component_dtype(name, dtype)) for name in CONFIGS
         )
         self.params = checkpoint.params
-        self._facts = Facts.of(checkpoint)
+        self.facts = Facts.of(checkpoint)
         self._prefixes, self._negatives = Remembered(), Remembered()
 
     @classmethod
@@ -145,16 +146,17 @@ class SanaPipeline(WithLoras):
         negative_prompt: str | Sequence[str] = "",
         height: int | None = None,
         width: int | None = None,
-        num_steps: int = 20,
-        guidance_scale: float | Sequence[float] = 4.5,
+        num_steps: int | None = None,
+        guidance_scale: float | Sequence[float] = GUIDANCE_SCALE,
         guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
-        latents: Float[Array, "B h w c"] | None = None,
+        latents: Float[Array, "B h w c"] | Float[Array, "B steps h w c"] | None = None,
         prompt_embeddings: Float[Array, "B L T"] | None = None,
         prompt_mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
-        sampler: str = "flow_dpm_solver",
+        sampler: str | None = None,
         flow_shift: float | None = None,
+        angles: Angles = None,
         instruction: str | None = "auto",
         use_resolution_binning: bool = False,
         on_step: Callable[[int, Array], None] | None = None,
@@ -170,14 +172,15 @@ class SanaPipeline(WithLoras):
         Args:
           negative_prompt: one for all, or one per prompt.
           height, width: pixels, multiples of the autoencoder's factor; None: the native size.
-          num_steps: evaluations of the network (pairs of them, under guidance).
-          guidance_scale: one for all, or one per prompt; <= 1 means no guidance.
+          num_steps: evaluations of the network (pairs, under guidance); None: 20, for Sprint 2.
+          guidance_scale: one for all, or one per prompt; <= 1 means no guidance, but for Sprint.
           guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
           seed: 0 .. 2**64 - 1; one per image, or the first image's: the next images count up.
-          latents: the noise to start from, float32; overrides `seed`.
+          latents: the noise to start from, float32, for Sprint or of all steps; overrides `seed`.
           prompt_embeddings, prompt_mask: from `encode_prompt`; the mask is of bools, or 0 and 1.
-          sampler: "flow_dpm_solver" or "flow_euler".
+          sampler: "flow_dpm_solver" or "flow_euler"; for Sprint "scm". None: the first, or that.
           flow_shift: of the noise schedule; None: the checkpoint's.
+          angles: of Sprint, falling to 0, or "paper" or "diffusers"; None: see diffusion/scm.py.
           instruction: "auto": the checkpoint's own; None: no instruction; or a text.
           use_resolution_binning: sample at the nearest published size, then resize and crop.
           on_step: called as on_step(step, latents) after every step; sampling is slower with it.
@@ -185,15 +188,12 @@ class SanaPipeline(WithLoras):
           sequential_guidance: compute the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
           image: to start from, one or one per prompt: PIL's, or uint8 (H, W, 3). Its size is drawn.
-          strength: the share of the steps, above 0, up to 1, that change the image; None: 0.6.
+          strength: the share of the steps, to 1, that change the image; None: 0.6, for Sprint 0.5.
           mask: white (255, True) where image is redrawn, 0 where it is kept; see image_input.py.
 
         Scalars and lists of NumPy and JAX are taken wherever Python's are. Raises UserError, a
         ValueError, if an argument is out of range.
         """
-        checks.choice("output", output, OUTPUTS)
-        if on_step is not None and not callable(on_step):
-            raise UserError(f"on_step {on_step!r} cannot be called")
         request = self.request(
             prompt,
             negative_prompt=negative_prompt,
@@ -209,6 +209,7 @@ class SanaPipeline(WithLoras):
             prompt_mask=prompt_mask,
             sampler=sampler,
             flow_shift=flow_shift,
+            angles=angles,
             instruction=instruction,
             use_resolution_binning=use_resolution_binning,
             sequential_guidance=sequential_guidance,
@@ -221,6 +222,9 @@ class SanaPipeline(WithLoras):
 
     def _deliver(self, request: Request, on_step, output: str):
         """Draws a request and returns it as `output` says."""
+        checks.choice("output", output, OUTPUTS)
+        if on_step is not None and not callable(on_step):
+            raise UserError(f"on_step {on_step!r} cannot be called")
         if output == "latent":
             return self._sample(request, on_step)[: request.count]
         if output == "float":
@@ -238,7 +242,7 @@ class SanaPipeline(WithLoras):
         Raises UserError, a ValueError, if an argument is out of range.
         """
         self._place.check_process()
-        return Request.of(self._facts, prompt, **arguments)
+        return Request.of(self.facts, prompt, **arguments)
 
     def draw(
         self, request: Request, on_step: Callable[[int, Array], None] | None = None
@@ -257,16 +261,16 @@ class SanaPipeline(WithLoras):
 
     def _sample(self, request: Request, on_step) -> Float[Array, "padded h w c"]:
         captions, masks = self._read(request)
-        if request.latents is None:
-            sides = request.height // self.factor, request.width // self.factor
-            noise = programs.draw_noise(request.keys, (*sides, self.latent_channels))
-        else:
-            noise = jnp.asarray(request.latents, jnp.float32)
-        scale = np.maximum(request.scale, 1).repeat(request.images_each)[:, None, None, None]
+        sides = request.height // self.factor, request.width // self.factor
+        noise, fresh = noise_of(request, (*sides, self.latent_channels))
+        scale = request.scale if request.is_sprint else np.maximum(request.scale, 1)
+        scale = scale.repeat(request.images_each)[:, None, None, None]
         schedule, kept = request.schedule, None
         noise, captions, masks, scale = map(self._spread, (noise, captions, masks, scale))
         if request.start is not None:
             noise, kept = self._start(request, noise, schedule.sigma[0])
+        elif request.is_sprint:
+            noise = scm.pure_noise(noise, schedule.sigma[0])
         run = denoise.sample
         if on_step is not None:
             run = partial(denoise.sample_slowly, lambda i, x: on_step(i, x[: request.count]))
@@ -282,6 +286,7 @@ class SanaPipeline(WithLoras):
                 request.interval,
                 sequential=request.sequential,
                 kept=kept,
+                fresh=fresh if fresh is None else self._spread(fresh),
             )
 
     def _start(self, request: Request, noise: Array, sigma) -> tuple[Array, Kept | None]:
@@ -302,82 +307,32 @@ class SanaPipeline(WithLoras):
         redrawn = self._spread(request.to_rows(redrawn_latents(masks, self.factor)))
         return noise, Kept(data, redrawn)
 
-    def _read(self, request: Request) -> tuple[Float[Array, "B S L T"], Bool[Array, "B S L"]]:
-        """Returns every picture's text; S is 2 (without and with the prompt), or 1 unguided."""
-        if request.prompts is not None:
-            rows, mask = self._encode_prompts(request.prompts, request.instruction)
-        else:  # another pipeline's may be on other devices
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            rows, mask = jax.device_put((request.embeddings, request.mask), everywhere)
-        captions, masks = rows[:, None], mask[:, None]
-        if request.guided:
-            rows, mask = self._encode_negative(request.negative_prompts)
-            rows = jnp.broadcast_to(rows[:, None], captions.shape)
-            mask = jnp.broadcast_to(mask[:, None], masks.shape)
-            captions = jnp.concatenate([rows, captions], axis=1)
-            masks = jnp.concatenate([mask, masks], axis=1)
-        captions, masks = (jnp.repeat(x, request.images_each, axis=0) for x in (captions, masks))
-        return captions, masks
-
-    def encode_prompt(
-        self, prompts: str | Sequence[str], instruction: str | None = "auto"
-    ) -> tuple[Float[Array, "B L T"], Bool[Array, "B L"]]:
-        """Returns the text encoder's rows in float32, and a mask; rows that it hides are zeros."""
-        return self._encode_prompts(texts("prompt", prompts), instruction_text(instruction))
-
-    def _encode_prompts(self, prompts: list[str], instruction: str | None):
-        if instruction == "auto":
-            found = self.checkpoint.instruction
-            instruction = found.text if found else None
-        tokenized = tokenize(
-            self.checkpoint.tokenizer, prompts, self.checkpoint.text_rows, instruction
-        )
-        tokens, mask = self._spread(tokenized.tokens), self._spread(tokenized.mask)
-        module, params = self.text_encoder, self.params["text_encoder"]
-        prefix = self._read_prefix(tokenized.prefix)
-        with self.context():
-            rows = programs.encode_text(module, params, tokens, prefix, tokenized.window, mask)
-        return rows[: len(prompts)], mask[: len(prompts)]
-
-    def _read_prefix(self, tokens: tuple[int, ...]) -> Prefix | None:
-        """Returns the text encoder's keys and values of an instruction, cached."""
-
-        def read():
-            with self.context():
-                params = self.params["text_encoder"]
-                return programs.read_prefix(self.text_encoder, params, np.array([tokens], np.int32))
-
-        return self._prefixes.of(tokens, read) if tokens else None
-
-    def _encode_negative(self, prompts: list[str]) -> tuple[Array, Array]:
-        """Encodes negative prompts, without an instruction: one row if all prompts are equal.
-
-        A single prompt is encoded alone, so that its bits do not depend on the first batch.
-        """
-        if len(set(prompts)) > 1:
-            return self._encode_prompts(prompts, None)
-        encode = partial(self._encode_prompts, prompts[:1], None)
-        return self._negatives.of(prompts[0], encode)
-
     def velocity(
         self,
         latents: Float[Array, "B h w c"],
         timestep: Float[Array, " B"],
         embeddings: Float[Array, "B L T"],
         mask: Bool[Array, "B L"] | Int[Array, "B L"],
+        guidance_scale: float = GUIDANCE_SCALE,
     ) -> Float[Array, "B h w c"]:
-        """Evaluates the network once, without guidance; `timestep` in 0 .. 1000, used as given."""
-        patch, rows = self._facts.patch_size, "text rows"
+        """Evaluates the network once, without guidance; `timestep` in 0 .. 1000, used as given.
+
+        The timesteps of Sprint are in 0 .. 1; only its network reads a guidance scale.
+        """
+        patch, rows = self.facts.patch_size, "text rows"
         batch = array("latents", latents, ("B", "h", "w", self.latent_channels)).shape[0]
         if latents.shape[1] % patch or latents.shape[2] % patch:
             raise UserError(f"latents {latents.shape} do not divide into patches of {patch}")
-        embeddings_shape = (batch, rows, self._facts.caption_channels)
+        embeddings_shape = (batch, rows, self.facts.caption_channels)
         rows = array("embeddings", embeddings, embeddings_shape).shape[1]
         mask = truths("mask", mask, (batch, rows))
         if np.ndim(timestep):
             array("timestep", timestep, (batch,), np.number)
         timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
         inputs = [self._spread(x) for x in (latents, timestep, embeddings, mask)]
+        if self.facts.is_sprint:
+            scale = checks.number("guidance_scale", guidance_scale, -1e6, 1e6)
+            inputs.append(jnp.full(1, scale, jnp.float32))
         with self.context():
             return programs.predict_velocity(self.dit, self.params["dit"], *inputs)[
                 : latents.shape[0]
@@ -419,16 +374,16 @@ class SanaPipeline(WithLoras):
     @property
     def factor(self) -> int:
         """Pixels along a side of one latent."""
-        return self._facts.factor
+        return self.facts.factor
 
     @property
     def latent_channels(self) -> int:
-        return self._facts.latent_channels
+        return self.facts.latent_channels
 
     @property
     def native_size(self) -> int:
         """The side, in pixels, of the pictures that the network was trained on."""
-        return self._facts.native_size
+        return self.facts.native_size
 
     def _decode_padded(self, latents: Array, tile: Tile | None = None) -> Array:
         devices = sharding.batch_divisor(self.mesh)

@@ -56,10 +56,12 @@ def predict_velocity(
     timestep: Float[Array, " B"],
     captions: Float[Array, "B L C"],
     mask: Bool[Array, "B L"],
+    guidance: Float[Array, " #B"] | None = None,
 ) -> Float[Array, "B h w c"]:
     """Evaluates the transformer once, from the text's embeddings on."""
     keys_values = module.apply({"params": params}, captions, method="keys_values")
-    return module.apply({"params": params}, latents, timestep, keys_values, mask, method="denoise")
+    inputs = latents, timestep, keys_values, mask, guidance
+    return module.apply({"params": params}, *inputs, method="denoise")
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="devices")
@@ -77,18 +79,24 @@ def decode_latents(
     return tiling.decode_in_groups(decode, latents, devices, most)
 
 
-@partial(jax.jit, static_argnums=1)
-def draw_noise(keys: UInt32[Array, "B 2"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+@partial(jax.jit, static_argnums=(1, 2))
+def draw_noise(
+    keys: UInt32[Array, "B 2"], shape: tuple[int, ...], steps: int | None = None
+) -> Float[Array, "B ..."]:
     """Draws standard normal noise, each image from its own key: the high and low word of its seed.
 
-    Seeds of one word give the noise of jax.random.key(seed).
+    Seeds of one word give the noise of jax.random.key(seed). With `steps` there is noise for each
+    of them, (B, steps, *shape): the first as without, the others by jax.random.fold_in(key, step).
 
     The generator is named here, or the environment's default would change the picture.
     """
 
     def draw(words):
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
-        return jax.random.normal(key, shape, jnp.float32)
+        if steps is None:
+            return jax.random.normal(key, shape, jnp.float32)
+        each = [key, *(jax.random.fold_in(key, step) for step in range(1, steps))]
+        return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in each])
 
     with jax.threefry_partitionable(True):
         return jax.vmap(draw)(keys)

@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32, UInt64
 
-from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.diffusion import dpm_solver
-from sana_jax.diffusion.flow import SHIFTS
 from sana_jax.models import buckets
 from sana_jax.pipeline import tiling
+from sana_jax.pipeline.facts import Facts
 from sana_jax.pipeline.image_input import ImageInput
+from sana_jax.pipeline.steps import Angles, Steps, refuse_second_half
 from sana_jax.pipeline.tiling import LARGE, LARGE_TILE
 from sana_jax.runtime.checks import (
     MAX_PICTURE_SEED,
-    MAX_STEPS,
     MAX_TEXT,
     BadArgument,
-    choice,
     integer,
+    listed,
     multiple,
     near,
     number,
@@ -34,6 +33,7 @@ from sana_jax.runtime.errors import UserError
 
 OUTPUTS = ("pil", "np", "float", "latent")
 DTYPES = ("float32", "bfloat16", "float16")
+GUIDANCE_SCALE = 4.5  # unless told otherwise
 MAX_SIDE = 2**16  # pixels
 
 Tile = tuple[tiling.Size, tiling.Size]  # size, stride
@@ -45,32 +45,6 @@ class BadSide(BadArgument):
     def __init__(self, name: str, side: int, step: int):
         self.side, self.step, self.near = side, step, near(side, step)
         super().__init__(name, f"{side} is not a multiple of {step}: try {self.near}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """The properties of a checkpoint that a request depends on."""
-
-    factor: int  # pixels a side of a latent
-    patch_size: int  # latents a side of a token
-    native_size: int  # the side, in pixels, of the pictures that the network was trained on
-    latent_channels: int
-    text_rows: int
-    caption_channels: int
-    flow_shift: float
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Facts":
-        dit, vae = checkpoint.dit, checkpoint.vae
-        return cls(
-            factor=vae.factor,
-            patch_size=dit.patch_size,
-            native_size=dit.sample_size * vae.factor,
-            latent_channels=vae.latent_channels,
-            text_rows=checkpoint.text_rows,
-            caption_channels=dit.caption_channels,
-            flow_shift=checkpoint.flow_shift,
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,13 +62,12 @@ class Request:
     crop: tuple[int, int] | None  # (height, width) that pictures are resized and cropped to
     tile: Tile | None  # None: decode the whole picture at once
     seeds: UInt64[np.ndarray, " B"] | None  # None: latents are given
-    latents: Float[Array, "B h w c"] | None
+    latents: Float[Array, "B h w c"] | Float[Array, "B steps h w c"] | None
     scale: Float32[np.ndarray, " P"]  # guidance scales
     interval: tuple[np.float32, np.float32] | None  # in sigma, where there is guidance
     sequential: bool  # compute the two halves of guidance one after the other
-    sampler: str
-    num_steps: int
-    flow_shift: float
+    is_sprint: bool
+    steps: Steps  # all of them; with a start the last ones are run
     start: ImageInput | None  # None: noise alone
 
     @classmethod
@@ -106,16 +79,17 @@ class Request:
         negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
-        num_steps: int = 20,
-        guidance_scale: float | Sequence[float] = 4.5,
+        num_steps: int | None = None,
+        guidance_scale: float | Sequence[float] = GUIDANCE_SCALE,
         guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
-        latents: Float[Array, "B h w c"] | None = None,
+        latents: Float[Array, "B h w c"] | Float[Array, "B steps h w c"] | None = None,
         prompt_embeddings: Float[Array, "P L T"] | None = None,
         prompt_mask: Bool[Array, "P L"] | Int[Array, "P L"] | None = None,
-        sampler: str = "flow_dpm_solver",
+        sampler: str | None = None,
         flow_shift: float | None = None,
+        angles: Angles = None,
         instruction: str | None = "auto",
         use_resolution_binning: bool = False,
         sequential_guidance: bool = False,
@@ -128,7 +102,8 @@ class Request:
         binning = truth("use_resolution_binning", use_resolution_binning)
         each = integer("num_images_per_prompt", num_images_per_prompt, 1, 2**16)
         prompts, rows, count = _prompts(facts, prompt, prompt_embeddings, prompt_mask)
-        start = ImageInput.of(image, strength, mask, count)
+        steps = Steps.of(facts, num_steps, sampler, flow_shift, angles)
+        start = ImageInput.of(image, strength, mask, count, facts.strength)
         if start is not None:
             if binning:
                 raise UserError("use_resolution_binning is for sizes without an image: resize it")
@@ -138,10 +113,20 @@ class Request:
         negatives = texts("negative_prompt", "" if none else negative_prompt)
         if len(negatives) not in (1, count):
             raise UserError(f"{len(negatives)} negative prompts for {count} prompts")
+        start = _with_picture(start, steps)
         sides = height // facts.factor, width // facts.factor
         if latents is not None:
-            array("latents", latents, (count * each, *sides, facts.latent_channels))
-        shift = facts.flow_shift if flow_shift is None else flow_shift
+            shape = count * each, *sides, facts.latent_channels
+            if facts.is_sprint and np.ndim(latents) == 5:
+                run = steps.num_steps if start is None else start.steps(steps.num_steps)
+                shape = shape[0], run, *shape[1:]
+            array("latents", latents, shape)
+        if facts.is_sprint:
+            refuse_second_half(
+                negative_prompt=any(negatives),
+                guidance_interval=guidance_interval is not None,
+                sequential_guidance=sequential_guidance,
+            )
         return cls(
             prompts=prompts,
             embeddings=prompt_embeddings,
@@ -153,15 +138,14 @@ class Request:
             width=width,
             crop=crop,
             tile=tiles(facts.factor, tile, height, width),
-            seeds=seeds(seed, count * each) if latents is None else None,
+            seeds=seeds(seed, count * each) if latents is None or facts.is_sprint else None,
             latents=latents,
             scale=per_prompt("guidance_scale", guidance_scale, count),
             interval=interval("guidance_interval", guidance_interval),
             sequential=truth("sequential_guidance", sequential_guidance),
-            sampler=choice("sampler", sampler, dpm_solver.SAMPLERS),
-            num_steps=integer("num_steps", num_steps, 1, MAX_STEPS),
-            flow_shift=number("flow_shift", shift, *SHIFTS),
-            start=None if start is None or start.is_text_to_image else start,
+            is_sprint=facts.is_sprint,
+            steps=steps,
+            start=start,
         )
 
     @property
@@ -176,10 +160,10 @@ class Request:
     @property
     def schedule(self) -> dpm_solver.Schedule:
         """The steps that are run."""
-        schedule = dpm_solver.SAMPLERS[self.sampler](self.num_steps, self.flow_shift)
+        schedule = self.steps.schedule
         if self.start is None:
             return schedule
-        return dpm_solver.last_steps(schedule, self.start.steps(self.num_steps))
+        return dpm_solver.last_steps(schedule, self.start.steps(self.steps.num_steps))
 
     @property
     def keys(self) -> UInt32[np.ndarray, "B 2"]:
@@ -189,7 +173,20 @@ class Request:
     @property
     def guided(self) -> bool:
         """True if any picture is guided; the others are then computed with both halves too."""
-        return bool((self.scale > 1).any())
+        return not self.is_sprint and bool((self.scale > 1).any())
+
+
+def _with_picture(start: ImageInput | None, steps: Steps) -> ImageInput | None:
+    """Returns the start, or None if the steps begin with noise alone: text to image."""
+    if start is None or start.masks is not None or not steps.is_named:
+        return start
+    if start.strength < 1 and steps.angles and start.steps(steps.num_steps) == steps.num_steps:
+        raise BadArgument(
+            "strength",
+            f"{start.strength:g} of {steps.num_steps} steps is all of them, which begin with noise"
+            " alone: give less strength, more steps, or angles from below pi/2",
+        )
+    return None if start.strength == 1 else start
 
 
 def sizes(
@@ -228,13 +225,6 @@ def _size(value):
     """Returns a size of a tile, one number or two, as Python's numbers."""
     several = listed(value)
     return plain(value) if several is None else tuple(map(plain, several))
-
-
-def listed(value) -> list | None:
-    """Returns the values of a sequence, or of an array with one axis, else None."""
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return list(value)
-    return list(np.asarray(value)) if np.ndim(value) == 1 else None
 
 
 def _prompts(facts: Facts, prompt, embeddings, mask) -> tuple[list[str] | None, Array | None, int]:

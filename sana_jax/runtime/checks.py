@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import numbers
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sana_jax.runtime.errors import UserError
@@ -35,6 +35,13 @@ def plain(value: Any) -> Any:
         with contextlib.suppress(TypeError, RuntimeError):  # traced, or deleted: it has no value
             return value.item()
     return value
+
+
+def listed(value: Any) -> list | None:
+    """Returns the values of a sequence, or of an array with one axis, else None."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(value)
+    return list(value) if getattr(value, "ndim", None) == 1 else None
 
 
 def truth(name: str, value) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from sana_jax import sharding
 from sana_jax.batch.overlap import overlap
+from sana_jax.batch.settings import with_usual
 from sana_jax.batch.tasks import Batch, make_batches, make_tasks
 from sana_jax.checkpoints.components import component_dtype, module_for
 from sana_jax.checkpoints.load import open_checkpoint, place_all
@@ -34,6 +35,7 @@ from sana_jax.shapes.parse import Found, parse
 from sana_jax.shapes.scene import COLOURS, HELD_OUT, MAX_OBJECTS
 from sana_jax.shapes.score import KINDS, held_out, objects_by, overall_by, rates, score
 
+GUIDANCE_SCALE = 2.0  # the best of 1.5, 2, 2.5 and 3 for the bundled model
 COLUMNS, SHOWN = 8, 48  # pictures of the sheet
 GOOD, BAD = (20, 150, 40), (220, 30, 30)  # frames in it
 
@@ -44,8 +46,8 @@ class Options:
 
     count: int = 512  # prompts
     seed: int = 0  # of prompts, and of the first picture; the others count up from it
-    num_steps: int = 20
-    guidance_scale: float = 2.0  # the best of 1.5, 2, 2.5 and 3 for the bundled model
+    num_steps: int | None = None  # None: the checkpoint's usual number
+    guidance_scale: float | None = None  # None: GUIDANCE_SCALE, or Sana-Sprint's own
     flow_shift: float | None = None  # None: the checkpoint's
     batch_size: int = 16
     size: int = 128  # of what an autoencoder alone is tried on; else pictures have the native size
@@ -82,12 +84,14 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     if draws:
         pipe = SanaPipeline(checkpoint, mesh, options.dtype)
         size = pipe.native_size
+        options = with_usual(options, pipe.facts, GUIDANCE_SCALE)
     loras = open_all(options.lora, checkpoint.dit)
     checks.multiple(f"--size={size}", size, vae.factor)
 
     asked = quiz.prompts(options.count, options.seed)
     common = {"num_steps": options.num_steps, "guidance_scale": options.guidance_scale}
-    shift = checkpoint.flow_shift if options.flow_shift is None else options.flow_shift
+    if draws:
+        steps = pipe.request("", flow_shift=options.flow_shift, **common).steps
     rows = [("--", {"prompt": each.text}) for each in asked]
     tasks = make_tasks(rows, common, options.seed, 1)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(mesh))
@@ -113,7 +117,7 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
         latents = pipe(
             [task.prompt for task in batch.padded()],
             seed=[task.seed for task in batch.padded()],
-            flow_shift=shift,
+            flow_shift=options.flow_shift,
             output="latent",
             **common,
         )
@@ -139,7 +143,8 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     exact = (draw(each.scene, size, size, quiz.colours) for each in asked)
     truth = [parse(picture, quiz.colours) for picture in exact]
     found = figures(asked, drawn, truth, restored, quiz.held_out) | {"pixels": size}
-    found["flow_shift"] = shift if draws else None
+    found["flow_shift"] = steps.flow_shift if draws else None
+    found["options"] = dataclasses.asdict(options)
     shown = drawn or restored
     good = [score(asked[k].facts, shown[k]).overall for k in range(len(pictures))]
     return found, _sheet(pictures, good)

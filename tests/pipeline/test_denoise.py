@@ -15,6 +15,7 @@ from sana_jax.pipeline import denoise
 @dataclasses.dataclass(frozen=True)
 class Config:
     timestep_scale: float = 1.0
+    is_sprint: bool = False
 
 
 class Network(nn.Module):

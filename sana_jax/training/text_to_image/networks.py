@@ -42,6 +42,10 @@ READER = "text_encoder.network"
 # By name. To open or to hash a checkpoint may read all its weights, so that a training, whose keys
 # name one several times, does each once.
 Opener = Callable[[str], Checkpoint]
+NO_SPRINT = (
+    "Sana-Sprint was distilled, and this training would undo it: start from the model that it was"
+    " distilled from"
+)
 
 
 def open_once() -> Opener:
@@ -145,6 +149,8 @@ def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
     network, is_lora = read_network(SanaConfig, config, "network"), bool(read_lora(config).rank)
     if found.dit is None:
         raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
+    if found.dit.is_sprint:
+        raise UserError(f"config.start={config.start}: {NO_SPRINT}")
     weights, norms = found.params["dit"], network.qk_norm and not found.dit.qk_norm
     normed = dataclasses.replace(found.dit, qk_norm=True) if norms else found.dit
     theirs, ours = (nn.unbox(abstract_params(c)) for c in (normed, network))
@@ -196,6 +202,10 @@ def open_encoder(config: ConfigDict, opener: Opener) -> Any:
 
 def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> TextToImageTask:
     """Returns the task of a config. Raises UserError, naming the key."""
+    if base.dit.is_sprint:
+        raise UserError(
+            f"config.network.guidance_embedding={base.dit.guidance_embedding:g}: {NO_SPRINT}"
+        )
     if config.remat not in REMAT:
         raise UserError(f"config.remat={config.remat!r}: give {', '.join(REMAT)}")
     implementation = config.network.get("implementation", "auto")
