@@ -11,8 +11,8 @@ from sana_jax.models.dit import SanaConfig
 FACTOR, NATIVE_SIZE = 4, 64
 
 
-def save(folder: Path, seed: int = 0, depth: int = 1) -> None:
-    """Writes it as a native folder."""
+def save(folder: Path, seed: int = 0, depth: int = 1, **changes) -> None:
+    """Writes it as a native folder; `changes` go to the transformer's config."""
     blocks, channels = ("ResBlock", "ResBlock", "EfficientViTBlock"), (8, 16, 32)
     autoencoder = DCAEConfig(
         latent_channels=8,
@@ -34,6 +34,7 @@ def save(folder: Path, seed: int = 0, depth: int = 1) -> None:
         cross_heads=1,
         caption_channels=48,
         sample_size=16,
+        **changes,
     )
     *_, encoder = random_weights.configs(random_weights.TINY)
     configs = random_weights.configs

@@ -126,7 +126,7 @@ def test_two_kinds_of_devices_are_not_compared(ours, theirs, remedy):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--preset=sana_9b"], "preset 'sana_9b' is not one of tiny, sana_600m_512"),
+        (["--preset=sana_9b"], "preset 'sana_9b' is not one of tiny, tiny_sprint, sana_600m_512"),
         (["--parts=trunk,vae"], "'vae' is not one of text, trunk, loop, decode, encode, memory"),
         (["--parts="], "--parts is empty"),
         (["--preset=tiny", "--size=100"], "--size=100 is not a multiple of 32: try 96 or 128"),

@@ -204,7 +204,7 @@ def test_shapes(shared, tmp_path):
         assert (found["prompts"], found["pixels"]) == (6, 64)
         assert found["parser_overall"] == 1 and found["ceiling"] == 0
         # What no flag says is as in Python.
-        assert found["options"] == dataclasses.asdict(options)
+        assert found["options"] == dataclasses.asdict(options) | {"guidance_scale": 2.0}
         told = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
         assert not [key for key in found if not re.search(rf"\b{key}\b", told)]
     names = ("overall", "count", "shape", "colour", "position", "relation", "control_shuffled")

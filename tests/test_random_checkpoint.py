@@ -30,7 +30,7 @@ def test_both_layouts_hold_the_same_weights(tmp_path, layout):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--preset=sana_9b"], "preset 'sana_9b' is not one of tiny, sana_600m_512"),
+        (["--preset=sana_9b"], "preset 'sana_9b' is not one of tiny, tiny_sprint, sana_600m_512"),
         (["--seed=-1"], "--seed"),
         (["--dtype=int8"], "--dtype"),
         (["--sed=1"], "did you mean --seed?"),

@@ -146,6 +146,18 @@ def pipeline(seed: int = 0, **changes) -> SanaPipeline:
     )
 
 
+def set_angles(scheduler: SCMScheduler, angles) -> None:
+    """Gives diffusers' sampler these angles, which its `timesteps` cannot: that raises (0.42)."""
+
+    def set_timesteps(num_inference_steps, device=None, **_):
+        assert num_inference_steps == len(angles) - 1
+        scheduler.timesteps = torch.tensor(angles, dtype=torch.float32)
+        scheduler.num_inference_steps = num_inference_steps
+        scheduler._step_index = scheduler._begin_index = None
+
+    scheduler.set_timesteps = set_timesteps
+
+
 def sprint_pipeline(seed: int = 0) -> SanaSprintPipeline:
     """The same for Sprint."""
     tokenizer = toy_tokenizer()

@@ -10,7 +10,7 @@ import jax
 from sana_jax.batch import image_files
 from sana_jax.batch.tasks import Batch, Task
 from sana_jax.checkpoints.loras import Lora
-from sana_jax.pipeline.facts import Facts
+from sana_jax.pipeline.facts import usual_steps
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.pipeline.request import GUIDANCE_SCALE, BadSide, Request
 from sana_jax.pipeline.steps import Angles, Steps
@@ -45,14 +45,14 @@ class Options:
     compilation_cache: str | None = None  # None: the default; "": none
 
 
-def with_usual(measured: Any, facts: Facts, guidance_scale: float) -> Any:
+def with_usual(measured: Any, is_sprint: bool, guidance_scale: float) -> Any:
     """Returns the options of a measurement, in which None stands for a checkpoint's usual values.
 
     `guidance_scale` is the usual one of models that are not Sana-Sprint.
     """
-    usual = GUIDANCE_SCALE if facts.is_sprint else guidance_scale
+    usual = GUIDANCE_SCALE if is_sprint else guidance_scale
     scale = usual if measured.guidance_scale is None else measured.guidance_scale
-    steps = facts.num_steps if measured.num_steps is None else measured.num_steps
+    steps = usual_steps(is_sprint) if measured.num_steps is None else measured.num_steps
     return dataclasses.replace(measured, num_steps=steps, guidance_scale=scale)
 
 

@@ -195,8 +195,15 @@ def _prepare(checkpoint, settings: Settings, module):
     if dit.is_sprint:
         fresh = inputs.fresh(batch, settings.steps, side, channels)
         noise = [tensor(z, torch.float32) for z in fresh.swapaxes(0, 1)]
-        angles = list(scm.named_angles(None, settings.steps))
-        options |= dict(timesteps=angles, max_timesteps=None, intermediate_timesteps=None)
+        angles = torch.tensor(scm.named_angles(None, settings.steps), dtype=torch.float32)
+
+        def set_timesteps(*_, **__):  # its argument `timesteps` raises in diffusers 0.42
+            pipe.scheduler.timesteps = angles.to(device)
+            pipe.scheduler.num_inference_steps = settings.steps
+            pipe.scheduler._step_index = None
+
+        pipe.scheduler.set_timesteps = set_timesteps
+        options["intermediate_timesteps"] = None
 
         def draw(call):
             left = iter(noise)

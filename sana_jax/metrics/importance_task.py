@@ -56,7 +56,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     checkpoint = open_checkpoint(name, variant=options.variant, revision=options.revision)
     mesh = sharding.make_mesh()
     pipe = SanaPipeline(checkpoint, mesh, options.dtype)
-    options = settings.with_usual(options, pipe.facts, GUIDANCE_SCALE)
+    options = settings.with_usual(options, pipe.facts.is_sprint, GUIDANCE_SCALE)
     common = {"num_steps": options.num_steps, "guidance_scale": options.guidance_scale}
     tasks = make_tasks(rows, common, options.seed, 1)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(mesh))

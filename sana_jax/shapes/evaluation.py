@@ -84,7 +84,8 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     if draws:
         pipe = SanaPipeline(checkpoint, mesh, options.dtype)
         size = pipe.native_size
-        options = with_usual(options, pipe.facts, GUIDANCE_SCALE)
+    is_sprint = draws and pipe.facts.is_sprint
+    options = with_usual(options, is_sprint, GUIDANCE_SCALE)
     loras = open_all(options.lora, checkpoint.dit)
     checks.multiple(f"--size={size}", size, vae.factor)
 

@@ -7,7 +7,15 @@ import re
 import pytest
 
 from sana_jax.batch import tasks
-from sana_jax.batch.tasks import Task, check_fields, make_batches, make_tasks, read_rows, with_sizes
+from sana_jax.batch.tasks import (
+    Task,
+    check_fields,
+    make_batches,
+    make_tasks,
+    read_rows,
+    with_defaults,
+)
+from sana_jax.pipeline.facts import Facts
 from sana_jax.runtime.errors import UserError
 
 COMMON = {"negative_prompt": "", "num_steps": 20, "guidance_scale": 4.5}
@@ -193,8 +201,25 @@ def test_too_many_images():
 def sizes(row=None, common=None, native=1024, max_pixels=4096 * 4096):
     row = ("F line 1: ", {"prompt": "a", **(row or {})})
     tasks = make_tasks([row], {**COMMON, **(common or {})}, 0, 1)
-    (task,) = with_sizes(tasks, native, max_pixels)
+    (task,) = with_defaults(tasks, facts(native), max_pixels)
     return task.height, task.width
+
+
+def facts(native=1024, is_sprint=False):
+    return Facts(32, 1, native, 8, 300, 48, 3.0, is_sprint)
+
+
+def test_what_is_left_to_the_checkpoint():
+    rows = [("", {"prompt": "a"}), ("", {"prompt": "b", "image": "b.png", "num_steps": 7})]
+    tasks = make_tasks(rows, {"guidance_scale": 4.5}, 0, 1)
+
+    def found(is_sprint, num_steps=None):
+        made = with_defaults(tasks, facts(is_sprint=is_sprint), 2**30, num_steps)
+        return [(task.num_steps, task.strength) for task in made]
+
+    assert found(False) == [(20, None), (7, 0.6)]
+    assert found(True) == [(2, None), (7, 0.5)]
+    assert found(True, 4) == [(4, None), (7, 0.5)]
 
 
 def test_sizes():
@@ -256,7 +281,7 @@ def test_flags_of_images_are_for_the_prompts_that_have_one():
     assert (first.strength, first.mask) == (0.3, "m.png")
     assert (second.image, second.strength, second.mask) == (None, None, None)
     (task,) = make_tasks(rows[1:], {**COMMON, "image": "b.png"}, 0, 1)
-    assert (task.image, task.strength, task.mask) == ("b.png", 0.6, None)
+    assert (task.image, task.strength, task.mask) == ("b.png", None, None)
 
 
 @pytest.mark.parametrize("name, value", [("strength", 0.5), ("mask", "m.png")])

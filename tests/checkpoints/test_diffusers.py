@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+from diffusers import SanaSprintPipeline
 from safetensors.torch import load_file, save_file
 
+from sana_jax.checkpoints import diffusers, native
 from sana_jax.checkpoints.find import checkpoint_hash
 from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.runtime.errors import UserError
@@ -28,6 +30,40 @@ def test_single_files(theirs, written):
         jax.tree.map(np.testing.assert_array_equal, checkpoint.params[name], expected)
     assert checkpoint.flow_shift == 3.0 and checkpoint.text_rows == 300
     assert checkpoint.vae.scaling_factor == 0.41407
+
+
+@pytest.mark.parametrize("kind", ["SanaSprintPipeline", "SanaSprintImg2ImgPipeline"])
+def test_sprint_goes_both_ways(tmp_path, kind):
+    """Read as diffusers writes it, and written so that diffusers reads it, to the bit."""
+    theirs = toy.sprint_pipeline()
+    theirs.save_pretrained(tmp_path / "theirs")
+    edit_json(tmp_path / "theirs" / "model_index.json", _class_name=kind)
+    found = load_on_one_device(tmp_path / "theirs")
+    assert found.dit.guidance_embedding == 0.1 and found.dit.timestep_scale == 0.001
+    expected = toy.params(theirs.transformer, found.dit)
+    jax.tree.map(np.testing.assert_array_equal, found.params["dit"], expected)
+    native.save(found, made(tmp_path / "native"))
+    again = load_on_one_device(tmp_path / "native")
+    assert_same(again, found)
+    assert again.dit == found.dit
+    diffusers.save(again, made(tmp_path / "ours"))
+    read = SanaSprintPipeline.from_pretrained(tmp_path / "ours")
+    assert type(read.scheduler).__name__ == "SCMScheduler"
+    assert read.scheduler.config.sigma_data == theirs.scheduler.config.sigma_data
+    for name, tensor in theirs.transformer.state_dict().items():
+        assert torch.equal(read.transformer.state_dict()[name], tensor), name
+    edit_json(
+        tmp_path / "ours" / "scheduler" / "scheduler_config.json",
+        _class_name="FlowMatchEulerDiscreteScheduler",
+        prediction_type=...,
+    )
+    with pytest.raises(UserError, match="FlowMatchEuler.* for a transformer that embeds the"):
+        load_on_one_device(tmp_path / "ours")
+
+
+def made(folder):
+    folder.mkdir()
+    return folder
 
 
 def test_shards(theirs, written, tmp_path):
@@ -106,17 +142,26 @@ def test_batch_norm_counters_are_not_read(theirs, folder):
 @pytest.mark.parametrize(
     "file, changes, words",
     [
-        ("model_index.json", dict(_class_name="SanaSprintPipeline"), "Sana Sprint"),
         ("model_index.json", dict(_class_name="SanaControlNetPipeline"), "Sana ControlNet"),
         ("model_index.json", dict(_class_name="SanaPAGPipeline"), "Sana PAG"),
         ("model_index.json", dict(_class_name="SanaVideoPipeline"), "Sana Video"),
         ("model_index.json", dict(_class_name="FluxPipeline"), "FluxPipeline"),
-        ("transformer/config.json", dict(guidance_embeds=True), "Sprint"),
+        ("model_index.json", dict(_class_name="SanaSprintControlNetPipeline"), "ControlNet"),
+        ("transformer/config.json", dict(guidance_embeds=True), "missing time_embed.guidance_e"),
         ("transformer/config.json", dict(num_layers=4), "missing transformer_blocks.3"),
         ("transformer/config.json", dict(num_layers="3"), "transformer/config.json.*depth '3'"),
         ("vae/config.json", dict(encoder_block_types="OtherBlock"), "OtherBlock"),
         ("text_encoder/config.json", dict(model_type="t5"), "t5"),
-        ("scheduler/scheduler_config.json", dict(_class_name="SCMScheduler"), "SCMScheduler"),
+        (
+            "scheduler/scheduler_config.json",
+            dict(_class_name="SCMScheduler", prediction_type=...),
+            "does not embed",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            dict(_class_name="SCMScheduler"),
+            "prediction_type 'flow_prediction' is not supported, only 'trigflow'",
+        ),
         ("scheduler/scheduler_config.json", dict(prediction_type="epsilon"), "epsilon"),
         ("scheduler/scheduler_config.json", dict(algorithm_type="sde-dpmsolver++"), "sde-"),
         ("scheduler/scheduler_config.json", dict(solver_order=3), "solver_order 3"),

@@ -21,15 +21,24 @@ def test_round_trip_of_a_transformer():
         assert sana_from_diffusers(config_json(preset)) == preset
     # A config.json of an older diffusers leaves these out.
     old = config_json(dit.PRESETS["sana_1600m_1024"])
-    for key in ("guidance_embeds", "qk_norm", "timestep_scale"):
+    for key in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale"):
         del old[key]
     assert sana_from_diffusers(old) == dit.PRESETS["sana_1600m_1024"]
+
+
+def test_sprint_has_times_of_0_to_1_whatever_its_file_says():
+    """As in diffusers, whose pipeline gives such times and does not read timestep_scale."""
+    sprint = config_json(dit.PRESETS["sana_sprint_1600m_1024"])
+    assert sprint["guidance_embeds"] and sprint["guidance_embeds_scale"] == 0.1
+    found = sana_from_diffusers({**sprint, "timestep_scale": 1.0, "guidance_embeds_scale": 0.2})
+    assert found.timestep_scale == 0.001 and found.guidance_embedding == 0.2
 
 
 @pytest.mark.parametrize(
     "change, word",
     [
-        (dict(guidance_embeds=True), "Sprint"),
+        (dict(guidance_embeds=True, guidance_embeds_scale=None), "guidance_embeds_scale None"),
+        (dict(guidance_embeds=True, guidance_embeds_scale=0), "guidance_embedding 0"),
         (dict(qk_norm="layer_norm"), "qk_norm"),
         (dict(cross_attention_dim=77), "cross_attention_dim"),
         (dict(out_channels=64), "out_channels"),

@@ -16,6 +16,7 @@ from sana_jax.models.gemma2 import Gemma2Config
 NETWORKS = {
     "sana_600m_512": (SanaTransformer2DModel, dit.PRESETS["sana_600m_512"]),
     "sana1.5_1600m_1024": (SanaTransformer2DModel, dit.PRESETS["sana1.5_1600m_1024"]),
+    "sana_sprint_600m_1024": (SanaTransformer2DModel, dit.PRESETS["sana_sprint_600m_1024"]),
     **{name: (AutoencoderDC, config) for name, config in dc_ae_config.PRESETS.items()},
     "gemma2": (Gemma2Model, Gemma2Config()),
 }

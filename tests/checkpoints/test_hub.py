@@ -206,7 +206,7 @@ def test_what_is_not_there(hub, tmp_path, changes, word, status):
 @pytest.mark.parametrize(
     "files, word",
     [
-        ({"model_index.json": '{"_class_name": "SanaSprintPipeline"}'}, "Sana Sprint"),
+        ({"model_index.json": '{"_class_name": "SanaControlNetPipeline"}'}, "Sana ControlNet"),
         ({"README.md": "checkpoints/Sana.pth"}, "_diffusers"),  # as NVlabs' are
     ],
 )

@@ -11,7 +11,7 @@ import torch
 
 from sana_jax.checkpoints.components import param_shapes
 from sana_jax.checkpoints.nvlabs import dit_entries, load_dit, open_checkpoint
-from sana_jax.models.dit import PRESETS, SanaTransformer
+from sana_jax.models.dit import PRESETS, SanaConfig, SanaTransformer
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import make_mesh
 from tests import toy
@@ -25,12 +25,17 @@ KINDS = {
     "Sana_toy_4Kpx_BF16.pth": dict(sample_size=128, interpolation_scale=2.0),
     "Sana_toy_P2_1024px.pth": dict(sample_size=32, patch_size=2),
     "Sana_toy_wide_1024px.pth": dict(sample_size=32, mlp_ratio=2.7),
+    "Sana_Sprint_toy_1024px.pth": dict(sample_size=32, **toy.SPRINT),
 }
 # theirs in diffusers -> official, for what has another name and the same contents
 NAMES = {
     "patch_embed.proj": "x_embedder.proj",
     "time_embed.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "time_embed.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_embed.guidance_embedder.linear_1": "cfg_embedder.mlp.0",
+    "time_embed.guidance_embedder.linear_2": "cfg_embedder.mlp.2",
     "time_embed.linear": "t_block.1",
     "caption_projection.linear_1": "y_embedder.y_proj.fc1",
     "caption_projection.linear_2": "y_embedder.y_proj.fc2",
@@ -99,10 +104,14 @@ def test_velocity_is_that_of_diffusers(tmp_path, name):
     assert config == expected
     assert_params(params, module, config)
     latents, caption, mask = inputs(config)
-    ours = SanaTransformer(config).apply(
-        {"params": params}, latents, jnp.array([847.0]), caption, mask
-    )
-    toy.assert_close(ours, reference(module, latents, 847, caption, mask), 1e-5, name)
+    timestep, guidance = 847, ()
+    if config.is_sprint:
+        timestep, guidance = 0.847, (np.full(3, 4.5, np.float32),)
+    given = latents, jnp.array([timestep], jnp.float32), caption, mask, *guidance
+    ours = SanaTransformer(config).apply({"params": params}, *given)
+    scaled = (0.1 * scale for scale in guidance)
+    theirs = reference(module, latents, timestep, caption, mask, *scaled)
+    toy.assert_close(ours, theirs, 1e-5, name)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -145,9 +154,9 @@ def test_training_checkpoint(tmp_path):
         load(path, use_ema=True)
 
 
-def table(width: int, depth: int, qk_norm: bool) -> dict[str, tuple[int, ...]]:
+def table(config: SanaConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a published model, as its source defines them."""
-    hidden = 5 * width // 2
+    width, hidden = config.width, 5 * config.width // 2
     block = {
         "scale_shift_table": (6, width),
         "attn.qkv.weight": (3 * width, width),
@@ -165,7 +174,7 @@ def table(width: int, depth: int, qk_norm: bool) -> dict[str, tuple[int, ...]]:
         "mlp.depth_conv.conv.bias": (2 * hidden,),
         "mlp.point_conv.conv.weight": (width, hidden, 1, 1),
     }
-    if qk_norm:
+    if config.qk_norm:
         block |= {f"{a}.{t}_norm.weight": (width,) for a in ("attn", "cross_attn") for t in "qk"}
     top = {
         "x_embedder.proj.weight": (width, 32, 1, 1),
@@ -185,7 +194,11 @@ def table(width: int, depth: int, qk_norm: bool) -> dict[str, tuple[int, ...]]:
         "final_layer.linear.bias": (32,),
         "final_layer.scale_shift_table": (2, width),
     }
-    return top | {f"blocks.{i}.{n}": shape for i in range(depth) for n, shape in block.items()}
+    if config.is_sprint:
+        embedder = {n: shape for n, shape in top.items() if n.startswith("t_embedder.")}
+        top |= {n.replace("t_", "cfg_", 1): shape for n, shape in embedder.items()}
+    layers = range(config.depth)
+    return top | {f"blocks.{i}.{n}": shape for i in layers for n, shape in block.items()}
 
 
 PUBLISHED = {
@@ -197,6 +210,8 @@ PUBLISHED = {
     "Sana_1600M_4Kpx_BF16.pth": ("sana_1600m_4096", 1_604_462_752),
     "SANA1.5_1.6B_1024px.pth": ("sana1.5_1600m_1024", 1_604_641_952),
     "SANA1.5_4.8B_1024px.pth": ("sana1.5_4800m_1024", 4_721_825_952),
+    "Sana_Sprint_0.6B_1024px.pth": ("sana_sprint_600m_1024", 593_501_216),
+    "Sana_Sprint_1.6B_1024px.pth": ("sana_sprint_1600m_1024", 1_610_237_472),
 }
 
 
@@ -205,7 +220,7 @@ def test_published_models(tmp_path, name):
     """From names and shapes alone: the preset, and a parameter for every tensor."""
     preset, count = PUBLISHED[name]
     expected = PRESETS[preset]
-    shapes = table(expected.width, expected.depth, expected.qk_norm)
+    shapes = table(expected)
     assert sum(map(math.prod, shapes.values())) == count
     # One number stands for the whole of a tensor, in the file too.
     zero = torch.zeros(())
@@ -262,7 +277,7 @@ def poison(tensors):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (added("cfg_embedder.mlp.0.weight", 64, 256), "Sana Sprint"),
+        (added("cfg_embedder.mlp.0.weight", 64, 256), "missing cfg_embedder.mlp.0.bias"),
         (added("controlnet.0.copied_block.attn.proj.bias", 64), "Sana ControlNet"),
         (added("blocks.0.mlp.t_conv.weight", 64, 64, 3, 1), "Sana Video"),
         (added("blocks.0.flash_attn_additional.qkv.bias", 192), "Sana Video"),
@@ -288,12 +303,13 @@ def test_other_checkpoints_are_refused(tmp_path, change, words):
     assert "Sana_1024px.pth" in str(error.value)
 
 
-def test_teacher_of_sprint_is_refused(tmp_path):
+def test_teacher_of_sprint_is_known_by_its_name(tmp_path):
     """Its tensors are those of another model, its timesteps are not."""
+    module, config = small(sample_size=32, qk_norm="rms_norm_across_heads")
     path = tmp_path / "Sana_Sprint_1.6B_1024px_teacher.pth"
-    torch.save(official(small()[0]), path)
-    with pytest.raises(UserError, match="is a Sana Sprint checkpoint"):
-        open_checkpoint(path, cross_heads=2)
+    torch.save(official(module), path)
+    expected = dataclasses.replace(config, timestep_scale=0.001)
+    assert open_checkpoint(path, cross_heads=2)[0] == expected and not expected.is_sprint
 
 
 def test_unknown_widths_need_the_number_of_heads(tmp_path):

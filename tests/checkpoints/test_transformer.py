@@ -83,7 +83,7 @@ def save(path, change, names="diffusers"):
         (lambda t: t.clear(), "but nothing"),
         (
             lambda t: t.update({"time_embed.guidance_embedder.linear_1.bias": torch.zeros(1)}),
-            "a Sana Sprint checkpoint",
+            "missing time_embed.guidance_embedder.linear_1.weight",
         ),
     ],
 )

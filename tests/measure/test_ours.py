@@ -38,6 +38,14 @@ def test_counts_follow_batch_and_steps():
         assert count(pipe, settings(part, batch=3)) == 3 * count(pipe, settings(part))
 
 
+def test_sprint_evaluates_its_network_once_a_step():
+    pipe = make_pipeline(settings("loop", preset="tiny_sprint"))
+    one = flops.trunk(pipe.checkpoint.dit, 2, 2, 300)
+    assert count(pipe, settings("trunk", preset="tiny_sprint")) == one
+    again = flops.denoise(pipe.checkpoint.dit, 2, 2, 300)
+    assert count(pipe, settings("loop", preset="tiny_sprint")) == one + again
+
+
 def test_kernels_are_of_the_settings():
     for name in "auto", "xla", "pallas":
         pipe = make_pipeline(settings("trunk", implementation=name))

@@ -11,9 +11,10 @@ from sana_jax.checkpoints.depth import grow
 from sana_jax.metrics.importance_task import Options, measure, rows_of, table, transformer_sha256
 from sana_jax.runtime.errors import UserError
 from sana_jax.shapes import captions
+from sana_jax.models.dit import SPRINT
 from tests import mini
 
-SHORT = Options(num_steps=2, count=3, batch_size=8)
+SHORT = Options(num_steps=2, guidance_scale=2.0, count=3, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,17 @@ def test_noise_levels_guidance_and_shift_matter(folder, found):
         assert other["importance"] != found["importance"], change
         assert other["options"] == dataclasses.asdict(dataclasses.replace(SHORT, **change))
     assert other["flow_shift"] == 1 and found["flow_shift"] == 3
+
+
+def test_sprint_is_measured_at_the_states_of_its_own_steps(tmp_path):
+    mini.save(tmp_path, depth=2, **SPRINT)
+    usual = dataclasses.replace(SHORT, num_steps=None, guidance_scale=None)
+    found = measure(str(tmp_path), usual)
+    assert found["evaluations"] == 2 * 3 and found["flow_shift"] is None
+    assert (found["options"]["num_steps"], found["options"]["guidance_scale"]) == (2, 4.5)
+    assert min(found["importance"]) > 0
+    other = measure(str(tmp_path), dataclasses.replace(usual, guidance_scale=1.0))
+    assert other["importance"] != found["importance"]
 
 
 def test_the_figures_say_what_they_were_measured_on(folder, found):

@@ -53,7 +53,7 @@ def inputs(config: SanaConfig, seed: int = 0):
 
 
 @torch.no_grad()
-def reference(module, latents, timestep, caption, mask):
+def reference(module, latents, timestep, caption, mask, guidance=None):
     """diffusers' velocity, channels last in float32, in the module's dtype."""
     dtype = next(module.parameters()).dtype
     out = module(
@@ -61,6 +61,7 @@ def reference(module, latents, timestep, caption, mask):
         encoder_hidden_states=torch.tensor(caption).to(dtype),
         timestep=torch.full((len(latents),), timestep),
         encoder_attention_mask=torch.tensor(mask).int(),
+        guidance=None if guidance is None else torch.tensor(guidance).to(dtype),
     ).sample
     return out.float().permute(0, 2, 3, 1).numpy()
 
@@ -76,6 +77,35 @@ def test_velocity_is_that_of_diffusers(kind):
         ours = apply(SanaTransformer(config), params, latents, jnp.array(times), caption, mask)
         theirs = reference(module, latents, timestep, caption, mask)
         toy.assert_close(ours, theirs, 1e-5, f"{kind}, timestep {timestep}")
+
+
+def test_velocity_of_sprint_is_that_of_diffusers():
+    """The guidance scale is an input, one for each image; diffusers' pipeline multiplies it."""
+    module, config = toy.transformer(**toy.SPRINT)
+    params = toy.params(module, config)
+    latents, caption, mask = inputs(config)
+    scales = np.array([4.5, 1.0, 7.0], np.float32)
+    for time in (1.0, 0.783, 0.4, 0.01):
+        given = latents, jnp.full(1, time), caption, mask
+        ours = apply(SanaTransformer(config), params, *given, jnp.asarray(scales))
+        theirs = reference(module, latents, time, caption, mask, 0.1 * scales)
+        toy.assert_close(ours, theirs, 1e-5, f"time {time}")
+    one = apply(SanaTransformer(config), params, *given, jnp.full(1, 4.5))
+    assert toy.relative_error(one[1:], ours[1:]) > 1e-3  # the scale changes the velocity
+    toy.assert_close(one[0], ours[0], 1e-6)
+
+
+def test_only_sprint_takes_a_guidance_scale():
+    for kind, guidance in ({}, jnp.ones(1)), (toy.SPRINT, None):
+        module, config = toy.transformer(**kind)
+        given = *inputs(config), jnp.array([0.5])
+        latents, caption, mask, time = given
+        with pytest.raises(ValueError, match="an input of Sprint's networks, and of no others"):
+            apply(
+                SanaTransformer(config),
+                toy.params(module, config),
+                *(latents, time, caption, mask, guidance),
+            )
 
 
 def test_native_size_positions():

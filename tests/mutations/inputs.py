@@ -59,12 +59,14 @@ def _copied(folder: Path) -> Iterator[Path]:
 
 def _prompts(name: str):
     def read(folder: Path):
-        from sana_jax.batch.tasks import make_batches, make_tasks, read_rows, with_sizes
+        from sana_jax.batch.tasks import make_batches, make_tasks, read_rows, with_defaults
+        from sana_jax.pipeline.facts import Facts
 
         common = {"height": None, "width": None, "num_steps": 20, "guidance_scale": 4.5}
         common = {k: v for k, v in common.items() if v is not None}
         tasks = make_tasks(read_rows(str(folder / name)), common, 0, 2)
-        make_batches(with_sizes(tasks, 512, 2**24), 8, 1)
+        facts = Facts(32, 1, 512, 32, 300, 2304, 3.0)
+        make_batches(with_defaults(tasks, facts, 2**24), 8, 1)
 
     return read
 

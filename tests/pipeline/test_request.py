@@ -175,7 +175,7 @@ def test_nothing_is_left_to_a_default():
     found = Request.of(FACTS, "a cat")
     assert (found.height, found.width, found.crop, found.tile) == (1024, 1024, None, None)
     assert (found.prompts, found.negative_prompts, found.count) == (["a cat"], [""], 1)
-    assert found.flow_shift == 3.0 and found.seeds.tolist() == [0] and found.guided
+    assert found.steps.flow_shift == 3.0 and found.seeds.tolist() == [0] and found.guided
 
 
 @pytest.mark.parametrize("of", [np.asarray, jnp.asarray, lambda x: np.asarray(x)[()]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from sana_jax.checkpoints import native
+from sana_jax.checkpoints import native, random_weights
 from sana_jax.checkpoints.components import place
 from sana_jax.models.dit import SanaConfig
 from sana_jax.runtime.errors import UserError
@@ -53,6 +53,20 @@ def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
     assert "config.network.clip_attention=True, but None of" in caplog.text
     networks.open_start(load(config, start=start, network__attention="softmax"))
     assert "config.network.attention=softmax, but linear of" in caplog.text
+
+
+def test_sprint_is_not_trained_on(config, tmp_path):
+    """Neither as the network, nor as the start of one, nor below a LoRA."""
+    sprint = random_weights.make(random_weights.TINY_SPRINT)
+    native.save(sprint, tmp_path / "sprint")
+    for changes in (
+        dict(network__guidance_embedding=0.1),
+        dict(start=str(tmp_path / "sprint")),
+        dict(start=str(tmp_path / "sprint"), lora__rank=2),
+    ):
+        with pytest.raises(UserError, match="Sana-Sprint was distilled.*start from the model"):
+            TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_norms_that_a_start_has_not_begin_at_one(config, caplog):
