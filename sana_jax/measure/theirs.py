@@ -123,7 +123,6 @@ def _make_module(checkpoint, settings: Settings, device: str):
 
 def _prepare(checkpoint, settings: Settings, module):
     import torch
-    from diffusers.schedulers import scheduling_scm
 
     device, dtype = module.device, module.dtype
     batch, side = settings.batch, settings.size // checkpoint.vae.factor
@@ -179,7 +178,17 @@ def _prepare(checkpoint, settings: Settings, module):
 
         return encode
 
-    given = inputs.loop(batch, *network)
+    return _prepare_loop(checkpoint, settings, pipe, tensor)
+
+
+def _prepare_loop(checkpoint, settings: Settings, pipe, tensor):
+    """Returns the part "loop"; `tensor` puts an array on the device."""
+    import torch
+    from diffusers.schedulers import scheduling_scm
+
+    batch, side = settings.batch, settings.size // checkpoint.vae.factor
+    channels, dit = checkpoint.vae.latent_channels, checkpoint.dit
+    given = inputs.loop(batch, side, channels, checkpoint.text_rows, dit.caption_channels)
     options = dict(
         prompt_embeds=tensor(given["captions"]),
         prompt_attention_mask=tensor(given["mask"], torch.int32),
@@ -198,7 +207,7 @@ def _prepare(checkpoint, settings: Settings, module):
         angles = torch.tensor(scm.named_angles(None, settings.steps), dtype=torch.float32)
 
         def set_timesteps(*_, **__):  # its argument `timesteps` raises in diffusers 0.42
-            pipe.scheduler.timesteps = angles.to(device)
+            pipe.scheduler.timesteps = angles.to(pipe.device)
             pipe.scheduler.num_inference_steps = settings.steps
             pipe.scheduler._step_index = None
 

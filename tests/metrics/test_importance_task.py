@@ -9,9 +9,9 @@ import pytest
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.depth import grow
 from sana_jax.metrics.importance_task import Options, measure, rows_of, table, transformer_sha256
+from sana_jax.models.dit import SPRINT
 from sana_jax.runtime.errors import UserError
 from sana_jax.shapes import captions
-from sana_jax.models.dit import SPRINT
 from tests import mini
 
 SHORT = Options(num_steps=2, guidance_scale=2.0, count=3, batch_size=8)
