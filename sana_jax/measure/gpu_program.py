@@ -18,15 +18,13 @@ _LINE = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9][a-z0-9]*|pred)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(condition|body|to_apply|calls)=%([\w.\-]+)")
-_COLLECTIVE = re.compile(
-    "(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)"
-    "(-start)?"
+_COLLECTIVES = set(
+    "all-reduce all-gather reduce-scatter all-to-all collective-permute ragged-all-to-all".split()
 )
-# They launch nothing; the work behind a "-done" is counted at its "-start".
+# They launch nothing. Of an operation in two halves, "-start" and "-done", the first counts.
 _FREE = set(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id"
-    " replica-id copy-done all-reduce-done all-gather-done collective-permute-done async-done"
-    " async-update".split()
+    " replica-id".split()
 )
 
 
@@ -69,12 +67,11 @@ def read(text: str) -> Program:
     computations, entry = parse(text)
     found = _visit(computations, entry, 1)
     collectives: dict[str, tuple[int, int]] = {}
-    for launch in (x for x in found if _COLLECTIVE.fullmatch(x.kind)):
-        kind = launch.kind.removesuffix("-start")
-        count, size = collectives.get(kind, (0, 0))
+    for launch in (x for x in found if x.kind in _COLLECTIVES):
+        count, size = collectives.get(launch.kind, (0, 0))
         moved = launch.calls * launch.bytes_written
-        collectives[kind] = count + launch.calls, size + moved
-    return Program([x for x in found if not _COLLECTIVE.fullmatch(x.kind)], collectives)
+        collectives[launch.kind] = count + launch.calls, size + moved
+    return Program([x for x in found if x.kind not in _COLLECTIVES], collectives)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -87,10 +84,27 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             entry = head[2] if head[1] else entry
         elif current is not None and (made := _LINE.match(re.sub(r"/\*index=\d+\*/", "", line))):
             root, name, shape, opcode, rest = made.groups()
+            if opcode.endswith("-start") and opcode != "async-start":
+                opcode = opcode.removesuffix("-start")
+                shape = _result(opcode, shape)
             inside, _, attributes = rest.partition(")")
             operands = [inside] if opcode == "parameter" else re.findall(r"%([\w.\-]+)", inside)
             current.append(Instruction(name, shape, opcode, operands, attributes, bool(root)))
     return found, entry
+
+
+def _result(opcode: str, shape: str) -> str:
+    """Returns the result in the shape of an operation's first half: (operands, result, ...)."""
+    if opcode == "all-reduce" or not shape.startswith("("):
+        return shape
+    depth, parts = 0, [""]
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts[0 if opcode == "copy" else 1]
 
 
 def arrays(shape: str) -> list[tuple[str, list[int]]]:
@@ -128,7 +142,7 @@ def _visit(computations: dict[str, list[Instruction]], name: str, calls: int) ->
             found += max(branches, key=lambda b: sum(y.bytes_read + y.bytes_written for y in b))
         elif x.opcode in ("call", "async-start"):
             found += _visit(computations, called.get("to_apply") or called["calls"], calls)
-        elif x.opcode not in _FREE:
+        elif x.opcode not in _FREE and not x.opcode.endswith(("-done", "-update")):
             found.append(_launch(x, shapes, computations.get(called.get("calls", ""), []), calls))
     return found
 

@@ -21,7 +21,7 @@ def launch(program, name):
 
 def test_loops_multiply_what_is_in_them(program):
     calls = {x.name: x.calls for x in program.launches}
-    assert calls == dict(less=6, slice=5, call=5, triton=1, conv=1, copied=1, out=1)
+    assert calls == dict(less=6, slice=5, call=5, triton=1, conv=1, aside=1, copied=1, out=1)
 
 
 def test_only_the_slice_of_a_stack_is_read(program):
@@ -30,8 +30,10 @@ def test_only_the_slice_of_a_stack_is_read(program):
 
 
 def test_an_update_in_place_writes_what_it_updates(program):
-    found = launch(program, "out")
-    assert (found.bytes_read, found.bytes_written) == (4 * 64 + 4, 4 * 64)
+    for name in "out", "aside":  # the second in two halves, beside others
+        found = launch(program, name)
+        assert (found.bytes_read, found.bytes_written) == (4 * 64 + 4, 4 * 64)
+        assert found.kind == "loop"
 
 
 def test_products(program):
@@ -69,7 +71,8 @@ ENTRY %main (x: {x}, y: {y}) -> {out} {{
 
 
 def test_collectives_are_counted_beside(program):
-    assert program.collectives == {"all-gather": (1, 4 * 32 * 64), "all-reduce": (1, 4 * 64)}
+    found = {"all-gather": (1, 4 * 32 * 64), "all-reduce": (1, 4 * 64)}
+    assert program.collectives == found | {"collective-permute": (1, 4 * 2 * 64)}
 
 
 def test_of_a_conditional_the_costliest_branch_counts():
