@@ -6,7 +6,7 @@
 Forward and backward of each operation are compiled through its public function, for each card,
 model, picture size, batch and type; the result is one row a kernel, card and type, over all models,
 sizes and batches. Needs no GPU but the extra gpu-compile. The default, which is all that is
-published, takes an hour. The last line is JSON, with a row for each kernel that was compiled. Not a
+published, takes hours. The last line is JSON, with a row for each kernel that was compiled. Not a
 test: its figures are in sana_jax/kernels/README.md.
 """
 
@@ -21,7 +21,8 @@ from absl import flags
 
 from sana_jax import sharding
 from sana_jax.measure import gpu_machine_code, gpu_program
-from sana_jax.measure.gpu_compile import compile_program, gpu_devices
+from sana_jax.measure.gpu_compile import Kernel, compile_program, gpu_devices
+from sana_jax.measure.gpu_targets import CARDS, Card
 from sana_jax.models.dit import PRESETS
 from sana_jax.runtime import cli
 from tests.kernels.helpers import operations
@@ -33,7 +34,7 @@ _CARDS = flags.DEFINE_list("cards", "a100,4090,h100", "one of each architecture"
 _MODELS = flags.DEFINE_list("models", list(MODELS), "transformers")
 _PIXELS = flags.DEFINE_list("pixels", "512,1024,2048,4096", "sides of the picture")
 _BATCHES = flags.DEFINE_list("batches", "1,2,4,8,16,32", "pictures")
-_DTYPES = flags.DEFINE_list("dtypes", "bfloat16,float32", "types")
+_DTYPES = flags.DEFINE_list("dtypes", "bfloat16,float16,float32", "types")
 HEAD = (
     "| kernel | architecture | type | compiled | registers | spilled bytes | warps at once |\n"
     "|---|---|---|---|---|---|---|"
@@ -72,18 +73,30 @@ def compiled(card: str, dtype: str, model: str, pixels: int, batch: int) -> list
         except jax.errors.JaxRuntimeError as error:
             rows.append(row | dict(kernel=name, error=str(error)))
             continue
-        before = len(rows)
-        for launch in gpu_program.read(found.hlo).launches:
-            if launch.kind.startswith("__") and launch.name in found.kernels:
-                kernel = found.kernels[launch.name]
-                code = assemble(kernel.ptx)
-                figures = dict(kernel=launch.label.split("/")[-2], target=code.target)
-                figures |= dict(registers=code.registers, spilled=code.spilled_bytes)
-                figures |= dict(warps=code.occupancy(kernel.launch, described))
-                rows.append(row | figures)
-        if len(rows) == before:
+        launches = gpu_program.read(found.hlo).launches
+        figures = [
+            describe(x, found.kernels.get(x.name), described)
+            for x in launches
+            if (x.kind.startswith("__") and x.name in found.kernels) or "fmha" in x.kind
+        ]
+        if not figures:
             without_kernels.add((name, dtype))
+        rows += [row | one for one in figures]
     return rows
+
+
+def describe(launch: gpu_program.Launch, kernel: Kernel | None, card: Card) -> dict:
+    """Returns the figures of a kernel; of cuDNN's attention, which has no PTX, only its name."""
+    if kernel is None:
+        return dict(kernel=launch.kind.strip("_"))
+    code = assemble(kernel.ptx)
+    return dict(
+        kernel=launch.label.split("/")[-2],
+        target=code.target,
+        registers=code.registers,
+        spilled=code.spilled_bytes,
+        warps=code.occupancy(kernel.launch, card),
+    )
 
 
 without_kernels: set[tuple[str, str]] = set()  # operations that are XLA's on a GPU
@@ -98,8 +111,10 @@ def table(rows: list[dict]) -> str:
     lines = [HEAD]
     for (kernel, card, dtype), group in sorted(groups.items()):
         good = [row for row in group if "error" not in row]
-        cells = [kernel, good[0]["target"] if good else card, dtype, f"{len(good)} of {len(group)}"]
-        cells += [span(row[key] for row in good) for key in ("registers", "spilled", "warps")]
+        major, minor = CARDS[card].capability
+        cells = [kernel, f"sm_{major}{minor}", dtype, f"{len(good)} of {len(group)}"]
+        for key in ("registers", "spilled", "warps"):
+            cells.append(span(row[key] for row in good if key in row))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
