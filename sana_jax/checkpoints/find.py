@@ -100,7 +100,9 @@ def find_lora(name: str) -> Path:
     if is_folder:
         if (path / LORA).is_file():
             return path / LORA
-        others = " or ".join(map(str, sorted(path.glob("*.safetensors"))[:4]))
+        # A training has its LoRA in model/.
+        inside = [*sorted(path.glob("*.safetensors")), *path.glob(f"model/{LORA}")]
+        others = " or ".join(map(str, inside[:4]))
         raise UserError(f"{name} has no {LORA}" + f": give {others}" * bool(others))
     if _is_hub_id(name) and path.suffix != ".safetensors":
         import huggingface_hub
@@ -163,7 +165,9 @@ def _only_snapshot(path: Path, name: str) -> Path:
     if is_cache and len(inside) == 1:
         return inside[0]
     lacks = f"{name} has neither model.json (native) nor model_index.json (diffusers)"
-    if inside:
+    if (path / LORA).is_file():
+        lacks += f", but a LoRA: give the checkpoint that it is of, and this by --lora={name}"
+    elif inside:
         lacks += f": give {' or '.join(map(str, inside[:4]))}"
     elif is_cache:
         lacks += ", and no whole snapshot of the hub: give its id, org/name, to fetch it"

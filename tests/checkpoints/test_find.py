@@ -122,6 +122,11 @@ def layout(root, *files):
         (["a/model_index.json", "b/model.json"], ".", "give {root}/a or {root}/b$"),
         (["Sana.pth"], "Sana.pth", "has to be converted.*--rest"),
         (["tune.safetensors"], "tune.safetensors", "has to be converted.*--rest"),
+        (
+            ["pytorch_lora_weights.safetensors"],
+            ".",
+            "but a LoRA: give the checkpoint that it is of, and this by --lora={root}/.$",
+        ),
         (["a.zip"], "a.zip", "is a file; name the folder"),
         (["a"], ".", "nor model_index.json .diffusers.$"),
     ],
@@ -157,6 +162,9 @@ def test_a_lora_is_a_file_or_that_of_a_folder(tmp_path, monkeypatch):
         assert find_lora(str(path)) == path
     assert find_lora("folder").name == "pytorch_lora_weights.safetensors"
     with pytest.raises(UserError, match="give .*mine.safetensors"):
+        find_lora(str(other))
+    folder.rename(other / "model")
+    with pytest.raises(UserError, match="give .*mine.safetensors or .*model/pytorch_lora_weights"):
         find_lora(str(other))
 
 
