@@ -95,7 +95,11 @@ def rows_of(options: Options) -> list[Row]:
     if options.prompts is None:
         asked = captions.prompts(options.count, options.seed)
         return [("--", {"prompt": each.text}) for each in asked]
-    return read_rows(options.prompts)[: options.count]
+    rows = read_rows(options.prompts)[: options.count]
+    for where, row in rows:
+        if "image" in row:
+            raise UserError(f"{where}image={row['image']}: importance is measured from noise alone")
+    return rows
 
 
 def transformer_sha256(checkpoint) -> str:

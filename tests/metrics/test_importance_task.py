@@ -112,6 +112,7 @@ def test_prompts_are_the_first_of_a_file(tmp_path):
         ({"prompt": "a", "num_steps": 0}, "num_steps=0"),
         ({"prompt": "a", "width": 66}, r"line 1: width=66: it must be a multiple of 4"),
         ({"prompts": "a"}, "did you mean prompt?"),
+        ({"prompt": "a", "image": "b.png"}, "line 1: image=.*/b.png: importance .* noise alone"),
     ],
 )
 def test_prompts_that_cannot_be_drawn_are_refused(folder, tmp_path, row, words):
