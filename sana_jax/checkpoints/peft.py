@@ -30,7 +30,6 @@ from einops import rearrange
 from etils import epath
 from flax import linen as nn
 from flax import traverse_util
-from safetensors import safe_open
 
 from sana_jax.checkpoints.components import abstract_params
 from sana_jax.checkpoints.diffusers_names import dit_entries
@@ -178,7 +177,7 @@ def read_adapter(path: Path, config: SanaConfig) -> PyTree:
         raise UserError(f"{path}: pickled LoRAs are not read: save it as safetensors")
     tensors, known = TensorReader(path), modules(config)
     parts, prefix = _parts(path, tensors, known)
-    fields = _fields(path, prefix)
+    fields = _fields(path, prefix, tensors.metadata)
     if fields and (keys := [part["alpha"] for part in parts.values() if "alpha" in part]):
         raise UserError(f"{path}: alpha is said twice, by {METADATA} and by {keys[0]}")
     shapes, flat = sites(abstract_params(config)), {}
@@ -262,15 +261,13 @@ def _check(
     return rank
 
 
-def _fields(path: Path, prefix: str) -> dict[str, Any]:
+def _fields(path: Path, prefix: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Returns the fields of peft's LoraConfig that a file has, none without metadata."""
     if prefix == PEFT:
         fields = read_json(path.parent / "adapter_config.json")
     else:
-        with safe_open(path, framework="np") as opened:
-            text = (opened.metadata() or {}).get(METADATA) or "{}"
         try:
-            fields = parse_json(text)
+            fields = parse_json(metadata.get(METADATA) or "{}")
         except ValueError as error:
             raise UserError(f"{path}: its {METADATA} is not JSON ({error})") from None
         if not isinstance(fields, dict):

@@ -41,6 +41,9 @@ class TensorReader(Mapping):
     `path` is a .safetensors file or the .json index of several. `prefix` is dropped from the names
     that begin with it. Raises UserError if a file is missing, damaged, or outside the index's
     folder.
+
+    Attributes:
+      metadata: the texts in the files' headers.
     """
 
     def __init__(self, path: Path, prefix: str = ""):
@@ -54,6 +57,7 @@ class TensorReader(Mapping):
         for name, file in files.items():
             if name not in held[file]:
                 raise UserError(f"{file} lacks {name}, which {path.name} says it holds")
+        self.metadata = {k: x for h in handles.values() for k, x in (h.metadata() or {}).items()}
         self._where = {n.removeprefix(prefix): (handles[f], n) for n, f in files.items()}
         if len(self._where) < len(files):
             twice = next(n for n in files if prefix + n in files)

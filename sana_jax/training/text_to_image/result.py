@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
 
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import Checkpoint
@@ -18,7 +17,7 @@ from sana_jax.checkpoints.find import LORA
 from sana_jax.checkpoints.loras import merge_lazily
 from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.peft import write_adapter
-from sana_jax.checkpoints.tensors import LazyArray
+from sana_jax.checkpoints.tensors import LazyArray, TensorReader
 from sana_jax.lora.config import LoraConfig
 from sana_jax.runtime import hosts
 from sana_jax.runtime.errors import UserError
@@ -110,9 +109,8 @@ def steps_of(folder: Path) -> int | None:
 def _made(file: Path) -> Any:
     """Returns the provenance in a LoRA's file; None where the file is damaged or another's."""
     try:
-        with safe_open(file, "np") as opened:
-            return parse_json((opened.metadata() or {}).get(MADE, "null"))
-    except (SafetensorError, OSError, ValueError):
+        return parse_json(TensorReader(file).metadata.get(MADE, "null"))
+    except (OSError, ValueError):  # a UserError is one
         return None
 
 
