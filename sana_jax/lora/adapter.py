@@ -87,8 +87,8 @@ def new_adapter(abstract_params: PyTree, config: LoraConfig, key: Array) -> PyTr
         (*layers, inputs, outputs), axes = known[name]
         if config.rank > min(inputs, outputs):
             raise UserError(
-                f"rank={config.rank}: the matrix of {name} is {inputs} x {outputs}, which has no"
-                " more than the smaller of the two"
+                f"rank={config.rank}: the matrix of {name}, {inputs} x {outputs}, is of rank"
+                f" {min(inputs, outputs)} at most: give no more"
             )
         a = jax.random.normal(of_site, (*layers, inputs, config.rank)) / config.rank
         b = jnp.zeros((*layers, config.rank, outputs))
