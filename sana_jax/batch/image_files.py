@@ -21,7 +21,7 @@ from sana_jax.runtime.files import UNREACHABLE, check_is_file, named, reason_of
 
 MAX_FILE = 2**28  # bytes of a file
 SETTINGS = "image_sha256", "mask_sha256", "strength"  # of a task that starts from a picture
-KEPT = 4  # pictures in memory beside those of the batch: one may be for all prompts
+KEPT = 2  # files in memory beside those of the batch: a picture and its mask may be for all prompts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ hard seam, where the autoencoder's rendering meets the original; greys blend the
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -100,15 +100,22 @@ class ImageInput:
         """Returns how many of the schedule's steps are run, the last ones: at least one."""
         return max(1, math.ceil(round(self.strength * num_steps, DECIMALS)))
 
-    def read_pictures(self) -> UInt8[np.ndarray, "N H W 3"]:
-        return np.stack([np.asarray(picture) for picture in self.pictures])
-
-    def read_masks(self) -> UInt8[np.ndarray, "N H W"]:
-        """Raises BadArgument for a mask that redraws nothing."""
-        masks = np.stack([np.asarray(mask) for mask in self.masks or ()])
+    def read(self) -> "Pixels":
+        """Reads the pictures and the masks. Raises BadArgument for a mask that redraws nothing."""
+        pictures = np.stack([np.asarray(picture) for picture in self.pictures])
+        if self.masks is None:
+            return Pixels(pictures, None)
+        masks = np.stack([np.asarray(mask) for mask in self.masks])
         for mask in masks:
             check_mask(mask)
-        return masks
+        return Pixels(pictures, masks)
+
+
+class Pixels(NamedTuple):
+    """What is in the pictures and the masks of an ImageInput."""
+
+    pictures: UInt8[np.ndarray, "N H W 3"]
+    masks: UInt8[np.ndarray, "N H W"] | None
 
 
 def redrawn_latents(masks: UInt8[np.ndarray, "N H W"], factor: int) -> Bool[np.ndarray, "N h w 1"]:

@@ -32,7 +32,7 @@ from sana_jax.pictures import to_float
 from sana_jax.pipeline import denoise, programs, tiling
 from sana_jax.pipeline.adapters import WithLoras
 from sana_jax.pipeline.facts import Facts
-from sana_jax.pipeline.image_input import redrawn_latents
+from sana_jax.pipeline.image_input import Pixels, redrawn_latents
 from sana_jax.pipeline.noise import noise_of
 from sana_jax.pipeline.placement import Placement
 from sana_jax.pipeline.remembered import Remembered
@@ -226,7 +226,8 @@ class SanaPipeline(WithLoras, ReadsTexts):
         if on_step is not None and not callable(on_step):
             raise UserError(f"on_step {on_step!r} cannot be called")
         if output == "latent":
-            return self._sample(request, on_step)[: request.count]
+            shown = None if request.start is None else request.start.read()
+            return self._sample(request, on_step, shown)[: request.count]
         if output == "float":
             return programs.to_unit_range(self._paint(request, on_step))[: request.count]
         pictures, finite = self.draw(request, on_step)
@@ -253,13 +254,15 @@ class SanaPipeline(WithLoras, ReadsTexts):
 
     def _paint(self, request: Request, on_step) -> Float[Array, "padded H W 3"]:
         """Returns pixels in about [-1, 1]."""
-        images = self._decode_padded(self._sample(request, on_step), request.tile)
-        if request.start is not None and request.start.masks is not None:
-            shown = request.start.read_pictures(), request.start.read_masks()
+        shown = None if request.start is None else request.start.read()
+        images = self._decode_padded(self._sample(request, on_step, shown), request.tile)
+        if shown is not None and shown.masks is not None:
             return programs.composite(images, *(self._spread(request.to_rows(x)) for x in shown))
         return images if request.crop is None else programs.resize_and_crop(images, request.crop)
 
-    def _sample(self, request: Request, on_step) -> Float[Array, "padded h w c"]:
+    def _sample(
+        self, request: Request, on_step, shown: Pixels | None
+    ) -> Float[Array, "padded h w c"]:
         captions, masks = self._read(request)
         sides = request.height // self.factor, request.width // self.factor
         noise, fresh = noise_of(request, (*sides, self.latent_channels))
@@ -267,8 +270,8 @@ class SanaPipeline(WithLoras, ReadsTexts):
         scale = scale.repeat(request.images_each)[:, None, None, None]
         schedule, kept = request.schedule, None
         noise, captions, masks, scale = map(self._spread, (noise, captions, masks, scale))
-        if request.start is not None:
-            noise, kept = self._start(request, noise, schedule.sigma[0])
+        if shown is not None:
+            noise, kept = self._start(request, shown, noise, schedule.sigma[0])
         elif request.is_sprint:
             noise = scm.pure_noise(noise, schedule.sigma[0])
         run = denoise.sample
@@ -289,11 +292,11 @@ class SanaPipeline(WithLoras, ReadsTexts):
                 fresh=fresh if fresh is None else self._spread(fresh),
             )
 
-    def _start(self, request: Request, noise: Array, sigma) -> tuple[Array, Kept | None]:
+    def _start(
+        self, request: Request, shown: Pixels, noise: Array, sigma
+    ) -> tuple[Array, Kept | None]:
         """Returns the pictures' latents with noise of level sigma, and what inpainting keeps."""
-        start, several = request.start, sharding.batch_divisor(self.mesh)
-        masks = None if start.masks is None else start.read_masks()
-        pixels = to_float(start.read_pictures())
+        several, pixels = sharding.batch_divisor(self.mesh), to_float(shown.pictures)
         vae = module_for(self.checkpoint.vae, jnp.float32)
         with jax.default_matmul_precision("float32"):
             groups = [  # of a picture on each device: their activations are large
@@ -302,9 +305,9 @@ class SanaPipeline(WithLoras, ReadsTexts):
             ]
         data = self._spread(request.to_rows(jnp.concatenate(groups)))
         noise = interpolate(data, noise, jnp.full(len(data), sigma))
-        if masks is None:
+        if shown.masks is None:
             return noise, None
-        redrawn = self._spread(request.to_rows(redrawn_latents(masks, self.factor)))
+        redrawn = self._spread(request.to_rows(redrawn_latents(shown.masks, self.factor)))
         return noise, Kept(data, redrawn)
 
     def velocity(

@@ -267,9 +267,13 @@ class File:
 
     def __array__(self, dtype=None, copy=None):
         return picture()
+        self.reads = getattr(self, "reads", 0) + 1
 
 
-def test_what_numpy_can_read_is_read_when_it_is_drawn(pipe, monkeypatch):
+def test_what_numpy_can_read_is_read_once_when_it_is_drawn(pipe, monkeypatch):
+    file = File()
+    draw(pipe, image=file, mask=half())
+    assert file.reads == 1
     np.testing.assert_array_equal(draw(pipe, image=File()), draw(pipe, image=picture()))
     monkeypatch.setattr(File, "__array__", lambda self: 1 / 0)
     assert pipe.request("a", image=File()).height == SIDE
