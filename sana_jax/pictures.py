@@ -19,6 +19,23 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_is_file, reason_of, write_atomically
 
 Picture = UInt8[np.ndarray, "_ _ 3"]  # height, width: those of a sheet may differ
+# Pillow's modes of up to 8 bits a channel: values of others it would clip, and not scale.
+MODES = "1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA", "RGBa"
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Converts an image of MODES to three channels, with what is transparent on white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def is_opaque(image: Image.Image) -> bool:
+    """Returns True if no pixel of an image of MODES is transparent, in whole or in part."""
+    if not image.has_transparency_data:
+        return True
+    return image.convert("RGBA").getextrema()[3][0] == 255
 
 
 def to_float(images: UInt8[Any, "*B H W C"]) -> Float[Any, "*B H W C"]:

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sana_jax.data import images
-from sana_jax.pipeline.image_input import check_mask
+from sana_jax.pipeline.image_input import TRANSPARENT, check_mask
 from sana_jax.runtime.checks import BadArgument
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import UNREACHABLE, check_is_file, named, reason_of
@@ -60,6 +60,8 @@ def open_image(path: str, is_mask: bool, where: str) -> ImageFile:
     try:
         if is_mask:
             check_mask(pixels)
+            if images.shows_through(content):
+                raise BadArgument("mask", TRANSPARENT)
     except BadArgument as error:
         raise UserError(f"{where}: {str(error).removeprefix('mask ')}") from None
     return ImageFile(path, hashlib.sha256(content).hexdigest(), pixels.shape)

@@ -16,6 +16,8 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
+from sana_jax.pictures import MODES, is_opaque, on_white
+
 MAX_PIXELS = 8192 * 8192  # of one image, unless told otherwise
 MOST_PIXELS = 178_956_970  # that the limit of an image can be raised to: Pillow's own
 MIN_SIDE = 16  # pixels
@@ -127,6 +129,12 @@ def size_of(data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE)
     image = _open(data, max_pixels, min_side)
     width, height = image.size
     return (width, height) if _lies(image, data) else (height, width)
+
+
+def shows_through(data: bytes) -> bool:
+    """Returns True if a pixel of an image that `decode` takes is not opaque."""
+    image = _open(data, MAX_PIXELS, 1)
+    return image.has_transparency_data and (image.mode not in MODES or not is_opaque(image))
 
 
 def cover_crop(
@@ -287,10 +295,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         pixels = ((grey + 128) // 257).astype(np.uint8)
         pixels[grey == image.info.get("transparency", -1)] = 255
         return Image.fromarray(pixels).convert("RGB")
-    if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA", "RGBa"):
+    if image.mode not in MODES:
         raise BadImage("unsupported_mode", f"Pillow's mode {image.mode}")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return on_white(image)

@@ -24,11 +24,14 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from sana_jax.pictures import MODES, is_opaque, on_white
 from sana_jax.runtime.checks import BadArgument, near, number
 
 STRENGTH = 0.6  # unless told otherwise, as in diffusers' pipelines of flow models
 SPRINT_STRENGTH = 0.5  # 0.6 of two steps would be both of them, from noise alone
 HALF_WHITE = 128  # of 255: at least one pixel of a redrawn latent has it
+# On white all of a mask would be redrawn; without its transparency, what an editor left below.
+TRANSPARENT = "has transparent parts, which do not say what is redrawn: fill them, white or black"
 # Decimals of a number of steps: 0.14 * 50 is 7.000000000000001, and meant to be 7.
 DECIMALS = 6
 
@@ -143,10 +146,8 @@ def _listed(value: Any, axes: int) -> list[Any]:
 
 def _picture(value: Any) -> Any:
     if isinstance(value, Image.Image):
-        if value.has_transparency_data:  # on white, as the command line reads a file
-            value = value.convert("RGBA")
-            value = Image.alpha_composite(Image.new("RGBA", value.size, "white"), value)
-        return np.asarray(value.convert("RGB"))
+        _check_mode("image", value)
+        return np.asarray(on_white(value))  # as the command line reads a file
     shape: tuple[int, ...] = getattr(value, "shape", ())
     if len(shape) != 3 or shape[2] != 3 or 0 in shape or getattr(value, "dtype", 0) != np.uint8:
         what = "neither a PIL image nor an array of uint8 (height, width, 3)"
@@ -156,6 +157,9 @@ def _picture(value: Any) -> Any:
 
 def _mask(value: Any) -> Any:
     if isinstance(value, Image.Image):
+        _check_mode("mask", value)
+        if not is_opaque(value):
+            raise BadArgument("mask", TRANSPARENT)
         value = np.asarray(value.convert("L"))
     if getattr(value, "dtype", None) == np.bool_:
         value = np.asarray(value, np.uint8) * np.uint8(255)
@@ -164,6 +168,13 @@ def _mask(value: Any) -> Any:
         what = "neither a PIL image nor an array of bools or uint8 (height, width)"
         raise BadArgument("mask", f"{_described(value)} is {what}")
     return value
+
+
+def _check_mode(name: str, image: Image.Image) -> None:
+    if image.mode not in MODES:
+        raise BadArgument(
+            name, f"has Pillow's mode {image.mode}: convert it to RGB or L, of 8 bits"
+        )
 
 
 def _described(value: Any) -> str:

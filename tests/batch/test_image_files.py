@@ -30,6 +30,13 @@ def test_a_file_that_changes_while_pictures_are_drawn_is_told(tmp_path):
         np.asarray(task.inputs.image)
 
 
+def test_a_mask_may_have_transparency_of_which_nothing_shows_through(tmp_path):
+    image = save(tmp_path / "a.png", picture())
+    mask = save(tmp_path / "m.png", np.dstack([half()] * 3 + [np.full_like(half(), 255)]))
+    (task,) = with_inputs(tasks_of({"image": image, "mask": mask}))
+    np.testing.assert_array_equal(np.asarray(task.inputs.mask), half())
+
+
 def test_files_have_a_largest_size(tmp_path, monkeypatch):
     image = save(tmp_path / "a.png", picture())
     monkeypatch.setattr(image_files, "MAX_FILE", 99)

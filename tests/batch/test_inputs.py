@@ -52,11 +52,15 @@ def test_pictures_are_upright_and_on_white_and_masks_grey(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.fromarray(picture(0, 32, 64)).save(tmp_path / "a.jpg", exif=exif)
-    save(tmp_path / "m.png", np.zeros((64, 32, 4), np.uint8))  # transparent: white
+    save(tmp_path / "m.png", np.full((64, 32, 3), (0, 255, 0), np.uint8))
     given = {"image": str(tmp_path / "a.jpg"), "mask": str(tmp_path / "m.png")}
     (task,) = with_inputs(tasks_of(given))
     assert (task.height, task.width) == (64, 32)
-    assert (np.asarray(task.inputs.mask) == 255).all()
+    assert (np.asarray(task.inputs.mask) == 150).all()
+    (task,) = with_inputs(
+        tasks_of({"image": save(tmp_path / "c.png", np.zeros((8, 8, 4), np.uint8))})
+    )
+    assert (np.asarray(task.inputs.image) == 255).all()
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,10 @@ FILES = {  # name -> content
             "F line 1: mask={}/wide.png: it has 64 x 32 pixels, where its picture, {}/a.png, is"
             " 32 x 32 pixels (width x height)",
         ),
+        (
+            dict(image="a.png", mask="clear.png"),
+            "F line 1: mask={}/clear.png: has transparent parts, which do not say what is redrawn",
+        ),
         (dict(image="a.png", mask="dark.png"), "F line 1: mask={}/dark.png: redraws nothing: its"),
         (dict(image="odd.png"), "F line 1: image is 33 x 32 pixels (width x height), which are no"),
         (dict(image="a.png", width=64), "F line 1: width=64: the picture that is drawn has the"),
@@ -108,6 +116,7 @@ def test_files_that_cannot_be_used_are_named_and_nothing_is_written(
         (tmp_path / name).write_bytes(content)
     save(tmp_path / "wide.png", half(32, 64))
     save(tmp_path / "dark.png", half() // 255)
+    save(tmp_path / "clear.png", half()[..., None].repeat(4, axis=-1))  # white, but for where clear
     save(tmp_path / "odd.png", picture(0, 32, 33))
     (tmp_path / "folder").mkdir()
     options = {k: row[k] for k in ("max_pixels", "use_resolution_binning") if k in row}

@@ -250,6 +250,7 @@ def test_what_users_hold_is_taken(pipe):
         dict(image=Image.fromarray(given), mask=Image.fromarray(mask)),
         dict(image=[Image.fromarray(given).convert("RGBA")], mask=mask > 0),
         dict(image=given[None], mask=[Image.fromarray(mask).convert("1")]),
+        dict(image=given, mask=Image.fromarray(mask).convert("RGBA")),
         dict(image=jax.numpy.asarray(given), mask=jax.numpy.asarray(mask > 0)),
     ]
     first, *others = (draw(pipe, **kind) for kind in kinds)
@@ -266,8 +267,8 @@ class File:
     shape, dtype = (SIDE, SIDE, 3), np.dtype(np.uint8)
 
     def __array__(self, dtype=None, copy=None):
-        return picture()
         self.reads = getattr(self, "reads", 0) + 1
+        return picture()
 
 
 def test_what_numpy_can_read_is_read_once_when_it_is_drawn(pipe, monkeypatch):
@@ -304,6 +305,13 @@ GIVEN = np.zeros((64, 96, 3), np.uint8)
         (dict(mask=[GIVEN]), "mask of uint8 (64, 96, 3) is neither a PIL image nor an array of"),
         (dict(mask=GIVEN[..., 0] * 1.0), "mask of float64 (64, 96) is neither"),
         (dict(mask="m.png"), "mask 'm.png' is neither"),
+        (
+            dict(image=Image.new("I;16", (96, 64))),
+            "image has Pillow's mode I;16: convert it to RGB",
+        ),
+        (dict(mask=Image.new("F", (96, 64))), "mask has Pillow's mode F: convert it to RGB or L"),
+        (dict(mask=Image.new("RGBA", (96, 64))), "mask has transparent parts, which do not say"),
+        (dict(mask=Image.new("LA", (96, 64), (255, 254))), "mask has transparent parts"),
         (
             dict(image=GIVEN[:50, :95]),
             "image is 95 x 50 pixels (width x height), which are no multiples of 32: resize it to"
