@@ -260,9 +260,7 @@ class SanaPipeline(WithLoras, ReadsTexts):
             return programs.composite(images, *(self._spread(request.to_rows(x)) for x in shown))
         return images if request.crop is None else programs.resize_and_crop(images, request.crop)
 
-    def _sample(
-        self, request: Request, on_step, shown: Pixels | None
-    ) -> Float[Array, "padded h w c"]:
+    def _sample(self, request: Request, on_step, shown) -> Float[Array, "padded h w c"]:
         captions, masks = self._read(request)
         sides = request.height // self.factor, request.width // self.factor
         noise, fresh = noise_of(request, (*sides, self.latent_channels))
@@ -292,9 +290,7 @@ class SanaPipeline(WithLoras, ReadsTexts):
                 fresh=fresh if fresh is None else self._spread(fresh),
             )
 
-    def _start(
-        self, request: Request, shown: Pixels, noise: Array, sigma
-    ) -> tuple[Array, Kept | None]:
+    def _start(self, request, shown: Pixels, noise: Array, sigma) -> tuple[Array, Kept | None]:
         """Returns the pictures' latents with noise of level sigma, and what inpainting keeps."""
         several, pixels = sharding.batch_divisor(self.mesh), to_float(shown.pictures)
         vae = module_for(self.checkpoint.vae, jnp.float32)

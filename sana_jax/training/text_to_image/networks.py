@@ -61,10 +61,8 @@ def open_base(
     Raises UserError, naming the key, where a part is missing or the parts do not fit together.
     """
     encoder, prints = config.text_encoder, {}
-    opener, hash_of = (
-        opener or open_once(),
-        functools.cache(lambda name: checkpoint_hash(find(name))),
-    )
+    opener = opener or open_once()
+    hash_of = functools.cache(lambda name: checkpoint_hash(find(name)))
 
     def open_named(key: str, name: str, *parts: str) -> Checkpoint:
         found, prints[key] = opener(name), hash_of(name)
