@@ -12,10 +12,9 @@
 Tensors pass through one by one: memory holds the largest tensor, not the checkpoint (for a
 training, the networks it trained). A .pth or .safetensors file and a fine-tune's transformer/ hold
 the transformer alone; --rest names the checkpoint that provides the autoencoder, the text encoder
-and the tokenizer. WORKDIR is the
---workdir of `train`; its newest checkpoint that is complete and undamaged is read. A LoRA is added
-to the weights, and named in the provenance. The complex human instruction is stored with its sha256
-and its origin.
+and the tokenizer. WORKDIR is the --workdir of `train`; its newest checkpoint that is complete and
+undamaged is read. A LoRA is added to the weights, and named in the provenance. The complex human
+instruction is stored with its sha256 and its origin.
 
 --grow and --prune change the number of the transformer's blocks, as SANA-1.5 does, before a
 training that starts from --out. A grown network computes what its kept blocks did, until it is

@@ -8,9 +8,10 @@
         --config.data.caption="a photo of sks dog"
 
 The same command continues a run that was stopped, killed or preempted. DIR holds the run's metrics,
-pictures and checkpoints. DIR/model is the result, the moving average as a native folder; `convert
---source=DIR --ema` makes such a folder from the newest checkpoint at any time. On several hosts,
-run the command on each of them, with --multihost; DIR is a folder that all of them mount.
+pictures and checkpoints. DIR/model is the result, the moving average: a native folder, or the file
+of a LoRA. `convert --source=DIR --ema` makes a native folder from the newest checkpoint at any
+time, a LoRA merged. On several hosts, run the command on each of them, with --multihost; DIR is a
+folder that all of them mount.
 """
 
 from sana_jax.runtime import cli
