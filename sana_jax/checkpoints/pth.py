@@ -1,9 +1,10 @@
 """Reads PyTorch's .pth files without PyTorch, and without running any code that they name.
 
 Such a file is a zip: NAME/data.pkl pickles nested containers, NAME/data/KEY holds the bytes of a
-storage, and a pickled tensor is a view (offset, shape, strides) of a storage. A pickle may name any
-function for its reader to call: our reader knows a few names, which only note what a tensor is.
-Bytes are read when a tensor is asked for.
+storage, and a pickled tensor is a view (offset, shape, strides) of a storage. A file of before
+PyTorch 1.6 is a row of pickles, the fourth of which are the containers, and then the storages, each
+after its length. A pickle may name any function for its reader to call: our reader knows a few
+names, which only note what a tensor is. Bytes are read when a tensor is asked for.
 """
 
 import io
@@ -37,6 +38,8 @@ INERT = (
 SETS = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET
 BUFFERS = pickle.BYTEARRAY8 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER
 HEADER = b"PK\x03\x04"  # of a zip, and of each of its members
+LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # with which a file of before 1.6 begins
+MOST_PICKLED = 2**26  # bytes of a legacy file's pickles, of which the largest known has 100 kB
 
 
 class _Member(NamedTuple):
@@ -64,7 +67,7 @@ class PthReader(Mapping):
 
     def __init__(self, path: Path, contents: dict | None = None):
         self.path = Path(path)
-        contents = _Unpickler(self.path).load() if contents is None else contents
+        contents = _contents(self.path) if contents is None else contents
         named = {k: v for k, v in contents.items() if isinstance(k, str)}
         self._tensors = {k: v for k, v in named.items() if isinstance(v, _Tensor)}
         self.sections = {k: v for k, v in named.items() if isinstance(v, dict)}
@@ -116,16 +119,9 @@ class _Unpickler(pickle._Unpickler):  # C's unpickler cannot be kept from settin
     for code in pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.DICT + SETS + BUFFERS:
         del dispatch[code]
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, stream: io.BytesIO):
+        super().__init__(stream, encoding="utf-8")
         self.path = path
-        members = _directory(path)
-        tops = [n.removesuffix("data.pkl") for n in members if n.endswith("/data.pkl")]
-        if len(tops) != 1:
-            raise UserError(f"{path} is a zip file but not PyTorch's: it has no data.pkl")
-        self.members = {n.removeprefix(tops[0]): info for n, info in members.items()}
-        if "byteorder" in self.members and _read(path, self.locate("byteorder")) != b"little":
-            raise UserError(f"{path} is big-endian: save it again on a little-endian machine")
-        super().__init__(io.BytesIO(_read(path, self.locate("data.pkl"))), encoding="utf-8")
         self.known = {
             "collections.OrderedDict": lambda: OrderedDict(),  # and then filled
             "torch.Size": _size,
@@ -136,29 +132,17 @@ class _Unpickler(pickle._Unpickler):  # C's unpickler cannot be kept from settin
             **dict.fromkeys(INERT, _inert),
         }
 
-    def load(self) -> dict:
+    def load(self) -> Any:
         try:
-            contents = super().load()
+            return super().load()
         except UserError:
             raise
         except Exception as error:  # on damaged bytes an unpickler may raise anything
-            raise _damaged(self.path, f"{type(error).__name__} in data.pkl") from None
-        if not isinstance(contents, dict):
-            raise UserError(f"{self.path} holds no state dict")
-        return contents
+            raise _damaged(self.path, f"{type(error).__name__} in its pickles") from None
 
-    def locate(self, name: str) -> _Member:
-        info = self.members.get(name)
-        if info is None:
-            raise _damaged(self.path, f"{name!r:.100} is missing")
-        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
-        if not stored or info.flag_bits & 1:
-            raise UserError(f"{self.path}: {name!r:.100} is compressed or encrypted")
-        header = _read(self.path, _Member(info.header_offset, 30, 0))
-        if header[:4] != HEADER:
-            raise _damaged(self.path, f"{name!r:.100} is not where it should be")
-        names = sum(struct.unpack("<HH", header[26:]))
-        return _Member(info.header_offset + 30 + names, info.file_size, info.CRC)
+    def locate(self, key: str, count: int, width: int) -> _Member:
+        """Returns where a storage of `count` elements is, each of `width` bytes."""
+        raise NotImplementedError
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in self.known:
@@ -191,11 +175,10 @@ class _Unpickler(pickle._Unpickler):  # C's unpickler cannot be kept from settin
         self.stack[-1].update(zip(keys, values, strict=True))
 
     def persistent_load(self, pid: Any) -> tuple[_Member, np.dtype]:
-        _, dtype, key, _, count = pid
-        member = self.locate("data/" + key)
-        if count * dtype.itemsize != member.size:
-            raise _damaged(self.path, f"{key!r:.100} has not the size that data.pkl says")
-        return member, dtype
+        _, dtype, key, _, count, *view = pid
+        if view not in ([], [None]) or type(key) is not str or type(count) is not int:
+            raise pickle.UnpicklingError
+        return self.locate(key, count, dtype.itemsize), dtype
 
     def rebuild_tensor(self, storage, offset, shape, strides, *_) -> _Tensor:
         member, dtype = storage
@@ -209,6 +192,99 @@ class _Unpickler(pickle._Unpickler):  # C's unpickler cannot be kept from settin
         # An axis that never steps may have any stride, even one that numpy does not take.
         strides = tuple(s if extent and n > 1 else 0 for n, s in zip(shape, strides, strict=True))
         return _Tensor(member, dtype, offset, tuple(shape), strides, extent)
+
+
+class _Zip(_Unpickler):
+    """Unpickles the containers of a zip."""
+
+    def __init__(self, path: Path):
+        members = _directory(path)
+        tops = [n.removesuffix("data.pkl") for n in members if n.endswith("/data.pkl")]
+        if len(tops) != 1:
+            raise UserError(f"{path} is a zip file but not PyTorch's: it has no data.pkl")
+        self.members = {n.removeprefix(tops[0]): info for n, info in members.items()}
+        self.path = path
+        if "byteorder" in self.members and _read(path, self.member("byteorder")) != b"little":
+            raise UserError(f"{path} is big-endian: save it again on a little-endian machine")
+        super().__init__(path, io.BytesIO(_read(path, self.member("data.pkl"))))
+
+    def locate(self, key: str, count: int, width: int) -> _Member:
+        member = self.member("data/" + key)
+        if count * width != member.size:
+            raise _damaged(self.path, f"{key!r:.100} has not the size that data.pkl says")
+        return member
+
+    def member(self, name: str) -> _Member:
+        info = self.members.get(name)
+        if info is None:
+            raise _damaged(self.path, f"{name!r:.100} is missing")
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not stored or info.flag_bits & 1:
+            raise UserError(f"{self.path}: {name!r:.100} is compressed or encrypted")
+        header = _read(self.path, _Member(info.header_offset, 30, 0))
+        if header[:4] != HEADER:
+            raise _damaged(self.path, f"{name!r:.100} is not where it should be")
+        names = sum(struct.unpack("<HH", header[26:]))
+        return _Member(info.header_offset + 30 + names, info.file_size, info.CRC)
+
+
+class _Legacy(_Unpickler):
+    """Unpickles a part of a file of before 1.6; `members` are where its storages are, by key."""
+
+    def __init__(self, path: Path, stream: io.BytesIO, members: Mapping[str, _Member] | None):
+        super().__init__(path, stream)
+        self.members = members
+        self.found: dict[str, tuple[int, int]] = {}  # key -> elements, and bytes of each
+
+    def locate(self, key: str, count: int, width: int) -> _Member:
+        if self.found.setdefault(key, (count, width)) != (count, width) or count < 0:
+            raise pickle.UnpicklingError
+        # Where storages are stands behind the containers, which are read twice.
+        return _Member(0, count * width, 0) if self.members is None else self.members[key]
+
+
+def _contents(path: Path) -> dict:
+    """Returns what a file pickles, with tensors that know their bytes. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'missing'}")
+    with path.open("rb") as file:
+        is_legacy = file.read(len(LEGACY)) == LEGACY
+    contents = _legacy_contents(path) if is_legacy else _Zip(path).load()
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds no state dict")
+    return contents
+
+
+def _legacy_contents(path: Path) -> Any:
+    with path.open("rb") as file:
+        stream = io.BytesIO(file.read(MOST_PICKLED))
+
+    def read(members: Mapping[str, _Member] | None = None) -> tuple[Any, dict]:
+        unpickler = _Legacy(path, stream, members)
+        return unpickler.load(), unpickler.found
+
+    _, (version, _), (system, _) = read(), read(), read()
+    if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise UserError(
+            f"{path} is of a PyTorch that is too old, or of a big-endian machine: load and save it"
+            " once in a newer PyTorch"
+        )
+    start = stream.tell()
+    _, storages = read()
+    keys, _ = read()
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise _damaged(path, "its list of storages is not theirs")
+    members, place = {}, stream.tell()
+    for key in keys:
+        count, width = storages[key]
+        if bytes(_read(path, _Member(place, 8, 0))) != count.to_bytes(8, "little"):
+            raise _damaged(path, f"{key!r:.100} has not the size that its tensors say")
+        members[key] = _Member(place + 8, count * width, 0)
+        place += 8 + count * width
+    if place > path.stat().st_size:
+        raise _damaged(path, "it is truncated")
+    stream.seek(start)
+    return read(members)[0]
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -229,15 +305,10 @@ def _read(path: Path, member: _Member, start: int = 0, size: int | None = None) 
 
 
 def _directory(path: Path) -> dict[str, zipfile.ZipInfo]:
-    if not path.is_file():
-        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'missing'}")
     with path.open("rb") as file:
         if file.read(len(HEADER)) != HEADER:
             check_itself(path)
-            raise UserError(
-                f"{path} is not a PyTorch file, or of before 1.6: load and save that once in a"
-                " newer PyTorch"
-            )
+            raise UserError(f"{path} is not a PyTorch file")
         try:
             return {info.filename: info for info in zipfile.ZipFile(file).infolist()}
         except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError):

@@ -12,9 +12,6 @@ the lpips package. They are read from .safetensors or .pth files, in the names o
             net.sliceK.N.weight, .bias         a state dict of lpips.LPIPS or of taming's copy
     heads   linK.model.1.weight                lpips' vgg.pth and alex.pth, taming's, torchmetrics'
             lins.K.model.1.weight              a state dict of lpips.LPIPS
-
-A .pth file written before PyTorch 1.6, as the oldest of these are, is refused: load it and save it
-once in a newer PyTorch.
 """
 
 from collections.abc import Mapping

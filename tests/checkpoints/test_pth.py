@@ -434,8 +434,8 @@ def test_directory_that_leads_astray(saved):
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"\n  <html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS pointer"),
-        (pickle.dumps({"a": 1}), "before 1.6"),
-        (b"././@PaxHeader", "before 1.6"),  # the oldest, a tar
+        (pickle.dumps({"a": 1}), "not a PyTorch file"),
+        (b"././@PaxHeader", "not a PyTorch file"),  # the oldest, a tar
     ],
 )
 def test_other_files_are_named(tmp_path, contents, words):
@@ -444,10 +444,45 @@ def test_other_files_are_named(tmp_path, contents, words):
     refused(path, words)
 
 
-def test_old_format(tmp_path):
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_old_format(tmp_path, protocol):
+    """That of before 1.6, in which Inception's weights are published."""
     path = tmp_path / "model.pth"
-    torch.save(state_dict(), path, _use_new_zipfile_serialization=False)
-    refused(path, "before 1.6")
+    options = dict(_use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    torch.save(state_dict(), path, **options)
+    if protocol == 2:
+        assert_same(PthReader(path), torch.load(path, weights_only=False))
+    else:
+        refused(path, "not a PyTorch file")  # nobody wrote it with another protocol
+
+
+def test_old_format_runs_nothing(tmp_path, sentinel):
+    path = tmp_path / "model.pth"
+    for contents in {"x": Call(os.system, f"touch {sentinel}")}, [torch.ones(2)]:
+        torch.save(contents, path, _use_new_zipfile_serialization=False)
+        refused(path, "unsafe object os.system" if isinstance(contents, dict) else "no state dict")
+
+
+def test_damage_of_the_old_format_is_named_or_harmless(tmp_path):
+    path = tmp_path / "model.pth"
+    tensors = {"a": torch.arange(100.0), "b": torch.arange(100.0, 300.0)[:50]}
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    contents, rng = path.read_bytes(), np.random.default_rng(0)
+    for kept in (19, 30, 200, len(contents) - 500, len(contents) - 1):
+        path.write_bytes(contents[:kept])
+        refused(path, "damaged")
+    refusals = 0
+    for _ in range(200):
+        damaged = bytearray(contents)
+        for place in rng.integers(0, len(contents), 3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            dict(PthReader(path))
+        except UserError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert 50 < refusals
 
 
 def test_no_file(tmp_path):
