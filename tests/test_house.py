@@ -14,7 +14,9 @@ SCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "tests/requirements.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "tests/requirements.txt", "tests/references.txt"]
+)
 def test_every_requirement_has_an_upper_bound(name):
     lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
     requirements = [line for line in lines if line and not line.startswith("-r")]
