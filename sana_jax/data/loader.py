@@ -225,12 +225,14 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Example]:
         self.counts = Counts()
-        steps = grain.MapDataset.range(len(self)).map(self.load)
-        for batch, rejections in steps.to_iter_dataset(
-            grain.ReadOptions(self._prefetch, self._prefetch)
-        ):
+        for batch, rejections in self.batches(range(len(self))):
             self.counts.add(int(batch["valid"].sum()), rejections)
             yield batch
+
+    def batches(self, steps: Sequence[int]) -> Iterator[tuple[Example, list[Rejection]]]:
+        """Yields `load(step)` of some steps, prepared ahead; it does not count."""
+        loaded = grain.MapDataset.source(steps).map(self.load)
+        yield from loaded.to_iter_dataset(grain.ReadOptions(self._prefetch, self._prefetch))
 
     def load(self, step: int) -> tuple[Example, list[Rejection]]:
         """Returns batch `step` and the rejections of the records that are masked out in it."""
