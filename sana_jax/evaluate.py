@@ -1,4 +1,4 @@
-"""Measures a checkpoint.
+"""Measures a checkpoint, or a folder of pictures.
 
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=DIR_OR_HUB_ID --data=PICTURES
     python -m sana_jax.evaluate --task=reconstruction --checkpoint=shapes --out=pairs.png
@@ -6,6 +6,10 @@
     python -m sana_jax.evaluate --task=importance --checkpoint=DIR --prompts=prompts.txt \\
         --guidance_scale=4.5 --out=importance.json
     python -m sana_jax.evaluate --task=shapes --checkpoint=TAUGHT/model --novel
+    python -m sana_jax.evaluate --task=fid --data=PICTURES --reference=REAL_OR_STATISTICS.npz \\
+        --weights=pt_inception-2015-12-05-6726825d.pth --workdir=FEATURES
+    python -m sana_jax.evaluate --task=clip_score --data=BATCH_RUN --weights=CLIP_FOLDER
+    python -m sana_jax.evaluate --task=cmmd --data=PICTURES --reference=REAL --weights=CLIP_FOLDER
 
 reconstruction: how near decode(encode(image)) is to the image, for the images of --data, centre
 cropped to squares. Both are rounded to 8 bits first; the figures are means over the images.
@@ -52,8 +56,22 @@ every step 1 - cos of a token's state before and after each block is measured. -
     instruction           sha256 of the complex human instruction, null without
     pictures              (in --out alone) the prompt and the settings of every picture
 
+fid, clip_score, cmmd: how good the pictures of a folder are; sana_jax/metrics/README.md has the
+formulas. With --workdir a killed run goes on, and ends with the figures of an unbroken one.
+
+    fid                   Frechet distance of Inception's features to those of --reference
+    kid, kid_std          kernel distance of the same: mean and spread over 100 subsets of 1,000
+    precision, recall     share of the pictures among the reference's, and the reverse
+    clip_score, standard_error
+                          mean of 100 x the cosine of picture and prompt in CLIP's space
+    cmmd                  Gaussian kernel's distance of CLIP's features, x 1,000
+    count, rejected, rejected_pictures, reference_...
+                          pictures that were measured, and each that could not be, with the reason
+    weights_sha256, resize, size, preprocess, ...
+                          everything that decided the figures
+
 The last line is a JSON object with these figures and what was measured: task and checkpoint, then
-data, split, size and dtype for reconstruction, or the options for shapes and importance.
+data, split, size and dtype for reconstruction, or the options for the other tasks.
 """
 
 import json
@@ -66,18 +84,49 @@ from sana_jax.pictures import check_out, save_png
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
+CHECKPOINT = "checkpoint", "variant", "revision", "dtype", "out"
 SAMPLING = "seed", "num_steps", "guidance_scale", "flow_shift"
+PICTURES = "data", "weights", "workdir"
 OWN = {  # flags that not every task reads
-    "reconstruction": ("data", "data_dir", "split", "lpips_weights", "size"),
-    "shapes": (*SAMPLING, "size", "lora", "novel"),
-    "importance": (*SAMPLING, "prompts"),
+    "reconstruction": (*CHECKPOINT, "data", "data_dir", "split", "lpips_weights", "size"),
+    "shapes": (*CHECKPOINT, *SAMPLING, "size", "lora", "novel"),
+    "importance": (*CHECKPOINT, *SAMPLING, "prompts"),
+    "fid": (*PICTURES, "reference", "resize", "size", "statistics"),
+    "clip_score": (*PICTURES, "dtype"),
+    "cmmd": (*PICTURES, "dtype", "reference"),
 }
+
+SIZE = 128
 
 FLAGS = flags.FLAGS
 _TASK = flags.DEFINE_enum("task", "reconstruction", list(OWN), "the task, as described above")
-_CHECKPOINT = checkpoint_flags.define("checkpoint")
+_CHECKPOINT = checkpoint_flags.define("checkpoint", required=False)
 _DATA = flags.DEFINE_string(
-    "data", "shapes", "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]"
+    "data",
+    "shapes",
+    "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]; for fid, clip_score and cmmd a"
+    " folder, such as one that `sample` wrote",
+)
+_REFERENCE = flags.DEFINE_string(
+    "reference", None, "a folder to compare with; for fid also a .npz file with mu and sigma"
+)
+_WEIGHTS = flags.DEFINE_string(
+    "weights",
+    None,
+    "for fid pytorch-fid's weights of Inception-v3, a .pth or .safetensors file; for clip_score and"
+    " cmmd a folder of CLIP as transformers writes it: ViT-L/14, and for cmmd ViT-L/14 at 336 px",
+)
+_RESIZE = flags.DEFINE_enum(
+    "resize",
+    "bilinear",
+    ["bilinear", "bicubic"],
+    "how pictures are resized for Inception: as by pytorch-fid and SANA, or as by clean-fid",
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "a folder for features, where a killed run goes on and later ones find them"
+)
+_STATISTICS = flags.DEFINE_string(
+    "statistics", None, "a .npz file to write mu and sigma of --data to, replaced if it exists"
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
@@ -90,8 +139,9 @@ _SPLIT = flags.DEFINE_string(
 )
 _SIZE = flags.DEFINE_integer(
     "size",
-    128,
-    "side of the images in pixels; shapes uses it only for an autoencoder without a transformer",
+    None,
+    "side of the images in pixels; default: 128. shapes uses it only for an autoencoder without a"
+    " transformer; for fid, of squares that pictures are made first, 512 in SANA's; default: none",
     16,
     2**13,
 )
@@ -157,6 +207,7 @@ _REVISION = checkpoint_flags.define("revision")
 
 def reconstruction() -> None:
     """Measures how near decode(encode(image)) is to the image."""
+    _require("checkpoint")
     out = check_out(_OUT.value)
 
     from sana_jax.metrics import reconstruction_task
@@ -165,7 +216,7 @@ def reconstruction() -> None:
         data=_DATA.value,
         data_dir=_DATA_DIR.value,
         split=_SPLIT.value,
-        size=_SIZE.value,
+        size=_SIZE.value or SIZE,
         count=_COUNT.value,
         batch_size=_BATCH.value,
         dtype=_DTYPE.value,
@@ -182,6 +233,7 @@ def reconstruction() -> None:
 
 def shapes() -> None:
     """Measures how well a model of the built-in data set draws what prompts state."""
+    _require("checkpoint")
     out = check_out(_OUT.value)
 
     from sana_jax.shapes import evaluation, novel
@@ -193,7 +245,7 @@ def shapes() -> None:
         guidance_scale=given(_GUIDANCE),
         flow_shift=_SHIFT.value,
         batch_size=_BATCH.value,
-        size=_SIZE.value,
+        size=_SIZE.value or SIZE,
         dtype=_DTYPE.value,
         variant=_VARIANT.value,
         revision=_REVISION.value,
@@ -217,6 +269,7 @@ def shapes() -> None:
 
 def importance() -> None:
     """Measures how much each block of the transformer changes its input."""
+    _require("checkpoint")
     out = check_out(_OUT.value, ".json", "an importance file")
 
     from sana_jax.checkpoints.importance import write
@@ -243,7 +296,79 @@ def importance() -> None:
     print(json.dumps({"task": "importance"} | found))
 
 
-TASKS = {"reconstruction": reconstruction, "shapes": shapes, "importance": importance}
+def fid() -> None:
+    """Compares pictures with a reference in Inception's features."""
+    from sana_jax.metrics import fid_task
+
+    _require("data", "weights")
+    if _REFERENCE.value is None and _STATISTICS.value is None:
+        raise UserError("--reference is missing; without it, --statistics=FILE.npz writes a file")
+    statistics = check_out(_STATISTICS.value, ".npz", "statistics", "--statistics")
+    options = fid_task.Options(
+        data=_DATA.value,
+        reference=_REFERENCE.value,
+        weights=_WEIGHTS.value,
+        resize=_RESIZE.value,
+        size=_SIZE.value,
+        count=_COUNT.value,
+        batch_size=_BATCH.value,
+        workdir=_WORKDIR.value,
+        statistics=statistics and str(statistics),
+    )
+    _report(fid_task.fid(options), fid_task.table)
+
+
+def clip_score() -> None:
+    """Measures how well pictures fit their prompts in CLIP's space."""
+    from sana_jax.metrics import clip_task
+
+    _require("data", "weights")
+    _report(clip_task.clip_score(_clip_options()), clip_task.table)
+
+
+def cmmd() -> None:
+    """Compares pictures with a reference in CLIP's space."""
+    from sana_jax.metrics import clip_task
+
+    _require("data", "weights", "reference")
+    _report(clip_task.image_distance(_clip_options()), clip_task.table)
+
+
+def _clip_options():
+    from sana_jax.metrics import clip_task
+
+    return clip_task.Options(
+        data=_DATA.value,
+        weights=_WEIGHTS.value,
+        reference=_REFERENCE.value,
+        count=_COUNT.value,
+        batch_size=_BATCH.value,
+        dtype=_DTYPE.value,
+        workdir=_WORKDIR.value,
+    )
+
+
+def _require(*names: str) -> None:
+    for name in names:
+        if not FLAGS[name].present or not FLAGS[name].value:
+            raise UserError(f"--{name} is missing; --task={_TASK.value} needs it")
+
+
+def _report(found: dict, table) -> None:
+    left_out = sum(found["rejected"].values()) + sum(found.get("reference_rejected", {}).values())
+    print(f"{found['count']} pictures, {left_out} left out:")
+    print(table(found))
+    print(json.dumps({"task": _TASK.value} | found))
+
+
+TASKS = {
+    "reconstruction": reconstruction,
+    "shapes": shapes,
+    "importance": importance,
+    "fid": fid,
+    "clip_score": clip_score,
+    "cmmd": cmmd,
+}
 
 
 def main(argv):

@@ -80,21 +80,26 @@ def save_png(path: Path, picture: Picture) -> None:
         raise UserError(f"--out={path}: {reason_of(error)}") from None
 
 
-def check_out(out: str | None, suffix: str = ".png", what: str = "a picture") -> Path | None:
-    """Returns --out as a path to which a PNG, or `what`, can be written. Raises UserError."""
+def check_out(
+    out: str | None, suffix: str = ".png", what: str = "a picture", flag: str = "--out"
+) -> Path | None:
+    """Returns --out as a path to which a PNG, or `what`, can be written. Raises UserError.
+
+    `flag` is what names it on the command line.
+    """
     if out is None:
         return None
     path = Path(out)
     if path.suffix.lower() != suffix:
-        raise UserError(f"--out={out}: {what} is written; give it a name that ends with {suffix}")
+        raise UserError(f"{flag}={out}: {what} is written; give it a name that ends with {suffix}")
     try:
         if path.is_dir():
-            raise UserError(f"--out={out} is a folder; name a file")
-        check_is_file(path, f"--out={out}")
+            raise UserError(f"{flag}={out} is a folder; name a file")
+        check_is_file(path, f"{flag}={out}")
         if not path.parent.is_dir():
-            raise UserError(f"--out={out}: the folder {path.parent} is not there; make it first")
+            raise UserError(f"{flag}={out}: the folder {path.parent} is not there; make it first")
     except OSError as error:  # no file can have such a name
-        raise UserError(f"--out={out:.60}: {error.strerror}") from None
+        raise UserError(f"{flag}={out:.60}: {error.strerror}") from None
     if not all(os.access(it, os.W_OK) for it in (path, path.parent) if it.exists()):
-        raise UserError(f"--out={out} cannot be written; name another")
+        raise UserError(f"{flag}={out} cannot be written; name another")
     return path

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 
@@ -20,13 +21,20 @@ def _module(name: str, **names) -> types.ModuleType:
     return module
 
 
+def to_tensor(image) -> torch.Tensor:
+    """Does what torchvision's ToTensor does: channels first, and 8 bits in 0 .. 1."""
+    array = np.array(image)
+    planes = torch.from_numpy(array).permute(2, 0, 1).contiguous().float()
+    return planes.div(255) if array.dtype == np.uint8 else planes
+
+
 @contextlib.contextmanager
 def stand_in() -> Iterator[types.ModuleType]:
     """Puts a torchvision in place for the block."""
     nothing = type("Nothing", (), {})
     datasets = _module("datasets", **dict.fromkeys(("CIFAR10", "CIFAR100", "STL10"), nothing))
     functional = _module("functional")
-    transforms = _module("transforms", functional=functional)
+    transforms = _module("transforms", functional=functional, ToTensor=lambda: to_tensor)
     inception = _module("inception")
     models = _module("models", inception=inception)
     package = _module("torchvision", __version__="0.28.0", datasets=datasets)
@@ -94,8 +102,8 @@ def fidelity_inception(path) -> torch.nn.Module:
     )
 
 
-def pytorch_fid_inception(path) -> torch.nn.Module:
+def pytorch_fid_inception(path, **options) -> torch.nn.Module:
     """Returns pytorch-fid's network with the weights of a .pth file: its blocks, in its order."""
     torchvision.models.inception_v3 = lambda **options: fidelity_inception(path)
     pytorch_inception.load_state_dict_from_url = lambda url, **options: torch.load(path)
-    return pytorch_inception.InceptionV3([3]).eval()
+    return pytorch_inception.InceptionV3([3], **options).eval()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import module_for
 from sana_jax.shapes.evaluation import Options
-from tests import mini
+from tests import mini, toy_clip
 from tests.metrics.test_lpips import Twin
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +148,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
     (tmp_path / "small").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "small" / "a.png")
     (tmp_path / "weights.pth").write_text("<html>not found</html>")
+    fid = ["--task=fid", pictures, "--weights=weights.pth"]
     cases = {
         "--checkpoint is missing": [pictures],
         f"give {shared / 'run' / 'model'}": [f"--checkpoint={shared / 'run'}", pictures],
@@ -170,6 +172,16 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "--data_dir": [checkpoint, "--data=shapes", "--split=train"],
         "--seed is not of --task=reconstruction": [checkpoint, pictures, "--seed=0"],
         "--data is not of --task=shapes": [checkpoint, pictures, "--task=shapes"],
+        "--checkpoint is not of --task=fid": [checkpoint, pictures, "--task=fid"],
+        "--data is missing; --task=fid": ["--task=fid", "--weights=weights.pth"],
+        "--weights is missing; --task=cmmd": ["--task=cmmd", pictures],
+        "--reference is missing; --task=cmmd": ["--task=cmmd", pictures, "--weights=x"],
+        "--reference is missing; without it": ["--task=fid", pictures, "--weights=x"],
+        "x is no folder: give one with CLIP": ["--task=clip_score", pictures, "--weights=x"],
+        "statistics is written; give it": [*fid, "--statistics=out.txt"],
+        "weights.pth is a web page": [*fid, "--reference=empty"],
+        "none.npz is missing": [*fid, "--reference=none.npz"],
+        "--resize": [*fid, "--reference=empty", "--resize=lanczos"],
     }
     (tmp_path / "folder.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
@@ -218,3 +230,41 @@ def test_shapes(shared, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (6 * 70 + 5 * 2, 70)
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_killed_measurement_of_pictures_goes_on(tmp_path):
+    """SIGKILL at the first batches; then the figures are those of an unbroken run, to the bit."""
+    toy_clip.save(tmp_path / "clip")
+    random = np.random.default_rng(0)
+    for name, count in (("data", 120), ("reference", 9)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            pixels = random.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i:03}.png")
+    (tmp_path / "data" / "060.png").write_text("cut short")
+    command = ["-m", "sana_jax.evaluate", "--task=cmmd", "--weights=clip", "--data=data"]
+    command += ["--reference=reference", "--batch_size=1"]
+    environment = dict(PYTHONPATH=str(ROOT), XLA_FLAGS="", XDG_CACHE_HOME=str(tmp_path / "caches"))
+    killed = subprocess.Popen(
+        [sys.executable, *command, "--workdir=killed"],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def done():
+        return len(list((tmp_path / "killed").glob("*/0*.npz")))
+
+    while done() < 3 and killed.poll() is None:
+        time.sleep(0.001)
+    killed.kill()
+    assert killed.communicate()[0] == b"" and 3 <= done() < 129
+    again, whole = (run([*command, f"--workdir={name}"], tmp_path) for name in ("killed", "whole"))
+    assert again.returncode == 0, again.stderr
+    found, expected = (json.loads(each.stdout.splitlines()[-1]) for each in (again, whole))
+    assert found.pop("workdir") == "killed" and expected.pop("workdir") == "whole"
+    assert found == expected and found["count"] == 119 and found["cmmd"] > 0
+    assert list(found["rejected_pictures"]) == ["060.png"] and "060.png" in again.stderr
+    told = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
+    assert re.search(r"\bcmmd\b", told) and "119 pictures, 1 left out" in again.stdout

@@ -20,9 +20,10 @@ LORA_HELP = (
 flags.disclaim_key_flags()  # the flags are those of the module that calls
 
 
-def define(name: str) -> flags.FlagHolder:
-    """Defines the flag `name`, a key of HELP; only --checkpoint is required."""
-    return flags.DEFINE_string(name, None, HELP[name], required=name == "checkpoint")
+def define(name: str, required: bool | None = None) -> flags.FlagHolder:
+    """Defines the flag `name`, a key of HELP; by default only --checkpoint is required."""
+    required = name == "checkpoint" if required is None else required
+    return flags.DEFINE_string(name, None, HELP[name], required=required)
 
 
 def given(flag: flags.FlagHolder) -> Any:

@@ -27,6 +27,7 @@ class Statistics(NamedTuple):
 
     mean: Float[np.ndarray, " D"]
     covariance: Float[np.ndarray, "D D"]
+    root: Float[np.ndarray, "R D"] | None = None  # root' root = covariance, where it is known
 
 
 def statistics(blocks: Callable[[], Iterable[Rows]]) -> Statistics:
@@ -41,6 +42,9 @@ def statistics(blocks: Callable[[], Iterable[Rows]]) -> Statistics:
     if count < 2:
         raise UserError(f"a covariance needs two pictures or more, and there are {count}")
     mean = total / count
+    if count <= mean.size:
+        root = (np.concatenate(list(blocks())) - mean) / (count - 1) ** 0.5
+        return Statistics(mean, root.T @ root, root)
     products = np.zeros((mean.size, mean.size))
     for rows in blocks():
         centred = rows - mean
@@ -51,19 +55,20 @@ def statistics(blocks: Callable[[], Iterable[Rows]]) -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Returns the distance, zero for equal statistics up to rounding.
 
-    The trace of (S T)^(1/2) is the sum of the singular values of S^(1/2) T^(1/2), which exist for
-    singular covariances too, those of fewer pictures than features.
+    Where S = A' A and T = B' B, the trace of (S T)^(1/2) is the sum of the singular values of A B'.
+    So it exists for singular covariances too, those of fewer pictures than features.
     """
     difference = a.mean - b.mean
-    product = _root(a.covariance) @ _root(b.covariance)
-    trace = np.linalg.svd(product, compute_uv=False).sum()
+    trace = np.linalg.norm(_root(a) @ _root(b).T, "nuc")
     spread = np.trace(a.covariance) + np.trace(b.covariance)
     return float(difference @ difference + spread - 2 * trace)
 
 
-def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+def _root(found: Statistics) -> Float[np.ndarray, "R D"]:
+    if found.root is not None:
+        return found.root
+    values, vectors = np.linalg.eigh(found.covariance)
+    return np.sqrt(values.clip(min=0))[:, None] * vectors.T
 
 
 def read_statistics(path: str | Path, width: int) -> Statistics:

@@ -1,0 +1,126 @@
+"""Measures pictures in CLIP's space: evaluate --task=clip_score and --task=cmmd."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from sana_jax import sharding
+from sana_jax.checkpoints.clip import CLIPCheckpoint, open_clip
+from sana_jax.data.transforms import Example
+from sana_jax.metrics import features
+from sana_jax.metrics.features import Features, Network, Prepared
+from sana_jax.metrics.kernel_distances import SCALE, SIGMA, cmmd
+from sana_jax.metrics.pictures import open_pictures
+from sana_jax.metrics.resizes import clip_input
+from sana_jax.models.clip import unit
+from sana_jax.runtime.files import sha256_of
+
+HUNDRED = 100.0  # the scale that OpenAI's networks learned, and at which their training held it
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Everything that decides the figures."""
+
+    data: str  # the pictures: a folder, or that of a batch run
+    weights: str  # a folder of CLIP, as transformers writes it
+    reference: str | None = None  # a folder; of CMMD alone
+    count: int | None = None  # the first pictures of either folder; None: all
+    batch_size: int = 16
+    dtype: str = "float32"
+    workdir: str | None = None  # where features are kept; None: nowhere
+
+
+def clip_score(options: Options) -> dict[str, Any]:
+    """Returns the mean of 100 x the cosine of picture and prompt, for JSON. Raises UserError."""
+    opened = open_clip(options.weights)
+    tokenizer = opened.tokenizer()
+
+    def tokenize(text: str) -> np.ndarray:
+        return opened.tokenize([text], tokenizer)[0]
+
+    def score(module, params, batch):
+        image = module.apply(params, batch["image"], method="encode_image")
+        text = module.apply(params, batch["tokens"], method="encode_text")
+        return HUNDRED * (unit(image) * unit(text)).sum(axis=-1, keepdims=True)
+
+    with _measured(options, opened, "clip", score, tokenize) as (found, about):
+        data = found["data"]
+        scores = data.some(len(data)).astype(np.float64)
+    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
+    figures = {"clip_score": scores.mean(), "standard_error": error}
+    figures = {name: value if value is None else float(value) for name, value in figures.items()}
+    return about | figures | data.about()
+
+
+def image_distance(options: Options) -> dict[str, Any]:
+    """Returns CMMD, for JSON. Raises UserError."""
+
+    def embed(module, params, batch):
+        return unit(module.apply(params, batch["image"], method="encode_image"))
+
+    with _measured(options, open_clip(options.weights), "cmmd", embed) as (found, about):
+        data, reference = found["data"], found["reference"]
+        figures = {"cmmd": cmmd(data.some(), reference.some()), "sigma": SIGMA, "scale": SCALE}
+    return about | figures | data.about() | reference.about("reference_")
+
+
+@contextlib.contextmanager
+def _measured(
+    options: Options, opened: CLIPCheckpoint, kind: str, compute: Any, tokenize: Any = None
+) -> Iterator[tuple[dict[str, Features], dict[str, Any]]]:
+    """Yields the features of every folder, and what decided them."""
+    names = ("data",) if options.reference is None else ("data", "reference")
+    sources = {name: open_pictures(getattr(options, name), name) for name in names}
+    mesh = sharding.make_mesh()
+    batch_size = options.batch_size + -options.batch_size % sharding.batch_divisor(mesh)
+    side = opened.config.image_size
+    decides = {"preprocess": kind, "side": side, "mean": opened.mean, "std": opened.std}
+    prepared = Prepared(clip_input(kind, side, opened.mean, opened.std), decides, tokenize)
+    about = {"features": kind, "weights_sha256": _sha256(opened), "dtype": options.dtype}
+
+    def network() -> Network:
+        params = {"params": opened.place(mesh, options.dtype, None if tokenize else "vision")}
+        module = opened.module(options.dtype)
+        apply = jax.jit(lambda params, batch: compute(module, params, batch))
+
+        def run(batch: Example) -> jax.Array:
+            with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+                return apply(params, sharding.put_batch(batch, mesh))
+
+        return run
+
+    with features.workdir(options.workdir) as folder:
+        found = {
+            name: features.measure(
+                source, prepared, network, folder, about, batch_size=batch_size, count=options.count
+            )
+            for name, source in sources.items()
+        }
+        yield found, about | decides | dataclasses.asdict(options)
+
+
+def _sha256(opened: CLIPCheckpoint) -> str:
+    """Returns a hash of the files that decide the features."""
+    names = "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
+    files = [opened.folder / name for name in names]
+    files += sorted(opened.folder.glob("model*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def table(found: dict[str, Any]) -> str:
+    """Formats the figure for people."""
+    if "cmmd" in found:
+        return f"CMMD        {found['cmmd']:.4f}"
+    error = found["standard_error"]
+    sure = "" if error is None else f" +- {error:.4f}, a standard error"
+    return f"CLIP score  {found['clip_score']:.4f}{sure}"
