@@ -83,6 +83,8 @@ def names(folder) -> list[str]:
         (["--prompt=a", "--out="], "--out= is empty"),
         (["--prompt=a", "--guidance_interval=0.9,0.1"], "--guidance_interval=0.9,0.1"),
         (["--prompt=a", "--guidance_interval=low"], "--guidance_interval=low"),
+        (["--prompt=a", "--angles=1.5,low"], "--angles=1.5,low: give angles"),
+        (["--prompt=a", "--angles=1.5,0"], "--angles are for Sana-Sprint, which this checkpoint"),
         (["--prompt=a", "--image=a.png", "--strength=0"], "--strength=0.0: it takes a number abo"),
         (
             ["--prompt=a", "--mask=m.png"],

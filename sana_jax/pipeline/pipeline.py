@@ -173,12 +173,12 @@ class SanaPipeline(WithLoras, ReadsTexts):
           negative_prompt: one for all, or one per prompt.
           height, width: pixels, multiples of the autoencoder's factor; None: the native size.
           num_steps: evaluations of the network (pairs, under guidance); None: 20, for Sprint 2.
-          guidance_scale: one for all, or one per prompt; <= 1 means no guidance, but for Sprint.
+          guidance_scale: one for all, or one per prompt; <= 1: no guidance; Sprint reads it.
           guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
           seed: 0 .. 2**64 - 1; one per image, or the first image's: the next images count up.
-          latents: the noise to start from, float32, for Sprint or of all steps; overrides `seed`.
+          latents: the noise to start from, float32 (Sprint: or of every step); overrides `seed`.
           prompt_embeddings, prompt_mask: from `encode_prompt`; the mask is of bools, or 0 and 1.
-          sampler: "flow_dpm_solver" or "flow_euler"; for Sprint "scm". None: the first, or that.
+          sampler: "flow_dpm_solver" (None) or "flow_euler"; for Sprint "scm" (None).
           flow_shift: of the noise schedule; None: the checkpoint's.
           angles: of Sprint, falling to 0, or "paper" or "diffusers"; None: see diffusion/scm.py.
           instruction: "auto": the checkpoint's own; None: no instruction; or a text.
@@ -188,7 +188,7 @@ class SanaPipeline(WithLoras, ReadsTexts):
           sequential_guidance: compute the halves of guidance one after the other, in less memory.
           tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
           image: to start from, one or one per prompt: PIL's, or uint8 (H, W, 3). Its size is drawn.
-          strength: the share of the steps, to 1, that change the image; None: 0.6, for Sprint 0.5.
+          strength: the share of steps, up to 1, that change the image; None: 0.6, Sprint 0.5.
           mask: white (255, True) where image is redrawn, 0 where it is kept; see image_input.py.
 
         Scalars and lists of NumPy and JAX are taken wherever Python's are. Raises UserError, a
