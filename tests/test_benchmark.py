@@ -1,14 +1,18 @@
 """The command as a user meets it, on networks whose times mean nothing."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sana_jax.checkpoints import random_weights
 from sana_jax.models import flops
+from tests import commands
 
+ROOT = Path(__file__).parents[1]
 # python -m sana_jax.benchmark, after some lines of setup.
 MAIN = 'import runpy; runpy.run_module("sana_jax.benchmark", run_name="__main__", alter_sys=True)'
 
@@ -123,25 +127,32 @@ def test_two_kinds_of_devices_are_not_compared(ours, theirs, remedy):
     assert f"we run on the {ours}, torch on the {theirs}: install {remedy}" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--preset=sana_9b"], "preset 'sana_9b' is not one of tiny, tiny_sprint, sana_600m_512"),
-        (["--parts=trunk,vae"], "'vae' is not one of text, trunk, loop, decode, encode, memory"),
-        (["--parts="], "--parts is empty"),
-        (["--preset=tiny", "--size=100"], "--size=100 is not a multiple of 32: try 96 or 128"),
-        (["--size=0"], "--size=0"),
-        (["--batch=0"], "--batch_size=0"),
-        (["--repeat=0"], "--repeat=0"),
-        (["--loop_steps=0"], "--loop_steps=0"),
-        (["--dtype=int8"], "--dtype=int8"),
-        (["--against=torch"], "--against=torch"),
-    ],
-)
-def test_bad_flags(flags, words):
-    result = bench(*flags)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert words in result.stderr and not result.stdout
+BAD_FLAGS = [
+    (["--preset=sana_9b"], "preset 'sana_9b' is not one of tiny, tiny_sprint, sana_600m_512"),
+    (["--parts=trunk,vae"], "'vae' is not one of text, trunk, loop, decode, encode, memory"),
+    (["--parts="], "--parts is empty"),
+    (["--preset=tiny", "--size=100"], "--size=100 is not a multiple of 32: try 96 or 128"),
+    (["--size=0"], "--size=0"),
+    (["--batch=0"], "--batch_size=0"),
+    (["--repeat=0"], "--repeat=0"),
+    (["--loop_steps=0"], "--loop_steps=0"),
+    (["--dtype=int8"], "--dtype=int8"),
+    (["--against=torch"], "--against=torch"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    lines = [flags for flags, _ in BAD_FLAGS]
+    found = commands.several("sana_jax.benchmark", lines, ROOT, os.environ)
+    return {words: answer for (_, words), answer in zip(BAD_FLAGS, found, strict=True)}
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
+def test_bad_flags(answers, flags, words):
+    status, stdout, stderr = answers[words]
+    assert status == 2 and len(stderr.splitlines()) == 1, stderr
+    assert words in stderr and not stdout
 
 
 @pytest.mark.parametrize("package", ["torch", "diffusers"])

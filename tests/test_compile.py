@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -17,7 +19,9 @@ from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.autoencoder.recipe import autoencoder
 from sana_jax.training.text_to_image.recipe import text_to_image
+from tests import commands
 
+ROOT = Path(__file__).parents[1]
 needs_libtpu = pytest.mark.skipif(
     not tpu_estimate.has_libtpu(), reason="libtpu, the TPU compiler, is not installed"
 )
@@ -245,23 +249,30 @@ def test_what_does_not_fit_is_an_answer():
     assert "DOES NOT FIT: at least 20.00 GiB a chip of 15.75, 4.25 too many" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--preset=tiny"], "--topology is missing"),
-        (["--preset=tiny", "--topology=v7:2x2"], "topology 'v7:2x2' is neither CHIP:SHAPE of TPUs"),
-        (["--preset=tiny", "--topology=v5e:2"], "topology 'v5e:2' is not CHIP:SHAPE"),
-        (["--preset=tiny", "--topology=h100:2x2"], "topology 'h100:2x2' is not CARD:COUNT"),
-        (["--preset=tiny", "--topology=h100:9"], "more than 8 cards are hosts of so many"),
-        (["--topology=v5e:2x2"], "--what=forward needs --preset"),
-        (["--topology=v5e:2x2", "--preset=tiny", "--what=train"], "--what=train needs --config"),
-        (["--topology=v5e:2x2", "--preset=tiny", "--what=draw"], "should be one of"),
-    ],
-)
-def test_bad_flags(flags, words):
-    result = command(*flags)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert words in result.stderr and not result.stdout
+BAD_FLAGS = [
+    (["--preset=tiny"], "--topology is missing"),
+    (["--preset=tiny", "--topology=v7:2x2"], "topology 'v7:2x2' is neither CHIP:SHAPE of TPUs"),
+    (["--preset=tiny", "--topology=v5e:2"], "topology 'v5e:2' is not CHIP:SHAPE"),
+    (["--preset=tiny", "--topology=h100:2x2"], "topology 'h100:2x2' is not CARD:COUNT"),
+    (["--preset=tiny", "--topology=h100:9"], "more than 8 cards are hosts of so many"),
+    (["--topology=v5e:2x2"], "--what=forward needs --preset"),
+    (["--topology=v5e:2x2", "--preset=tiny", "--what=train"], "--what=train needs --config"),
+    (["--topology=v5e:2x2", "--preset=tiny", "--what=draw"], "should be one of"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    lines = [flags for flags, _ in BAD_FLAGS]
+    found = commands.several("sana_jax.compile", lines, ROOT, os.environ)
+    return {words: answer for (_, words), answer in zip(BAD_FLAGS, found, strict=True)}
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
+def test_bad_flags(answers, flags, words):
+    status, stdout, stderr = answers[words]
+    assert status == 2 and len(stderr.splitlines()) == 1, stderr
+    assert words in stderr and not stdout
 
 
 @pytest.mark.skipif(gpu_compile.has_compiler(), reason="the CUDA compiler is installed")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -26,9 +27,10 @@ from sana_jax.checkpoints.find import file_sha256
 from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.checkpoints.peft import write_adapter
 from sana_jax.sharding import make_mesh
-from tests import toy
+from tests import commands, toy
 from tests.checkpoints.test_nvlabs import official
 
+ROOT = Path(__file__).parents[1]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -304,39 +306,51 @@ def test_values_that_overflow_the_asked_type(folder, tmp_path):
     refused(result, "proj_out.bias", "float16")
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--source=no/such/place"], ["no/such/place"]),
-        (["--source=nowhere"], ["no checkpoint 'nowhere'"]),
-        (["--source=" + "a" * 300], ["name too long"]),
-        (["--source={folder}/model_index.json"], ["is a file"]),
-        (["--source={theirs}"], ["NVlabs/checkpoints/Sana.pth"]),
-        (["--source={folder}", "--out={folder}/inside"], ["inside --source"]),
-        (["--source=launch/quickstar"], ["'launch/quickstar'", "launch is a folder here"]),
-        (["--source={folder}", "--variant=bf16"], ["bf16"]),
-        (
-            ["--source={folder}", "--ema"],
-            ["--ema", "or a training", "checkpoints/"],
-        ),
-        (["--source={folder}", "--clip_attention", "--format=diffusers"], ["--clip_attention"]),
-        (["--source={folder}", "--format=onnx"], ["--format"]),
-        (["--source={folder}", "--instruction_file=/no/such"], ["/no/such"]),
-        (["--source={folder}", "--lora={folder}:0.5"], ["no pytorch_lora_weights.safetensors"]),
-        (["--source={folder}", "--lora={folder}/" + WEIGHTS], ["holds no LoRA, but"]),
-        (["--source=missing.pth"], ["--rest"]),
-        (["--source=missing.safetensors"], ["--rest"]),
-        (["--source=missing.pth", "--rest={folder}"], ["missing.pth"]),
-        ([], ["--source"]),
-    ],
-)
-def test_bad_flags(folder, tmp_path, flags, words):
-    out, weights = tmp_path / "out", tmp_path / "NVlabs" / "checkpoints"
+BAD_FLAGS = [
+    (["--source=no/such/place"], ["no/such/place"]),
+    (["--source=nowhere"], ["no checkpoint 'nowhere'"]),
+    (["--source=" + "a" * 300], ["name too long"]),
+    (["--source={folder}/model_index.json"], ["is a file"]),
+    (["--source={theirs}"], ["NVlabs/checkpoints/Sana.pth"]),
+    (["--source={folder}", "--out={folder}/inside"], ["inside --source"]),
+    (["--source=launch/quickstar"], ["'launch/quickstar'", "launch is a folder here"]),
+    (["--source={folder}", "--variant=bf16"], ["bf16"]),
+    (
+        ["--source={folder}", "--ema"],
+        ["--ema", "or a training", "checkpoints/"],
+    ),
+    (["--source={folder}", "--clip_attention", "--format=diffusers"], ["--clip_attention"]),
+    (["--source={folder}", "--format=onnx"], ["--format"]),
+    (["--source={folder}", "--instruction_file=/no/such"], ["/no/such"]),
+    (["--source={folder}", "--lora={folder}:0.5"], ["no pytorch_lora_weights.safetensors"]),
+    (["--source={folder}", "--lora={folder}/" + WEIGHTS], ["holds no LoRA, but"]),
+    (["--source=missing.pth"], ["--rest"]),
+    (["--source=missing.safetensors"], ["--rest"]),
+    (["--source=missing.pth", "--rest={folder}"], ["missing.pth"]),
+    ([], ["--source"]),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(folder, tmp_path_factory):
+    """What the command answers to each of BAD_FLAGS; it has written nothing."""
+    here, out = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("bad") / "out"
+    weights = here / "NVlabs" / "checkpoints"
     weights.mkdir(parents=True)
     (weights / "Sana.pth").touch()
-    flags = [flag.format(folder=folder, theirs=weights.parent) for flag in flags]
-    refused(convert(f"--out={out}", *flags), *words)
-    assert not out.exists()
+    lines = [
+        [f"--out={out}", *(flag.format(folder=folder, theirs=weights.parent) for flag in flags)]
+        for flags, _ in BAD_FLAGS
+    ]
+    before = sorted([*here.rglob("*"), *folder.rglob("*")])
+    found = commands.several("sana_jax.convert", lines, ROOT, os.environ)
+    assert sorted([*here.rglob("*"), *folder.rglob("*")]) == before and not out.exists()
+    return [SimpleNamespace(returncode=status, stderr=stderr) for status, _, stderr in found]
+
+
+@pytest.mark.parametrize("number", range(len(BAD_FLAGS)), ids=lambda i: " ".join(BAD_FLAGS[i][0]))
+def test_bad_flags(answers, number):
+    refused(answers[number], *BAD_FLAGS[number][1])
 
 
 def test_an_occupied_folder_is_kept(folder, tmp_path):

@@ -21,31 +21,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.components import module_for
 from sana_jax.shapes.evaluation import Options
-from tests import mini, toy_clip
+from tests import commands, mini, toy_clip
 from tests.metrics.test_lpips import Twin
 
 ROOT = Path(__file__).parents[1]
 SIZE = 48
-# Runs the command once for each list of arguments in the JSON on stdin, as one process.
-SEVERAL = """
-import contextlib, io, json, sys
-from absl import flags
-from sana_jax import evaluate
-from sana_jax.runtime import cli
-
-cli.GRACE_SECONDS = 10**6  # this process goes on after the first error
-answers = []
-for arguments in json.load(sys.stdin):
-    sys.argv, told = ["evaluate", *arguments], io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            cli.run(evaluate.main)
-    except SystemExit as exit:
-        answers.append([exit.code, told.getvalue()])
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
-print(json.dumps(answers))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -71,34 +51,21 @@ def shared(tmp_path_factory):
     return path
 
 
-def run(arguments, cwd, **popen):
-    environment = dict(PYTHONPATH=str(ROOT), XLA_FLAGS="", XDG_CACHE_HOME=str(cwd / "caches"))
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **popen,
-    )
+def environment(cwd):
+    return os.environ | dict(PYTHONPATH=str(ROOT), XLA_FLAGS="", XDG_CACHE_HOME=str(cwd / "caches"))
+
+
+def several(lines, cwd):
+    return commands.several("sana_jax.evaluate", lines, cwd, environment(cwd))
 
 
 def test_reconstruction(shared, tmp_path):
     """The figures are scikit-image's, of what the network makes of the same squares."""
-    result = run(
-        [
-            *(
-                "-m",
-                "sana_jax.evaluate",
-                "--task=reconstruction",
-                f"--size={SIZE}",
-                "--batch_size=2",
-            ),
-            *(f"--checkpoint={shared / 'checkpoint'}", f"--data={shared / 'pictures'}"),
-            *("--out=pairs.png", f"--lpips_weights={shared / 'alex.pth'}"),
-        ],
-        tmp_path,
+    line = [sys.executable, "-m", "sana_jax.evaluate", "--task=reconstruction", f"--size={SIZE}"]
+    line += [f"--checkpoint={shared / 'checkpoint'}", f"--data={shared / 'pictures'}"]
+    line += ["--batch_size=2", "--out=pairs.png", f"--lpips_weights={shared / 'alex.pth'}"]
+    result = subprocess.run(
+        line, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     *table, last = result.stdout.strip().splitlines()
@@ -185,10 +152,8 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
     }
     (tmp_path / "folder.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    result = run(["-c", SEVERAL], tmp_path, input=json.dumps(list(cases.values())))
-    assert result.returncode == 0, result.stderr
-    answers = json.loads(result.stdout.splitlines()[-1])
-    for (words, arguments), (status, told) in zip(cases.items(), answers, strict=True):
+    answers = several(list(cases.values()), tmp_path)
+    for (words, arguments), (status, _, told) in zip(cases.items(), answers, strict=True):
         assert status == 2, (arguments, told)
         assert told.startswith("error: ") and told.count("\n") == 1, told
         assert words in told, (words, told)
@@ -206,9 +171,8 @@ def test_shapes(shared, tmp_path):
         [f"--checkpoint={shared / 'checkpoint'}", "--size=50"],
         [f"--checkpoint={shared / 'checkpoint'}", "--novel"],
     ]
-    result = run(["-c", SEVERAL], tmp_path, input=json.dumps([arguments + case for case in cases]))
-    assert result.returncode == 0, result.stderr
-    *lines, answers = result.stdout.splitlines()
+    answers = several([arguments + case for case in cases], tmp_path)
+    lines = "".join(out for _, out, _ in answers).splitlines()
     whole, alone, novel = (json.loads(line) for line in lines if line.startswith("{"))
     assert novel["novel"] == "yellow green" and not {"novel"} & {*whole, *alone}
     assert any("6 held-out prompts with yellow green, 64 px" in line for line in lines)
@@ -224,7 +188,7 @@ def test_shapes(shared, tmp_path):
     assert set(whole["by_objects"]) == set("1234") and set(whole["by_style"]) == {"short", "long"}
     assert all(alone[name] is None for name in (*names, "facts"))
     assert any(line.startswith("note: ") for line in lines)
-    told = [told for _, told in json.loads(answers)]
+    told = [told for _, _, told in answers]
     assert "reconstructs some pictures with NaN or infinite" in told[2]
     assert "--size=50 is not a multiple of 4" in told[3]
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -23,11 +24,12 @@ from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImage
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.sharding import make_mesh
-from tests import mini, toy
+from tests import commands, mini, toy
 from tests.data import bad_files
 from tests.data.bad_files import encode, picture
 from tests.data.test_folder import make
 
+ROOT = Path(__file__).parents[1]
 GOOD, SIDE, INSTRUCTION = 11, 32, "Draw what is asked for: "
 
 
@@ -290,22 +292,31 @@ def test_what_cannot_be_precomputed(photos, encoder, pipe, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ([], "give --size or --buckets"),
-        (["--size=30"], "--size=30 is not a multiple of 4"),
-        (["--size=32", "--data=precomputed:here"], "these are latents already"),
-        (["--size=32", "--tile=large"], "--tile=large: give SIZE,STRIDE in pixels, auto or none"),
-        (["--size=32", "--tile=16,30"], "--tile=16,30: stride (30, 30) must lie between"),
-        (["--size=32", "--max_pixels=1000000000"], "max_pixels=1000000000: give 1 to 178956970"),
-    ],
-)
-def test_bad_flags(checkpoint, tmp_path, flags, words):
-    given = [f"--checkpoint={checkpoint}", "--data=nowhere", f"--out={tmp_path / 'out'}"]
-    result = run(*given, *flags)
-    assert result.returncode == 2 and words in result.stderr, result.stderr
-    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+BAD_FLAGS = [
+    ([], "give --size or --buckets"),
+    (["--size=30"], "--size=30 is not a multiple of 4"),
+    (["--size=32", "--data=precomputed:here"], "these are latents already"),
+    (["--size=32", "--tile=large"], "--tile=large: give SIZE,STRIDE in pixels, auto or none"),
+    (["--size=32", "--tile=16,30"], "--tile=16,30: stride (30, 30) must lie between"),
+    (["--size=32", "--max_pixels=1000000000"], "max_pixels=1000000000: give 1 to 178956970"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint, tmp_path_factory):
+    """What the command answers to each of BAD_FLAGS; it has written nothing."""
+    out = tmp_path_factory.mktemp("bad") / "out"
+    given = [f"--checkpoint={checkpoint}", "--data=nowhere", f"--out={out}"]
+    lines = [given + flags for flags, _ in BAD_FLAGS]
+    found = commands.several("sana_jax.precompute", lines, ROOT, os.environ)
+    assert not out.exists()
+    return {words: answer for (_, words), answer in zip(BAD_FLAGS, found, strict=True)}
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
+def test_bad_flags(answers, flags, words):
+    status, _, stderr = answers[words]
+    assert status == 2 and words in stderr and len(stderr.splitlines()) == 1, stderr
 
 
 def test_data_that_is_away_when_the_command_goes_on_is_worth_a_retry(checkpoint, tmp_path):

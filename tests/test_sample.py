@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests import PATIENCE, mini
+from tests import PATIENCE, commands, mini
 
 ROOT = Path(__file__).parents[1]
 # python -m sana_jax.sample, which hears Ctrl-C even where a parent ignores it.
@@ -32,18 +32,23 @@ def shared(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def sample(shared, tmp_path):
-    """Starts the command in an empty folder, on one device."""
+@pytest.fixture(scope="module")
+def environment(shared):
+    """One device, and the default folder of compilations."""
+    changes = dict(PYTHONPATH=str(ROOT), XLA_FLAGS="", XDG_CACHE_HOME=str(shared / "caches"))
+    return os.environ | changes | dict(JAX_COMPILATION_CACHE_DIR="")
 
-    def start(*arguments, **environment):
-        standard = dict(PYTHONPATH=str(ROOT), XLA_FLAGS="", XDG_CACHE_HOME=str(shared / "caches"))
-        standard |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # a test's time is short
+
+@pytest.fixture
+def sample(shared, environment, tmp_path):
+    """Starts the command in an empty folder."""
+
+    def start(*arguments, **changes):
         (tmp_path / "here").mkdir(exist_ok=True)
         return subprocess.Popen(
             [sys.executable, "-c", MAIN, f"--checkpoint={shared / 'checkpoint'}", *arguments],
             cwd=tmp_path / "here",
-            env={**os.environ, **standard, **environment},
+            env=environment | changes,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -61,54 +66,63 @@ def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--prompt=", "--height=0"], "--height=0: it takes a whole number of pixels above 0"),
-        (["--prompt=a", "--height=-32"], "--height=-32"),
-        (["--prompt=a", "--height=32.5"], "--height=32.5"),
-        (["--prompt=a", "--height=nan"], "--height=nan"),
-        (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale=nan"),
-        (["--prompt=a", "--guidance_scale=-1"], "--guidance_scale=-1"),
-        (["--prompt=a", "--num_steps=1000000000"], "--num_steps=1000000000: it takes"),
-        (["--prompt=a", "--seed=-1"], "--seed=-1: it takes a whole number in 0 .. 18446744"),
-        (["--prompt=a", f"--seed={2**64}"], "--seed=18446744073709551616"),
-        (["--prompt=a", f"--seed={2**64 - 1}", "--num_images_per_prompt=2"], "seeds count up"),
-        (["--prompt=a", "--seed=randomly"], "--seed=randomly"),
-        (["--prompt=a", "--sampler=ddim"], "--sampler=ddim"),
-        (["--prompt=a", "--dtype=float64"], "--dtype=float64"),
-        (["--prompt=a", "--flow_shift=inf"], "--flow_shift inf is not a number in 0.001 .. 1000"),
-        (["--prompt=a", "--tile=16,32"], "stride"),
-        (["--prompt=a", "--no_instruction", "--instruction_file=F"], "--no_instruction and --inst"),
-        (["--prompt=a", "--out="], "--out= is empty"),
-        (["--prompt=a", "--guidance_interval=0.9,0.1"], "--guidance_interval=0.9,0.1"),
-        (["--prompt=a", "--guidance_interval=low"], "--guidance_interval=low"),
-        (["--prompt=a", "--angles=1.5,low"], "--angles=1.5,low: give angles"),
-        (["--prompt=a", "--angles=1.5,0"], "--angles are for Sana-Sprint, which this checkpoint"),
-        (["--prompt=a", "--image=a.png", "--strength=0"], "--strength=0.0: it takes a number abo"),
-        (
-            ["--prompt=a", "--mask=m.png"],
-            "--mask=m.png is of no use without an image: give --image",
-        ),
-        (["--prompt=a", "--image=absent.png"], "--image=absent.png: No such file"),
-        (["--prompt=a", "--batch_size=0"], "--batch_size=0"),
-        (["--prompt=a", "--prompts=b.txt"], "give one of --prompt"),
-        ([], "give one of --prompt"),
-        (["--prompts=absent.txt"], "--prompts=absent.txt: No such file"),
-        (["--prompt=a", "--heigth=64"], "did you mean --height?"),
-        (["--prompt=a", "--checkpoint=absent"], "no checkpoint 'absent'"),
-        (["--prompt=a", "--out=/proc/nothing"], "--out=/proc/nothing: "),
-        (["--prompt=a", "--lora=absent.safetensors:0.5"], "no LoRA 'absent.safetensors'"),
-        (["--prompt=a", "--lora=absent.safetensors:much"], "the weight 'much' is no number"),
-        (["--prompt=a", "--lora="], "a path is empty"),
-    ],
-)
-def test_mistake_is_one_line_and_nothing_is_written(sample, tmp_path, arguments, words):
-    status, stdout, stderr = finish(sample("--out=out", *arguments))
+MISTAKES = [
+    (["--prompt=", "--height=0"], "--height=0: it takes a whole number of pixels above 0"),
+    (["--prompt=a", "--height=-32"], "--height=-32"),
+    (["--prompt=a", "--height=32.5"], "--height=32.5"),
+    (["--prompt=a", "--height=nan"], "--height=nan"),
+    (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale=nan"),
+    (["--prompt=a", "--guidance_scale=-1"], "--guidance_scale=-1"),
+    (["--prompt=a", "--num_steps=1000000000"], "--num_steps=1000000000: it takes"),
+    (["--prompt=a", "--seed=-1"], "--seed=-1: it takes a whole number in 0 .. 18446744"),
+    (["--prompt=a", f"--seed={2**64}"], "--seed=18446744073709551616"),
+    (["--prompt=a", f"--seed={2**64 - 1}", "--num_images_per_prompt=2"], "seeds count up"),
+    (["--prompt=a", "--seed=randomly"], "--seed=randomly"),
+    (["--prompt=a", "--sampler=ddim"], "--sampler=ddim"),
+    (["--prompt=a", "--dtype=float64"], "--dtype=float64"),
+    (["--prompt=a", "--flow_shift=inf"], "--flow_shift inf is not a number in 0.001 .. 1000"),
+    (["--prompt=a", "--tile=16,32"], "stride"),
+    (["--prompt=a", "--no_instruction", "--instruction_file=F"], "--no_instruction and --inst"),
+    (["--prompt=a", "--out="], "--out= is empty"),
+    (["--prompt=a", "--guidance_interval=0.9,0.1"], "--guidance_interval=0.9,0.1"),
+    (["--prompt=a", "--guidance_interval=low"], "--guidance_interval=low"),
+    (["--prompt=a", "--angles=1.5,low"], "--angles=1.5,low: give angles"),
+    (["--prompt=a", "--angles=1.5,0"], "--angles are for Sana-Sprint, which this checkpoint"),
+    (["--prompt=a", "--image=a.png", "--strength=0"], "--strength=0.0: it takes a number abo"),
+    (
+        ["--prompt=a", "--mask=m.png"],
+        "--mask=m.png is of no use without an image: give --image",
+    ),
+    (["--prompt=a", "--image=absent.png"], "--image=absent.png: No such file"),
+    (["--prompt=a", "--batch_size=0"], "--batch_size=0"),
+    (["--prompt=a", "--prompts=b.txt"], "give one of --prompt"),
+    ([], "give one of --prompt"),
+    (["--prompts=absent.txt"], "--prompts=absent.txt: No such file"),
+    (["--prompt=a", "--heigth=64"], "did you mean --height?"),
+    (["--prompt=a", "--checkpoint=absent"], "no checkpoint 'absent'"),
+    (["--prompt=a", "--out=/proc/nothing"], "--out=/proc/nothing: "),
+    (["--prompt=a", "--lora=absent.safetensors:0.5"], "no LoRA 'absent.safetensors'"),
+    (["--prompt=a", "--lora=absent.safetensors:much"], "the weight 'much' is no number"),
+    (["--prompt=a", "--lora="], "a path is empty"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(shared, environment, tmp_path_factory):
+    """Words of a complaint -> what the command answers to the mistake; it has written nothing."""
+    here = tmp_path_factory.mktemp("here")
+    lines = [[f"--checkpoint={shared / 'checkpoint'}", "--out=out", *m] for m, _ in MISTAKES]
+    found = commands.several("sana_jax.sample", lines, here, environment)
+    assert names(here) == []
+    return {words: answer for (_, words), answer in zip(MISTAKES, found, strict=True)}
+
+
+@pytest.mark.parametrize("arguments, words", MISTAKES)
+def test_mistake_is_one_line_and_nothing_is_written(answers, arguments, words):
+    status, stdout, stderr = answers[words]
     assert (status, stdout) == (2, ""), stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     assert words in stderr
-    assert names(tmp_path / "here") == []
 
 
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
