@@ -208,11 +208,10 @@ def test_a_killed_measurement_of_pictures_goes_on(tmp_path):
     (tmp_path / "data" / "060.png").write_text("cut short")
     command = ["-m", "sana_jax.evaluate", "--task=cmmd", "--weights=clip", "--data=data"]
     command += ["--reference=reference", "--batch_size=1"]
-    environment = dict(PYTHONPATH=str(ROOT), XLA_FLAGS="", XDG_CACHE_HOME=str(tmp_path / "caches"))
     killed = subprocess.Popen(
         [sys.executable, *command, "--workdir=killed"],
         cwd=tmp_path,
-        env={**os.environ, **environment},
+        env=environment(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -224,11 +223,12 @@ def test_a_killed_measurement_of_pictures_goes_on(tmp_path):
         time.sleep(0.001)
     killed.kill()
     assert killed.communicate()[0] == b"" and 3 <= done() < 129
-    again, whole = (run([*command, f"--workdir={name}"], tmp_path) for name in ("killed", "whole"))
-    assert again.returncode == 0, again.stderr
-    found, expected = (json.loads(each.stdout.splitlines()[-1]) for each in (again, whole))
+    lines = [[*command[2:], f"--workdir={name}"] for name in ("killed", "whole")]
+    (status, told, err), (_, last, _) = several(lines, tmp_path)
+    assert status == 0, err
+    found, expected = (json.loads(out.splitlines()[-1]) for out in (told, last))
     assert found.pop("workdir") == "killed" and expected.pop("workdir") == "whole"
     assert found == expected and found["count"] == 119 and found["cmmd"] > 0
-    assert list(found["rejected_pictures"]) == ["060.png"] and "060.png" in again.stderr
-    told = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
-    assert re.search(r"\bcmmd\b", told) and "119 pictures, 1 left out" in again.stdout
+    assert list(found["rejected_pictures"]) == ["060.png"]
+    described = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
+    assert re.search(r"\bcmmd\b", described) and "119 pictures, 1 left out" in told
