@@ -236,7 +236,9 @@ def _writer(code, register: str, before: int, after: int) -> int | None:
 def _constant(text: str) -> int | None:
     if text in ("RZ", "URZ"):
         return 0
-    return int(text, 0) if re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", text) else None
+    if not re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", text):
+        return None
+    return (int(text, 0) + 2**31) % 2**32 - 2**31  # signed
 
 
 def _initial(x: _Instruction) -> int | None:

@@ -34,6 +34,12 @@ def counted(start, add, compare, branch="@P0@@BRA `(.L_x_0)"):
     [
         ("MOV R5, RZ", "IADD3 R5, R5, 0x1, RZ", "ISETP.NE.U32.AND P0, PT, R5, 0x20, PT", 32),
         ("MOV R5, 0xfffffff8", "VIADD R5, R5, 0x1", "ISETP.NE.U32.AND P0, PT, R5, RZ, PT", 8),
+        (
+            "IMAD.MOV.U32 R5, RZ, RZ, 0x10",
+            "VIADD R5, R5, 0xffffffff",
+            "ISETP.NE.U32.AND P0, PT, R5, RZ, PT",
+            16,
+        ),
         ("UMOV UR4, 0x3", "UIADD3 UR4, UR4, 0x4, URZ", "ISETP.GE.AND P0, PT, 0x20, UR4, PT", 8),
         ("CS2R R4, SRZ", "IADD3 R5, R5, 0x3, RZ", "ISETP.LT.AND P0, PT, R5.reuse, 0xa, PT", 4),
         ("HFMA2.MMA R5, -RZ, RZ, 0, 5.9604644775390625e-08", "IADD3 R5, R5, -0x1, RZ",
