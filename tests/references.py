@@ -102,8 +102,13 @@ def fidelity_inception(path) -> torch.nn.Module:
     )
 
 
-def pytorch_fid_inception(path, **options) -> torch.nn.Module:
-    """Returns pytorch-fid's network with the weights of a .pth file: its blocks, in its order."""
+def publish(path) -> None:
+    """Lets pytorch-fid find the weights of a .pth file where it would download its own."""
     torchvision.models.inception_v3 = lambda **options: fidelity_inception(path)
     pytorch_inception.load_state_dict_from_url = lambda url, **options: torch.load(path)
+
+
+def pytorch_fid_inception(path, **options) -> torch.nn.Module:
+    """Returns pytorch-fid's network with the weights of a .pth file: its blocks, in its order."""
+    publish(path)
     return pytorch_inception.InceptionV3([3], **options).eval()

@@ -227,8 +227,8 @@ def _convolve(
 ) -> Float[Array, "B I J D"]:
     """Cross-correlates with padding that keeps the size; without padding if there is a stride.
 
-    XLA's CPU backend takes four times as long for a convolution without padding as for one with it,
-    so those of stride 1 have it always, and their callers cut off the border.
+    XLA's CPU backend takes three to four times as long for a convolution of stride 1 without
+    padding as for one with it, so those have it always, and their callers cut off the border.
     """
     padding = [(0, 0), (0, 0)] if stride > 1 else [(n // 2, n // 2) for n in kernel.shape[:2]]
     order = "NHWC", "HWIO", "NHWC"
