@@ -1,6 +1,7 @@
 """The train step of text to image, on networks that compile in seconds."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +19,7 @@ from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.runtime.errors import UserError
 from sana_jax.text.prompts import tokenize
 from sana_jax.text.tokenizers import toy_tokenizer
-from sana_jax.training.loop import jit_step
+from sana_jax.training.loop import compile_step
 from sana_jax.training.optimizers.optimizers import OptimizerConfig
 from sana_jax.training.state import on_mesh
 from sana_jax.training.text_to_image.task import Frozen, Recipe, TextToImageTask
@@ -48,10 +49,19 @@ def captions(instruction=None):
     return told, SimpleNamespace(prefix=told.prefix, window=told.window, empty=empty)
 
 
-def make_task(recipe, train=True, instruction=None, remat="none", unroll=1):
-    dit = dataclasses.replace(module_for(DIT, "float32"), remat=remat, unroll=unroll)
+@functools.cache  # a task's programs are compiled once
+def make_task(recipe, train=True, instruction=None, remat="none", unroll=1, network=DIT):
+    dit = dataclasses.replace(module_for(network, "float32"), remat=remat, unroll=unroll)
     encoder = dataclasses.replace(module_for(GEMMA, "float32"), trains=train, unroll=unroll)
     return TextToImageTask(recipe, dit, None, encoder, captions(instruction)[1], train)
+
+
+@functools.cache
+def programs(task, mesh):
+    """Returns (the step, the function that makes its first state)."""
+    with jax.set_mesh(mesh):
+        abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
+    return compile_step(task.step, abstract), create
 
 
 def make_batch(instruction=None):
@@ -60,16 +70,33 @@ def make_batch(instruction=None):
     return {"latents": latents, "tokens": told.tokens, "mask": told.mask}
 
 
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def start_of(task):
+    """Returns the state that `run` starts from."""
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        return programs(task, mesh)[1]()
+
+
+@functools.cache
+def encoder_params():
+    init = functools.partial(init_params, module_for(GEMMA, "float32"))
+    return nn.unbox(jax.jit(init)(jax.random.key(5)))
+
+
 def run(task, steps, batch, frozen, mesh=None):
     """Returns (the state, the losses) after so many steps on one batch."""
-    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = mesh or one_device()
+    step, create = programs(task, mesh)
     with jax.set_mesh(mesh):
-        abstract, create = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
         put = sharding.batch_sharding(mesh)
         batch = jax.tree.map(lambda x: jax.device_put(x, put), batch)
-        step, state, losses = jit_step(task.step, abstract, frozen), create(), []
+        state, losses = create(), []
         for _ in range(steps):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, frozen)
             losses.append(float(metrics["loss"]))
     return state, np.array(losses)
 
@@ -85,14 +112,17 @@ def test_overfits_eight_images(monkeypatch):
 
 
 MESHES = [
+    dict(replica=2, fsdp=2, tensor=2),
+    dict(fsdp=2, sequence=2, tensor=2),
+]
+FEWER_AXES = [
     dict(replica=2),
     dict(replica=2, fsdp=2),
     dict(fsdp=1, tensor=4),
     dict(replica=1, fsdp=8),
     dict(sequence=4),
-    dict(replica=2, fsdp=2, tensor=2),
-    dict(fsdp=2, sequence=2, tensor=2),
 ]
+MESHES += [pytest.param(axes, marks=pytest.mark.slow) for axes in FEWER_AXES]
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +175,11 @@ def test_the_average_follows_the_new_parameters():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), second.ema, expected)
 
 
-def test_unrolled_blocks_change_no_loss(monkeypatch):
+def test_unrolled_blocks_change_no_loss():
     """The transformer has a loop of two blocks and one left; the text encoder has fewer."""
-    monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, depth=3))
-    losses = [
-        run(make_task(Recipe(10, 8, ADAMW), unroll=unroll), 3, make_batch(), Frozen(None))[1]
-        for unroll in (1, 2)
-    ]
+    network = dataclasses.replace(DIT, depth=3)
+    tasks = [make_task(Recipe(10, 8, ADAMW), unroll=unroll, network=network) for unroll in (1, 2)]
+    losses = [run(task, 3, make_batch(), Frozen(None))[1] for task in tasks]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -160,28 +188,29 @@ def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():
     told = "describe the picture: "
     recipe = Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0), caption_dropout=0.5)
     task, batch = make_task(recipe, train=False, instruction=told), make_batch(told)
-    params = nn.unbox(init_params(task.text_encoder, jax.random.key(5)))
+    params = encoder_params()
     frozen = Frozen(None, params, *jax.jit(task.read_constants)(params))
     state, (loss,) = run(task, 1, batch, frozen)
     assert state.params.keys() == {"dit"}
 
-    start = nn.unbox(task.init(jax.random.key(0)))
+    start = start_of(task)
     drawn = task._draw(start.step_key(), batch)
     dropped, sigma = np.asarray(drawn["dropped"]), np.asarray(drawn["sigma"])
     assert 0 < dropped.sum() < 8
     whole = tokenize(TOKENIZER, CAPTIONS, ROWS, told)
     sequences = [[*whole.prefix, *row] for row in whole.tokens]
-    rows = task.text_encoder.apply({"params": params}, np.array(sequences))
+    read = jax.jit(task.text_encoder.apply)
+    rows = read({"params": params}, np.array(sequences))
     window = np.where(np.arange(ROWS) == 0, 0, whole.window + len(whole.prefix))
     rows = np.where(whole.mask[..., None], rows[:, window], 0)
     empty = tokenize(TOKENIZER, [""], ROWS, None)
-    null = task.text_encoder.apply({"params": params}, empty.tokens)[0, empty.window]
+    null = read({"params": params}, empty.tokens)[0, empty.window]
     null = np.where(empty.mask[0][:, None], null, 0)
     rows = np.where(dropped[:, None, None], null, rows)
     mask = np.where(dropped[:, None], empty.mask, whole.mask)
     data, noise = batch["latents"], np.asarray(drawn["noise"])
     s = sigma[:, None, None, None]
-    velocity = task.dit.apply(
+    velocity = jax.jit(task.dit.apply)(
         {"params": start.params["dit"]}, (1 - s) * data + s * noise, 1000 * sigma, rows, mask
     )
     expected = np.mean((np.asarray(velocity, np.float64) - (noise - data)) ** 2)
@@ -192,10 +221,10 @@ def test_stored_embeddings_train_as_their_captions():
     """Some captions are dropped; the encoder is frozen."""
     recipe = Recipe(3, 8, ADAMW, caption_dropout=0.5)
     task, batch = make_task(recipe, train=False), make_batch()
-    params = nn.unbox(init_params(task.text_encoder, jax.random.key(5)))
+    params = encoder_params()
     frozen = Frozen(None, params, *jax.jit(task.read_constants)(params))
     _, read = run(task, 3, batch, frozen)
-    embeddings = task._encode(params, (batch["tokens"], batch["mask"]))
+    embeddings = jax.jit(task._encode)(params, (batch["tokens"], batch["mask"]))
     batch = {"latents": batch["latents"], "embeddings": embeddings, "mask": batch["mask"]}
     _, stored = run(task, 3, batch, frozen)
     np.testing.assert_allclose(stored, read, rtol=1e-5)
@@ -213,8 +242,7 @@ def test_a_row_s_draws_do_not_depend_on_the_batch():
 
 def test_error_at_a_level_drops_nothing_and_repeats():
     task, batch = make_task(Recipe(5, 8, ADAMW, caption_dropout=1.0, microbatches=2)), make_batch()
-    params = nn.unbox(task.init(jax.random.key(0))).params
-    at = jax.jit(task.error_at)
+    params, at, errors_of = start_of(task).params, jax.jit(task.error_at), jax.jit(task._errors)
     key = jax.random.key(2)
     first, again = (float(at(params, batch, Frozen(None), 0.5, key)) for _ in range(2))
     assert first == again
@@ -223,16 +251,16 @@ def test_error_at_a_level_drops_nothing_and_repeats():
     for sigma in (0.5, 0.9):
         levels = np.full(8, sigma, np.float32)
         fixed = {"sigma": levels, "timestep": 1000 * levels, "dropped": np.zeros(8, bool)}
-        errors = task._errors(params, {**batch, **task._draw(key, batch), **fixed}, Frozen(None))
+        errors = errors_of(params, {**batch, **task._draw(key, batch), **fixed}, Frozen(None))
         expected = np.mean(np.asarray(errors, np.float64))
         np.testing.assert_allclose(at(params, batch, Frozen(None), sigma, key), expected, rtol=1e-5)
 
 
 def test_a_batch_with_nan_changes_nothing():
-    task, batch = make_task(Recipe(5, 8, ADAMW)), make_batch()
+    task, batch = make_task(Recipe(10, 8, ADAMW)), make_batch()
     batch["latents"][3, 0, 0, 0] = np.nan
     state, _ = run(task, 2, batch, Frozen(None))
-    start = nn.unbox(task.init(jax.random.key(0)))
+    start = start_of(task)
     assert int(state.skipped) == int(state.streak) == int(state.step) == 2
     for name in "params", "opt_state", "ema":
         ours, before = (jax.tree.leaves(getattr(s, name)) for s in (state, start))
@@ -250,28 +278,29 @@ def test_weighting_by_level():
     recipe = Recipe(5, 8, ADAMW, NoiseConfig(weighting="cosmap"))
     task, batch = make_task(recipe), make_batch()
     _, (weighted,) = run(task, 1, batch, Frozen(None))
-    start = nn.unbox(task.init(jax.random.key(0)))
+    start = start_of(task)
     drawn = task._draw(start.step_key(), batch)
-    errors = task._errors(start.params, {**batch, **drawn}, Frozen(None))
+    errors = jax.jit(task._errors)(start.params, {**batch, **drawn}, Frozen(None))
     weights = flow_matching.WEIGHTINGS["cosmap"](drawn["sigma"])
     np.testing.assert_allclose(weighted, jnp.mean(weights * errors), rtol=1e-5)
 
 
-def test_the_objective_of_ddpm_is_the_error_of_the_noise_at_its_own_levels(monkeypatch):
+def test_the_objective_of_ddpm_is_the_error_of_the_noise_at_its_own_levels():
     """Whatever config.recipe.noise says; the network's own prediction is the noise."""
-    monkeypatch.setitem(globals(), "DIT", dataclasses.replace(DIT, objective="ddpm"))
-    task, batch = make_task(Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0))), make_batch()
+    network = dataclasses.replace(DIT, objective="ddpm")
+    task = make_task(Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0)), network=network)
+    batch = make_batch()
     _, losses = run(task, 5, batch, Frozen(None))
-    start = nn.unbox(task.init(jax.random.key(0)))
+    start = start_of(task)
     drawn = task._draw(start.step_key(), batch)
     sigma, noise = np.asarray(drawn["sigma"]), np.asarray(drawn["noise"])
     assert np.isin(sigma, ddpm.SIGMAS.astype(np.float32)).all()
-    embeddings, mask = task._text(start.params, batch | drawn, Frozen(None))
+    embeddings, mask = jax.jit(task._text)(start.params, batch | drawn, Frozen(None))
     timestep = np.searchsorted(ddpm.SIGMAS.astype(np.float32), sigma)
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timestep][:, None, None, None]
     state = np.sqrt(kept) * batch["latents"] + np.sqrt(1 - kept) * noise
     predicts = module_for(dataclasses.replace(DIT, objective="flow"), "float32")
     inputs = state.astype(np.float32), timestep.astype(np.float32), embeddings, mask
-    found = predicts.apply({"params": start.params["dit"]}, *inputs)
+    found = jax.jit(predicts.apply)({"params": start.params["dit"]}, *inputs)
     np.testing.assert_allclose(losses[0], np.mean((np.asarray(found) - noise) ** 2), rtol=1e-4)
     assert np.isfinite(losses).all()
