@@ -1,6 +1,7 @@
 """The autoencoder's train step against gradients of the losses as the module states them."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -43,24 +44,32 @@ PHASE = Phase(
 HEAD = dataclasses.replace(PHASE, trainable=("decoder/conv_out/.*",), adversarial=0.5)
 
 
+@functools.cache  # a task's step is compiled once
 def task(phase=PHASE, **fields) -> AutoencoderTask:
     distance, _ = make_perceptual("laplacian")
     model = DCAE(NETWORK, **fields)
     return AutoencoderTask(model, Discriminator(width=8, layers=2), phase, distance)
 
 
-def images(seed=0, rows=4) -> jax.Array:
-    return jax.random.uniform(jax.random.key(seed), (rows, 32, 32, 3), minval=-1, maxval=1)
+def images(seed=0) -> jax.Array:
+    return jax.random.uniform(jax.random.key(seed), (4, 32, 32, 3), minval=-1, maxval=1)
 
 
 @pytest.fixture(scope="module")
 def start():
     """Returns states of a phase without a discriminator, and of one with it."""
-    return {phase: nn.unbox(task(phase).init(jax.random.key(1))) for phase in (PHASE, HEAD)}
+    return {
+        phase: nn.unbox(jax.jit(task(phase).init)(jax.random.key(1))) for phase in (PHASE, HEAD)
+    }
+
+
+@functools.cache
+def jitted(task):
+    return jax.jit(task.step)
 
 
 def step(task, state, images):
-    return jax.jit(task.step)(state, {"image": images}, {})
+    return jitted(task)(state, {"image": images}, {})
 
 
 def flat(tree):
@@ -72,7 +81,7 @@ def changed(before, after):
     return {k for k in before if before[k].tobytes() != after[k].tobytes()}
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_first_update_is_that_of_adam_on_the_loss(start, microbatches):
     phase = dataclasses.replace(PHASE, microbatches=microbatches, l2=2.0)
     state, x = start[PHASE], images()
@@ -109,7 +118,12 @@ def test_the_average_follows_the_parameters(start):
 
 
 @pytest.mark.parametrize(
-    "patterns", [("encoder/conv_out/.*", "decoder/conv_in/.*"), ("decoder/conv_out/.*",)]
+    "patterns",
+    [
+        ("encoder/conv_out/.*", "decoder/conv_in/.*"),
+        # Of the same layer as in the adversarial step.
+        pytest.param(("decoder/conv_out/.*",), marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_frozen_does_not_change_by_a_bit(start, patterns):
     phase = dataclasses.replace(PHASE, trainable=patterns)
@@ -150,12 +164,12 @@ def test_adversarial_step(start):
         return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
 
     head = params["decoder"]["conv_out"]
-    rec, gen = jax.grad(reconstruction)(head), jax.grad(generator)(head)
+    rec, gen = (jax.jit(jax.grad(loss))(head) for loss in (reconstruction, generator))
     weight = losses.adaptive_weight(rec, gen)
     np.testing.assert_allclose(metrics["adaptive_weight"], weight, rtol=1e-3)
     total = optax.global_norm(jax.tree.map(lambda r, g: r + 0.5 * weight * g, rec, gen))
     np.testing.assert_allclose(metrics["gradient_norm"], total, rtol=1e-3)
-    value, gradient = jax.value_and_grad(discriminator)(judge)
+    value, gradient = jax.jit(jax.value_and_grad(discriminator))(judge)
     np.testing.assert_allclose(metrics["discriminator"], value, rtol=1e-5)
     assert changed(params, after.params["autoencoder"]) == {
         f"decoder/conv_out/{leaf}" for leaf in head
@@ -201,10 +215,11 @@ def test_remat_changes_no_gradient(start):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), *moments)
 
 
-@pytest.mark.parametrize("axes", [{"replica": 8}, {"replica": 2, "fsdp": 4}])
+@pytest.mark.parametrize(
+    "axes", [{"replica": 2, "fsdp": 2}, pytest.param({"replica": 4}, marks=pytest.mark.slow)]
+)
 def test_a_mesh_takes_the_same_step(start, axes):
-    mesh = sharding.make_mesh(**axes)
-    x = images(rows=8)
+    mesh, x = sharding.make_mesh(**axes, devices=jax.devices()[:4]), images()
     alone, of_alone = step(task(HEAD), start[HEAD], x)
     _, create = on_mesh(lambda: task(HEAD).init(jax.random.key(1)), mesh)
     with jax.set_mesh(mesh):
