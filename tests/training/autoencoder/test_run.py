@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,7 +140,8 @@ def test_scaling_factor_makes_latents_of_unit_size(unbroken, config):
     )
     params = place(model.params["vae"], model.vae, "float32", make_mesh(devices=jax.devices()[:1]))
     images = np.concatenate([loader.batch(step)["image"] for step in range(2)])
-    latents = module_for(model.vae, "float32").apply({"params": params}, images, method="encode")
+    encode = jax.jit(partial(module_for(model.vae, "float32").apply, method="encode"))
+    latents = encode({"params": params}, images)
     size = np.sqrt(np.mean(np.square(latents))) * model.vae.scaling_factor
     np.testing.assert_allclose(size, 1, rtol=1e-3)
 
@@ -232,9 +234,23 @@ STARTED = ("--config.run=('low_resolution',)", "--config.phases.low_resolution.s
 
 
 def test_a_training_starts_from_a_checkpoint(unbroken, config, tmp_path):
-    result = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / 'model'}")
+    """It tells its progress before each silence, as does one that goes on."""
+    started = *STARTED, f"--config.start={unbroken / 'model'}"
+    result = run(config, tmp_path / "run", *started)
     assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith(PHASES[0])]
+    assert said == [
+        f"{PHASES[0]}: {what}"
+        for what in (
+            "measuring the held-out images",
+            "compiling the step",
+            "measuring the latents and the held-out images",
+        )
+    ]
     folder = tmp_path / "run" / PHASES[0]
+    (folder / "results.json").unlink()
+    result = run(config, tmp_path / "run", *started)
+    assert result.returncode == 0 and f"{PHASES[0]}: resumed at step 2 of 2" in result.stderr
     after = read_json(unbroken / PHASES[2] / "results.json")["after"]
     before = read_json(folder / "before.json")
     for size in ("32", "48"):
@@ -243,7 +259,7 @@ def test_a_training_starts_from_a_checkpoint(unbroken, config, tmp_path):
     lineage = native.open_folder(tmp_path / "run" / "model").provenance["phases"]
     assert [phase["phase"] for phase in lineage] == [*PHASES, PHASES[0]]
     # The same command has nothing left to do; other starting weights make it another training.
-    again = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / 'model'}")
+    again = run(config, tmp_path / "run", *started)
     assert again.returncode == 0 and "phase low_resolution is over" in again.stderr
     other = run(config, tmp_path / "run", *STARTED, f"--config.start={unbroken / PHASES[0]}/model")
     assert other.returncode == 2 and "from another model" in other.stderr
@@ -256,22 +272,6 @@ def test_the_history_of_a_whole_model_goes_on(unbroken, config, tmp_path):
     training._export(tmp_path, params, {"phase": "now", "scaling_factor": 1.0}, whole)
     lineage = native.open_folder(tmp_path / "model").provenance["phases"]
     assert [phase["phase"] for phase in lineage] == ["earlier", "now"]
-
-
-def test_progress_is_told_before_each_silence(unbroken, config, tmp_path):
-    result = run(config, tmp_path / "run", *STARTED)
-    said = [line for line in result.stderr.splitlines() if line.startswith(PHASES[0])]
-    assert said == [
-        f"{PHASES[0]}: {what}"
-        for what in (
-            "measuring the held-out images",
-            "compiling the step",
-            "measuring the latents and the held-out images",
-        )
-    ]
-    (tmp_path / "run" / PHASES[0] / "results.json").unlink()
-    result = run(config, tmp_path / "run", *STARTED)
-    assert result.returncode == 0 and f"{PHASES[0]}: resumed at step 2 of 2" in result.stderr
 
 
 HOST = """

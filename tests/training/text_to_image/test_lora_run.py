@@ -98,7 +98,7 @@ def test_dropout_is_of_the_step_alone(config, tmp_path):
     run = TextToImageTraining(load(config, **given), str(tmp_path / "a"))
     batch = run.loader.batch(0)
     with jax.set_mesh(run.mesh):
-        state = run.task.init(jax.random.key(0))
+        state = jax.jit(run.task.init)(jax.random.key(0))
         rows = run.task._draw(state.step_key(), batch)
         again = run.task._draw(state.step_key(), batch)
     assert (rows["lora_key"] == again["lora_key"]).all()

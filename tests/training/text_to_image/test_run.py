@@ -130,7 +130,7 @@ def test_killed_and_terminated_it_ends_as_the_unbroken_run(unbroken, config, tmp
     assert_same_end(workdir, unbroken)
 
 
-@pytest.mark.parametrize("devices", [4, 1])
+@pytest.mark.parametrize("devices", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_it_goes_on_with_fewer_devices(unbroken, config, tmp_path, devices, monkeypatch):
     """8 -> 4 and 8 -> 1: sums have another order, so equal to float32's rounding in five steps."""
     workdir = tmp_path / "run"
