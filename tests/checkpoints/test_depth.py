@@ -116,7 +116,7 @@ def test_every_branch_of_a_new_block_learns_at_once(small):
             model.apply({"params": params}, latents, jnp.ones(1), caption, mask)
         ).sum()
 
-    found = traverse_util.flatten_dict(jax.grad(loss)(arrays(grown))["blocks"], sep="/")
+    found = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(arrays(grown))["blocks"], sep="/")
     for name in found.keys() & set(ZEROS):
         for layer in range(SOURCE_DEPTH - 2, DEPTH):
             assert np.abs(found[name][layer]).max() > 0, (name, layer)

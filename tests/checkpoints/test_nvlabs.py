@@ -15,7 +15,7 @@ from sana_jax.models.dit import PRESETS, SanaConfig, SanaTransformer
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import make_mesh
 from tests import toy
-from tests.models.test_dit import inputs, reference
+from tests.models.test_dit import apply, inputs, reference
 
 KINDS = {
     "Sana_toy_512px.pth": dict(sample_size=16),
@@ -108,7 +108,7 @@ def test_velocity_is_that_of_diffusers(tmp_path, name):
     if config.is_sprint:
         timestep, guidance = 0.847, (np.full(3, 4.5, np.float32),)
     given = latents, jnp.array([timestep], jnp.float32), caption, mask, *guidance
-    ours = SanaTransformer(config).apply({"params": params}, *given)
+    ours = apply(SanaTransformer(config), params, *given)
     scaled = (0.1 * scale for scale in guidance)
     theirs = reference(module, latents, timestep, caption, mask, *scaled)
     toy.assert_close(ours, theirs, 1e-5, name)

@@ -1,5 +1,7 @@
 """Adapters beside the kernels of a network."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,8 @@ EVERYWHERE = (".*",)
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.unbox(init_params(module_for(CONFIG, "float32"), jax.random.key(0)))
+    init = functools.partial(init_params, module_for(CONFIG, "float32"))
+    return nn.unbox(jax.jit(init)(jax.random.key(0)))
 
 
 def adapter(targets=ATTENTION, rank=4, seed=1):

@@ -28,7 +28,7 @@ def inputs(batch=2):
 
 @pytest.fixture(scope="module")
 def params():
-    params = SanaTransformer(TINY).init(jax.random.key(0), *inputs())["params"]
+    params = jax.jit(SanaTransformer(TINY).init)(jax.random.key(0), *inputs())["params"]
     # Larger than the first weights are, so that every block turns its input.
     return jax.tree.map(lambda x: 2 * x, nn.unbox(params))
 

@@ -30,7 +30,7 @@ INPUTS = LATENTS, np.full(4, 437.0, np.float32), CAPTION, np.arange(5) < RNG.int
 def made(**fields):
     """A network of these fields, and weights that are nowhere zero."""
     model = SanaTransformer(dataclasses.replace(CONFIG, **fields))
-    params = nn.unbox(model.init(jax.random.key(0), *INPUTS))["params"]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *INPUTS))["params"]
     keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
     keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
     return model, jax.tree.map(lambda x, k: x + 0.02 * jax.random.normal(k, x.shape), params, keys)
@@ -104,7 +104,7 @@ def test_remat_changes_no_gradient(fields, remat):
 def test_a_mesh_changes_no_velocity(fields):
     """Neither where it splits weights, batch and heads, nor where it splits tokens."""
     model, params = made(**fields)
-    alone = model.apply({"params": params}, *INPUTS)
+    alone = jax.jit(model.apply)({"params": params}, *INPUTS)
     for axes in dict(replica=1, fsdp=2, tensor=2), dict(replica=1, sequence=2, tensor=2):
         mesh = sharding.make_mesh(**axes, devices=toy.devices(4))
         boxed = jax.eval_shape(model.init, jax.random.key(0), *INPUTS)["params"]
