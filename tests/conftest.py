@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 from tests import xla
@@ -23,9 +24,18 @@ from tests import annotations  # noqa: E402
 jaxtyping.install_import_hook(annotations.MODULES, f"{annotations.__name__}.check_arrays")
 
 jax.config.update("jax_default_matmul_precision", "float32")
-torch.set_num_threads(2)
+
+# Commands that tests start keep their programs for one another, and none in the user's own folder;
+# a worker has the folder of the process that started it.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="programs-", ignore_cleanup_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", PROGRAMS.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Not so this process: its estimates for TPUs have to compile, and JAX asks only once for a cache.
+jax.config.update("jax_compilation_cache_dir", None)
+
+torch.set_num_threads(1)  # networks are small here, and workers share the cores
 LIBC = ctypes.CDLL(None)
-FORGET_ABOVE = 1.25 * 2**30  # bytes; forgetting takes a second, a process without programs 0.6 GiB
+FORGET_ABOVE = 2 * 2**30  # bytes; forgetting takes a second, a process without programs 0.6 GiB
 
 
 @pytest.fixture(autouse=True, scope="module")
