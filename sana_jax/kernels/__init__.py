@@ -2,7 +2,7 @@
 
     reference.py  the operation in plain jnp: the specification, and the form without a kernel
     tpu.py        Pallas kernels for TPU (Mosaic); res_block's gradient is the plain form's
-    gpu.py        kernels for GPU: Pallas Triton, for linear_attention and glumbconv
+    gpu.py        kernels for GPU: Pallas Triton, or cuDNN for cross_attention
     api.py        the dispatching function: names shapes without a kernel, splits others over a mesh
 
 A package exports its dispatching function (res_block also `uses_kernel`), and its docstring is the

@@ -21,10 +21,18 @@ TPU = {
     "res_block": (8, 4, 2),
 }
 
-# Never timed; chosen as tiles of the tensor cores, and as elements for four warps.
+# Never timed; chosen by the registers and instructions of compiled kernels, for 100 to 140 SMs.
 GPU = {
     # Tokens by bytes of a number. Float32 uses no tensor cores: twice as many spilled registers.
     "linear_attention": {2: 64, 4: 32},
-    "glumbconv_columns": 8,
+    # Programs that a state's sum over tokens is split into: two for each SM.
+    "linear_attention_programs": 256,
+    # A program is one warp. Four columns take 128 registers, so 16 warps fit an SM; eight take a
+    # tenth less instructions, but 168 registers. 64 channels: a whole sector of HBM in bfloat16.
+    "glumbconv_columns": 4,
     "glumbconv_channels": 64,
+    # Below this number of programs, strips are split into fewer rows, but not below these: a strip
+    # reads two rows more than it writes.
+    "glumbconv_programs": 1024,
+    "glumbconv_rows": 8,
 }

@@ -15,40 +15,51 @@ from sana_jax.sharding import batch_divisor
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
 MIN_VMEM_BYTES = 32 * 2**20  # more than a v4 has; no kernel was written for less
+# Nothing was timed on a GPU. Here are the operations whose kernel has a lower bound than XLA's own
+# form, by bytes and instructions of what the CUDA compiler makes of either: see README.md.
+GPU_AUTO = {"cross attention", "linear attention", "glumbconv"}
 
 
-def use_pallas(
-    implementation: str, operation: str, dtype: DTypeLike, unsupported: str | None
+def use_kernel(
+    implementation: str, operation: str, dtype: DTypeLike, *, tpu: str | None, gpu: str | None
 ) -> bool:
     """Returns True to call the kernel, for which `by_platform` has a plain form as well.
 
-    "auto" means the kernel on a TPU. A GPU needs "pallas": the Triton kernels are tested in the
-    interpreter and lower for CUDA, but were never timed. `unsupported` says why this shape has no
-    kernel, or is None; the reason is logged once. Raises ValueError for an unknown
-    `implementation`.
+    `tpu` and `gpu` say why this shape has no kernel there, or are None; the reason is logged once.
+    "auto" means the kernel on a TPU, and on a GPU for the operations of GPU_AUTO in half precision.
+    "pallas" means it wherever one exists. Raises ValueError for an unknown `implementation`.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
-    if implementation == "xla" or (implementation == "auto" and _platform() != "tpu"):
+    on, dtype = platform(), jnp.dtype(dtype)
+    if implementation == "xla" or (implementation == "auto" and not _auto(on, operation, dtype)):
         return False
-    unsupported = unsupported or _unsupported(jnp.dtype(dtype))
+    unsupported = (gpu if on == "gpu" else tpu) or _unsupported(on, dtype)
     if unsupported:
         _say_once(f"{operation}: no kernel for {unsupported}, running plain XLA")
     return not unsupported
 
 
-def _unsupported(dtype: jnp.dtype) -> str | None:
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"{dtype}"  # Mosaic loads no other, and no test runs Triton on one
-    if _platform() == "tpu" and vmem_bytes() < MIN_VMEM_BYTES:
+def _auto(on: str, operation: str, dtype: jnp.dtype) -> bool:
+    return on == "tpu" or (on == "gpu" and operation in GPU_AUTO and dtype.itemsize == 2)
+
+
+def _unsupported(on: str, dtype: jnp.dtype) -> str | None:
+    if dtype not in (jnp.float32, jnp.bfloat16) and (on != "gpu" or dtype != jnp.float16):
+        return f"{dtype}"  # Mosaic loads no other
+    if on == "tpu" and vmem_bytes() < MIN_VMEM_BYTES:
         return "a chip with so little VMEM"
     return None
 
 
-def _platform() -> str:
-    """Returns the platform of the mesh: a program may be compiled for devices that are not here."""
+def platform() -> str:
+    """Returns "tpu", "gpu" or "cpu".
+
+    It is that of the mesh, since a program may be compiled for devices that are not here.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name == "cuda" else name
 
 
 _say_once = functools.cache(logging.warning)

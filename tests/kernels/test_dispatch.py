@@ -14,7 +14,7 @@ from tests.kernels.helpers import operations
 def test_float16_has_no_kernel():
     """Published Sana 1.0 weights run in it; Mosaic has no loads of it."""
     for dtype, has in ("bfloat16", True), (jnp.float32, True), (jnp.float16, False):
-        assert dispatch.use_pallas("pallas", "it", dtype, None) == has
+        assert dispatch.use_kernel("pallas", "it", dtype, tpu=None, gpu=None) == has
         assert glumbconv.uses_kernel(8, 8, dtype, "pallas") == has
     for name in "linear_attention", "cross_attention", "modulated_norm":
         for dtype, has in ("bfloat16", True), ("float16", False):
@@ -23,9 +23,21 @@ def test_float16_has_no_kernel():
             assert ("pallas_call" in str(jax.make_jaxpr(fn)(*cast))) == has
 
 
+def test_auto_on_a_gpu(monkeypatch):
+    """The kernels with the lower bound, in half precision; float16 is what Sana 1.0 runs in."""
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    for dtype, has in ("bfloat16", True), ("float16", True), ("float32", False):
+        for name in dispatch.GPU_AUTO:
+            assert dispatch.use_kernel("auto", name, dtype, tpu="it", gpu=None) == has
+    assert not dispatch.use_kernel("auto", "modulated norm", "bfloat16", tpu=None, gpu=None)
+    assert not dispatch.use_kernel("auto", "glumbconv", "bfloat16", tpu=None, gpu="it")
+    assert dispatch.use_kernel("pallas", "glumbconv", "float32", tpu="it", gpu=None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["linear_attention", "glumbconv"])
-def test_lowering_for_cuda(name):
-    fn, args = operations()[name]
+def test_lowering_for_cuda(name, dtype):
+    fn, args = operations(dtype=dtype)[name]
     device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
     types = (AxisType.Auto,) * len(MESH_AXES)
     mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, types, abstract_device=device)

@@ -76,8 +76,10 @@ def test_kernel_on_tpu(on_tpu, monkeypatch, batch, tokens, channels, head_dim, b
     check(run, formula, [normal(batch, tokens, 3 * channels)], dtype)
 
 
-@pytest.mark.parametrize("tokens, channels", [(70, 96), (128, 32)])
-def test_kernel_on_gpu(on_gpu, tokens, channels):
+@pytest.mark.parametrize("tokens, channels, programs", [(70, 96, 1), (160, 32, 4)])
+def test_kernel_on_gpu(on_gpu, monkeypatch, tokens, channels, programs):
+    """With all tokens in one part, or in two, of which one is longer."""
+    monkeypatch.setattr(gpu, "PROGRAMS", programs)
     formula = partial(softmax_free_attention, head_dim=32)
     run = partial(run_linear, gpu, 32)
     check(run, formula, [normal(2, tokens, 3 * channels)], "float32")

@@ -18,12 +18,12 @@ HIDDEN = -1e4
 
 def cross_attention(
     q: Float[Array, "B N C"],
-    kv: Float[Array, "B L C2"],
+    kv: Float[Array, "B L C2"] | tuple[Float[Array, "B L C"], Float[Array, "B L C"]],
     mask: Bool[Array, "B L"],
     heads: int,
 ) -> Float[Array, "B N C"]:
     """Returns the result in q's dtype, from float32 sums and softmax; `kv` is [keys | values]."""
-    k, v = jnp.split(kv, 2, axis=-1)
+    k, v = kv if isinstance(kv, tuple) else jnp.split(kv, 2, axis=-1)
     q, k, v = (rearrange(t, "b n (h d) -> b n h d", h=heads) for t in (q, k, v))
     logits = einsum_float32("bnhd,blhd->bhnl", q, k) * q.shape[-1] ** -0.5
     logits = logits + jnp.where(mask, 0.0, HIDDEN)[:, None, None, :]

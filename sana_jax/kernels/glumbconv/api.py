@@ -11,14 +11,13 @@ from sana_jax.kernels.dispatch import (
     by_platform,
     copies,
     over_mesh,
+    platform,
     sequence_axis,
-    use_pallas,
+    use_kernel,
 )
 from sana_jax.kernels.glumbconv import gpu, reference, tpu
 from sana_jax.kernels.mixed_einsum import dense_float32
 
-# By platform.
-_KERNELS = {"tpu": tpu} | ({"cuda": gpu} if gpu.supported() else {})
 OUTSIDE = -1e4  # SiLU turns it into zero after any bias, and its cotangent too
 
 
@@ -41,7 +40,9 @@ def glumbconv(
     """
     expand = expand.astype(x.dtype)
     if uses_kernel(*x.shape[1:3], x.dtype, implementation):
-        images = tuple(dense_float32(x, half) for half in jnp.split(expand, 2, axis=1))
+        # On a TPU value and gate are products of their own; a GPU's kernel reads them from one.
+        parts = (expand,) if platform() == "gpu" else jnp.split(expand, 2, axis=1)
+        images = tuple(dense_float32(x, part) for part in parts)
         return projected_glumbconv(split_rows, images, weights, contract.astype(x.dtype), scale)
     wide = dense_float32(x, expand)
     y = _by_rows(reference.glumbconv, (wide,), (), weights, split_rows, kernel=False)
@@ -51,7 +52,7 @@ def glumbconv(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def projected_glumbconv(
     split_rows: bool,
-    images: tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]],
+    images: tuple[Float[Array, "B H W _"], ...],
     weights: tuple[Float[Array, " C2"], Float[Array, "3 3 C2"], Float[Array, " C2"]],
     projection: Float[Array, "C D"],
     scale: Float[Array, "#B #H #W D"] | None,
@@ -59,10 +60,11 @@ def projected_glumbconv(
     """Computes the middle by the kernel, then the product back and the factor.
 
     `images` are value and gate, the halves of the wide tensor, each from its own product, which
-    avoids a copy. The other arguments are those of `glumbconv`. If only the backward pass follows,
-    as in rematerialisation, the forward kernel does not run: the backward kernel gives its result.
+    avoids a copy; or one array, the wide tensor. The other arguments are those of `glumbconv`. If
+    only the backward pass follows, as in rematerialisation, the forward kernel does not run: the
+    backward kernel gives its result.
     """
-    return _project(_middle(split_rows, *images, *weights), projection, scale)
+    return _project(_middle(split_rows, images, weights), projection, scale)
 
 
 def _project(x, projection, scale):
@@ -70,10 +72,15 @@ def _project(x, projection, scale):
     return y if scale is None else (scale * y.astype(jnp.float32)).astype(x.dtype)
 
 
-def _middle(split_rows, value, gate, *weights, out=None):
+def _middle(split_rows, images, weights, out=None):
     """Runs the kernel. `out` may hold anything; its cotangent is the kernel's result."""
-    out = jnp.zeros_like(value) if out is None else out
-    return _by_rows(_kernel, (value, gate), (out,), weights, split_rows, kernel=True)
+    out = _nothing(images, weights) if out is None else out
+    return _by_rows(_kernel, images, (out,), weights, split_rows, kernel=True)
+
+
+def _nothing(images, weights):
+    """Returns zeros in the shape of the middle's result."""
+    return jnp.zeros((*images[0].shape[:3], weights[0].size // 2), images[0].dtype)
 
 
 def _projected_forward(split_rows, *args):
@@ -84,11 +91,11 @@ def _projected_backward(split_rows, args, cotangent):
     images, weights, *after = args
     # Cuts a layer's weights out of the stack first: a product that does so itself is slower.
     after = jax.lax.optimization_barrier(after)
-    nothing = jnp.zeros_like(images[0])
+    nothing = _nothing(images, weights)
     d_x = jax.vjp(lambda x: _project(x, *after), nothing)[1](cotangent)[0]  # linear in x
 
     def middle(out, images, weights):
-        return _middle(split_rows, *images, *weights, out=out)
+        return _middle(split_rows, images, weights, out)
 
     # One kernel gives the result x and the cotangents.
     x, d_images, d_weights = jax.vjp(middle, nothing, images, weights)[1](d_x)
@@ -131,12 +138,15 @@ def _with_neighbours(x, axis):
 def uses_kernel(height: int, width: int, dtype: DTypeLike, implementation: str) -> bool:
     """Returns True if images of this size get the kernel; `implementation`: see dispatch.py."""
     fits = tpu.supported(height, width, jnp.dtype(dtype).itemsize)
-    unsupported = None if fits else f"images of {height} x {width}"
-    return use_pallas(implementation, "glumbconv", dtype, unsupported)
+    on_tpu = None if fits else f"images of {height} x {width}"
+    on_gpu = None if gpu.supported() else "a GPU by this JAX, which has no Triton"
+    return use_kernel(implementation, "glumbconv", dtype, tpu=on_tpu, gpu=on_gpu)
 
 
-def _plain(value, gate, *weights):
-    return reference.glumbconv(jnp.concatenate([value, gate], axis=-1), *weights)
+def _plain(*args):
+    *images, bias, kernel, depthwise_bias = args
+    wide = images[0] if len(images) == 1 else jnp.concatenate(images, axis=-1)
+    return reference.glumbconv(wide, bias, kernel, depthwise_bias)
 
 
 def _by_halves(bias, kernel, depthwise_bias):
@@ -144,33 +154,57 @@ def _by_halves(bias, kernel, depthwise_bias):
     return bias.reshape(2, -1), kernel.reshape(9, 2, -1), depthwise_bias.reshape(2, -1)
 
 
+def _kernels(images, on_tpu, on_gpu):
+    """Returns the kernels by platform; a TPU's takes two images."""
+    tpu = {"tpu": on_tpu} if images == 2 else {}
+    return tpu | ({"cuda": on_gpu} if gpu.supported() else {})
+
+
 @jax.custom_vjp
-def _kernel(value, gate, out, *weights):
-    def run(module, value, gate, *weights):
-        return module.forward(value, gate, *_by_halves(*weights))
+def _kernel(*args):
+    """Computes the middle from value and gate, or one array of both, then any `out` and weights."""
+    *images, _, bias, kernel, depthwise_bias = args
+    count = len(images)
 
-    kernels = {name: partial(run, module) for name, module in _KERNELS.items()}
-    return by_platform(value, gate, *weights, plain=_plain, **kernels)
+    def on_tpu(*args):
+        return tpu.forward(*args[:2], *_by_halves(*args[2:]))
+
+    def on_gpu(*args):
+        return gpu.forward(args[:count], *_by_halves(*args[count:]))
+
+    kernels = _kernels(count, on_tpu, on_gpu)
+    return by_platform(*images, bias, kernel, depthwise_bias, plain=_plain, **kernels)
 
 
-def _forward(value, gate, out, *weights):
-    return _kernel(value, gate, out, *weights), (value, gate, *weights)
+def _forward(*args):
+    *images, _, bias, kernel, depthwise_bias = args
+    return _kernel(*args), (*images, bias, kernel, depthwise_bias)
 
 
 def _backward(args, cotangent):
-    def run(module, value, gate, *rest):
-        *weights, cotangent = rest
-        found = module.backward(value, gate, *_by_halves(*weights), cotangent)
-        out, d_value, d_gate, *d_weights = found
+    count = len(args) - 3
+
+    def in_order(out, d_images, d_weights, weights):
         pairs = zip(d_weights, weights, strict=True)
-        return d_value, d_gate, out, *(d.reshape(w.shape).astype(w.dtype) for d, w in pairs)
+        return *d_images, out, *(d.reshape(w.shape).astype(w.dtype) for d, w in pairs)
+
+    def on_tpu(*args):
+        *images, bias, kernel, depthwise_bias, cotangent = args
+        weights = bias, kernel, depthwise_bias
+        out, d_value, d_gate, *d_weights = tpu.backward(*images, *_by_halves(*weights), cotangent)
+        return in_order(out, (d_value, d_gate), d_weights, weights)
+
+    def on_gpu(*args):
+        images, weights = args[:count], args[count:-1]
+        out, d_images, *d_weights = gpu.backward(images, *_by_halves(*weights), args[-1])
+        return in_order(out, d_images, d_weights, weights)
 
     def plain(*args):
         out, pull_back = jax.vjp(_plain, *args[:-1])
-        d_value, d_gate, *d_weights = pull_back(args[-1])
-        return d_value, d_gate, out, *d_weights
+        found = pull_back(args[-1])
+        return *found[:count], out, *found[count:]
 
-    kernels = {name: partial(run, module) for name, module in _KERNELS.items()}
+    kernels = _kernels(count, on_tpu, on_gpu)
     return by_platform(*args, cotangent, plain=plain, **kernels)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, sequence_axis, use_pallas
+from sana_jax.kernels.dispatch import by_platform, over_mesh, sequence_axis, use_kernel
 from sana_jax.kernels.linear_attention import gpu, reference, tpu
 
 
@@ -24,10 +24,10 @@ def linear_attention(
     If a mesh splits the tokens, its devices sum the state between the two halves.
     """
     channels = qkv.shape[-1] // 3
-    unsupported = None
-    if not tpu.supported(channels, head_dim):
-        unsupported = f"heads of {head_dim} in {channels} channels"
-    kernel = use_pallas(implementation, "linear attention", qkv.dtype, unsupported)
+    shape = f"heads of {head_dim} in {channels} channels"
+    on_tpu = None if tpu.supported(channels, head_dim) else shape
+    on_gpu = None if gpu.supported(head_dim) else shape
+    kernel = use_kernel(implementation, "linear attention", qkv.dtype, tpu=on_tpu, gpu=on_gpu)
     form, axis = _kernel if kernel else _plain, sequence_axis(qkv.shape[1])
     return over_mesh(lambda qkv: form(qkv, head_dim, epsilon, axis), (qkv,), kernel=kernel)
 

@@ -1,7 +1,8 @@
 """ReLU linear attention for GPU (Pallas Triton), forward and backward; tpu.py has the formulas.
 
-A program takes one head: it loops over all tokens to sum a state, and takes one block of tokens to
-use a state. `state` is the (2 D, C) of tpu.py: S above T.
+A program takes one head: it loops over tokens to sum a state, and takes one block of tokens to use
+a state. The tokens of few images are split over several programs, whose sums XLA adds up. `state`
+is the (2 D, C) of tpu.py: S above T.
 """
 
 from functools import partial
@@ -13,6 +14,8 @@ from jax.experimental import pallas as pl
 from sana_jax.kernels import triton
 from sana_jax.kernels.block_sizes import GPU
 from sana_jax.kernels.triton import plgpu
+
+PROGRAMS = GPU["linear_attention_programs"]  # at least, of a sum over tokens
 
 
 def supported(head_dim: int) -> bool:
@@ -49,17 +52,21 @@ def _call(kernel, operands, head_dim, out, *, name):
     qkv = operands[0]
     batch, tokens, channels = qkv.shape
     channels //= 3
-    heads = channels // head_dim
+    block = GPU["linear_attention"][qkv.dtype.itemsize]
+    heads, blocks = channels // head_dim, pl.cdiv(tokens, block)
+    parts = 1
+    while out == "state" and batch * heads * parts < PROGRAMS and parts < blocks:
+        parts *= 2
     shape, dtype = {
-        "state": ((batch, 2 * head_dim, channels), jnp.float32),
+        "state": ((batch * parts, 2 * head_dim, channels), jnp.float32),
         "rows": ((batch, tokens, channels), qkv.dtype),
         "qkv": (qkv.shape, qkv.dtype),
     }[out]
-    block = GPU["linear_attention"][qkv.dtype.itemsize]
-    grid = (batch, heads) if out == "state" else (batch, heads, pl.cdiv(tokens, block))
     kernel = partial(kernel, head_dim=head_dim, channels=channels, tokens=tokens, block=block)
     out_shape = jax.ShapeDtypeStruct(shape, dtype)
-    return triton.call(kernel, operands, out_shape, grid, f"linear_attention_{name}")
+    grid = (batch, heads, parts if out == "state" else blocks)
+    found = triton.call(kernel, operands, out_shape, grid, f"linear_attention_{name}")
+    return found if parts == 1 else jnp.sum(found.reshape(batch, parts, *shape[1:]), axis=1)
 
 
 def _dot(x, y, dtype, *, transpose_x=False, transpose_y=False):
@@ -102,21 +109,25 @@ class _Head:
         return plgpu.load(ref.at[self.image, rows, columns])
 
     def store_state(self, ref, part, value):
-        """Stores S (part 0) or T (part 1), (D, D)."""
+        """Stores this program's part of S (part 0) or T (part 1), (D, D)."""
         rows, columns = pl.ds(part * self.head_dim, self.head_dim), self._columns()
-        plgpu.store(ref.at[self.image, rows, columns], value)
+        image = self.image * pl.num_programs(2) + pl.program_id(2)
+        plgpu.store(ref.at[image, rows, columns], value)
 
     def _columns(self):
         return pl.ds(self.head * self.head_dim, self.head_dim)
 
     def sum_states(self, products):
-        """Sums pairs of (D, D) products over the blocks of tokens."""
+        """Sums pairs of (D, D) products over this program's part of the blocks of tokens."""
 
         def step(block, sums):
             return tuple(s + p for s, p in zip(sums, products(block), strict=True))
 
         zero = jnp.zeros((self.head_dim, self.head_dim), jnp.float32)
-        return jax.lax.fori_loop(0, pl.cdiv(self.tokens, self.size), step, (zero, zero))
+        parts = pl.num_programs(2)
+        blocks = (pl.cdiv(self.tokens, self.size) + parts - 1) // parts
+        first = pl.program_id(2) * blocks  # behind the last token, blocks are zero
+        return jax.lax.fori_loop(first, first + blocks, step, (zero, zero))
 
 
 def _relu(x):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_pallas
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_kernel
 from sana_jax.kernels.modulated_norm import reference, tpu
 
 
@@ -19,7 +19,7 @@ def modulated_norm(
     Use the returned x for the residual: the kernel's backward pass then adds the cotangents of
     both uses while they are in VMEM.
     """
-    if use_pallas(implementation, "modulated norm", x.dtype, None):
+    if use_kernel(implementation, "modulated norm", x.dtype, tpu=None, gpu="a GPU"):
         shape = (x.shape[0], 1, x.shape[-1])
         vectors = (jnp.broadcast_to(v.astype(jnp.float32), shape) for v in (shift, scale))
         return over_mesh(_kernel, (x,), tuple(vectors))

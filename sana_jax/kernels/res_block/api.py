@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_pallas
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_kernel
 from sana_jax.kernels.res_block import reference, tpu
 
 
@@ -14,7 +14,7 @@ def uses_kernel(shape: tuple[int, ...], dtype: DTypeLike, implementation: str) -
     dtype = jnp.dtype(dtype)
     fits = dtype == jnp.bfloat16 and tpu.rows_at_once(*shape[1:])
     unsupported = None if fits else f"{dtype} images of {shape[1]} x {shape[2]} x {shape[3]}"
-    return use_pallas(implementation, "residual block", dtype, unsupported)
+    return use_kernel(implementation, "residual block", dtype, tpu=unsupported, gpu="a GPU")
 
 
 @jax.custom_vjp
