@@ -325,11 +325,14 @@ class SanaTransformer(nn.Module):
         self,
         latents: Float[Array, "B h w c"],
         timestep: Float[Array, " #B"],
-        keys_values: Float[Array, "depth B L C2"],
+        keys_values: Float[Array, "depth B L C2"] | dict[str, tuple[Array, Array]],
         mask: Bool[Array, "B L"],
         guidance: Float[Array, " #B"] | None = None,
     ) -> Float[Array, "B h w c"]:
-        """Computes `__call__` from `keys_values(caption)` in place of the caption."""
+        """Computes `__call__` from `keys_values(caption)` in place of the caption.
+
+        If the blocks' weights were taken apart (layers.unstack), `keys_values` has a pair a layer.
+        """
 
         def blocks(x, modulation):
             return self._scan("with_keys_values", x, (keys_values,), modulation, mask)

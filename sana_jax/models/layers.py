@@ -111,6 +111,21 @@ def dense(
     )
 
 
+FIRST_LAYER = "0000"
+
+
+def unstack(stack: Any) -> dict[str, Any]:
+    """Returns a tree of stacked arrays as {name of a layer: its tree}, in order.
+
+    Scanned layers copy their weights out of the stack whenever they run. A caller that runs them
+    often, in a loop, takes them apart once before it: see `scan_for_sampling`.
+    """
+    stack = nn.unbox(stack)
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    # JAX sorts the keys of a dict.
+    return {f"{i:04}": jax.tree.map(lambda x, i=i: x[i], stack) for i in range(depth)}
+
+
 def scan_for_sampling(
     scanned: nn.Module, layer: nn.Module, method: str, carry: Any, each: tuple, *shared: Any
 ) -> tuple[Any, Any]:
@@ -120,10 +135,19 @@ def scan_for_sampling(
     as float32, and moves the widening of the whole stack of weights out of an nn.scan: three times
     the memory, and slower. A barrier makes the stack seem to depend on the layer's number, which
     keeps the widening of a slice inside the loop.
+
+    Weights and `each` that `unstack` has taken apart are used without a loop.
     """
     if scanned.is_initializing():
         return getattr(scanned, method)(carry, *each, *shared)
     stack = nn.unbox(scanned.variables["params"])
+    if FIRST_LAYER in stack:
+        results = []
+        for name, params in stack.items():
+            own = (rows[name] for rows in each)
+            carry, result = layer.apply({"params": params}, carry, *own, *shared, method=method)
+            results.append(result)
+        return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
     def in_loop(stack, i):
         return take(*jax.lax.optimization_barrier((stack, i)))

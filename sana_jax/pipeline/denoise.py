@@ -18,6 +18,12 @@ from jaxtyping import Array, Bool, Float
 from sana_jax.diffusion import dpm_solver
 from sana_jax.diffusion.guidance import guide
 from sana_jax.diffusion.inpainting import Kept, keep
+from sana_jax.kernels.cross_attention import visible_first
+from sana_jax.kernels.dispatch import platform
+from sana_jax.models.layers import unstack
+
+# Of a deeper network, a second copy of the weights would be too large beside the first.
+MOST_UNROLLED_LAYERS = 32
 
 
 @partial(jax.jit, static_argnames="module")
@@ -52,24 +58,55 @@ def sample(
     diffusion/guidance.py; Sprint's networks read the scale themselves, and S is 1. `kept`: see
     diffusion/inpainting.py. `fresh`: see `dpm_solver.solve`.
     """
-    keys_values = keys_values_of(module, params, captions)
+    params, keys_values, masks = _prepare(module, params, captions, masks)
     velocity = _velocity(module, params, keys_values, masks, scale, interval, sequential, kept)
     return dpm_solver.solve(velocity, noise, schedule, fresh)
 
 
 def sample_slowly(
-    on_step, module, params, noise, schedule, captions, *guidance, sequential, kept=None, fresh=None
+    on_step,
+    module,
+    params,
+    noise,
+    schedule,
+    captions,
+    masks,
+    *guidance,
+    sequential,
+    kept=None,
+    fresh=None,
 ):
     """Samples like `sample`, one dispatch per step, and calls on_step(step, latents) after each."""
-    keys_values = keys_values_of(module, params, captions)
+    params, keys_values, masks = _prepare(module, params, captions, masks)
     carry = noise, jnp.zeros_like(noise)
     for i in range(len(schedule.sigma)):
         row = jax.tree.map(lambda column, i=i: column[i], schedule)
-        arguments = module, params, carry, row, keys_values, *guidance
+        arguments = module, params, carry, row, keys_values, masks, *guidance
         added = fresh if fresh is None else fresh[:, i]
         carry = _step(*arguments, sequential=sequential, kept=kept, fresh=added)
         on_step(i, carry[0])
     return carry[0]
+
+
+def _prepare(module, params, captions, masks):
+    """Returns the network's weights, its keys and values, and masks, as its steps read them best.
+
+    On a GPU that means visible rows first, for cuDNN, and each layer's arrays by themselves: from a
+    stack, every step would copy them. One copy a call remains.
+    """
+    on_gpu = platform() == "gpu"
+    if on_gpu:
+        captions, masks = visible_first(captions, masks)
+    keys_values = keys_values_of(module, params, captions)
+    if on_gpu and module.config.depth <= MOST_UNROLLED_LAYERS:
+        params, keys_values = _by_layer(params, keys_values)
+    return params, keys_values, masks
+
+
+@jax.jit
+def _by_layer(params, keys_values):
+    pairs = {name: tuple(jnp.split(kv, 2, -1)) for name, kv in unstack(keys_values).items()}
+    return {**params, "blocks": unstack(params["blocks"])}, pairs
 
 
 @partial(jax.jit, static_argnames=("module", "sequential"))
@@ -98,10 +135,11 @@ def _guided(module: nn.Module, params: Any, keys_values, masks, scale, interval,
         return module.apply({"params": params}, *given, method="denoise")
 
     def half(x, timestep, i):
-        return evaluate(x, timestep, keys_values[:, :, i], masks[:, i])
+        kv = jax.tree.map(lambda kv: kv[..., i, :, :], keys_values)
+        return evaluate(x, timestep, kv, masks[:, i])
 
     def together(x, timestep):
-        kv = rearrange(keys_values, "n b s l c -> n (b s) l c")
+        kv = jax.tree.map(lambda kv: rearrange(kv, "... b s l c -> ... (b s) l c"), keys_values)
         x = repeat(x, "b ... -> (b s) ...", s=2)
         out = evaluate(x, timestep, kv, rearrange(masks, "b s l -> (b s) l"))
         return tuple(rearrange(out, "(b s) ... -> s b ...", s=2))
