@@ -7,7 +7,7 @@
         --guidance_scale=4.5 --out=importance.json
     python -m sana_jax.evaluate --task=shapes --checkpoint=TAUGHT/model --novel
     python -m sana_jax.evaluate --task=fid --data=PICTURES --reference=REAL_OR_STATISTICS.npz \\
-        --weights=pt_inception-2015-12-05-6726825d.pth --workdir=FEATURES
+        --weights=pt_inception-2015-12-05-6726825d.pth --protocol=sana --workdir=FEATURES
     python -m sana_jax.evaluate --task=clip_score --data=BATCH_RUN --weights=CLIP_FOLDER
     python -m sana_jax.evaluate --task=cmmd --data=PICTURES --reference=REAL --weights=CLIP_FOLDER
 
@@ -67,7 +67,7 @@ formulas. With --workdir a killed run goes on, and ends with the figures of an u
     cmmd                  Gaussian kernel's distance of CLIP's features, x 1,000
     count, rejected, rejected_pictures, reference_...
                           pictures that were measured, and each that could not be, with the reason
-    weights_sha256, resize, size, preprocess, ...
+    protocol, resize, size, jpeg, preprocess, weights_sha256, ...
                           everything that decided the figures
 
 The last line is a JSON object with these figures and what was measured: task and checkpoint, then
@@ -86,7 +86,12 @@ from sana_jax.runtime.errors import UserError
 
 CHECKPOINT = "checkpoint", "variant", "revision", "dtype", "out"
 SAMPLING = "seed", "num_steps", "guidance_scale", "flow_shift"
-PICTURES = "data", "weights", "workdir"
+PICTURES = "data", "weights", "workdir", "protocol", "jpeg"
+# The choices that a word stands for: those of SANA's published figures, and of clean-fid.
+PROTOCOLS = {
+    "sana": {"resize": "bilinear", "size": 512, "jpeg": True},
+    "clean": {"resize": "bicubic", "size": None, "jpeg": False},
+}
 OWN = {  # flags that not every task reads
     "reconstruction": (*CHECKPOINT, "data", "data_dir", "split", "lpips_weights", "size"),
     "shapes": (*CHECKPOINT, *SAMPLING, "size", "lora", "novel"),
@@ -121,6 +126,15 @@ _RESIZE = flags.DEFINE_enum(
     "bilinear",
     ["bilinear", "bicubic"],
     "how pictures are resized for Inception: as by pytorch-fid and SANA, or as by clean-fid",
+)
+_JPEG = flags.DEFINE_bool(
+    "jpeg", False, "measure the pictures of --data as if they were stored as JPEG, as SANA's are"
+)
+_PROTOCOL = flags.DEFINE_enum(
+    "protocol",
+    None,
+    list(PROTOCOLS),
+    "sana: --resize=bilinear --size=512 --jpeg, as SANA's figures are made; clean: --resize=bicubic",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "a folder for features, where a killed run goes on and later ones find them"
@@ -308,12 +322,11 @@ def fid() -> None:
         data=_DATA.value,
         reference=_REFERENCE.value,
         weights=_WEIGHTS.value,
-        resize=_RESIZE.value,
-        size=_SIZE.value,
         count=_COUNT.value,
         batch_size=_BATCH.value,
         workdir=_WORKDIR.value,
         statistics=statistics and str(statistics),
+        **_choices("resize", "size", "jpeg"),
     )
     _report(fid_task.fid(options), fid_task.table)
 
@@ -345,7 +358,17 @@ def _clip_options():
         batch_size=_BATCH.value,
         dtype=_DTYPE.value,
         workdir=_WORKDIR.value,
+        **_choices("jpeg"),
     )
+
+
+def _choices(*names: str) -> dict:
+    """Returns the values of flags, which --protocol decides where it is given."""
+    protocol = PROTOCOLS.get(_PROTOCOL.value)
+    for name in names if protocol else ():
+        if FLAGS[name].present:
+            raise UserError(f"--{name} is decided by --protocol={_PROTOCOL.value}; leave out one")
+    return {name: protocol[name] if protocol else FLAGS[name].value for name in names}
 
 
 def _require(*names: str) -> None:
@@ -358,7 +381,7 @@ def _report(found: dict, table) -> None:
     left_out = sum(found["rejected"].values()) + sum(found.get("reference_rejected", {}).values())
     print(f"{found['count']} pictures, {left_out} left out:")
     print(table(found))
-    print(json.dumps({"task": _TASK.value} | found))
+    print(json.dumps({"task": _TASK.value, "protocol": _PROTOCOL.value} | found))
 
 
 TASKS = {

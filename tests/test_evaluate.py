@@ -115,6 +115,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
     (tmp_path / "small").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "small" / "a.png")
     (tmp_path / "weights.pth").write_text("<html>not found</html>")
+    sana = ["--protocol=sana", "--reference=empty"]
     fid = ["--task=fid", pictures, "--weights=weights.pth"]
     cases = {
         "--checkpoint is missing": [pictures],
@@ -149,6 +150,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "weights.pth is a web page": [*fid, "--reference=empty"],
         "none.npz is missing": [*fid, "--reference=none.npz"],
         "--resize": [*fid, "--reference=empty", "--resize=lanczos"],
+        "--size is decided by --protocol=sana": [*fid, *sana, "--size=256"],
     }
     (tmp_path / "folder.png").mkdir()
     before = sorted(tmp_path.rglob("*"))

@@ -33,6 +33,7 @@ class Options:
     count: int | None = None  # the first pictures of either folder; None: all
     batch_size: int = 16
     dtype: str = "float32"
+    jpeg: bool = False  # measure `data` as if it were stored as JPEG
     workdir: str | None = None  # where features are kept; None: nowhere
 
 
@@ -81,7 +82,7 @@ def _measured(
     batch_size = options.batch_size + -options.batch_size % sharding.batch_divisor(mesh)
     side = opened.config.image_size
     decides = {"preprocess": kind, "side": side, "mean": opened.mean, "std": opened.std}
-    prepared = Prepared(clip_input(kind, side, opened.mean, opened.std), decides, tokenize)
+    prepare = clip_input(kind, side, opened.mean, opened.std)
     about = {"features": kind, "weights_sha256": _sha256(opened), "dtype": options.dtype}
 
     def network() -> Network:
@@ -98,7 +99,13 @@ def _measured(
     with features.workdir(options.workdir) as folder:
         found = {
             name: features.measure(
-                source, prepared, network, folder, about, batch_size=batch_size, count=options.count
+                source,
+                Prepared(prepare, decides, tokenize, options.jpeg and name == "data"),
+                network,
+                folder,
+                about,
+                batch_size=batch_size,
+                count=options.count,
             )
             for name, source in sources.items()
         }

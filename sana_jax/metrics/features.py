@@ -25,7 +25,7 @@ from sana_jax.data.loader import EvaluationLoader
 from sana_jax.data.records import Record, Source
 from sana_jax.data.rejections import Counts, Rejection
 from sana_jax.data.transforms import Example
-from sana_jax.metrics.resizes import Floats, Pixels
+from sana_jax.metrics.resizes import Floats, Pixels, as_jpeg
 from sana_jax.runtime import devices
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import local, reason_of, unwritten, write_atomically
@@ -45,12 +45,13 @@ class Prepared(NamedTuple):
     prepare: Callable[[Pixels], Floats]
     settings: dict[str, Any]  # everything that decides what `prepare` does
     tokenize: Callable[[str], np.ndarray] | None = None
+    jpeg: bool = False  # as if the picture had been stored as a JPEG
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
         if self.tokenize is not None and not record["captions"]:
             raise BadImage("bad_caption", "it has no prompt")
         with decoded(record["image"], min_side=1) as pixels:
-            row = {"image": self.prepare(pixels)}
+            row = {"image": self.prepare(as_jpeg(pixels) if self.jpeg else pixels)}
         if self.tokenize is not None:
             row["tokens"] = self.tokenize(record["captions"][0])
         return row
@@ -137,7 +138,7 @@ def measure(
     Raises UserError if no picture can be used, Retry if a disk is full.
     """
     loader = EvaluationLoader(source, transform, batch_size=batch_size, limit=count)
-    decides = settings | transform.settings
+    decides = settings | transform.settings | {"jpeg": transform.jpeg}
     decides |= {"source": source.fingerprint, "pictures": loader.records, "batch_size": batch_size}
     decides |= {"devices": devices.describe(), "jax": jax.__version__}
     place = folder / key_of(decides)[:16]

@@ -29,6 +29,7 @@ class Options:
     weights: str  # pytorch-fid's file
     resize: str = "bilinear"
     size: int | None = None  # of a square that pictures are resized and cropped to before
+    jpeg: bool = False  # measure `data` as if it were stored as JPEG
     count: int | None = None  # the first pictures of either folder; None: all
     batch_size: int = 16
     workdir: str | None = None  # where features are kept; None: nowhere
@@ -61,7 +62,7 @@ def fid(options: Options) -> dict[str, Any]:
         for name, source in sources.items():
             found[name] = features.measure(
                 source,
-                Prepared(prepare, decides),
+                Prepared(prepare, decides, jpeg=options.jpeg and name == "data"),
                 lambda: _network(params, mesh),
                 folder,
                 about,

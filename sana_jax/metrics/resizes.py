@@ -8,6 +8,7 @@
 All run on the host, in NumPy and Pillow, so that a result depends on no device.
 """
 
+import io
 from collections.abc import Callable
 from functools import partial
 
@@ -100,6 +101,14 @@ def cmmd(pixels: Pixels, side: int, mean: tuple, std: tuple) -> Floats:
 
 def _normalised(pixels: Pixels, mean: tuple, std: tuple) -> Floats:
     return (_unit(pixels) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def as_jpeg(pixels: Pixels) -> Pixels:
+    """Returns the pixels of a JPEG of Pillow's default quality, which torchvision's files have."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="JPEG")
+    with Image.open(content) as image:
+        return np.asarray(image)
 
 
 RESIZES: dict[str, Callable[[Pixels], Floats]] = {"bilinear": bilinear, "bicubic": bicubic}

@@ -8,6 +8,7 @@ from PIL import Image
 from sana_jax.metrics import features
 from sana_jax.metrics.features import Prepared
 from sana_jax.metrics.pictures import open_pictures
+from sana_jax.metrics.resizes import as_jpeg
 from sana_jax.runtime.errors import UserError
 
 
@@ -20,8 +21,7 @@ def source(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(11):
-        shades = np.full((4, 5, 3), 20 * i, np.uint8)
-        Image.fromarray(shades).save(folder / f"{i:02}.png")
+        Image.fromarray(grey(20 * i)).save(folder / f"{i:02}.png")
     (folder / "03.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
     (folder / "10.png").write_bytes(b"")
     return open_pictures(str(folder), "data")
@@ -36,6 +36,17 @@ def measured(source, folder, network, kind="first", **options):
     options = dict(batch_size=4) | options
     transform = Prepared(prepare, {"resize": kind})
     return features.measure(source, transform, lambda: network, folder, settings, **options)
+
+
+def test_pictures_may_be_measured_as_jpeg(source, tmp_path):
+    plain = Prepared(prepare, {})
+    kept = [x(source[1], np.random.default_rng(0)) for x in (plain, plain._replace(jpeg=True))]
+    expected = [prepare(shade) for shade in (np.full((4, 5, 3), 20), as_jpeg(grey(20)))]
+    np.testing.assert_array_equal([row["image"] for row in kept], expected)
+
+
+def grey(shade):
+    return np.full((4, 5, 3), shade, np.uint8)
 
 
 def mean(batch):

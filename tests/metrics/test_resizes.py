@@ -58,6 +58,15 @@ def test_clip_is_transformers(size):
     np.testing.assert_allclose(found, expected.transpose(1, 2, 0), atol=1e-6)
 
 
+def test_jpeg_is_that_of_torchvisions_files(tmp_path):
+    """save_image passes a file to Pillow without a quality."""
+    pixels = np.asarray(Image.fromarray(noise(5, 5)).resize((40, 32)))
+    Image.fromarray(pixels).save(tmp_path / "picture.jpg")
+    stored = np.asarray(Image.open(tmp_path / "picture.jpg"))
+    np.testing.assert_array_equal(resizes.as_jpeg(pixels), stored)
+    assert (stored != pixels).any()
+
+
 def test_cmmd_crops_before_it_resizes():
     pixels = noise(61, 40)
     square = Image.fromarray(pixels[10:50]).resize((28, 28), resizes.BICUBIC)
