@@ -134,7 +134,7 @@ _PROTOCOL = flags.DEFINE_enum(
     "protocol",
     None,
     list(PROTOCOLS),
-    "sana: --resize=bilinear --size=512 --jpeg, as SANA's figures are made; clean: --resize=bicubic",
+    "sana: --resize=bilinear --size=512 --jpeg, as SANA's figures; clean: --resize=bicubic alone",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "a folder for features, where a killed run goes on and later ones find them"
