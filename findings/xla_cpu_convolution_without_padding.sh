@@ -4,7 +4,7 @@
 #
 # Valid input: float32, channels last, 8 pictures of 73 x 73 x 80, a kernel of 3 x 3 x 80 x 192. Seen on two cores with
 # AVX-512: 24 ms a picture without padding, 6.7 ms with it and a slice; the same numbers up to rounding. A network whose
-# stem does not pad, such as Inception-v3, pays for it.
+# stem does not pad, such as Inception-v3, pays for it; at stride 2 (35 x 35 x 288 to 384 channels) it is 13.7 ms against 4.3.
 set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
