@@ -1,5 +1,7 @@
 """Tiles and their blending against diffusers' AutoencoderDC."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -103,6 +105,7 @@ def test_tilings_that_cannot_be(size, tile, stride, word):
 
 def test_few_tiles_are_kept():
     """The row above and the row at hand, however many there are."""
+    gc.collect()  # what other tests left
     alive = []
 
     def decode(latents):
