@@ -148,8 +148,8 @@ def measure(
         text = json.dumps(decides, indent=2, sort_keys=True) + "\n"
         write_atomically(epath.Path(place / "settings.json"), text.encode())
         missing = [step for step, file in enumerate(files) if not _is_whole(file)]
-        with Progress(loader.records, "picture", initial=loader.records) as bar:
-            bar.n -= min(loader.records, batch_size * len(missing))
+        done = loader.records - sum(_pictures(loader, step) for step in missing)
+        with Progress(loader.records, "picture", initial=done) as bar:
             if missing:
                 _compute(loader, missing, network(), files, bar)
     except OSError as error:
@@ -182,7 +182,7 @@ def _compute(
         content = io.BytesIO()
         np.savez(content, features=kept, rejected=np.array(json.dumps(rejections)))
         write_atomically(epath.Path(files[step]), content.getvalue())
-        bar.update(min(loader.batch_size, loader.records - step * loader.batch_size))
+        bar.update(_pictures(loader, step))
 
     last: tuple | None = None
     for step, (batch, rejections) in zip(steps, loader.batches(steps), strict=True):
@@ -192,6 +192,11 @@ def _compute(
             write(*last)
         last = step, rows, batch["valid"], rejections
     write(*last)
+
+
+def _pictures(loader: EvaluationLoader, step: int) -> int:
+    """Returns the number of pictures in a batch."""
+    return min(loader.batch_size, loader.records - step * loader.batch_size)
 
 
 def _is_whole(file: Path) -> bool:

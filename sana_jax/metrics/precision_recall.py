@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 NEIGHBOURS = 3
-BLOCK = 1024  # rows of the distances in memory
+BLOCK = 512  # rows of the distances in memory
 
 Rows = Float[np.ndarray, "N D"]
 Others = Float[np.ndarray, "M D"]
@@ -26,23 +26,28 @@ def precision_recall(generated: Rows, real: Others) -> tuple[float, float]:
 
 def _inside(x: Rows, y: Others) -> Bool[np.ndarray, " N"]:
     """Returns which of x lie in a ball of y."""
-    centre = y.mean(axis=0, dtype=np.float64)  # from far away, distances would lose their digits
-    x, y = ((rows - centre).astype(np.float32) for rows in (x, y))
     radii = np.concatenate([_radii(y, start) for start in range(0, len(y), BLOCK)])
     blocks = (x[start : start + BLOCK] for start in range(0, len(x), BLOCK))
     return np.concatenate([(_squares(block, y) <= radii).any(axis=1) for block in blocks])
 
 
-def _radii(y: Rows, start: int) -> Float[np.ndarray, " B"]:
+def _radii(y: Others, start: int) -> Float[np.ndarray, " B"]:
     """Returns the squared radii of a block's balls."""
     block = y[start : start + BLOCK]
     squares = _squares(block, y)
     rows = np.arange(len(block))
     squares[rows, start + rows] = 0  # a feature itself, up to rounding
-    return np.partition(squares, NEIGHBOURS, axis=1)[:, NEIGHBOURS]
+    squares.partition(NEIGHBOURS, axis=1)
+    return squares[:, NEIGHBOURS].copy()
 
 
 def _squares(x: Rows, y: Others) -> Float[np.ndarray, "N M"]:
-    """Returns squared distances."""
-    norms = [np.square(rows, dtype=np.float64).sum(axis=1) for rows in (x, y)]
-    return norms[0][:, None] + norms[1] - 2 * (x @ y.T).astype(np.float64)
+    """Returns squared distances, for which the features of y are centred a block at a time."""
+    found = np.empty((len(x), len(y)), np.float32)
+    for start in range(0, len(y), BLOCK):
+        other = y[start : start + BLOCK]
+        centre = other[:1]  # from far away, distances would lose their digits
+        a, b = x - centre, other - centre
+        norms = (np.square(rows).sum(axis=1) for rows in (a, b))
+        found[:, start : start + BLOCK] = np.add.outer(*norms) - 2 * (a @ b.T)
+    return found
