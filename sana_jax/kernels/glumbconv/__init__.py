@@ -20,7 +20,7 @@ measure/tpu_estimate.py).
 With these and `bias`, forward and backward with full rematerialisation, depth 28: from 34.0 to 31.6
 a layer, 43.0 % to 46.3 % of the bfloat16 peak.
 
-Log: CUDA compiler's output for an H100 that is not there, 1.6B at 1024 px, 32 pictures, bfloat16,
+Log: CUDA compiler's output for an H100 that is not there, 1.6B at 1024 px, 32 images, bfloat16,
 us a call by bytes, and by instructions (README.md says how). Nothing ran.
 
 - XLA: a pass that pads, adds and activates, 466 by bytes and 582 by instructions, and one that
@@ -29,14 +29,14 @@ us a call by bytes, and by instructions (README.md says how). Nothing ran.
 - Every column a vector of its own, so that SiLU is computed 1.5 times a pixel in place of three:
   predicted 329 and 241 (44 instructions a result), found 424: 75. Neither XLA nor Triton made one
   instruction of a product and a sum.
-- Product and sum in one instruction by PTX: predicted 261, found 249. Eight columns: 226, but 12
-  warps an SM in place of 16.
+- Product and sum in one instruction by PTX, eight columns: predicted 261, found 226. Four: 249, but
+  16 warps an SM in place of 12.
 - Pixels outside the image made zero by a comparison, as nothing says how the fast tanh ends:
-  predicted 20 more, found 35.
+  predicted 34 more, found 34.
 - Value and gate read from one product: in 0.6B XLA cut the weights of each layer (two slices of 4
   us), or at batch 1 made one product of the two and cut that (two of 7 us).
 - Backward, the same form: predicted 876 and 1026 by bytes, 384 by instructions for the second;
-  found 876 and 914, 479. Before: 1513 and 2023 by instructions. XLA: 7826.
+  found 876 and 914, 479 by instructions. Before: 1513 and 2023 by instructions. XLA: 7826.
 """
 
 from sana_jax.kernels.glumbconv.api import glumbconv as glumbconv

@@ -11,10 +11,10 @@ measure/tpu_estimate.py).
 
 Log: CUDA compiler's output for an H100 that is not there (README.md says how). Nothing ran.
 
-- One picture with guidance has 72 (0.6B) or 140 (1.6B) sums of a state for 132 multiprocessors, each
-  over 16 blocks of tokens in turn. Four or two programs a sum: a launch more, which adds them up,
-  0.9 us by its bytes (0.6B), and a quarter or half of the turns. An estimate of what that is worth
-  needs latencies, which no compiler tells.
+- One picture with guidance has 72 (0.6B) or 140 (1.6B) sums of a state for 132 multiprocessors,
+  each over 16 blocks of tokens in turn. Four or two programs a sum: a launch more, which adds them
+  up, 0.9 us by its bytes (0.6B), and a quarter or half of the turns. What that is worth depends on
+  latencies, which no compiler tells.
 """
 
 from sana_jax.kernels.linear_attention.api import linear_attention as linear_attention
