@@ -118,7 +118,7 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
         latents = pipe(
             [task.prompt for task in batch.padded()],
             seed=[task.seed for task in batch.padded()],
-            flow_shift=options.flow_shift,
+            flow_shift=steps.flow_shift,
             output="latent",
             **common,
         )
