@@ -190,6 +190,26 @@ def _pth(folder: Path):
             raise
 
 
+def _old_pth(folder: Path):
+    from sana_jax.checkpoints.pth import PthReader
+
+    reader = PthReader(folder / "old.pth")
+    for name in [*reader][:100]:
+        reader.shape(name), reader.dtype(name), reader[name]
+
+
+def _clip(folder: Path):
+    from sana_jax.checkpoints.clip import read_config
+
+    read_config(folder / "clip.json")
+
+
+def _statistics(folder: Path):
+    from sana_jax.metrics.frechet import read_statistics
+
+    read_statistics(folder / "statistics.npz", 4)
+
+
 def _tokenizer(folder: Path):
     from sana_jax.text.prompts import tokenize
     from sana_jax.text.tokenizers import load_tokenizer
@@ -283,6 +303,9 @@ INPUTS = {
         "shards/dit.safetensors.index.json", _tensors("shards/dit.safetensors.index.json"), JSON
     ),
     "model.pth": Input("model.pth", _pth, PTH),
+    "model.pth of before 1.6": Input("old.pth", _old_pth),
+    "config.json of CLIP": Input("clip.json", _clip, JSON),
+    "statistics.npz": Input("statistics.npz", _statistics),
     "tokenizer.json": Input("native/tokenizer/tokenizer.json", _tokenizer, JSON),
     "tokenizer_config.json": Input("native/tokenizer/tokenizer_config.json", _tokenizer, JSON),
     "instruction.yaml": Input("instruction.yaml", _instruction("instruction.yaml"), YAML),
@@ -353,6 +376,7 @@ def _write_pictures(folder: Path) -> None:
 
 
 def _write_tensors(folder: Path, checkpoint) -> None:
+    import numpy as np
     import torch
     from flax import traverse_util
 
@@ -368,6 +392,12 @@ def _write_tensors(folder: Path, checkpoint) -> None:
     }
     contents = {"state_dict": tensors, "state_dict_ema": tensors, "epoch": 3, "lr": 1e-4}
     torch.save(contents, folder / "model.pth")
+    contents |= {"weight": torch.ones(3, 4), "bias": torch.ones(3).half()}
+    torch.save(contents, folder / "old.pth", _use_new_zipfile_serialization=False)
+    np.savez_compressed(folder / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+    tower = {"hidden_size": 48, "num_attention_heads": 4, "hidden_act": "gelu"}
+    groups = {"text_config": tower | {"eos_token_id": 2}, "vision_config": tower}
+    (folder / "clip.json").write_text(json.dumps({"model_type": "clip"} | groups))
 
 
 def _write_precomputed(folder: Path) -> None:
