@@ -53,7 +53,10 @@ def test_features_at_full_size(tmp_path):
     opened = open_clip(tmp_path)
     assert opened.config == CLIPConfig(end_token=49407)
     pixels, tokens = inputs(opened.config, 49407)
-    ours = jax.jit(opened.module().apply)({"params": opened.params}, pixels, tokens)
+    mesh = sharding.make_mesh(fsdp=8)
+    with jax.set_mesh(mesh):
+        params = {"params": opened.place(mesh)}
+        ours = jax.jit(opened.module().apply)(params, pixels, tokens)
     for found, expected, name in zip(
         ours, theirs(model, pixels, tokens), ("image", "text"), strict=True
     ):
