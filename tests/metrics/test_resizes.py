@@ -17,8 +17,17 @@ def noise(height, width):
     return np.random.default_rng(height).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
+@pytest.fixture
+def two_threads():
+    """Torch 2.13 interpolates by other arithmetic, with other last bits, where it has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("size", SIZES)
-def test_bilinear_is_torchs(size):
+def test_bilinear_is_torchs(two_threads, size):
     pixels = noise(*size)
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255).contiguous()
     resized = torch.nn.functional.interpolate(
