@@ -9,25 +9,20 @@ import pytest
 from sana_jax.checkpoints import native
 from sana_jax.metrics.importance_task import transformer_sha256
 from tests import mini
-from tests.test_evaluate import SEVERAL, run
+from tests.commands import several
+from tests.test_evaluate import environment
 
-# Runs a command once for each list of arguments: its name, then its flags.
-COMMANDS = SEVERAL.replace("from sana_jax import evaluate\n", "import importlib\n").replace(
-    "cli.run(evaluate.main)",
-    'cli.run(importlib.import_module("sana_jax." + sys.argv.pop(1)).main)',
-)
 MEASURE = "--count=2", "--num_steps=2", "--batch_size=2"
 
 
 def commands(folder, *lines: str) -> list[tuple[int, str]]:
-    """The status of each command line, and what it said on stderr; all run in one process."""
+    """The status of each command line, and what it said on stderr; those of one share a process."""
     answers = []
-    for command in ("convert", "evaluate"):  # their flags have the same names
-        asked = [line.split() for line in lines if line.startswith(command)]
+    for command in ("convert", "evaluate"):
+        asked = [line.split()[1:] for line in lines if line.startswith(command)]
         if asked:
-            result = run(["-c", COMMANDS], folder, input=json.dumps(asked))
-            assert result.returncode == 0, result.stderr
-            answers += json.loads(result.stdout.splitlines()[-1])
+            found = several(f"sana_jax.{command}", asked, folder, environment(folder))
+            answers += [(status, told) for status, _, told in found]
     return answers
 
 
@@ -40,9 +35,9 @@ def shared(tmp_path_factory):
     mini.save(path / "other", depth=4, seed=1)
     native.save(mini.alone(path / "two"), path / "alone")
     flags = ["--task=importance", f"--checkpoint={path / 'four'}", *MEASURE, "--out=four.json"]
-    result = run(["-m", "sana_jax.evaluate", *flags], path)
-    assert result.returncode == 0, result.stderr
-    (path / "evaluate.txt").write_text(result.stdout)
+    ((status, printed, told),) = several("sana_jax.evaluate", [flags], path, environment(path))
+    assert status == 0, told
+    (path / "evaluate.txt").write_text(printed)
     return path
 
 

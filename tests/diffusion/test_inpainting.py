@@ -1,5 +1,6 @@
 """Latents that are kept stay on the straight way to the picture, under every sampler."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ def test_the_kept_part_is_the_picture_at_each_level_with_its_own_noise(sampler, 
     levels = np.append(schedule.sigma[1:], np.float32(0))
     x = flow_matching.interpolate(data, noise, np.full(2, schedule.sigma[0]))
     carry = x, jnp.zeros_like(x)
-    for row, sigma in zip(zip(*schedule, strict=True), levels, strict=True):
-        row = dpm_solver.Schedule(*row)
+    for i, sigma in enumerate(levels):
+        row = jax.tree.map(lambda column, i=i: column[i], schedule)
         carry = dpm_solver.step(keep(velocity, Kept(data, redrawn)), carry, row)
         x, x0 = carry
         expected = (1 - sigma) * data + sigma * noise
@@ -44,7 +45,7 @@ def test_latents_are_those_of_blending_after_each_step(sampler):
     start = flow_matching.interpolate(data, noise, np.full(2, schedule.sigma[0]))
     carry, levels = (start, jnp.zeros_like(start)), np.append(schedule.sigma[1:], 0)
     for i, level in enumerate(levels):
-        row = dpm_solver.Schedule(*(column[i] for column in schedule))
+        row = jax.tree.map(lambda column, i=i: column[i], schedule)
         x, x0 = dpm_solver.step(velocity, carry, row)
         carry = jnp.where(redrawn, x, (1 - level) * data + level * noise), x0
     ours = dpm_solver.solve(keep(velocity, Kept(data, redrawn)), start, schedule)

@@ -122,9 +122,9 @@ def _diffusers(folder: Path):
 
 
 def _scheduler(folder: Path):
-    from sana_jax.checkpoints.diffusers import _read_flow_shift
+    from sana_jax.checkpoints.diffusers import _read_scheduler
 
-    _read_flow_shift(folder / "diffusers/scheduler")
+    _read_scheduler(folder / "diffusers/scheduler")
 
 
 def _model_index(folder: Path):
