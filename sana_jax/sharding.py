@@ -108,6 +108,11 @@ def batch_divisor(mesh: Mesh) -> int:
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
+def whole_batch(size: int, mesh: Mesh) -> int:
+    """Returns the smallest batch of `size` or more that the mesh can split."""
+    return size + -size % batch_divisor(mesh)
+
+
 def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the numbers of the batch's rows that this host's devices hold, in order.
 

@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from sana_jax import sharding
 from sana_jax.checkpoints.clip import CLIPCheckpoint, open_clip
-from sana_jax.data.transforms import Example
 from sana_jax.metrics import features
 from sana_jax.metrics.features import Features, Network, Prepared
 from sana_jax.metrics.kernel_distances import SCALE, SIGMA, cmmd
@@ -79,7 +78,6 @@ def _measured(
     names = ("data",) if options.reference is None else ("data", "reference")
     sources = {name: open_pictures(getattr(options, name), name) for name in names}
     mesh = sharding.make_mesh()
-    batch_size = options.batch_size + -options.batch_size % sharding.batch_divisor(mesh)
     side = opened.config.image_size
     decides = {"preprocess": kind, "side": side, "mean": opened.mean, "std": opened.std}
     prepare = clip_input(kind, side, opened.mean, opened.std)
@@ -87,14 +85,7 @@ def _measured(
 
     def network() -> Network:
         params = {"params": opened.place(mesh, options.dtype, None if tokenize else "vision")}
-        module = opened.module(options.dtype)
-        apply = jax.jit(lambda params, batch: compute(module, params, batch))
-
-        def run(batch: Example) -> jax.Array:
-            with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-                return apply(params, sharding.put_batch(batch, mesh))
-
-        return run
+        return features.on_mesh(partial(compute, opened.module(options.dtype)), params, mesh)
 
     with features.workdir(options.workdir) as folder:
         found = {
@@ -104,7 +95,7 @@ def _measured(
                 network,
                 folder,
                 about,
-                batch_size=batch_size,
+                batch_size=sharding.whole_batch(options.batch_size, mesh),
                 count=options.count,
             )
             for name, source in sources.items()

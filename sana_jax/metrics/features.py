@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
+from sana_jax import sharding
 from sana_jax.batch.manifest import key_of
 from sana_jax.data.images import REASONS, BadImage, decoded
 from sana_jax.data.loader import EvaluationLoader
@@ -114,6 +115,17 @@ def workdir(path: str | None) -> Iterator[Path]:
         raise UserError(f"--workdir={path}: {reason_of(error)}") from None
     with locked(epath.Path(folder), "--workdir"):
         yield folder
+
+
+def on_mesh(apply: Callable[[Any, Any], Array], params: Any, mesh: jax.sharding.Mesh) -> Network:
+    """Returns the network apply(params, batch), compiled, for batches of the host's rows."""
+    compiled = jax.jit(apply)
+
+    def network(batch: Example) -> Array:
+        with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+            return compiled(params, sharding.put_batch(batch, mesh))
+
+    return network
 
 
 def measure(

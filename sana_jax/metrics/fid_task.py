@@ -8,7 +8,6 @@ import jax
 
 from sana_jax import sharding
 from sana_jax.checkpoints import inception
-from sana_jax.data.transforms import Example
 from sana_jax.metrics import features, frechet
 from sana_jax.metrics.features import Features, Network, Prepared
 from sana_jax.metrics.kernel_distances import kid
@@ -52,36 +51,31 @@ def fid(options: Options) -> dict[str, Any]:
         sources["reference"] = open_pictures(options.reference, "reference")
 
     mesh = sharding.make_mesh()
-    batch_size = options.batch_size + -options.batch_size % sharding.batch_divisor(mesh)
     prepare = inception_input(options.resize, options.size)
     decides = {"resize": options.resize, "size": options.size}
-    network = "inception-2015-12-05"
-    about = {"network": network, "weights_sha256": sha256_of(weights)}
+    about = {"network": "inception-2015-12-05", "weights_sha256": sha256_of(weights)}
     found: dict[str, Features] = {}
+
+    def network() -> Network:
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return features.on_mesh(_apply, jax.device_put(params, everywhere), mesh)
+
     with features.workdir(options.workdir) as folder:
         for name, source in sources.items():
             found[name] = features.measure(
                 source,
                 Prepared(prepare, decides, jpeg=options.jpeg and name == "data"),
-                lambda: _network(params, mesh),
+                network,
                 folder,
                 about,
-                batch_size=batch_size,
+                batch_size=sharding.whole_batch(options.batch_size, mesh),
                 count=options.count,
             )
         return about | decides | dataclasses.asdict(options) | _figures(found, stored, options)
 
 
-def _network(params: Any, mesh: jax.sharding.Mesh) -> Network:
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.device_put(params, everywhere)
-    apply = jax.jit(lambda params, pictures: InceptionV3().apply({"params": params}, pictures))
-
-    def network(batch: Example) -> jax.Array:
-        with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-            return apply(params, sharding.put_batch(batch["image"], mesh))
-
-    return network
+def _apply(params: Any, batch: Any) -> jax.Array:
+    return InceptionV3().apply({"params": params}, batch["image"])
 
 
 def _figures(

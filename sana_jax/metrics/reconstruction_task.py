@@ -72,7 +72,7 @@ def reconstruction(name: str, options: Options, draw_sheet: bool = False) -> Rep
             raise UserError(f"--lpips_weights needs --size={lpips.SMALLEST['alex']} or more")
     source, split = open_data(options.data, options.data_dir, options.split, size)
     mesh = sharding.make_mesh()
-    batch = options.batch_size + -options.batch_size % sharding.batch_divisor(mesh)
+    batch = sharding.whole_batch(options.batch_size, mesh)
     loader = EvaluationLoader(
         source, ImageTransform(size, size), batch_size=batch, limit=options.count
     )
