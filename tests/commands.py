@@ -32,6 +32,15 @@ def several(module: str, lines: list[list[str]], cwd: Path, environment) -> list
     return [tuple(answer) for answer in json.loads(result.stdout.splitlines()[-1])]
 
 
+def answers(module: str, mistakes: list[tuple], given: list[str], cwd: Path, environment) -> dict:
+    """Returns what `several` says of mistakes, (arguments, words) each, by their arguments.
+
+    `given`: arguments that stand before those of every mistake.
+    """
+    found = several(module, [[*given, *arguments] for arguments, _ in mistakes], cwd, environment)
+    return {tuple(each): answer for (each, _), answer in zip(mistakes, found, strict=True)}
+
+
 def main(name: str) -> None:
     """Reads the lists of arguments from stdin, and prints the answers."""
     module, answers = importlib.import_module(name), []

@@ -263,14 +263,12 @@ BAD_FLAGS = [
 
 @pytest.fixture(scope="module")
 def answers():
-    lines = [flags for flags, _ in BAD_FLAGS]
-    found = commands.several("sana_jax.compile", lines, ROOT, os.environ)
-    return {words: answer for (_, words), answer in zip(BAD_FLAGS, found, strict=True)}
+    return commands.answers("sana_jax.compile", BAD_FLAGS, [], ROOT, os.environ)
 
 
 @pytest.mark.parametrize("flags, words", BAD_FLAGS)
 def test_bad_flags(answers, flags, words):
-    status, stdout, stderr = answers[words]
+    status, stdout, stderr = answers[tuple(flags)]
     assert status == 2 and len(stderr.splitlines()) == 1, stderr
     assert words in stderr and not stdout
 

@@ -307,15 +307,14 @@ def answers(checkpoint, tmp_path_factory):
     """What the command answers to each of BAD_FLAGS; it has written nothing."""
     out = tmp_path_factory.mktemp("bad") / "out"
     given = [f"--checkpoint={checkpoint}", "--data=nowhere", f"--out={out}"]
-    lines = [given + flags for flags, _ in BAD_FLAGS]
-    found = commands.several("sana_jax.precompute", lines, ROOT, os.environ)
+    found = commands.answers("sana_jax.precompute", BAD_FLAGS, given, ROOT, os.environ)
     assert not out.exists()
-    return {words: answer for (_, words), answer in zip(BAD_FLAGS, found, strict=True)}
+    return found
 
 
 @pytest.mark.parametrize("flags, words", BAD_FLAGS)
 def test_bad_flags(answers, flags, words):
-    status, _, stderr = answers[words]
+    status, _, stderr = answers[tuple(flags)]
     assert status == 2 and words in stderr and len(stderr.splitlines()) == 1, stderr
 
 

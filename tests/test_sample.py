@@ -109,17 +109,17 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def answers(shared, environment, tmp_path_factory):
-    """Words of a complaint -> what the command answers to the mistake; it has written nothing."""
+    """What the command answers to each of MISTAKES; it has written nothing."""
     here = tmp_path_factory.mktemp("here")
-    lines = [[f"--checkpoint={shared / 'checkpoint'}", "--out=out", *m] for m, _ in MISTAKES]
-    found = commands.several("sana_jax.sample", lines, here, environment)
+    given = [f"--checkpoint={shared / 'checkpoint'}", "--out=out"]
+    found = commands.answers("sana_jax.sample", MISTAKES, given, here, environment)
     assert names(here) == []
-    return {words: answer for (_, words), answer in zip(MISTAKES, found, strict=True)}
+    return found
 
 
 @pytest.mark.parametrize("arguments, words", MISTAKES)
 def test_mistake_is_one_line_and_nothing_is_written(answers, arguments, words):
-    status, stdout, stderr = answers[words]
+    status, stdout, stderr = answers[tuple(arguments)]
     assert (status, stdout) == (2, ""), stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     assert words in stderr
