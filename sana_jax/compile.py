@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
         "size": program.size,
         "mesh": dict(mesh.shape),
         "calls": program.calls,
-        "steps": _STEPS.value if what == "sample" else None,
+        "steps": program.steps,
     }
     print(f"compiling {what} for {_TOPOLOGY.value}", file=sys.stderr, flush=True)
     start = time.monotonic()

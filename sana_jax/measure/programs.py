@@ -42,6 +42,7 @@ class Program:
     size: int  # their side in pixels
     flops: float | None  # of one call on all chips, as flops.py counts; None: not counted
     calls: int = 1  # calls that a picture takes
+    steps: int | None = None  # of sampling in a call
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of jax.jit
 
 
@@ -91,7 +92,8 @@ def drawing(
     captions = rows((batch, number, TEXT_ROWS, dit.caption_channels))
     masks, scale = rows((batch, number, TEXT_ROWS), bool), rows((batch, 1, 1, 1))
     inputs = latents, schedule, captions, masks, scale, fresh
-    return Program(sample, (params, *inputs), batch, size, number * steps * count)
+    total = number * steps * count
+    return Program(sample, (params, *inputs), batch, size, total, steps=steps)
 
 
 def training(config: ConfigDict, mesh: Mesh, batch: int | None, phase: str | None) -> Program:

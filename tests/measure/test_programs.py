@@ -37,6 +37,7 @@ def test_a_loop_has_the_steps_that_were_asked_for(kind, halves):
     assert (None if fresh is None else fresh.shape) == (None if halves == 2 else (2, 4, 4, 4, 4))
     once = programs.drawing("forward", dit, AUTOENCODER, mesh, 2)
     assert program.flops == halves * 4 * once.flops
+    assert (program.steps, once.steps) == (4, None)
     with jax.set_mesh(mesh):
         for each in program, once:
             assert jax.eval_shape(each.function, *each.arguments).shape == latents.shape
