@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex  # as re, with a limit of time
 import safetensors.numpy
 from einops import rearrange
 from etils import epath
@@ -46,6 +47,7 @@ PyTree = Any
 METADATA = "lora_adapter_metadata"
 ABSENT_ALPHA = {"absent_alpha": "rank"}  # of a file's header, for people
 MAX_ALPHA = 2.0**20
+MATCH_SECONDS = 1.0  # for a pattern of a file that may come from anywhere
 PEFT = "base_model.model."  # of the names in files of peft's own, which have no metadata
 PREFIXES = "transformer.", "diffusion_model.", PEFT, "lora_unet_", "lora_transformer_"
 # The ends of the tensors' names, and the part of a LoRA that each of them is.
@@ -304,8 +306,8 @@ def _by_pattern(path: Path, fields: Mapping[str, Any], key: str, name: str, usua
         raise UserError(f"{path}: {key} is no JSON object")
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if regex.match(rf"(.*\.)?({pattern})$", name, timeout=MATCH_SECONDS):
                 return value
-        except re.error as error:
+        except (regex.error, TimeoutError) as error:
             raise UserError(f"{path}: {key} has {pattern!r}: {error}") from None
     return patterns.get(name, usual)

@@ -400,6 +400,17 @@ def test_metadata_that_say_something_else_are_refused(how, config, spoil):
         read_adapter(spoil(metadata=change), config)
 
 
+def test_a_pattern_has_a_limit_of_time(config, spoil, monkeypatch):
+    def slow(pattern, name, timeout):
+        raise TimeoutError(f"regex timed out after {timeout} s")
+
+    file = spoil(metadata=lambda told: told | {"transformer.rank_pattern": {"to_[qk]": 4}})
+    read_adapter(file, config)
+    monkeypatch.setattr("sana_jax.checkpoints.peft.regex.match", slow)
+    with pytest.raises(UserError, match=r"rank_pattern has 'to_\[qk\]': regex timed out after 1"):
+        read_adapter(file, config)
+
+
 def test_a_file_that_is_none_is_refused(config, written, tmp_path):
     whole = written.read_bytes()
     for content in whole[:-5], whole[:20], b"", b"version https://git-lfs.github.com/spec/v1\n":
