@@ -361,10 +361,10 @@ class SanaTransformer(nn.Module):
 
         return self._velocity(latents, timestep, guidance, blocks)
 
-    def _scan(self, method, *arguments, block=None):
+    def _scan(self, method, *arguments, block=None, layers=slice(None)):
         options = self.dtype, self.param_dtype, self.implementation
         layer = (block or Block)(self.config, *options, parent=None)
-        return scan_for_sampling(self.blocks, layer, method, *arguments)
+        return scan_for_sampling(self.blocks, layer, method, *arguments, layers=layers)
 
     def _velocity(self, latents, timestep, guidance, blocks):
         if self.config.objective == "flow":

@@ -127,11 +127,18 @@ def unstack(stack: Any) -> dict[str, Any]:
 
 
 def scan_for_sampling(
-    scanned: nn.Module, layer: nn.Module, method: str, carry: Any, each: tuple, *shared: Any
+    scanned: nn.Module,
+    layer: nn.Module,
+    method: str,
+    carry: Any,
+    each: tuple,
+    *shared: Any,
+    layers: slice = slice(None),
 ) -> tuple[Any, Any]:
-    """Runs `method` of `scanned`, an nn.scan of `layer`, if no gradient is needed.
+    """Runs `method` of `scanned`, an nn.scan of `layer`, if the weights need no gradient.
 
-    Each layer gets its own row of `each`, and all get `shared`. XLA's CPU backend slices bfloat16
+    Each layer gets its own row of `each`, and all get `shared`; `layers` says which layers run, and
+    each of them has a row. XLA's CPU backend slices bfloat16
     as float32, and moves the widening of the whole stack of weights out of an nn.scan: three times
     the memory, and slower. A barrier makes the stack seem to depend on the layer's number, which
     keeps the widening of a slice inside the loop.
@@ -143,7 +150,7 @@ def scan_for_sampling(
     stack = nn.unbox(scanned.variables["params"])
     if FIRST_LAYER in stack:
         results = []
-        for name, params in stack.items():
+        for name, params in list(stack.items())[layers]:
             own = (rows[name] for rows in each)
             carry, result = layer.apply({"params": params}, carry, *own, *shared, method=method)
             results.append(result)
@@ -161,7 +168,7 @@ def scan_for_sampling(
         return layer.apply({"params": params}, carry, *each, *shared, method=method)
 
     depth = jax.tree.leaves(stack)[0].shape[0]
-    return jax.lax.scan(body, carry, (jnp.arange(depth), each))
+    return jax.lax.scan(body, carry, (jnp.arange(depth)[layers], each))
 
 
 class Conv3x3(nn.Module):

@@ -19,7 +19,7 @@ def l1(reconstructions: Float[Array, "B H W C"], images: Float[Array, "B H W C"]
     return jnp.mean(jnp.abs(reconstructions.astype(jnp.float32) - images))
 
 
-def discriminator_loss(real: Float[Array, "*B"], fake: Float[Array, "*B"]) -> Array:
+def discriminator_loss(real: Float[Array, "*B"], fake: Float[Array, "*F"]) -> Array:
     """Returns the hinge loss of the discriminator's logits on images and on reconstructions.
 
     (mean relu(1 - real) + mean relu(1 + fake)) / 2 is 1 where the discriminator sees no difference,
