@@ -163,7 +163,8 @@ def main(argv):
 
     from sana_jax import sharding
     from sana_jax.checkpoints.load import place_all
-    from sana_jax.data.encode import SETTINGS, Encoder, WithTokens, precompute
+    from sana_jax.data.begun import SETTINGS
+    from sana_jax.data.encode import Encoder, WithTokens, precompute
     from sana_jax.data.sources import open_source
     from sana_jax.data.text_image import CaptionTokens
     from sana_jax.runtime import devices

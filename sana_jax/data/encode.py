@@ -1,6 +1,5 @@
 """Encodes a data set into the folder that precomputed.py describes."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int32
 from sana_jax import sharding
 from sana_jax.checkpoints.components import Checkpoint, module_for
 from sana_jax.data import precomputed
+from sana_jax.data.begun import begun, write_json
 from sana_jax.data.images import BadImage
 from sana_jax.data.loader import attempt_record
 from sana_jax.data.records import Record, Source
@@ -28,11 +28,8 @@ from sana_jax.pipeline import programs
 from sana_jax.pipeline.request import Tile
 from sana_jax.pipeline.tiling import tiled_encode
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.lock import NAME as LOCK
 from sana_jax.runtime.progress import Progress
 from sana_jax.text.prompts import mend
-
-SETTINGS = "settings.json"  # of a folder that may not be finished
 
 
 class Encoder:
@@ -125,7 +122,7 @@ def precompute(
 
     Raises UserError if the folder was begun with other settings, or if no image can be used.
     """
-    settings = _begun(folder, settings)
+    settings = begun(folder, settings)
     size, total, shards = settings["shard"], Counts(), []
     with Progress(len(source), "image") as progress:
         for number, start in enumerate(range(0, len(source), size)):
@@ -144,7 +141,7 @@ def precompute(
         bad = [f"{key} ({why})" for shard in shards for key, why in shard["bad"].items()]
         raise UserError(f"no image can be used: {total}; for example {'; '.join(bad[:5])}")
     index = settings | {"shards": shards, "counts": total.state()}
-    precomputed.write_json(folder / precomputed.INDEX, index)
+    write_json(folder / precomputed.INDEX, index)
     return index
 
 
@@ -203,32 +200,3 @@ def _records(examples: list[dict], encoder: Encoder, store: str) -> Iterator[dic
                 next(rows).astype(ml_dtypes.bfloat16) for _ in example["captions"]
             ]
         yield record
-
-
-def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that a folder was begun with, or writes them to a new one.
-
-    Raises UserError if the folder has other settings. The name of the data may differ, for its
-    fingerprint is one of them.
-    """
-    path = folder / SETTINGS
-    try:
-        there = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if any(child.name != LOCK for child in folder.iterdir()):
-            raise UserError(f"--out={folder} holds other files; name a new folder") from None
-        precomputed.write_json(path, settings)
-        return settings
-    except (ValueError, RecursionError):
-        there = {}
-    if not isinstance(there, dict):
-        there = {}
-    names = {n for n in {*there, *settings} if there.get(n) != settings.get(n)} - {"data"}
-    if names:
-        names = sorted(names)
-        first = names[0]
-        raise UserError(
-            f"--out={folder} was begun with other settings ({', '.join(names)}): {first} was"
-            f" {there.get(first)}, now {settings.get(first)}; name another folder"
-        )
-    return there

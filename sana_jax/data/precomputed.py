@@ -24,11 +24,12 @@ import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from flax import serialization
 
+from sana_jax.data.begun import write_json
 from sana_jax.data.images import BadImage
 from sana_jax.data.records import NoData, Record
 from sana_jax.data.shards import check_shards, damaged
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import check_is_file, check_readable, write_atomically
+from sana_jax.runtime.files import check_is_file, check_readable
 
 FORMAT = 1
 INDEX = "index.json"
@@ -227,10 +228,6 @@ def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
         return entry
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, sort_keys=True) + "\n").encode())
 
 
 def weights_sha256(config: Any, params: Any) -> str:

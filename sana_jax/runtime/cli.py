@@ -51,11 +51,17 @@ _REMEDIES = {
 }
 
 
-def run(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
+def run(
+    main: Callable[[list[str]], int | None], resumes: bool = False, first: str | None = None
+) -> None:
     """Parses the flags, calls main(argv) and exits; `main` returns None or a status.
 
-    `resumes`: the same command, run again, goes on where a signal ended it.
+    Args:
+      resumes: the same command, run again, goes on where a signal ended it.
+      first: a flag whose value may stand alone as the first argument.
     """
+    if first and sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"--{first}={sys.argv[1]}"
     signals.start(resumes)
     output.guard()
     if any(re.match("--?(no)?jax_", argument) for argument in sys.argv[1:]):

@@ -129,6 +129,14 @@ def test_done(call):
     assert result.stdout == "1 a red circle 4 euler True out\n"
 
 
+def test_the_first_argument_may_be_a_flag_without_its_name(call):
+    script = COMMAND.replace("cli.run(main)", 'cli.run(main, first="prompt")')
+    assert call(script, "a red circle").stdout.startswith("1 a red circle ")
+    assert call(script, "--num_steps=4", "--prompt=a").returncode == 0
+    assert_one_line(call(script, "a", "b"), 2, "unexpected 'b'")
+    assert_one_line(call(COMMAND, "a"), 2, "--prompt is missing")
+
+
 def test_home_folders(call):
     """As a shell writes them out in other places than --flag=~/folder."""
     home = os.path.expanduser("~")
