@@ -40,6 +40,8 @@ REASONS = {
     "unreadable": "the record could not be read",
     "bad_caption": "the captions beside it are not what they should be",
     "bad_latents": "its latents are not finite, or have another shape than was written down",
+    "not_described": "no model described it",
+    "low_score": "no caption of it has the score that is asked for",
 }
 
 # Chunks of a PNG that a decoder may leave out, but whose content changes what `decode` returns or

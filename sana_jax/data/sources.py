@@ -8,6 +8,7 @@ if one record cannot be read, Retry if the storage is away; it may be called fro
 from etils import epath
 
 from sana_jax.data.folder import Folder
+from sana_jax.data.labelling.labels import Labelled
 from sana_jax.data.records import Fingerprinted, NoData, Source
 from sana_jax.data.tfds_source import TFDSSource
 from sana_jax.runtime.errors import Retry, UserError
@@ -27,6 +28,8 @@ def open_source(
     - `tfds:NAME[/CONFIG][:VERSION]`: a prepared TFDS data set under `data_dir`;
     - `precomputed:DIR`: latents of that split that `python -m sana_jax.precompute` wrote to DIR or
       to DIR/split;
+    - `captioned:DIR`: the records of another source with the captions and scores that
+      `python -m sana_jax.caption` or `clip_score` wrote to DIR, or to DIR/split;
     - anything else: a folder of images, of which layout.choose finds the split.
 
     Args:
@@ -80,10 +83,12 @@ def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
         from sana_jax.data.precomputed import Precomputed
 
         return Precomputed(spec.removeprefix("precomputed:"), split)
+    if spec.startswith("captioned:"):
+        return Labelled(spec.removeprefix("captioned:"), split, _open)
     root = epath.Path(spec).expanduser()
     try:
         if not root.is_dir():
-            known = "shapes, tfds:NAME, precomputed:DIR or a folder of images"
+            known = "shapes, tfds:NAME, precomputed:DIR, captioned:DIR or a folder of images"
             raise NoData(f"{spec}: there is no such folder; the data is {known}")
         folder = Folder(root, split)
     except ImportError as error:  # of what reads such addresses

@@ -18,6 +18,13 @@ class Progress(tqdm):
         super().__init__(total=total, unit=f" {unit}", desc=desc, disable=None, **options)
         self._line = f"{desc}{': ' * bool(desc)}{{}} of {{}} {unit}s"
         self._due = time.monotonic() + LINE_SECONDS
+        self._note = ""
+
+    def tell(self, note: str) -> None:
+        """Shows a note behind the numbers from now on, such as what it has cost so far."""
+        self._note = note
+        if not self.disable:
+            self.set_postfix_str(note, refresh=False)
 
     def update(self, n: int = 1) -> None:
         super().update(n)
@@ -27,4 +34,5 @@ class Progress(tqdm):
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + LINE_SECONDS
             with contextlib.suppress(OSError):  # who listened may have gone
-                print(self._line.format(self.n, self.total), file=sys.stderr, flush=True)
+                line = self._line.format(self.n, self.total) + f", {self._note}" * bool(self._note)
+                print(line, file=sys.stderr, flush=True)

@@ -266,7 +266,8 @@ def test_item_28_every_kind_of_bad_file_is_counted_by_its_reason(found, caplog):
         assert len(lines) == 1 and f"{name}: {reason}: " in lines[0]  # once, not every epoch
     seen = {reason for reason, count in counts.rejected.items() if count}
     assert seen == {reason for _, reason in unusable.values()}
-    assert seen == set(REASONS) - {"unreadable", "bad_caption", "bad_latents"}
+    others = {"unreadable", "bad_caption", "bad_latents", "not_described", "low_score"}
+    assert seen == set(REASONS) - others
 
 
 def test_every_file_is_counted_once(found):

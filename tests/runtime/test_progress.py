@@ -18,6 +18,17 @@ def test_without_a_terminal_it_is_a_line_a_minute(capsys, monkeypatch):
     ]
 
 
+def test_a_note_follows_the_numbers(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    terminal = Terminal()
+    for options in {}, {"file": terminal, "mininterval": 0}:
+        with progress.Progress(9, "picture", **options) as bar:
+            bar.tell("$0.20")
+            bar.update(2)
+    assert capsys.readouterr().err == "2 of 9 pictures, $0.20\n"
+    assert "2/9" in terminal.getvalue() and "$0.20" in terminal.getvalue()
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
