@@ -74,21 +74,14 @@ class Sidecars:
     def __getitem__(self, image: str) -> dict[str, Any]:
         """Returns "captions", "scores" and "truth" of an image. Raises BadImage."""
         stem = image.rpartition(".")[0]
-        fields: dict[str, Any] = {"captions": [], "scores": [], "truth": ""}
-        without: BadImage | None = None
-        if (name := self._files.get(f"{stem}.json")) is not None:
-            try:
-                fields |= _parse(self._read(name), name, ("captions", "caption"))
-            except NoCaptions as error:
-                without = error
-            if fields["captions"]:
-                return fields
-        for ending in TEXTS:
-            if (name := self._files.get(stem + ending)) is not None:
-                # Not str.splitlines, which also cuts at form feeds and at Unicode's separators.
-                lines = re.split(r"\r\n|\r|\n", self._read(name))
-                if captions := [line.strip() for line in lines if line.strip()]:
-                    return fields | {"captions": captions}
+
+        def read(ending: str) -> tuple[str, str] | None:
+            name = self._files.get(stem + ending)
+            return name and (name, self._read(name))
+
+        fields, without = beside(read)
+        if fields["captions"]:
+            return fields
         found = [
             self._line(name, number, start, size)
             for name, number, start, size in self._lines.get(image, ())
@@ -108,7 +101,7 @@ class Sidecars:
     def _line(self, name: str, number: int, start: int, size: int) -> dict[str, Any]:
         text, place = self._read(name, start, size), f"{name} line {number}"
         if name not in self._columns:
-            return _parse(text, place, COLUMNS)
+            return parse_json(text, place, COLUMNS)
         row = next(csv.reader(io.StringIO(text, newline="")))
         values: dict[str, Any] = dict(zip(self._columns[name], row, strict=False))
         for column in "captions", "scores":
@@ -117,21 +110,14 @@ class Sidecars:
                     values[column] = json.loads(values[column] or "[]")
                 except (ValueError, RecursionError):
                     raise BadImage("bad_caption", f"{place}: {column!r} is no list") from None
-        return _fields(values, place, COLUMNS)
+        return parse_fields(values, place, COLUMNS)
 
     def _read(self, name: str, start: int = 0, size: int = MAX_BYTES + 1) -> str:
         with self._open(name) as file:
             if start:
                 file.seek(start)
             data = file.read(size)
-        if len(data) > MAX_BYTES:
-            raise BadImage("bad_caption", f"{name} has more than {MAX_BYTES} bytes")
-        try:
-            if b"\0" not in data:  # as of UTF-16, or of a power cut
-                return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            pass
-        raise BadImage("bad_caption", f"{name} is not UTF-8 text")
+        return decode_text(data, name)
 
     def _index(self, name: str, images: set[str]) -> None:
         """Notes where the lines of metadata are, which may be larger than the memory."""
@@ -147,6 +133,50 @@ class Sidecars:
                 else:
                     known = "for no image" if image else "without a file_name"
                     self.left_out[f"lines of {name} {known}"] += 1
+
+
+def beside(
+    read: Callable[[str], tuple[str, str] | None],
+    columns: tuple[str, ...] = ("captions", "caption"),
+) -> tuple[dict[str, Any], BadImage | None]:
+    """Returns the fields of the first file beside an image that has captions.
+
+    Args:
+      read: returns the name and the text of the file with an ending of SUFFIXES, None without.
+      columns: what the captions may be called in .json, most telling first.
+
+    Without captions there are an empty list and, if JSON has none where they would be, that error.
+    Raises BadImage.
+    """
+    fields: dict[str, Any] = {"captions": [], "scores": [], "truth": ""}
+    without: BadImage | None = None
+    if (found := read(".json")) is not None:
+        name, text = found
+        try:
+            fields |= parse_json(text, name, columns)
+        except NoCaptions as error:
+            without = error
+        if fields["captions"]:
+            return fields, None
+    for ending in TEXTS:
+        if (found := read(ending)) is not None:
+            # Not str.splitlines, which also cuts at form feeds and at Unicode's separators.
+            lines = re.split(r"\r\n|\r|\n", found[1])
+            if captions := [line.strip() for line in lines if line.strip()]:
+                return fields | {"captions": captions}, None
+    return fields, without
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Returns the text of a file with captions. Raises BadImage if it is long, or not UTF-8."""
+    if len(data) > MAX_BYTES:
+        raise BadImage("bad_caption", f"{name} has more than {MAX_BYTES} bytes")
+    try:
+        if b"\0" not in data:  # as of UTF-16, or of a power cut
+            return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass
+    raise BadImage("bad_caption", f"{name} is not UTF-8 text")
 
 
 Rows = Iterator[tuple[int, int, int, str | None]]  # number, first byte, bytes, file_name
@@ -223,7 +253,7 @@ def _is_number(value) -> bool:
         return False
 
 
-def _parse(text: str, name: str, columns: tuple[str, ...]) -> dict[str, Any]:
+def parse_json(text: str, name: str, columns: tuple[str, ...]) -> dict[str, Any]:
     """Returns a record's fields from JSON whose captions are in the first of `columns` it has.
 
     JSON without captions, such as a downloader's metadata, has no "captions" in the result. Raises
@@ -235,10 +265,12 @@ def _parse(text: str, name: str, columns: tuple[str, ...]) -> dict[str, Any]:
         raise BadImage("bad_caption", f"{name}: no JSON: {error}") from None
     if not isinstance(values, dict):
         raise NoCaptions("bad_caption", f"{name}: no JSON object")
-    return _fields(values, name, columns)
+    return parse_fields(values, name, columns)
 
 
-def _fields(values: dict[str, Any], name: str, columns: tuple[str, ...]) -> dict[str, Any]:
+def parse_fields(values: dict[str, Any], name: str, columns: tuple[str, ...]) -> dict[str, Any]:
+    """Returns what `parse_json` does, from values that are parsed. Raises BadImage."""
+
     def bad(reason: str, kind: type[BadImage] = BadImage) -> BadImage:
         return kind("bad_caption", f"{name}: {reason}")
 
