@@ -31,7 +31,10 @@ from sana_jax.runtime.errors import UserError
 
 _CHECKPOINT = checkpoint_flags.define("checkpoint")
 _DATA = flags.DEFINE_string(
-    "data", None, "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]", required=True
+    "data",
+    None,
+    "shapes, a folder of images, webdataset:TARS, parquet:FILES or tfds:NAME[/CONFIG][:VERSION]",
+    required=True,
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "folder where shapes or TFDS data were prepared; needed for shapes"

@@ -29,6 +29,7 @@ jax.config.update("jax_default_matmul_precision", "float32")
 # a worker has the folder of the process that started it.
 PROGRAMS = tempfile.TemporaryDirectory(prefix="programs-", ignore_cleanup_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", PROGRAMS.name)
+os.environ["XDG_CACHE_HOME"] = PROGRAMS.name  # of the indices of tars
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Not so this process: its estimates for TPUs have to compile, and JAX asks only once for a cache.
 jax.config.update("jax_compilation_cache_dir", None)

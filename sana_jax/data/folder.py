@@ -61,6 +61,7 @@ class Folder:
         texts = [name for name in files if self._has_captions(name, chosen.keeps)]
         self._captions = Sidecars(texts, self._images, self._open)
         left_out += self._captions.left_out
+        self.orphans = [name.removeprefix(self._base) for name in self._captions.orphans]
         counted = ", ".join(f"{what} ({left_out[what]})" for what in sorted(+left_out)[:20])
         if chosen.note or counted:
             note = chosen.note or f"{len(self._images)} in all"

@@ -20,6 +20,7 @@ _HELD_OUT = {
 }
 # Any word of the name counts for what is held out; to train on it the whole name has to say so.
 _WORDS = {kind: re.compile(f"(?:^|_)(?:{w}){_NOUN}?(?:_|$)") for kind, w in _HELD_OUT.items()}
+_TRAIN_WORD = re.compile("(?:^|_)(?:train(?:ing)?|trn)(?:_|$)")
 _TRAIN = re.compile(f"_?(?:{_NOUN}_)?(?:train(?:ing)?|trn)_?{_NOUN}?(?:_[a-z])?_?")
 # Kinds of folders that a split may be read from, the first that is there.
 _READ_FROM = {"train": ("train",), "validation": ("validation",), "test": ("test", "validation")}
@@ -41,11 +42,20 @@ class Choice(NamedTuple):
 
 def split_of(name: str) -> str:
     """Returns what a folder's name says: "train", "validation", "test" or ""."""
-    words = re.sub("(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", "_", name).lower()
+    words = _words(name)
     for kind, pattern in _WORDS.items():
         if pattern.search(words):
             return kind
     return "train" if _TRAIN.fullmatch(words) else ""
+
+
+def split_of_file(name: str) -> str:
+    """Returns what an archive's name says, as `split_of`; any word of it may be train."""
+    return split_of(name) or ("train" if _TRAIN_WORD.search(_words(name)) else "")
+
+
+def _words(name: str) -> str:
+    return re.sub("(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", "_", name).lower()
 
 
 def choose(images: Iterable[str], split: str, where: str) -> Choice:

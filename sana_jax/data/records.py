@@ -65,6 +65,11 @@ class Fingerprinted:
         """Where the records are, as (file, first, end) by their numbers in it; None: not known."""
         return getattr(self._records, "places", None)
 
+    @property
+    def orphans(self) -> list[str]:
+        """The files that belong to no record, such as captions without their picture."""
+        return getattr(self._records, "orphans", [])
+
 
 def _named(error: BadImage, records, index: int) -> BadImage:
     """Gives an error the key of its record, as far as the source knows it before it is read."""

@@ -44,8 +44,8 @@ class Sidecars:
       names: the paths of the files with captions, those with metadata among them.
       open_file: opens a path of them for reading; it raises BadImage if there is none.
 
-    `left_out` counts the files and lines that belong to no image, by what they are. Raises
-    UserError if there are both kinds of metadata.
+    `left_out` counts the files and lines that belong to no image, by what they are; `orphans` are
+    such files. Raises UserError if there are both kinds of metadata.
     """
 
     def __init__(
@@ -68,8 +68,10 @@ class Sidecars:
         for name in metadata:
             self._index(name, images)
         stems = {name.rpartition(".")[0] for name in images}
-        orphans = [name for name in self._files if name.rpartition(".")[0] not in stems]
-        self.left_out["captions without an image"] = len(orphans)
+        self.orphans = [
+            name for key, name in self._files.items() if key.rpartition(".")[0] not in stems
+        ]
+        self.left_out["captions without an image"] = len(self.orphans)
 
     def __getitem__(self, image: str) -> dict[str, Any]:
         """Returns "captions", "scores" and "truth" of an image. Raises BadImage."""

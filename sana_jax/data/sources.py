@@ -1,4 +1,4 @@
-"""Opens a source of records: `shapes`, a folder of images, a TFDS data set, or stored latents.
+"""Opens a source of records: `shapes`, a folder of images, archives, TFDS, or stored latents.
 
 A source is a random-access sequence of records (`Record`): `len(source)`, `source[i]`, and
 `source.fingerprint`, a short text that changes when the files do. `source[i]` raises BadImage
@@ -26,6 +26,9 @@ def open_source(
 
     - `shapes`: the built-in data set at `size` pixels, prepared under `data_dir` before;
     - `tfds:NAME[/CONFIG][:VERSION]`: a prepared TFDS data set under `data_dir`;
+    - `webdataset:TARS`: tars of pictures, in a folder, by a pattern or by the index of wids
+      (webdataset.py, archives.py);
+    - `parquet:FILES`: Parquet with the bytes of pictures (parquet.py);
     - `precomputed:DIR`: latents of that split that `python -m sana_jax.precompute` wrote to DIR or
       to DIR/split;
     - `captioned:DIR`: the records of another source with the captions and scores that
@@ -46,6 +49,11 @@ def open_source(
         if resumes:
             raise Retry(f"{error} (it was there before; try again when it is back)") from None
         raise error from None
+
+
+def is_stored(spec: str) -> bool:
+    """Returns whether a source has latents in place of pictures."""
+    return spec.startswith("precomputed:")
 
 
 def check_apart(train: Source, held_out: Source, train_split: str, test_split: str) -> None:
@@ -79,6 +87,16 @@ def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
     if spec.startswith("tfds:"):
         source = TFDSSource(spec.removeprefix("tfds:"), split, data_dir)
         return Fingerprinted(source, source.name)
+    if spec.startswith("webdataset:"):
+        from sana_jax.data.webdataset import WebDataset
+
+        tars = WebDataset(spec.removeprefix("webdataset:"), split)
+        return Fingerprinted(tars, tars.listing)
+    if spec.startswith("parquet:"):
+        from sana_jax.data.parquet import Parquet
+
+        rows = Parquet(spec.removeprefix("parquet:"), split)
+        return Fingerprinted(rows, rows.listing)
     if spec.startswith("precomputed:"):
         from sana_jax.data.precomputed import Precomputed
 
@@ -88,7 +106,10 @@ def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
     root = epath.Path(spec).expanduser()
     try:
         if not root.is_dir():
-            known = "shapes, tfds:NAME, precomputed:DIR, captioned:DIR or a folder of images"
+            known = (
+                "shapes, tfds:NAME, webdataset:TARS, parquet:FILES, precomputed:DIR, captioned:DIR"
+                " or a folder of images"
+            )
             raise NoData(f"{spec}: there is no such folder; the data is {known}")
         folder = Folder(root, split)
     except ImportError as error:  # of what reads such addresses
