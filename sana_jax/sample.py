@@ -72,6 +72,13 @@ flags.DEFINE_bool(
     False,
     "evaluate the two halves of guidance one after the other, which takes less memory",
 )
+flags.DEFINE_enum(
+    "unconditional_mask",
+    None,
+    ["negative", "prompt"],
+    "the text rows that guidance's other half sees: the negative prompt's, as in diffusers, or the"
+    " prompt's, as in NVlabs' code and SANA's published figures; default: the checkpoint's",
+)
 flags.DEFINE_string(
     "tile",
     "auto",

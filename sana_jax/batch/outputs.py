@@ -36,7 +36,7 @@ OWN = {"manifest.jsonl", f"manifest.jsonl{ASIDE}"}  # names beside those of pict
 THUMBNAIL, THUMBNAILS = 256, 64  # pixels a side, and how many the contact sheet shows at most
 OF_GRID = "grid"  # the contact sheet's mark, where pictures have their key
 CHANGED = "changed since it was drawn"
-OPTIONAL = ("loras",)  # settings that only some runs have
+OPTIONAL = ("loras", "unconditional_mask")  # settings that only some runs have
 
 
 class OutputFolder:

@@ -9,6 +9,7 @@ import jax
 
 from sana_jax.batch import image_files
 from sana_jax.batch.tasks import Batch, Task
+from sana_jax.checkpoints.components import MASKS
 from sana_jax.checkpoints.loras import Lora
 from sana_jax.pipeline.facts import usual_steps
 from sana_jax.pipeline.pipeline import SanaPipeline
@@ -36,6 +37,7 @@ class Options:
     angles: Angles = None  # of Sana-Sprint; None: by the number of steps
     use_resolution_binning: bool = False
     sequential_guidance: bool = False
+    unconditional_mask: str | None = None  # None: the checkpoint's
     tile: tuple[int, int] | str | None = "auto"
     clip_attention: bool | None = None  # None: the checkpoint's
     batch_size: int = 8  # images
@@ -83,6 +85,7 @@ def _request(batch: Batch, pipe: SanaPipeline, options: Options) -> Request:
             angles=options.angles,
             use_resolution_binning=options.use_resolution_binning,
             sequential_guidance=options.sequential_guidance,
+            unconditional_mask=options.unconditional_mask,
             tile=options.tile,
             image=[each.image for each in files] or None,
             strength=first.strength,
@@ -117,10 +120,17 @@ def settings_of(
         task.file: {name: getattr(task, name) for name in names}
         | {"tile": batch.request.tile, "batch_size": batch.size}
         | shared
+        | _second_half(batch.request)
         | ({"angles": [*batch.request.steps.angles]} if batch.request.is_sprint else {})
         | ({**task.inputs.settings, "strength": task.strength} if task.inputs else {})
         for task, batch in owns
     }
+
+
+def _second_half(request: Request) -> dict[str, str]:
+    """Returns guidance's setting that others than the first pictures of this program have."""
+    differs = request.guided and request.unconditional_mask != MASKS[0]
+    return {"unconditional_mask": request.unconditional_mask} if differs else {}
 
 
 def extras_of(

@@ -26,6 +26,11 @@ from sana_jax.text.tokenizers import vocabulary_size
 Config = SanaConfig | DCAEConfig | Gemma2Config
 CONFIGS = {"dit": SanaConfig, "vae": DCAEConfig, "text_encoder": Gemma2Config}
 
+# The text rows that the transformer sees without the prompt: those of the negative prompt, as in
+# diffusers; or as many as the prompt has, of the negative prompt and its padding, as in NVlabs'
+# code, where the embedding is replaced and the mask is kept, in training and in sampling.
+MASKS = ("negative", "prompt")
+
 
 @dataclasses.dataclass
 class Checkpoint:
@@ -42,6 +47,7 @@ class Checkpoint:
     tokenizer: Any = None
     text_rows: int = 300  # rows of text that the transformer attends to
     flow_shift: float = 3.0
+    unconditional_mask: str = MASKS[0]
     instruction: Instruction | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -125,6 +125,11 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         logging.warning(
             "a diffusers folder cannot hold text_rows and clip_attention: they are lost"
         )
+    if checkpoint.unconditional_mask == "prompt":
+        logging.warning(
+            "a diffusers folder cannot say that guidance's other half sees the prompt's mask, and"
+            " diffusers draws with the negative prompt's"
+        )
     if checkpoint.instruction is None:
         logging.warning(
             "a diffusers folder cannot say that a model takes no instruction: draw from it with"

@@ -7,12 +7,12 @@ from typing import Any
 
 from flax import traverse_util
 
-from sana_jax.checkpoints.components import CONFIGS, Checkpoint, Config, param_shapes
+from sana_jax.checkpoints.components import CONFIGS, MASKS, Checkpoint, Config, param_shapes
 from sana_jax.checkpoints.mapping import Entry, check, lazy_params
 from sana_jax.checkpoints.tensors import TensorReader, write_tensors
 from sana_jax.diffusion.flow import SHIFTS
 from sana_jax.models.config import without_later
-from sana_jax.runtime.checks import integer, number
+from sana_jax.runtime.checks import choice, integer, number
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import check_itself, local, named_file, read_json, sha256_of
 from sana_jax.text.instruction import Instruction
@@ -40,7 +40,7 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         "latent_channels": checkpoint.vae.latent_channels,
         "factor": checkpoint.vae.factor,
         "scaling_factor": checkpoint.vae.scaling_factor,
-        "sampler": {"flow_shift": checkpoint.flow_shift, "text_rows": checkpoint.text_rows},
+        "sampler": _sampler(checkpoint),
         "instruction": instruction
         and {"text": instruction.text, "sha256": instruction.sha256, "source": instruction.source},
         "provenance": checkpoint.provenance,
@@ -95,6 +95,9 @@ def read_model(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
             **configs,
             flow_shift=number("flow_shift", sampler["flow_shift"], *SHIFTS),
             text_rows=integer("text_rows", sampler["text_rows"], 1, MAX_TEXT_ROWS),
+            unconditional_mask=choice(
+                "unconditional_mask", sampler.get("unconditional_mask", MASKS[0]), MASKS
+            ),
             instruction=instruction,
             provenance=provenance,
         )
@@ -113,6 +116,13 @@ def is_whole(folder: Path) -> bool:
         return whole and bool(files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
+
+
+def _sampler(checkpoint: Checkpoint) -> dict[str, Any]:
+    names = ["flow_shift", "text_rows"]
+    if checkpoint.unconditional_mask != MASKS[0]:  # others have the fields of before
+        names.append("unconditional_mask")
+    return {name: getattr(checkpoint, name) for name in names}
 
 
 def _described(config: Config) -> dict[str, Any]:

@@ -153,8 +153,9 @@ def drop_captions(
 ) -> tuple[Float[Array, "B L T"], Bool[Array, "B L"]]:
     """Replaces the captions of `dropped` rows by the empty one, for classifier-free guidance.
 
-    A dropped row gets the empty prompt's own mask, as in sampling; with `keep_mask` it keeps the
-    caption's mask, as in the reference (Ho and Salimans, arXiv 2207.12598, section 3.2).
+    A dropped row gets the empty prompt's own mask, as in diffusers' sampling; with `keep_mask` it
+    keeps the caption's, as in NVlabs' code, and sees the empty prompt's padding, so that
+    `null_embedding` has to have rows there (Ho and Salimans, arXiv 2207.12598, section 3.2).
     """
     null_embedding = null_embedding.astype(embeddings.dtype)
     embeddings = jnp.where(dropped[:, None, None], null_embedding, embeddings)

@@ -105,20 +105,21 @@ def attend(
     q: Float[Array, "B L H D"],
     k: Float[Array, "B M K D"],
     v: Float[Array, "B M K D"],
-    mask: Bool[Array, "L M"],
+    mask: Bool[Array, "#B L M"],
     config: Gemma2Config,
 ) -> Float[Array, "B L C"]:
     """Computes grouped-query attention, softmax in float32.
 
-    `mask` is True where row L sees row M.
+    `mask` is True where row L sees row M. A row that sees none gets the mean of all, as in
+    transformers: padding further from its text than the window.
     """
     q = rearrange(q, "b l (k g) d -> b l k g d", k=config.num_kv_heads)
     logits = einsum_float32("blkgd,bmkd->bkglm", q, k)
     logits = logits * config.query_pre_attn_scalar**-0.5
     if config.attn_logit_softcap is not None:
         logits = config.attn_logit_softcap * jnp.tanh(logits / config.attn_logit_softcap)
-    # After the cap, which would make minus infinity finite.
-    logits = jnp.where(mask[None, None, None], logits, -jnp.inf)
+    # After the cap, which would make any number small.
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = einsum_float32("bkglm,bmkd->blkgd", weights, v).astype(v.dtype)
     return rearrange(out, "b l k g d -> b l (k g d)")
@@ -139,11 +140,12 @@ class Layer(nn.Module):
         before: tuple[Array, Array] | None,
         cos: Angles,
         sin: Angles,
+        visible: Bool[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L C"], tuple[Array, Array]]:
         """Returns x after this layer, and x's own keys and values.
 
         `before` holds the keys and values of the rows before x; `slides` says whether this layer
-        has the sliding window.
+        has the sliding window; `visible` is False for rows of x that none sees.
         """
         config = self.config
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -167,7 +169,12 @@ class Layer(nn.Module):
         own = k, v
         if before is not None:
             k, v = (_after(first, rest) for first, rest in zip(before, own, strict=True))
-        h = attend(q, k, v, self._mask(x.shape[1], k.shape[1], slides), config)
+        mask = self._mask(x.shape[1], k.shape[1], slides)[None]
+        if visible is not None:
+            mask &= jnp.pad(visible, ((0, 0), (k.shape[1] - x.shape[1], 0)), constant_values=True)[
+                :, None
+            ]
+        h = attend(q, k, v, mask, config)
         h = linear(config.hidden_size, ("heads", "embed"), "o")(h)
         x = x + norm("post_attention_norm")(h)
 
@@ -216,7 +223,7 @@ class Gemma2(nn.Module):
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -224,20 +231,24 @@ class Gemma2(nn.Module):
         self.final_norm = RMSNorm(config.rms_norm_eps, zero_centered=True, **types)
 
     def __call__(
-        self, tokens: Int[Array, "B L"], prefix: Prefix | None = None
+        self,
+        tokens: Int[Array, "B L"],
+        prefix: Prefix | None = None,
+        visible: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B L C"]:
         """Returns the rows of `tokens`, which follow those of `prefix`.
 
-        Any tokens may pad a text on the right; the rows of padding have no meaning.
+        Any tokens may pad a text on the right; the rows of padding have no meaning, unless
+        `visible` is False there: then they are transformers', which reads only the text for them.
         """
-        return self._read(tokens, prefix)[0]
+        return self._read(tokens, prefix, visible)[0]
 
     def read_prefix(self, tokens: Int[Array, "1 P"]) -> Prefix:
         """Returns the part of the computation that texts beginning with these tokens share."""
-        rows, keys_values = self._read(tokens, None)
+        rows, keys_values = self._read(tokens, None, None)
         return Prefix(rows[:, 0], *keys_values)
 
-    def _read(self, tokens, prefix):
+    def _read(self, tokens, prefix, visible):
         before = prefix and (prefix.keys, prefix.values)
         start = prefix.keys.shape[2] if prefix else 0
         x = self.embed(tokens)
@@ -245,10 +256,10 @@ class Gemma2(nn.Module):
         x = (x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)).astype(self.dtype)
         cos, sin = rope_table(start + tokens.shape[1], self.config)
         slides = jnp.asarray(self.config.slides)
-        each, table = (slides, before), (cos[start:], sin[start:])
+        each, shared = (slides, before), (cos[start:], sin[start:], visible)
         if self.trains:
-            x, keys_values = self.layers(x, *each, *table)
+            x, keys_values = self.layers(x, *each, *shared)
         else:
             layer = Layer(self.config, self.dtype, self.param_dtype, parent=None)
-            x, keys_values = scan_for_sampling(self.layers, layer, "__call__", x, each, *table)
+            x, keys_values = scan_for_sampling(self.layers, layer, "__call__", x, each, *shared)
         return self.final_norm(x), keys_values

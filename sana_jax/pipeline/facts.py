@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sana_jax.checkpoints.components import Checkpoint
+from sana_jax.checkpoints.components import MASKS, Checkpoint
 from sana_jax.diffusion import scm
 from sana_jax.pipeline.image_input import SPRINT_STRENGTH, STRENGTH
 
@@ -25,6 +25,7 @@ class Facts:
     caption_channels: int
     flow_shift: float
     is_sprint: bool = False  # drawn by SCM in a few steps; the network reads the guidance scale
+    unconditional_mask: str = MASKS[0]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Facts":
@@ -37,6 +38,7 @@ class Facts:
             text_rows=checkpoint.text_rows,
             caption_channels=dit.caption_channels,
             flow_shift=checkpoint.flow_shift,
+            unconditional_mask=checkpoint.unconditional_mask,
             is_sprint=dit.is_sprint,
         )
 

@@ -162,6 +162,7 @@ class SanaPipeline(WithLoras, ReadsTexts):
         on_step: Callable[[int, Array], None] | None = None,
         output: str = "pil",
         sequential_guidance: bool = False,
+        unconditional_mask: str | None = None,
         tile: Tile | str | None = "auto",
         image: Any = None,
         strength: float | None = None,
@@ -186,6 +187,8 @@ class SanaPipeline(WithLoras, ReadsTexts):
           on_step: called as on_step(step, latents) after every step; sampling is slower with it.
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]) or "latent".
           sequential_guidance: compute the halves of guidance one after the other, in less memory.
+          unconditional_mask: "negative" or "prompt", the text rows that guidance's other half sees:
+            the negative prompt's, as in diffusers, or the prompt's, as in NVlabs' code.
           tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
           image: to start from, one or one per prompt: PIL's, or uint8 (H, W, 3). Its size is drawn.
           strength: the share of steps, up to 1, that change the image; None: 0.6, Sprint 0.5.
@@ -213,6 +216,7 @@ class SanaPipeline(WithLoras, ReadsTexts):
             instruction=instruction,
             use_resolution_binning=use_resolution_binning,
             sequential_guidance=sequential_guidance,
+            unconditional_mask=unconditional_mask,
             tile=tile,
             image=image,
             strength=strength,

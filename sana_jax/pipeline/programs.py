@@ -40,6 +40,17 @@ def encode_text(
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
+def encode_padded(
+    module: nn.Module, params: Any, tokens: Int32[Array, "B rows"], mask: Bool[Array, "B rows"]
+) -> Float[Array, "B rows C"]:
+    """Returns the rows of texts without an instruction, float32, those of padding too.
+
+    NVlabs' code has the transformer see these, through the mask of another text.
+    """
+    return module.apply({"params": params}, tokens, None, mask).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
 def encode_images(
     module: nn.Module, params: Any, images: Float[Array, "B H W 3"]
 ) -> Float[Array, "B h w c"]:

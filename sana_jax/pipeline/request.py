@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32, UInt64
 
+from sana_jax.checkpoints.components import MASKS
 from sana_jax.diffusion import dpm_solver
 from sana_jax.models import buckets
 from sana_jax.pipeline import tiling
@@ -21,6 +22,7 @@ from sana_jax.runtime.checks import (
     MAX_PICTURE_SEED,
     MAX_TEXT,
     BadArgument,
+    choice,
     integer,
     listed,
     multiple,
@@ -65,6 +67,7 @@ class Request:
     latents: Float[Array, "B h w c"] | Float[Array, "B steps h w c"] | None
     scale: Float32[np.ndarray, " P"]  # guidance scales
     interval: tuple[np.float32, np.float32] | None  # in sigma, where there is guidance
+    unconditional_mask: str  # the text rows that the half without the prompt sees: one of MASKS
     sequential: bool  # compute the two halves of guidance one after the other
     is_sprint: bool
     steps: Steps  # all of them; with a start the last ones are run
@@ -93,6 +96,7 @@ class Request:
         instruction: str | None = "auto",
         use_resolution_binning: bool = False,
         sequential_guidance: bool = False,
+        unconditional_mask: str | None = None,
         tile: Tile | str | None = "auto",
         image: Any = None,
         strength: float | None = None,
@@ -121,11 +125,14 @@ class Request:
                 run = steps.num_steps if start is None else start.steps(steps.num_steps)
                 shape = shape[0], run, *shape[1:]
             array("latents", latents, shape)
+        if unconditional_mask is not None:
+            choice("unconditional_mask", unconditional_mask, MASKS)
         if facts.is_sprint:
             refuse_second_half(
                 negative_prompt=any(negatives),
                 guidance_interval=guidance_interval is not None,
                 sequential_guidance=sequential_guidance,
+                unconditional_mask=unconditional_mask is not None,
             )
         return cls(
             prompts=prompts,
@@ -142,6 +149,7 @@ class Request:
             latents=latents,
             scale=per_prompt("guidance_scale", guidance_scale, count),
             interval=interval("guidance_interval", guidance_interval),
+            unconditional_mask=unconditional_mask or facts.unconditional_mask,
             sequential=truth("sequential_guidance", sequential_guidance),
             is_sprint=facts.is_sprint,
             steps=steps,

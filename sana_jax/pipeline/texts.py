@@ -43,7 +43,10 @@ class ReadsTexts:
             rows, mask = jax.device_put((request.embeddings, request.mask), everywhere)
         captions, masks = rows[:, None], mask[:, None]
         if request.guided:
-            rows, mask = self._encode_negative(request.negative_prompts)
+            if request.unconditional_mask == "prompt":
+                rows = self._encode_padded(request.negative_prompts)
+            else:
+                rows, mask = self._encode_negative(request.negative_prompts)
             rows = jnp.broadcast_to(rows[:, None], captions.shape)
             mask = jnp.broadcast_to(mask[:, None], masks.shape)
             captions = jnp.concatenate([rows, captions], axis=1)
@@ -90,3 +93,18 @@ class ReadsTexts:
             return self._encode_prompts(prompts, None)
         encode = partial(self._encode_prompts, prompts[:1], None)
         return self._negatives.of(prompts[0], encode)
+
+    def _encode_padded(self, prompts: list[str]) -> Array:
+        """Returns the rows of negative prompts and of their padding, as `_encode_negative` does."""
+
+        def encode(prompts):
+            tokenizer, rows = self.checkpoint.tokenizer, self.checkpoint.text_rows
+            found = tokenize(tokenizer, prompts, rows, None, fixed_width=True)
+            inputs = self._place.spread(found.tokens), self._place.spread(found.mask)
+            with self._place.context():
+                module, params = self.text_encoder, self.params["text_encoder"]
+                return programs.encode_padded(module, params, *inputs)[: len(prompts)]
+
+        if len(set(prompts)) > 1:
+            return encode(prompts)
+        return self._negatives.of((prompts[0], "padded"), partial(encode, prompts[:1]))

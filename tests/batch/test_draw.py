@@ -179,6 +179,21 @@ def test_other_settings_are_refused(checkpoint, unbroken, tmp_path, monkeypatch,
     assert contents(unbroken) == before
 
 
+def test_the_mask_of_guidance_s_other_half_is_a_setting_where_it_differs(
+    checkpoint, unbroken, tmp_path
+):
+    mask = dict(unconditional_mask="prompt")
+    draw(tasks()[:3], options(checkpoint, tmp_path, **mask))
+    lines = [json.loads(x) for x in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [line.get("unconditional_mask") for line in lines] == ["prompt", "prompt", None]
+    one, other = (pixels(path / tasks()[0].file).astype(int) for path in (tmp_path, unbroken))
+    assert np.abs(one - other).max() > 1
+    with pytest.raises(UserError, match="unconditional_mask 'prompt' -> None"):
+        draw(tasks()[:3], options(checkpoint, tmp_path))
+    with pytest.raises(UserError, match="unconditional_mask unknown -> 'prompt'"):
+        draw(tasks(), options(checkpoint, unbroken, **mask))
+
+
 def test_refusal_says_which_settings_differ(checkpoint, unbroken):
     with pytest.raises(UserError) as error:
         draw(tasks(), options(checkpoint, unbroken, batch_size=16, flow_shift=2))

@@ -38,6 +38,7 @@ CHANGES = dict(
     flow_shift=2.0,
     use_resolution_binning=True,
     sequential_guidance=True,
+    unconditional_mask="prompt",
     tile=(32, 8),
     clip_attention=True,
     batch_size=16,

@@ -46,6 +46,20 @@ def test_a_variant_is_kept_and_no_diffusers_folder_is_written_of_it(tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
+def test_the_mask_without_the_prompt_is_kept_where_it_is_not_the_usual_one(
+    written, tmp_path, caplog
+):
+    own = load_on_one_device(written)
+    native.save(dataclasses.replace(own, unconditional_mask="prompt"), tmp_path / "native")
+    assert native.open_folder(tmp_path / "native").unconditional_mask == "prompt"
+    diffusers.save(native.open_folder(tmp_path / "native"), tmp_path / "diffusers")
+    assert "diffusers draws with the negative prompt's" in caplog.text
+    native.save(own, tmp_path / "own")
+    sampler = json.loads((tmp_path / "own/model.json").read_text())["sampler"]
+    assert sampler == {"flow_shift": 3.0, "text_rows": 300}
+    assert native.open_folder(tmp_path / "own").unconditional_mask == "negative"
+
+
 def test_damaged_native_folder(written, tmp_path):
     native.save(load_on_one_device(written), tmp_path / "native")
     weights = tmp_path / "native" / "dit.safetensors"
@@ -79,6 +93,7 @@ def test_damaged_native_folder(written, tmp_path):
         dict(sampler=...),
         dict(sampler=dict(flow_shift="3", text_rows=300)),
         dict(sampler=dict(flow_shift=3.0, text_rows=0)),
+        dict(sampler=dict(flow_shift=3.0, text_rows=300, unconditional_mask="none")),
         dict(instruction=dict(text=5, source="x", sha256="y")),
         dict(instruction=dict(text="a", source="x", sha256="y")),
         dict(dit=dict(depth="2")),

@@ -111,6 +111,19 @@ def test_padding_changes_no_row_of_the_text():
         toy.assert_close(padded[row : row + 1, :length], cropped, 1e-6, f"length {length}")
 
 
+@pytest.mark.parametrize("kind", ["grouped queries", "no window"])
+def test_rows_of_padding_are_those_of_transformers(kind):
+    """Within the window of the text they see the text alone, and beyond it the mean of all."""
+    config, lengths = KINDS[kind], (1, 3, 8, 13)
+    tokens = random_tokens(len(lengths), 13)
+    mask = np.arange(13)[None] < np.array(lengths)[:, None]
+    params = {"params": reference(config)[1]}
+    for trains in (False, True):
+        found = jax.jit(Gemma2(config, trains=trains).apply)(params, tokens, None, mask)
+        toy.assert_close(found, theirs(config, tokens, mask), 2e-5, "padding")
+    assert toy.relative_error(ours(config, tokens)[~mask], np.asarray(found)[~mask]) > 0.05
+
+
 @pytest.mark.parametrize("kind", ["grouped queries", "no window", "odd layers slide"])
 def test_rows_after_a_prefix_are_those_of_the_whole(kind):
     config = KINDS[kind]

@@ -103,6 +103,43 @@ def test_latents_are_those_of_diffusers(theirs, ours, name):
     toy.assert_close(found, expected, 1e-4, name)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+def test_the_prompt_s_mask_over_the_negative_prompt_is_that_of_nvlabs(theirs, ours, negative):
+    """Restated by diffusers' pipeline, which takes embeddings and masks of other makers.
+
+    NVlabs' scripts/inference.py: the negative prompt is padded to all rows, Gemma is given its
+    mask, and the transformer sees its rows through the mask of each prompt.
+    """
+    prompts, latents = PROMPTS[:2], noise(2)
+    rows = ours.checkpoint.text_rows
+    padded = theirs.tokenizer(
+        negative, padding="max_length", max_length=rows, truncation=True, return_tensors="pt"
+    )
+    unconditional = theirs.text_encoder(padded.input_ids, attention_mask=padded.attention_mask)[0]
+    embeddings, mask = ours.encode_prompt(prompts)
+    mask = torch.tensor(np.asarray(mask, np.int64))
+    expected = reference(
+        theirs,
+        None,
+        latents,
+        num_inference_steps=4,
+        negative_prompt=None,
+        prompt_embeds=torch.tensor(np.asarray(embeddings)),
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=unconditional.expand(2, -1, -1),
+        negative_prompt_attention_mask=mask,
+    )
+    settings = dict(height=HEIGHT, width=WIDTH, latents=latents, num_steps=4, output="latent")
+    settings |= dict(negative_prompt=negative)
+    found = ours(prompts, unconditional_mask="prompt", **settings)
+    toy.assert_close(found, expected, 1e-4, "the prompt's mask")
+    assert toy.relative_error(ours(prompts, **settings), expected) > 1e-2
+    np.testing.assert_array_equal(
+        ours(prompts, unconditional_mask="negative", **settings), ours(prompts, **settings)
+    )
+
+
 def assert_same_pictures(found: np.ndarray, expected: np.ndarray):
     """At most one value in a thousand off, none by more than one grey level."""
     assert found.shape == expected.shape and found.dtype == np.uint8

@@ -93,6 +93,8 @@ from tests.pipeline.test_pipeline import (  # noqa: F401 (fixtures)
             "prompt_mask has other values than 0 and 1",
         ),
         (dict(sampler="ddim"), "sampler 'ddim'"),
+        (dict(unconditional_mask="none"), "unconditional_mask 'none' is not one of negative, pr"),
+        (dict(unconditional_mask=True), "unconditional_mask True"),
         (dict(output="jpg"), "output 'jpg'"),
         (dict(output="device"), "output 'device' is not one of pil, np, float, latent"),
         (dict(flow_shift=0.0), "flow_shift 0.0"),

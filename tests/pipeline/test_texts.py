@@ -27,6 +27,20 @@ def test_a_picture_has_its_prompt_after_its_negative_prompt(pipe):
     assert len(pipe._negatives) == 1
 
 
+def test_the_prompt_s_mask_may_cover_several_negative_prompts(pipe):
+    prompts, negatives = ["a cat", "a very long story of two dogs"], ["dark", "a blurred photo"]
+    mask = dict(unconditional_mask="prompt")
+    captions, masks = pipe._read(pipe.request(prompts, negative_prompt=negatives, **mask))
+    np.testing.assert_array_equal(masks[:, 0], masks[:, 1])
+    for i, negative in enumerate(negatives):
+        alone, _ = pipe._read(pipe.request(prompts[i], negative_prompt=negative, **mask))
+        np.testing.assert_allclose(captions[i, 0], alone[0, 0], atol=1e-5)
+        rows, visible = pipe.encode_prompt(negative, instruction=None)
+        seen = np.asarray(visible[0])
+        np.testing.assert_allclose(captions[i, 0][seen], rows[0][seen], atol=1e-5)
+        assert np.abs(captions[i, 0][~seen]).min(axis=1).max() > 0  # padding has rows too
+
+
 def test_without_guidance_there_is_the_prompt_alone(pipe):
     captions, masks = pipe._read(pipe.request("a cat", guidance_scale=1))
     assert captions.shape[:2] == masks.shape[:2] == (1, 1)

@@ -129,6 +129,7 @@ def open_base(
         base.params["dit"] = _weights_of_start(config, open_named("start", config.start))
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
+    base.unconditional_mask = "prompt" if config.recipe.keep_mask else "negative"
     check_fit(base)
     return base, prints
 

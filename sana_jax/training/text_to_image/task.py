@@ -58,7 +58,9 @@ class Recipe:
     microbatches: int = 1  # a step computes its batch in this many parts
     encoder_microbatches: int = 1  # and encodes the images and texts of each part in this many
     caption_dropout: float = 0.1  # probability of the empty prompt, for classifier-free guidance
-    keep_mask: bool = False  # a dropped caption's own; see flow_matching.drop_captions
+    # A dropped caption's own mask, as in NVlabs' code: the model that is written then says
+    # unconditional_mask "prompt", and is drawn from so.
+    keep_mask: bool = False
     ema_decay: float = 0.9999
 
     def __post_init__(self):
@@ -267,6 +269,8 @@ class TextToImageTask:
 
     def _encode_empty(self, params: Any) -> Float[Array, "L C"]:
         empty = self.captions.empty
+        if self.recipe.keep_mask:
+            return programs.encode_padded(self.text_encoder, params, empty.tokens, empty.mask)[0]
         rows = empty.tokens, None, empty.window, empty.mask
         return programs.encode_text(self.text_encoder, params, *rows)[0]
 

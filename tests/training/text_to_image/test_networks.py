@@ -37,6 +37,12 @@ def test_the_instruction_is_part_of_a_run(config, monkeypatch):
     assert open_base(load(config, text_encoder__instruction=False))[1][key] == ""
 
 
+@pytest.mark.parametrize("keep_mask, mask", [(False, "negative"), (True, "prompt")])
+def test_a_model_asks_for_the_mask_that_it_was_trained_with(config, keep_mask, mask):
+    base, _ = open_base(load(config, recipe__keep_mask=keep_mask))
+    assert base.unconditional_mask == mask
+
+
 def test_an_instruction_is_refused_where_the_text_encoder_trains(config, tmp_path, monkeypatch):
     base = native.open_folder(config.parent / "base")
     base.instruction = Instruction("describe: ", "a test")

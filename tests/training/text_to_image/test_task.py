@@ -183,10 +183,11 @@ def test_unrolled_blocks_change_no_loss():
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():
+@pytest.mark.parametrize("keep_mask", [False, True])
+def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction(keep_mask):
     """Computes a step's loss anew from the numbers that the step draws."""
     told = "describe the picture: "
-    recipe = Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0), caption_dropout=0.5)
+    recipe = Recipe(5, 8, ADAMW, NoiseConfig(shift=2.0), caption_dropout=0.5, keep_mask=keep_mask)
     task, batch = make_task(recipe, train=False, instruction=told), make_batch(told)
     params = encoder_params()
     frozen = Frozen(None, params, *jax.jit(task.read_constants)(params))
@@ -206,8 +207,14 @@ def test_loss_by_hand_with_a_frozen_encoder_and_an_instruction():
     empty = tokenize(TOKENIZER, [""], ROWS, None)
     null = read({"params": params}, empty.tokens)[0, empty.window]
     null = np.where(empty.mask[0][:, None], null, 0)
-    rows = np.where(dropped[:, None, None], null, rows)
     mask = np.where(dropped[:, None], empty.mask, whole.mask)
+    if keep_mask:  # with the rows of padding, which see the empty prompt alone
+        padded = np.zeros((1, ROWS), np.int32)
+        padded[0, : empty.tokens.shape[1]] = empty.tokens
+        visible = np.arange(ROWS)[None] < empty.mask.sum()
+        null, mask = read({"params": params}, padded, None, visible)[0], whole.mask
+        assert np.abs(null[ROWS - 1]).max() > 0.1
+    rows = np.where(dropped[:, None, None], null, rows)
     data, noise = batch["latents"], np.asarray(drawn["noise"])
     s = sigma[:, None, None, None]
     velocity = jax.jit(task.dit.apply)(
