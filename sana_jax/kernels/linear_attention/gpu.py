@@ -64,7 +64,8 @@ def _call(kernel, operands, head_dim, out, *, name):
     }[out]
     kernel = partial(kernel, head_dim=head_dim, channels=channels, tokens=tokens, block=block)
     out_shape = jax.ShapeDtypeStruct(shape, dtype)
-    grid = (batch, heads, parts if out == "state" else blocks)
+    # Neighbouring heads run at the same time: of two in bfloat16, a line of the cache holds both.
+    grid = (heads, parts if out == "state" else blocks, batch)
     found = triton.call(kernel, operands, out_shape, grid, f"linear_attention_{name}")
     return found if parts == 1 else jnp.sum(found.reshape(batch, parts, *shape[1:]), axis=1)
 
@@ -80,7 +81,7 @@ class _Head:
     """Loads and stores the blocks of one head of one image."""
 
     def __init__(self, head_dim, channels, tokens, block):
-        self.image, self.head = pl.program_id(0), pl.program_id(1)
+        self.head, self.part, self.image = (pl.program_id(i) for i in range(3))
         self.head_dim, self.channels, self.tokens, self.size = head_dim, channels, tokens, block
 
     def valid(self, block):
@@ -111,7 +112,7 @@ class _Head:
     def store_state(self, ref, part, value):
         """Stores this program's part of S (part 0) or T (part 1), (D, D)."""
         rows, columns = pl.ds(part * self.head_dim, self.head_dim), self._columns()
-        image = self.image * pl.num_programs(2) + pl.program_id(2)
+        image = self.image * pl.num_programs(1) + self.part
         plgpu.store(ref.at[image, rows, columns], value)
 
     def _columns(self):
@@ -124,9 +125,9 @@ class _Head:
             return tuple(s + p for s, p in zip(sums, products(block), strict=True))
 
         zero = jnp.zeros((self.head_dim, self.head_dim), jnp.float32)
-        parts = pl.num_programs(2)
+        parts = pl.num_programs(1)
         blocks = (pl.cdiv(self.tokens, self.size) + parts - 1) // parts
-        first = pl.program_id(2) * blocks  # behind the last token, blocks are zero
+        first = self.part * blocks  # behind the last token, blocks are zero
         return jax.lax.fori_loop(first, first + blocks, step, (zero, zero))
 
 
@@ -154,7 +155,7 @@ def _quotient(head, q, state_ref, epsilon):
 
 
 def _apply_kernel(qkv_ref, state_ref, out_ref, *, epsilon, **sizes):
-    head, block = _Head(**sizes), pl.program_id(2)
+    head, block = _Head(**sizes), pl.program_id(1)
     q = _relu(head.load(qkv_ref, block))
     head.store(out_ref, block, _quotient(head, q, state_ref, epsilon)[0])
 
@@ -182,7 +183,7 @@ def _state_cotangent_kernel(qkv_ref, state_ref, cotangent_ref, out_ref, *, epsil
 def _cotangents_kernel(
     qkv_ref, state_ref, d_state_ref, cotangent_ref, out_ref, *, epsilon, **sizes
 ):
-    head, block, dtype = _Head(**sizes), pl.program_id(2), qkv_ref.dtype
+    head, block, dtype = _Head(**sizes), pl.program_id(1), qkv_ref.dtype
     q, k, v = (head.load(qkv_ref, block, part) for part in range(3))
     d_numerator, d_denominator, s, t = _output_cotangents(
         head, block, _relu(q), state_ref, cotangent_ref, epsilon
