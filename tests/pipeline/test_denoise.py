@@ -1,6 +1,7 @@
 """The loop in one dispatch and with one dispatch a step, around a network of one line."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from sana_jax.checkpoints.components import init_params
 from sana_jax.diffusion import dpm_solver
 from sana_jax.models.dit import SanaConfig, SanaTransformer
 from sana_jax.pipeline import denoise
+from sana_jax.sharding import MESH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Network(nn.Module):
     def denoise(self, latents, timestep, keys_values, mask):
         text = (keys_values[0] * mask[..., None]).sum((1, 2))
         return 0.5 * latents + (1e-3 * timestep)[:, None, None, None] + text[:, None, None, None]
+
+
+SMALL = SanaConfig(
+    depth=2, width=32, head_dim=16, cross_heads=2, caption_channels=5, latent_channels=3
+)
 
 
 def inputs(halves):
@@ -79,10 +87,7 @@ def test_guidance_is_without_effect_where_both_halves_are_equal():
 
 def test_what_a_gpu_gets_draws_the_same(monkeypatch):
     """Layers by themselves, and visible rows first, for masks that hide rows anywhere."""
-    config = SanaConfig(
-        depth=2, width=32, head_dim=16, cross_heads=2, caption_channels=5, latent_channels=3
-    )
-    network = SanaTransformer(config)
+    network = SanaTransformer(SMALL)
     params = nn.unbox(init_params(network, jax.random.key(0)))
     given = inputs(2)
 
@@ -101,3 +106,33 @@ def test_what_a_gpu_gets_draws_the_same(monkeypatch):
         np.testing.assert_allclose(draw(sequential), drawn, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(denoise, "MOST_UNROLLED_LAYERS", 1)
     np.testing.assert_allclose(draw(False), drawn, rtol=1e-5, atol=1e-5)
+
+
+def calls_on_cuda(fn, *args):
+    """The custom calls of a program that is lowered for an H100."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert not re.search(r"stablehlo\.(send|recv|infeed|outfeed)", text)
+    return set(re.findall(r"custom_call @([\w.$]+)", text))
+
+
+def test_a_gpu_draws_in_one_program_that_never_asks_the_host():
+    """So the host has nothing to do between its launches, and they can become CUDA graphs."""
+    network, given = SanaTransformer(SMALL, dtype=jnp.bfloat16), inputs(2)
+    params = nn.unbox(jax.eval_shape(lambda: init_params(network, jax.random.key(0))))
+
+    def draw(params, *args):
+        return denoise.sample(network, params, *args, None, sequential=False)
+
+    args = given.noise, given.schedule, given.captions, given.masks, given.scale
+    assert calls_on_cuda(draw, params, *args) == {"__gpu$xla.gpu.triton"}
+
+    def with_host(x):
+        jax.debug.callback(print, x)
+        return x
+
+    # What the line above would find.
+    assert any("callback" in call for call in calls_on_cuda(with_host, given.noise))
