@@ -7,7 +7,6 @@ count.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import re
@@ -43,19 +42,13 @@ class Launched(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
-    """A kernel's machine code; counts are of what one warp executes."""
+class Resources:
+    """What a kernel takes of a multiprocessor."""
 
     target: str  # sm_90a
     registers: int  # of a thread
     spilled_bytes: int  # of a thread, stores and loads
     shared_bytes: int  # static
-    instructions: int
-    special: int  # of the special function units
-    accesses: int  # instructions of the load and store units
-    loaded_bytes: int | None  # from global memory; None: a part is loaded by other means
-    tensor_flops: int
-    unknown_loops: int
 
     def occupancy(self, launch: Launched, card: Card) -> int:
         """Returns the warps that a multiprocessor holds at once."""
@@ -65,6 +58,18 @@ class Code:
         if shared := launch.shared_bytes + self.shared_bytes:
             blocks = min(blocks, card.shared_bytes // (shared + 1024))
         return blocks * warps
+
+
+@dataclasses.dataclass(frozen=True)
+class Code(Resources):
+    """A kernel's machine code; counts are of what one warp executes."""
+
+    instructions: int
+    special: int  # of the special function units
+    accesses: int  # instructions of the load and store units
+    loaded_bytes: int | None  # from global memory; None: a part is loaded by other means
+    tensor_flops: int
+    unknown_loops: int
 
     def seconds(self, launch: Launched, card: Card) -> float:
         """Returns a lower bound by instructions: the fullest multiprocessor, at boost clock."""
@@ -89,21 +94,46 @@ def tool(name: str) -> str | None:
 
 def assemble(ptx: str) -> Code:
     """Returns the code of a file's only kernel. Raises ValueError if the assembler refuses it."""
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory(prefix="sana_jax_ptx_") as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        run = functools.partial(subprocess.run, capture_output=True, text=True)
-        made = run([tool("ptxas"), "-v", f"-arch={target}", "-o", binary, source])
-        if made.returncode:
-            raise ValueError(f"ptxas: {made.stderr.strip()[:300]}")
-        listing = run([tool("nvdisasm"), "-c", binary], check=True).stdout
-    return read(target, made.stderr, listing)
+        binary = Path(folder, "kernel.cubin")
+        used = _ptxas(ptx, binary)
+        listing = _run(tool("nvdisasm"), "-c", binary, check=True).stdout
+    return read(used, listing)
 
 
-def read(target: str, said: str, listing: str) -> Code:
-    """Returns the code that ptxas -v describes in `said`, and nvdisasm -c lists."""
+def resources(ptx: str) -> Resources:
+    """Returns what a file's only kernel takes. Raises ValueError if the assembler refuses it."""
+    with tempfile.TemporaryDirectory(prefix="sana_jax_ptx_") as folder:
+        return _ptxas(ptx, Path(folder, "kernel.cubin"))
+
+
+def _run(*command, check: bool = False) -> subprocess.CompletedProcess:
+    return subprocess.run(command, check=check, capture_output=True, text=True)
+
+
+def _ptxas(ptx: str, binary: Path) -> Resources:
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    source = binary.with_suffix(".ptx")
+    source.write_text(ptx)
+    made = _run(tool("ptxas"), "-v", f"-arch={target}", "-o", binary, source)
+    if made.returncode:
+        raise ValueError(f"ptxas: {made.stderr.strip()[:300]}")
+    return parse_resources(target, made.stderr)
+
+
+def parse_resources(target: str, said: str) -> Resources:
+    """Returns what ptxas -v says of a kernel."""
     shared = re.search(r"(\d+) bytes smem", said)
+    return Resources(
+        target=target,
+        registers=int(re.search(r"Used (\d+) registers", said)[1]),
+        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        shared_bytes=int(shared[1]) if shared else 0,
+    )
+
+
+def read(used: Resources, listing: str) -> Code:
+    """Returns the code that takes these resources, and that nvdisasm -c lists."""
     code, times, unknown = executions(listing)
     special = accesses = tensor = 0
     loaded: int | None = 0
@@ -117,10 +147,7 @@ def read(target: str, said: str, listing: str) -> Code:
         elif kind in ("LD", "UTMALDG", "UBLKCP"):
             loaded = None
     return Code(
-        target=target,
-        registers=int(re.search(r"Used (\d+) registers", said)[1]),
-        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        shared_bytes=int(shared[1]) if shared else 0,
+        **vars(used),
         instructions=int(times.sum()),
         special=special,
         accesses=accesses,

@@ -4,11 +4,12 @@ import pytest
 
 from sana_jax.measure import gpu_machine_code
 from sana_jax.measure.gpu_compile import has_compiler
-from sana_jax.measure.gpu_machine_code import Code, Launched, executions, read
+from sana_jax.measure.gpu_machine_code import Code, Launched, executions, parse_resources, read
 from sana_jax.measure.gpu_targets import CARDS
 
 SAID = "ptxas info : 4 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
 SAID += "ptxas info : Used 40 registers, used 1 barriers, 512 bytes smem, 376 bytes cmem[0]\n"
+USED = parse_resources("sm_90a", SAID)
 
 
 def listing(*lines):
@@ -81,7 +82,7 @@ def test_loops_in_loops_multiply():
     code = ["MOV R1, RZ", ".L_x_0:", "MOV R2, RZ", ".L_x_1:", "MUFU.EX2 R3, R3"]
     code += ["VIADD R2, R2, 0x1", "ISETP.NE.AND P0, PT, R2, 0x5, PT", "@P0@@BRA `(.L_x_1)"]
     code += ["VIADD R1, R1, 0x1", "ISETP.NE.AND P0, PT, R1, 0x3, PT", "@P0@@BRA `(.L_x_0)"]
-    found = read("sm_90a", SAID, listing(*code))
+    found = read(USED, listing(*code))
     assert found.special == 15 and found.instructions == 1 + 3 * (1 + 5 * 4 + 3) + 2
 
 
@@ -89,11 +90,11 @@ def test_what_a_warp_executes():
     code = ["LDG.E.U16 R1, desc[UR8][R2.64]", "LDGSTS.E.BYPASS.128 [R1], [R2.64]"]
     code += ["HMMA.16816.F32.BF16 R4, R8, R12, R4", "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24"]
     code += ["STG.E desc[UR8][R2.64], R1", "STS [R3], R4", "@!P0@@MUFU.RCP R5, R6"]
-    found = read("sm_90a", SAID, listing(*code))
+    found = read(USED, listing(*code))
     assert (found.registers, found.spilled_bytes, found.shared_bytes) == (40, 20, 512)
     assert (found.accesses, found.special, found.loaded_bytes) == (4, 1, 32 * (2 + 16))
     assert found.tensor_flops == 2 * 16 * 8 * 16 + 2 * 64 * 32 * 16 // 4
-    by_tensor_memory = read("sm_90a", SAID, listing(*code, "UTMALDG.2D [UR4], [UR6]"))
+    by_tensor_memory = read(USED, listing(*code, "UTMALDG.2D [UR4], [UR6]"))
     assert by_tensor_memory.loaded_bytes is None
 
 
