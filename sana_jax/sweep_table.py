@@ -13,10 +13,9 @@ over seeds as a thick line, and each seed as a thin one.
 """
 
 import importlib.util
-import math
 import re
 import statistics
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import flags
 from etils import epath
@@ -24,6 +23,7 @@ from etils import epath
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import parse_json
+from sana_jax.training.rows import Row, curve, read_rows
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "folder of the sweep's runs", required=True)
@@ -35,7 +35,6 @@ if __name__ == "__main__":
         "run", [], "a run as END:FOLDER, the folder within DIR; default: all, with unknown ends"
     )
 
-Row = dict[str, Any]
 SEED = re.compile(r"seed_\d+")  # the folder of one of several seeds
 
 
@@ -76,9 +75,7 @@ def read(out: epath.Path, runs: list[str]) -> list[Run]:
         for part in (folder, *_folders(folder)):
             if not (part / "metrics.jsonl").exists():
                 continue
-            rows = map(parsed, (part / "metrics.jsonl").read_bytes().splitlines())
-            rows = [row for row in rows if "step" in row]
-            figures = {}
+            rows, figures = read_rows(part), {}
             if (results := part / "results.json").exists():
                 for size, values in parsed(results.read_bytes()).get("after", {}).items():
                     figures |= {f"{k}_{size}": x for k, x in values.items() if type(x) is float}
@@ -119,15 +116,6 @@ def table(runs: list[Run], title: str, metrics: list[str]) -> tuple[str, list[st
     return "\n".join(lines), known
 
 
-def curve(run: Run, metric: str) -> dict[int, float]:
-    """Returns a metric by step; of a step that was taken twice, the later value.
-
-    A value that was not finite is null in a row, and a gap in the curve.
-    """
-    found = {row["step"]: row[metric] for row in run.rows if metric in row}
-    return {step: math.nan if value is None else value for step, value in found.items()}
-
-
 def plot(runs: list[Run], metrics: list[str], path: str) -> None:
     """Writes a PNG with the metrics' curves."""
     import matplotlib
@@ -139,7 +127,9 @@ def plot(runs: list[Run], metrics: list[str], path: str) -> None:
     figure, panels = pyplot.subplots(1, len(metrics), figsize=(6 * len(metrics), 4), squeeze=False)
     for panel, metric in zip(panels[0], metrics, strict=True):
         for i, (setting, phase) in enumerate(settings):
-            curves = [curve(r, metric) for r in runs if (r.setting, r.phase) == (setting, phase)]
+            curves = [
+                curve(r.rows, metric) for r in runs if (r.setting, r.phase) == (setting, phase)
+            ]
             steps = sorted(set.intersection(*map(set, curves)))
             means = [statistics.fmean(found[step] for found in curves) for step in steps]
             name = f"{setting}, {phase}" if phase else setting

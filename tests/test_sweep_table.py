@@ -70,13 +70,6 @@ def test_phases_and_figures_of_an_autoencoder_have_rows_and_columns(tmp_path):
     ]
 
 
-def test_a_curve_takes_the_later_of_two_values_and_no_torn_line(tmp_path):
-    rows = {"step": 1, "loss": 9.0}, {"step": 1, "loss": 8.0}, {"step": 2}, '{"step": 3, "lo'
-    make(tmp_path / "a", *rows)
-    (run,) = sweep_table.read(tmp_path, ["-:a"])
-    assert sweep_table.curve(run, "loss") == {1: 8.0}
-
-
 def test_a_plot_is_a_small_png(sweep, tmp_path):
     path = tmp_path / "plot.png"
     found = show(f"--out={sweep}", "--metrics=loss", f"--plot={path}")

@@ -4,14 +4,17 @@ import contextlib
 import json
 import math
 import os
+import re
+import struct
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from google.protobuf.message import DecodeError
 from tqdm import tqdm
 
 from sana_jax.pictures import Picture, encode_png, make_grid
@@ -23,6 +26,7 @@ from sana_jax.runtime.files import (
     write_atomically,
 )
 from sana_jax.runtime.hosts import log_first_host, on_first_host
+from sana_jax.training.rows import row_of
 
 # tensorboardX imports torch where it is installed; that takes seconds, and nothing here needs it.
 _torch = sys.modules.get("torch")
@@ -39,7 +43,7 @@ finally:
 # Between two copies to a remote folder, whose files cannot be appended to; and between two syncs of
 # the rows, without which a mounted object store does not have them.
 UPLOAD_SECONDS = 60
-MAX_STEP = 2**53  # that a row can be of
+FIRST_EVENTS = 3  # of an event file: its version, then the start that _Board writes
 
 
 class MetricsWriter:
@@ -223,11 +227,26 @@ def _keep(rows: Path, step: int) -> list[dict[str, Any]]:
     return last
 
 
-def row_of(line: bytes) -> dict[str, Any] | None:
-    """Returns the row in a line of metrics.jsonl; None where the line is no whole row."""
-    try:
-        row = json.loads(line)
-        step = row["step"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return row if isinstance(step, int) and 0 <= step <= MAX_STEP else None
+class Began(NamedTuple):
+    """The start of one process of a run: when, in seconds since 1970, and from which step."""
+
+    time: float
+    step: int | None  # None: it was killed before its event file had any content
+
+
+def starts_of(workdir: epath.Path) -> list[Began]:
+    """Returns the starts of a run, in order: each has an event file. Raises OSError."""
+    folder, found = workdir / "tensorboard", []
+    for path in sorted(folder.glob("*.tfevents.*")) if folder.exists() else ():
+        if not (began := re.search(r"\.tfevents\.(\d+)", path.name)):
+            continue
+        found.append(Began(float(began[1]), None))
+        with path.open("rb") as file, contextlib.suppress(struct.error, DecodeError):
+            for _ in range(FIRST_EVENTS):
+                (size,) = struct.unpack("<Qxxxx", file.read(12))  # and a checksum
+                event = Event.FromString(file.read(min(size, 2**16)))
+                file.read(4)
+                if event.HasField("session_log"):
+                    found[-1] = Began(event.wall_time, event.step - 1)
+                    break
+    return found

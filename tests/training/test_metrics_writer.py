@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from sana_jax.pictures import make_grid
 from sana_jax.runtime.errors import Retry, Stopped, UserError
 from sana_jax.runtime.files import storage
 from sana_jax.training import metrics_writer
-from sana_jax.training.metrics_writer import MetricsWriter
+from sana_jax.training.metrics_writer import MetricsWriter, starts_of
 
 
 def events(folder):
@@ -214,3 +215,18 @@ def test_what_no_later_try_could_open_is_named(tmp_path, name):
         (tmp_path / name).symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"{name} is .* is needed"), MetricsWriter(tmp_path):
         pass
+
+
+def test_the_starts_of_a_run_are_read_back_whatever_a_kill_left(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path)
+    assert starts_of(folder) == []
+    for step, now in (0, 10**9), (4, 2 * 10**9):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        with MetricsWriter(tmp_path, step, 10) as writer:
+            writer.write(step + 1, {"loss": 1.0})
+    assert starts_of(folder) == [(10**9, 0), (2 * 10**9, 4)]
+    (board,) = {path.parent for path in tmp_path.rglob("*.tfevents.*")}
+    for number, content in enumerate((b"", b"\xff" * 64, b"\x20" + 11 * b"\0" + b"ab")):
+        (board / f"events.out.tfevents.{4 * 10**9 + number}.host").write_bytes(content)
+    assert [start.step for start in starts_of(folder)] == [0, 4, None, None, None]
+    assert starts_of(folder)[-1].time == 4 * 10**9 + 2

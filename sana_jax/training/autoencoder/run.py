@@ -53,7 +53,8 @@ from sana_jax.training.autoencoder.recipe import check_figures, check_phase, rea
 from sana_jax.training.autoencoder.task import AutoencoderTask, Phase
 from sana_jax.training.checkpoints.manager import Checkpoints, read_newest
 from sana_jax.training.loop import LoopConfig
-from sana_jax.training.metrics_writer import MetricsWriter, row_of
+from sana_jax.training.metrics_writer import MetricsWriter
+from sana_jax.training.rows import read_rows
 from sana_jax.training.session import Session, computing, export
 from sana_jax.training.state import TrainState, on_mesh
 from sana_jax.training.watchdog import Watchdog
@@ -333,12 +334,11 @@ def _copy_model(model: Path, target: Path) -> None:
 def _training_seconds(folder: Path, phase: Phase) -> float:
     """Returns the time of all steps, also before restarts, without pauses, by the metrics."""
     seconds, last = 0.0, 0
-    for line in (folder / "metrics.jsonl").read_bytes().splitlines():
-        if row := row_of(line):
-            rate = row.get("images_per_second")
-            if isinstance(rate, int | float) and rate > 0:
-                seconds += (row["step"] - last) * phase.batch_size / rate
-            last = row["step"]
+    for row in read_rows(epath.Path(folder)):
+        rate = row.get("images_per_second")
+        if isinstance(rate, int | float) and rate > 0:
+            seconds += (row["step"] - last) * phase.batch_size / rate
+        last = row["step"]
     return seconds
 
 
