@@ -49,7 +49,7 @@ def main(name: str) -> None:
         sys.argv, out, err = [name, *arguments], io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                cli.run(module.main)
+                cli.run(module.main, operands=getattr(module, "OPERANDS", ""))
             except SystemExit as end:
                 answers.append([end.code, out.getvalue(), err.getvalue()])
         for flag in flags.FLAGS:

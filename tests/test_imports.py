@@ -18,6 +18,7 @@ LAYERS = [
     {"pipeline", ""},  # "": the face, sana_jax/__init__.py
     {"batch", "metrics", "data", "shapes"},
     {"training", "measure"},
+    {"pages"},
 ]  # above them the commands: the files of the root that are no room
 
 # Architecture and mathematics read no files, so they need nothing else of Python and of others.

@@ -52,13 +52,19 @@ _REMEDIES = {
 
 
 def run(
-    main: Callable[[list[str]], int | None], resumes: bool = False, first: str | None = None
+    main: Callable[[list[str]], int | None],
+    resumes: bool = False,
+    first: str | None = None,
+    operands: str = "",
 ) -> None:
     """Parses the flags, calls main(argv) and exits; `main` returns None or a status.
 
     Args:
+      main: the command.
       resumes: the same command, run again, goes on where a signal ended it.
       first: a flag whose value may stand alone as the first argument.
+      operands: the name of what stands on the command line without a flag, such as RUN: one or
+        more, which `main` gets after the program's name. "": there is nothing of the kind.
     """
     if first and sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv[1] = f"--{first}={sys.argv[1]}"
@@ -69,7 +75,7 @@ def run(
 
         jax.config.config_with_absl()
     try:
-        status, line = _call(main)
+        status, line = _call(main, operands)
     except BaseException:
         signals.finish(1)
         raise
@@ -83,13 +89,14 @@ def run(
     sys.exit(status)
 
 
-def _call(main: Callable[[list[str]], int | None]) -> tuple[int, str]:
+def _call(main: Callable[[list[str]], int | None], operands: str) -> tuple[int, str]:
     """Returns the status of main, and what to print for it; raises what is a bug."""
     try:
         try:
             if {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"} & set(sys.argv[1:]):
                 sys.exit(print(_help()))
-            app.run(functools.partial(signals.unwound, main), flags_parser=_parse)
+            parse = functools.partial(_parse, operands)
+            app.run(functools.partial(signals.unwound, main), flags_parser=parse)
         finally:
             sys.stdout.flush()  # it may fail
     except SystemExit as error:
@@ -107,7 +114,7 @@ def _call(main: Callable[[list[str]], int | None]) -> tuple[int, str]:
     raise AssertionError("app.run exits")
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(operands: str, argv: list[str]) -> list[str]:
     """Parses the flags as absl does, and turns every complaint into a UserError."""
     # Shells leave the ~ of --out=~/pictures alone; a folder of that name would be made.
     home = re.compile(r"(--?(?!(?:negative_)?prompt=)[\w.]+=)(~(?:/.*)?)", re.DOTALL)
@@ -133,7 +140,9 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(_explain(str(error))) from error
         raise
     _check_values()
-    if rest[1:]:
+    if operands and not all(rest[1:] or [""]):
+        raise UserError(f"{operands} is missing; --help shows how to give it")
+    if rest[1:] and not operands:
         raise UserError(f"unexpected {rest[1]!r}; write --flag=VALUE and quote values with spaces")
     if FLAGS["verbosity"].using_default_value:
         FLAGS.verbosity = -1  # warnings; app.run would show every library's notes
