@@ -17,7 +17,7 @@ LAYERS = [
     {"checkpoints"},
     {"pipeline", ""},  # "": the face, sana_jax/__init__.py
     {"batch", "metrics", "data", "shapes"},
-    {"training", "measure"},
+    {"training", "measure", "judges"},
     {"pages"},
 ]  # above them the commands: the files of the root that are no room
 
