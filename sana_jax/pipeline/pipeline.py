@@ -171,31 +171,27 @@ class SanaPipeline(WithLoras, ReadsTexts):
         """Draws `num_images_per_prompt` images of every prompt, the images of a prompt together.
 
         Args:
-          negative_prompt: one for all, or one per prompt.
           height, width: pixels, multiples of the autoencoder's factor; None: the native size.
           num_steps: evaluations of the network (pairs, under guidance); None: 20, for Sprint 2.
-          guidance_scale: one for all, or one per prompt; <= 1: no guidance; Sprint reads it.
+          negative_prompt, guidance_scale: one for all, or one per prompt; <= 1: no guidance.
           guidance_interval: (low, high) in sigma; guide only where low < sigma <= high.
           seed: 0 .. 2**64 - 1; one per image, or the first image's: the next images count up.
           latents: the noise to start from, float32 (Sprint: or of every step); overrides `seed`.
           prompt_embeddings, prompt_mask: from `encode_prompt`; the mask is of bools, or 0 and 1.
           sampler: "flow_dpm_solver" (None) or "flow_euler"; for Sprint "scm" (None).
-          flow_shift: of the noise schedule; None: the checkpoint's.
+          flow_shift, unconditional_mask: None: the checkpoint's; see pipeline/README.md.
           angles: of Sprint, falling to 0, or "paper" or "diffusers"; None: see diffusion/scm.py.
           instruction: "auto": the checkpoint's own; None: no instruction; or a text.
           use_resolution_binning: sample at the nearest published size, then resize and crop.
           on_step: called as on_step(step, latents) after every step; sampling is slower with it.
           output: "pil", "np" (uint8 B H W 3), "float" (float32 in [0, 1]) or "latent".
           sequential_guidance: compute the halves of guidance one after the other, in less memory.
-          unconditional_mask: "negative" or "prompt", the text rows that guidance's other half sees:
-            the negative prompt's, as in diffusers, or the prompt's, as in NVlabs' code.
           tile: as in `decode`; "auto": in tiles of 1024 above 2048 x 2048 pixels, else at once.
           image: to start from, one or one per prompt: PIL's, or uint8 (H, W, 3). Its size is drawn.
           strength: the share of steps, up to 1, that change the image; None: 0.6, Sprint 0.5.
           mask: white (255, True) where image is redrawn, 0 where it is kept; see image_input.py.
 
-        Scalars and lists of NumPy and JAX are taken wherever Python's are. Raises UserError, a
-        ValueError, if an argument is out of range.
+        NumPy's and JAX's scalars and lists are taken too. Raises UserError, a ValueError.
         """
         request = self.request(
             prompt,

@@ -125,8 +125,6 @@ class Request:
                 run = steps.num_steps if start is None else start.steps(steps.num_steps)
                 shape = shape[0], run, *shape[1:]
             array("latents", latents, shape)
-        if unconditional_mask is not None:
-            choice("unconditional_mask", unconditional_mask, MASKS)
         if facts.is_sprint:
             refuse_second_half(
                 negative_prompt=any(negatives),
@@ -149,7 +147,7 @@ class Request:
             latents=latents,
             scale=per_prompt("guidance_scale", guidance_scale, count),
             interval=interval("guidance_interval", guidance_interval),
-            unconditional_mask=unconditional_mask or facts.unconditional_mask,
+            unconditional_mask=_mask(facts, unconditional_mask),
             sequential=truth("sequential_guidance", sequential_guidance),
             is_sprint=facts.is_sprint,
             steps=steps,
@@ -260,6 +258,12 @@ def texts(name: str, value) -> list[str]:
     if (longest := max(map(len, values))) > MAX_TEXT:
         raise UserError(f"{name} has {longest} characters: it takes up to {MAX_TEXT}")
     return [str(v) for v in values]
+
+
+def _mask(facts: Facts, value: str | None) -> str:
+    if value is None:
+        return facts.unconditional_mask
+    return choice("unconditional_mask", value, MASKS)
 
 
 def instruction_text(value) -> str | None:
