@@ -34,7 +34,7 @@ from sana_jax.runtime import cli
 
 OPERANDS = "RUN"
 _OUT = flags.DEFINE_string("out", None, "the .html file, replaced if it exists", required=True)
-_SIZE = flags.DEFINE_float("megabytes", 5.0, "what the page may have", 0.1, 1000)
+_SIZE = flags.DEFINE_float("megabytes", 5.0, "the most that the page may have", 0.1, 1000)
 
 
 def main(argv):
