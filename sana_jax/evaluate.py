@@ -9,6 +9,8 @@
     python -m sana_jax.evaluate --task=fid --data=PICTURES --reference=REAL_OR_STATISTICS.npz \\
         --weights=pt_inception-2015-12-05-6726825d.pth --protocol=sana --workdir=FEATURES
     python -m sana_jax.evaluate --task=clip_score --data=BATCH_RUN --weights=CLIP_FOLDER
+    python -m sana_jax.evaluate --task=clip_score --checkpoint=DIR --prompts=prompts.jsonl \\
+        --data=BATCH_RUN --weights=CLIP_FOLDER --protocol=sana
     python -m sana_jax.evaluate --task=cmmd --data=PICTURES --reference=REAL --weights=CLIP_FOLDER
 
 reconstruction: how near decode(encode(image)) is to the image, for the images of --data, centre
@@ -57,7 +59,9 @@ every step 1 - cos of a token's state before and after each block is measured. -
     pictures              (in --out alone) the prompt and the settings of every picture
 
 fid, clip_score, cmmd: how good the pictures of a folder are; sana_jax/metrics/README.md has the
-formulas. With --workdir a killed run goes on, and ends with the figures of an unbroken one.
+formulas. With --workdir a killed run goes on, and ends with the figures of an unbroken one. With
+--checkpoint and --prompts the pictures are first drawn into --data, those that are not there yet,
+as --protocol says.
 
     fid                   Frechet distance of Inception's features to those of --reference
     kid, kid_std          kernel distance of the same: mean and spread over 100 subsets of 1,000
@@ -69,12 +73,16 @@ formulas. With --workdir a killed run goes on, and ends with the figures of an u
                           pictures that were measured, and each that could not be, with the reason
     protocol, resize, size, jpeg, preprocess, weights_sha256, ...
                           everything that decided the figures
+    drawing, prompts_sha256
+                          of a batch run: the settings that its pictures share, and their prompts
+    deviations            with --protocol: the settings that it would have chosen otherwise
 
 The last line is a JSON object with these figures and what was measured: task and checkpoint, then
 data, split, size and dtype for reconstruction, or the options for the other tasks.
 """
 
 import json
+from functools import partial
 
 from absl import flags
 
@@ -87,11 +95,7 @@ from sana_jax.runtime.errors import UserError
 CHECKPOINT = "checkpoint", "variant", "revision", "dtype", "out"
 SAMPLING = "seed", "num_steps", "guidance_scale", "flow_shift"
 PICTURES = "data", "weights", "workdir", "protocol", "jpeg"
-# The choices that a word stands for: those of SANA's published figures, and of clean-fid.
-PROTOCOLS = {
-    "sana": {"resize": "bilinear", "size": 512, "jpeg": True},
-    "clean": {"resize": "bicubic", "size": None, "jpeg": False},
-}
+PICTURES += "checkpoint", "variant", "revision", "prompts"
 OWN = {  # flags that not every task reads
     "reconstruction": (*CHECKPOINT, "data", "data_dir", "split", "lpips_weights", "size"),
     "shapes": (*CHECKPOINT, *SAMPLING, "size", "lora", "novel"),
@@ -133,8 +137,9 @@ _JPEG = flags.DEFINE_bool(
 _PROTOCOL = flags.DEFINE_enum(
     "protocol",
     None,
-    list(PROTOCOLS),
-    "sana: --resize=bilinear --size=512 --jpeg, as SANA's figures; clean: --resize=bicubic alone",
+    ["sana", "clean"],
+    "sana: --resize=bilinear --size=512 --jpeg, as SANA's figures; clean: --resize=bicubic alone;"
+    " and how --checkpoint draws (sana_jax/metrics/protocol.py)",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "a folder for features, where a killed run goes on and later ones find them"
@@ -187,8 +192,8 @@ _OUT = flags.DEFINE_string(
 _PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
-    "prompts to measure importance on: a .txt file, one a line, or a .jsonl file as `sample` takes;"
-    " default: held-out prompts of shapes",
+    "a .txt file, one a line, or a .jsonl file as `sample` takes: prompts to measure importance on,"
+    " by default held-out prompts of shapes; for fid, clip_score and cmmd those of --checkpoint",
 )
 _SEED = flags.DEFINE_integer(
     "seed",
@@ -328,7 +333,7 @@ def fid() -> None:
         statistics=statistics and str(statistics),
         **_choices("resize", "size", "jpeg"),
     )
-    _report(fid_task.fid(options), fid_task.table)
+    _report(fid_task.fid(options, _drawing()), fid_task.table)
 
 
 def clip_score() -> None:
@@ -336,7 +341,7 @@ def clip_score() -> None:
     from sana_jax.metrics import clip_task
 
     _require("data", "weights")
-    _report(clip_task.clip_score(_clip_options()), clip_task.table)
+    _report(clip_task.clip_score(_clip_options(), _drawing()), clip_task.table)
 
 
 def cmmd() -> None:
@@ -344,7 +349,7 @@ def cmmd() -> None:
     from sana_jax.metrics import clip_task
 
     _require("data", "weights", "reference")
-    _report(clip_task.image_distance(_clip_options()), clip_task.table)
+    _report(clip_task.image_distance(_clip_options(), _drawing()), clip_task.table)
 
 
 def _clip_options():
@@ -364,11 +369,34 @@ def _clip_options():
 
 def _choices(*names: str) -> dict:
     """Returns the values of flags, which --protocol decides where it is given."""
-    protocol = PROTOCOLS.get(_PROTOCOL.value)
-    for name in names if protocol else ():
+    protocol = _protocol()
+    if protocol is None:
+        return {name: FLAGS[name].value for name in names}
+    for name in names:
         if FLAGS[name].present:
             raise UserError(f"--{name} is decided by --protocol={_PROTOCOL.value}; leave out one")
-    return {name: protocol[name] if protocol else FLAGS[name].value for name in names}
+    return {name: protocol.measuring[name] for name in names}
+
+
+def _protocol():
+    from sana_jax.metrics.protocol import PROTOCOLS
+
+    return PROTOCOLS.get(_PROTOCOL.value)
+
+
+def _drawing():
+    """Returns what draws the pictures of --checkpoint that are not in --data; None without it."""
+    if not _CHECKPOINT.value and not _PROMPTS.value:
+        return None
+    _require("checkpoint", "prompts")
+    if _PROTOCOL.value is None:
+        raise UserError(
+            "--protocol is missing, which says how --checkpoint draws; or draw with sana_jax.sample"
+        )
+    from sana_jax.metrics import protocol
+
+    flags_of = _CHECKPOINT, _PROMPTS, _DATA, _COUNT, _VARIANT, _REVISION
+    return partial(protocol.draw, _protocol(), *(flag.value for flag in flags_of))
 
 
 def _require(*names: str) -> None:
@@ -381,7 +409,10 @@ def _report(found: dict, table) -> None:
     left_out = sum(found["rejected"].values()) + sum(found.get("reference_rejected", {}).values())
     print(f"{found['count']} pictures, {left_out} left out:")
     print(table(found))
-    print(json.dumps({"task": _TASK.value, "protocol": _PROTOCOL.value} | found))
+    from sana_jax.metrics.protocol import drawing
+
+    about = {"task": _TASK.value, "protocol": _PROTOCOL.value}
+    print(json.dumps(about | drawing(_DATA.value, _protocol()) | found))
 
 
 TASKS = {

@@ -140,7 +140,8 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "--data_dir": [checkpoint, "--data=shapes", "--split=train"],
         "--seed is not of --task=reconstruction": [checkpoint, pictures, "--seed=0"],
         "--data is not of --task=shapes": [checkpoint, pictures, "--task=shapes"],
-        "--checkpoint is not of --task=fid": [checkpoint, pictures, "--task=fid"],
+        "--seed is not of --task=fid": ["--seed=0", pictures, "--task=fid"],
+        "--prompts is missing; --task=fid": [*fid, checkpoint, "--reference=empty"],
         "--data is missing; --task=fid": ["--task=fid", "--weights=weights.pth"],
         "--weights is missing; --task=cmmd": ["--task=cmmd", pictures],
         "--reference is missing; --task=cmmd": ["--task=cmmd", pictures, "--weights=x"],
@@ -196,6 +197,51 @@ def test_shapes(shared, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (6 * 70 + 5 * 2, 70)
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_protocol_draws_what_is_missing_and_names_every_choice(shared, tmp_path):
+    toy_clip.save(tmp_path / "clip")
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "thing {i}"}}\n' for i in range(3)))
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "num_steps": 2}')
+    command = ["--task=clip_score", "--weights=clip", f"--checkpoint={shared / 'whole'}"]
+    run = [*command, "--data=run", "--prompts=p.jsonl"]
+    clean = [*command[:2], "--data=run", "--protocol=clean"]
+    cases = {
+        "--protocol is missing, which says how": run,
+        "--prompts is missing": [*command, "--data=run", "--protocol=sana"],
+        "--checkpoint is missing": [*command[:2], "--data=run", "--prompts=p.jsonl"],
+        "there is no such folder": [*clean, "--data=nowhere"],
+        "none.jsonl: No such file": [*run, "--protocol=sana", "--prompts=none.jsonl"],
+        "own.jsonl line 1: num_steps is decided": [*run, "--protocol=sana", "--prompts=own.jsonl"],
+        "x is no folder: give one with CLIP": [*run, "--protocol=sana", "--weights=x"],
+        "no checkpoint 'none'": [*run, "--protocol=sana", "--checkpoint=none"],
+    }
+    before = sorted(tmp_path.iterdir())
+    answers = several(list(cases.values()), tmp_path)
+    for words, (status, _, told) in zip(cases, answers, strict=True):
+        assert status == 2 and told.count("\n") == 1 and words in told, (words, told)
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "caches"] == before
+
+    two = [*command, "--data=two", "--prompts=p.jsonl", "--protocol=sana", "--count=2"]
+    lines = [two, [*run, "--protocol=sana"], clean]
+    found = []
+    for line in lines:
+        (status, out, told), *_ = several([line], tmp_path)
+        assert status == 0, told
+        found.append(json.loads(out.splitlines()[-1]))
+    next((tmp_path / "run").glob("000001*.png")).unlink()  # which the same command draws again
+    (_, again, told), *_ = several([lines[1]], tmp_path)
+    two, sana, other = found
+    assert json.loads(again.splitlines()[-1]) == sana and "1 image in" in told
+    assert (two["count"], sana["count"]) == (2, 3) and sana["deviations"] == []
+    assert (sana["jpeg"], other["jpeg"]) == (True, False) and other["deviations"] == []
+    drawing = dict(sampler="flow_dpm_solver", num_steps=20, guidance_scale=4.5, batch_size=3)
+    drawing |= dict(unconditional_mask="prompt", flow_shift=3.0, negative_prompt="", height=64)
+    assert drawing.items() <= sana["drawing"].items()
+    told = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
+    assert all(
+        re.search(rf"\b{name}\b", told) for name in sana if name in ("drawing", "deviations")
+    )
 
 
 def test_a_killed_measurement_of_pictures_goes_on(tmp_path):

@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sana_jax import sharding
 from sana_jax.checkpoints.clip import CLIPCheckpoint, open_clip
@@ -36,8 +37,27 @@ class Options:
     workdir: str | None = None  # where features are kept; None: nowhere
 
 
-def clip_score(options: Options) -> dict[str, Any]:
-    """Returns the mean of 100 x the cosine of picture and prompt, for JSON. Raises UserError."""
+def clip_score(options: Options, draw: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Returns the mean of 100 x the cosine of picture and prompt, for JSON.
+
+    `draw` is called once all else has been checked, and fills the folder of the pictures. Raises
+    UserError.
+    """
+    scores, data, about = score_pictures(options, draw)
+    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
+    figures = {"clip_score": scores.mean(), "standard_error": error}
+    figures = {name: value if value is None else float(value) for name, value in figures.items()}
+    return about | figures | data.about()
+
+
+def score_pictures(
+    options: Options, draw: Callable[[], None] | None = None
+) -> tuple[Float[np.ndarray, " N"], Features, dict[str, Any]]:
+    """Returns 100 x the cosine of each picture and its prompt, and what decided it, for JSON.
+
+    The features count the pictures that could not be measured, which have no score. Raises
+    UserError.
+    """
     opened = open_clip(options.weights)
     tokenizer = opened.tokenizer()
 
@@ -49,22 +69,18 @@ def clip_score(options: Options) -> dict[str, Any]:
         text = module.apply(params, batch["tokens"], method="encode_text")
         return HUNDRED * (unit(image) * unit(text)).sum(axis=-1, keepdims=True)
 
-    with _measured(options, opened, "clip", score, tokenize) as (found, about):
+    with _measured(options, opened, "clip", score, draw, tokenize) as (found, about):
         data = found["data"]
-        scores = data.some(len(data)).astype(np.float64)
-    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
-    figures = {"clip_score": scores.mean(), "standard_error": error}
-    figures = {name: value if value is None else float(value) for name, value in figures.items()}
-    return about | figures | data.about()
+        return data.some(len(data)).astype(np.float64)[:, 0], data, about
 
 
-def image_distance(options: Options) -> dict[str, Any]:
-    """Returns CMMD, for JSON. Raises UserError."""
+def image_distance(options: Options, draw: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Returns CMMD, for JSON, as `clip_score` does. Raises UserError."""
 
     def embed(module, params, batch):
         return unit(module.apply(params, batch["image"], method="encode_image"))
 
-    with _measured(options, open_clip(options.weights), "cmmd", embed) as (found, about):
+    with _measured(options, open_clip(options.weights), "cmmd", embed, draw) as (found, about):
         data, reference = found["data"], found["reference"]
         figures = {"cmmd": cmmd(data.some(), reference.some()), "sigma": SIGMA, "scale": SCALE}
     return about | figures | data.about() | reference.about("reference_")
@@ -72,16 +88,25 @@ def image_distance(options: Options) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _measured(
-    options: Options, opened: CLIPCheckpoint, kind: str, compute: Any, tokenize: Any = None
+    options: Options,
+    opened: CLIPCheckpoint,
+    kind: str,
+    compute: Any,
+    draw: Callable[[], None] | None,
+    tokenize: Any = None,
 ) -> Iterator[tuple[dict[str, Features], dict[str, Any]]]:
     """Yields the features of every folder, and what decided them."""
-    names = ("data",) if options.reference is None else ("data", "reference")
-    sources = {name: open_pictures(getattr(options, name), name) for name in names}
+    sources = {}
+    if options.reference is not None:
+        sources["reference"] = open_pictures(options.reference, "reference")
+    if draw is not None:
+        draw()
+    sources["data"] = open_pictures(options.data, "data")
     mesh = sharding.make_mesh()
     side = opened.config.image_size
     decides = {"preprocess": kind, "side": side, "mean": opened.mean, "std": opened.std}
     prepare = clip_input(kind, side, opened.mean, opened.std)
-    about = {"features": kind, "weights_sha256": _sha256(opened), "dtype": options.dtype}
+    about = {"features": kind, "weights_sha256": weights_sha256(opened), "dtype": options.dtype}
 
     def network() -> Network:
         params = {"params": opened.place(mesh, options.dtype, None if tokenize else "vision")}
@@ -103,7 +128,7 @@ def _measured(
         yield found, about | decides | dataclasses.asdict(options)
 
 
-def _sha256(opened: CLIPCheckpoint) -> str:
+def weights_sha256(opened: CLIPCheckpoint) -> str:
     """Returns a hash of the files that decide the features."""
     names = "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
     files = [opened.folder / name for name in names]

@@ -1,6 +1,7 @@
 """Compares a folder of pictures with a reference in Inception's features: evaluate --task=fid."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ class Options:
     statistics: str | None = None  # a .npz file to write those of `data` to
 
 
-def fid(options: Options) -> dict[str, Any]:
+def fid(options: Options, draw: Callable[[], None] | None = None) -> dict[str, Any]:
     """Returns FID, and KID, precision and recall where the reference is a folder, for JSON.
 
+    `draw` is called once all else has been checked, and fills the folder of the pictures.
     Raises UserError, before a picture is measured for what can be seen before.
     """
     weights = Path(options.weights).expanduser()
@@ -46,9 +48,12 @@ def fid(options: Options) -> dict[str, Any]:
         stored = frechet.read_statistics(options.reference, WIDTH)
     check_is_file(weights, f"--weights={options.weights}")
     params = inception.load(weights)
+    compared = stored is None and options.reference is not None
+    reference = open_pictures(options.reference, "reference") if compared else None
+    if draw is not None:
+        draw()
     sources = {"data": open_pictures(options.data, "data")}
-    if stored is None and options.reference is not None:
-        sources["reference"] = open_pictures(options.reference, "reference")
+    sources |= {"reference": reference} if reference is not None else {}
 
     mesh = sharding.make_mesh()
     prepare = inception_input(options.resize, options.size)
