@@ -5,7 +5,8 @@
     tokenizer.json, or vocab.json and merges.txt
     preprocessor_config.json  mean and spread of the pixels; OpenAI's where there is none
 
-open_clip's models are published in this format too, with GELU in place of quick GELU.
+open_clip's models are published in this format too, with GELU in place of quick GELU, or in their
+own, which checkpoints/open_clip.py reads.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from sana_jax.checkpoints import open_clip as open_clip_files
 from sana_jax.checkpoints.mapping import Entry, check, flat_shapes, lazy_params, linear
 from sana_jax.checkpoints.tensors import TensorReader
 from sana_jax.models.clip import CLIP, CLIPConfig, Tower
@@ -100,14 +102,28 @@ def open_clip(folder: str | Path) -> CLIPCheckpoint:
             f"{folder} is no folder: give one with CLIP as transformers writes it, such as a"
             " download of openai/clip-vit-large-patch14"
         )
-    config = read_config(folder / "config.json")
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    theirs = TensorReader(index if index.is_file() else single)
+    if is_open_clips(folder):
+        config, pixels = open_clip_files.read_config(folder / open_clip_files.CONFIG)
+        table = list(open_clip_files.entries(config))
+        theirs = TensorReader(folder / open_clip_files.WEIGHTS)
+        mean, std = _pixels(folder / open_clip_files.CONFIG, pixels)
+    else:
+        config = read_config(folder / "config.json")
+        table = list(entries(config))
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        theirs = TensorReader(index if index.is_file() else single)
+        path = folder / "preprocessor_config.json"
+        mean, std = _pixels(path, read_json(path) if path.is_file() else {})
     shapes = flat_shapes(nn.unbox(_abstract(config)))
-    table = list(entries(config))
     check(f"{folder}: CLIP", table, shapes, theirs, UNREAD)
-    mean, std = _pixels(folder / "preprocessor_config.json")
     return CLIPCheckpoint(folder, config, mean, std, lazy_params(table, shapes, theirs))
+
+
+def is_open_clips(folder: Path) -> bool:
+    """Returns True for a folder that holds a model of open_clip's, and none of transformers'."""
+    theirs = (folder / "model.safetensors", folder / "model.safetensors.index.json")
+    there = any(path.is_file() for path in theirs)
+    return (folder / open_clip_files.CONFIG).is_file() and not there
 
 
 def read_config(path: Path) -> CLIPConfig:
@@ -157,8 +173,7 @@ def _group(config: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
 
 
-def _pixels(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    config = read_json(path) if path.is_file() else {}
+def _pixels(path: Path, config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean, std = config.get("image_mean", list(MEAN)), config.get("image_std", list(STD))
     for name, values in ("image_mean", mean), ("image_std", std):
         numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)

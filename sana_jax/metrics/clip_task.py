@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sana_jax import sharding
-from sana_jax.checkpoints.clip import CLIPCheckpoint, open_clip
+from sana_jax.checkpoints.clip import CLIPCheckpoint, is_open_clips, open_clip
 from sana_jax.metrics import features
 from sana_jax.metrics.features import Features, Network, Prepared
 from sana_jax.metrics.kernel_distances import SCALE, SIGMA, cmmd
@@ -132,7 +132,8 @@ def weights_sha256(opened: CLIPCheckpoint) -> str:
     """Returns a hash of the files that decide the features."""
     names = "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
     files = [opened.folder / name for name in names]
-    files += sorted(opened.folder.glob("model*.safetensors"))
+    own = is_open_clips(opened.folder)
+    files += sorted(opened.folder.glob("open_clip_*" if own else "model*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():
