@@ -4,6 +4,8 @@
     python -m sana_jax.sample --checkpoint=... --prompts=FILE.txt --out=DIR --batch_size=16
     python -m sana_jax.sample --checkpoint=... --lora=FILE:0.8 --prompt="..." --out=DIR
     python -m sana_jax.sample --checkpoint=... --prompt="a fox" --image=dog.png --out=DIR
+    python -m sana_jax.sample --checkpoint=... --prompts=FILE.txt --out=DIR --candidates=16 \\
+        --judge=clip --judge_weights=CLIP_FOLDER
 
 A .txt file has one prompt per line. A .jsonl file has one object per line, such as
 {"prompt": "a red fox", "seed": 7, "width": 768}, with the keys prompt, negative_prompt, seed,
@@ -17,6 +19,10 @@ the mask is white, and its pixels are kept where the mask is black.
 Pictures are written as NUMBER_SEED.png, numbered in the order of the prompts. The prompt and the
 settings are in the PNG header and in a line of manifest.jsonl, never in the name. Running the same
 command again draws the pictures that are missing. The batch is split over all devices of this host.
+
+With --candidates=N, N pictures of each prompt are drawn into OUT/candidates, --judge scores them,
+and the best go to OUT; OUT/scores.jsonl has every score. A judge that is a command reads lines of a
+picture's path, a tab and its prompt, and prints a number for each, of which more is better.
 """
 
 import dataclasses
@@ -94,6 +100,26 @@ _IMAGES = flags.DEFINE_integer(
     "num_images_per_prompt", 1, "pictures for each prompt", lower_bound=1
 )
 
+
+_CANDIDATES = flags.DEFINE_integer(
+    "candidates",
+    None,
+    "draw so many pictures of each prompt, and keep the best --num_images_per_prompt",
+    2,
+    10**6,
+)
+_JUDGE = flags.DEFINE_string(
+    "judge", None, "of --candidates: clip, or a command that prints scores, as described above"
+)
+_JUDGE_WEIGHTS = flags.DEFINE_string(
+    "judge_weights", None, "of --judge=clip: a folder of CLIP as transformers writes it"
+)
+_TOURNAMENT = flags.DEFINE_bool(
+    "tournament",
+    False,
+    "choose as SANA-1.5 does: the command prints yes or no and the logs of both probabilities,"
+    " candidates meet in pairs, and the surer answer breaks a tie",
+)
 
 _IMAGE = flags.DEFINE_string(
     "image", None, "a picture to start from; its sides are multiples as for --height"
@@ -203,6 +229,21 @@ def parse_angles(text: str | None) -> list[float] | str | None:
         raise UserError(f"--angles={text}: give angles with commas between them") from None
 
 
+def _choice():
+    """Returns how the best of --candidates are chosen, None without. Raises UserError."""
+    if _CANDIDATES.value is None:
+        for name in "judge", "judge_weights", "tournament":
+            if FLAGS[name].value:
+                raise UserError(f"--{name} is of no use without --candidates=N")
+        return None
+    if not _JUDGE.value:
+        raise UserError("--judge is missing; --candidates needs it: clip, or a command")
+    from sana_jax.judges.best_of import Choice
+
+    judge = _JUDGE.value, _JUDGE_WEIGHTS.value, _TOURNAMENT.value
+    return Choice(_CANDIDATES.value, _IMAGES.value, *judge, FLAGS.batch_size)
+
+
 def main(argv):
     del argv
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
@@ -227,10 +268,15 @@ def main(argv):
     rows = [("--", {"prompt": _PROMPT.value})]
     if _PROMPTS.value is not None:
         rows = read_rows(_PROMPTS.value)
-    tasks = make_tasks(rows, common, _SEED.value, _IMAGES.value)
+    choice = _choice()
+    each = choice.candidates if choice else _IMAGES.value
+    tasks = make_tasks(rows, common, _SEED.value, each)
+    if choice:
+        choice.check()
 
     from sana_jax.batch.draw import draw  # jax: errors above need not wait for it
     from sana_jax.batch.settings import Options
+    from sana_jax.judges.best_of import CANDIDATES, choose
 
     names = [field.name for field in dataclasses.fields(Options)]
     values = {name: FLAGS[name].value for name in names} | {
@@ -239,13 +285,18 @@ def main(argv):
         "angles": parse_angles(FLAGS.angles),
         "tile": parse_tile(FLAGS.tile),
     }
+    out = _OUT.value
+    if choice:
+        values["out"] = os.path.join(out, CANDIDATES)
     draw(tasks, Options(**values))
+    files = [task.file for task in tasks]
+    if choice:
+        files = choose(choice, tasks, out, FLAGS.overwrite)
     if _SEEDS.drawn is not None:
         print(
             f"--seed={_SEEDS.drawn} was drawn: with it, the same command goes on", file=sys.stderr
         )
-    out = _OUT.value
-    print(f"{len(tasks)} pictures in {out}" if tasks[1:] else os.path.join(out, tasks[0].file))
+    print(f"{len(files)} pictures in {out}" if files[1:] else os.path.join(out, files[0]))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ MISTAKES = [
     (["--prompt=a", f"--seed={2**64}"], "--seed=18446744073709551616"),
     (["--prompt=a", f"--seed={2**64 - 1}", "--num_images_per_prompt=2"], "seeds count up"),
     (["--prompt=a", "--seed=randomly"], "--seed=randomly"),
+    (["--prompt=a", "--unconditional_mask=x"], "--unconditional_mask=x"),
+    (["--prompt=a", "--candidates=1", "--judge=clip"], "--candidates=1"),
+    (["--prompt=a", "--candidates=4"], "--judge is missing"),
+    (["--prompt=a", "--judge=clip"], "--judge is of no use without --candidates=N"),
+    (["--prompt=a", "--candidates=4", "--judge=clip"], "--judge_weights is missing"),
+    (["--prompt=a", "--candidates=4", "--judge=no-judge"], "there is no program 'no-judge'"),
     (["--prompt=a", "--sampler=ddim"], "--sampler=ddim"),
     (["--prompt=a", "--dtype=float64"], "--dtype=float64"),
     (["--prompt=a", "--flow_shift=inf"], "--flow_shift inf is not a number in 0.001 .. 1000"),
@@ -160,6 +166,29 @@ def test_fields_of_other_programs_and_a_random_seed_are_in_the_manifest(sample, 
     assert names(tmp_path / "here/out")[:2] == [f"000000_{seed}.png", f"000001_{2**64 - 1}.png"]
     status, _, stderr = finish(sample(*arguments, f"--seed={seed}"))
     assert status == 0 and "nothing to draw: 2 of 2 images are done" in stderr
+
+
+def test_the_best_of_several_is_kept_and_a_judge_that_stops_goes_on(sample, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "import os, sys\n"
+        "for i, line in enumerate(sys.stdin):\n"
+        "    path, _, prompt = line.rstrip('\\n').partition('\\t')\n"
+        "    assert prompt == 'a fox' and os.path.isfile(path)\n"
+        "    if i == 2 and not os.path.exists('again'):\n"
+        "        open('again', 'w'); sys.exit(9)\n"
+        "    print(os.path.getsize(path), flush=True)\n"
+    )
+    arguments = "--prompt=a fox", "--num_steps=1", "--out=out", "--candidates=4"
+    arguments += (f"--judge={sys.executable} {tmp_path / 'judge.py'}", "--height=32")
+    status, _, stderr = finish(sample(*arguments))
+    assert status == 2 and "it ended with status 9 after 2 of 4 pictures" in stderr
+    assert len(lines(tmp_path / "here/out/candidates")) == 4
+    status, stdout, stderr = finish(sample(*arguments))
+    assert status == 0 and "nothing to draw: 4 of 4" in stderr, stderr
+    (line,) = map(json.loads, lines(tmp_path / "here/out"))
+    assert stdout == f"out/{line['file']}\n"
+    sizes = [path.stat().st_size for path in (tmp_path / "here/out/candidates").glob("*.png")]
+    assert (tmp_path / "here/out" / line["file"]).stat().st_size == max(sizes) == line["score"]
 
 
 def test_draws_from_a_picture_and_finds_it_again(sample, tmp_path):
