@@ -167,6 +167,8 @@ def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
             raise UserError(f"{told} config.start={config.start}")
         if then != now:
             logging.warning("%s %s", told, config.start)
+    if found.unconditional_mask == "prompt" and not config.recipe.keep_mask:
+        logging.warning("config.recipe.keep_mask=False, but True of %s", config.start)
     if norms:
         logging.warning("%s has no norms of queries and keys: they start at one", config.start)
         weights = _with_norms(weights, ours)

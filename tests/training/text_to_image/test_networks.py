@@ -59,6 +59,11 @@ def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
     assert "config.network.clip_attention=True, but None of" in caplog.text
     networks.open_start(load(config, start=start, network__attention="softmax"))
     assert "config.network.attention=softmax, but linear of" in caplog.text
+    kept = dataclasses.replace(native.open_folder(start), unconditional_mask="prompt")
+    networks.open_start(load(config, start=start, recipe__keep_mask=True), lambda name: kept)
+    assert "keep_mask" not in caplog.text
+    networks.open_start(load(config, start=start), lambda name: kept)
+    assert "config.recipe.keep_mask=False, but True of" in caplog.text
 
 
 def test_sprint_is_not_trained_on(config, tmp_path):
