@@ -5,6 +5,7 @@ import string
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel
 
@@ -64,3 +65,69 @@ def save_tokenizer(folder: Path) -> None:
     assert len(vocabulary) == 300
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+
+
+def as_openclip(folder: Path, quick_gelu: bool = False) -> None:
+    """Turns a folder of transformers' into one with OpenCLIP's files and names."""
+    theirs = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    fixed = {
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "logit_scale": "logit_scale",
+    }
+    ours = {name: theirs[old] for name, old in fixed.items()}
+    ours["visual.proj"] = theirs["visual_projection.weight"].T.contiguous()
+    ours["text_projection"] = theirs["text_projection.weight"].T.contiguous()
+    towers = ("visual.", "vision_model", vision), ("", "text_model", text)
+    for end in "weight", "bias":
+        for new, old in (
+            ("visual.ln_pre", "vision_model.pre_layrnorm"),
+            ("ln_final", "text_model.final_layer_norm"),
+            ("visual.ln_post", "vision_model.post_layernorm"),
+        ):
+            ours[f"{new}.{end}"] = theirs[f"{old}.{end}"]
+        for prefix, tower, group in towers:
+            for i in range(group["num_hidden_layers"]):
+                block, layer = f"{prefix}transformer.resblocks.{i}", f"{tower}.encoder.layers.{i}"
+                parts = [theirs[f"{layer}.self_attn.{t}_proj.{end}"] for t in "qkv"]
+                ours[f"{block}.attn.in_proj_{end}"] = torch.cat(parts)
+                for new, old in (
+                    ("attn.out_proj", "self_attn.out_proj"),
+                    ("mlp.c_fc", "mlp.fc1"),
+                    ("mlp.c_proj", "mlp.fc2"),
+                    ("ln_1", "layer_norm1"),
+                    ("ln_2", "layer_norm2"),
+                ):
+                    ours[f"{block}.{new}.{end}"] = theirs[f"{layer}.{old}.{end}"]
+    model = {
+        "embed_dim": config["projection_dim"],
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "layers": vision["num_hidden_layers"],
+            "width": vision["hidden_size"],
+            "patch_size": vision["patch_size"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"],
+            "heads": text["num_attention_heads"],
+            "layers": text["num_hidden_layers"],
+            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+        },
+    } | ({"quick_gelu": True} if quick_gelu else {})
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    save_file(ours, folder / "open_clip_model.safetensors")
+    about = {
+        "model_cfg": model,
+        "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(about))

@@ -5,11 +5,12 @@
     tokenizer.json, or vocab.json and merges.txt
     preprocessor_config.json  mean and spread of the pixels; OpenAI's where there is none
 
-open_clip's models are published in this format too, with GELU in place of quick GELU, or in their
-own, which checkpoints/open_clip.py reads.
+OpenCLIP's models are published in this format too, with GELU in place of quick GELU, and with files
+and names of their own (openclip.py), which are read where a folder has both.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from sana_jax.checkpoints import open_clip as open_clip_files
+from sana_jax.checkpoints import openclip
 from sana_jax.checkpoints.mapping import Entry, check, flat_shapes, lazy_params, linear
 from sana_jax.checkpoints.tensors import TensorReader
 from sana_jax.models.clip import CLIP, CLIPConfig, Tower
 from sana_jax.models.layers import Dtype
 from sana_jax.runtime.errors import UserError, refused
-from sana_jax.runtime.files import read_json
+from sana_jax.runtime.files import read_json, sha256_of
 from sana_jax.sharding import shardings_for
 from sana_jax.text.tokenizers import import_transformers
 
@@ -88,6 +89,17 @@ class CLIPCheckpoint:
             )
         return found
 
+    def sha256(self) -> str:
+        """Returns a hash of the files that decide the features."""
+        names = "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
+        files = [self.folder / name for name in (*names, openclip.CONFIG, openclip.WEIGHTS)]
+        files += sorted(self.folder.glob("model*.safetensors"))
+        digest = hashlib.sha256()
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+        return digest.hexdigest()
+
     def tokenize(self, texts: list[str], tokenizer) -> np.ndarray:
         """Returns tokens, int32 (B, context): cut so that the end stays, as OpenAI's truncate."""
         options = dict(padding="max_length", truncation=True, max_length=self.config.context)
@@ -102,28 +114,20 @@ def open_clip(folder: str | Path) -> CLIPCheckpoint:
             f"{folder} is no folder: give one with CLIP as transformers writes it, such as a"
             " download of openai/clip-vit-large-patch14"
         )
-    if is_open_clips(folder):
-        config, pixels = open_clip_files.read_config(folder / open_clip_files.CONFIG)
-        table = list(open_clip_files.entries(config))
-        theirs = TensorReader(folder / open_clip_files.WEIGHTS)
-        mean, std = _pixels(folder / open_clip_files.CONFIG, pixels)
+    if all((folder / name).is_file() for name in (openclip.CONFIG, openclip.WEIGHTS)):
+        path, file = folder / openclip.CONFIG, folder / openclip.WEIGHTS
+        config, found = openclip.read_config(path)
+        names, table = ("mean", "std"), list(openclip.entries(config))
     else:
         config = read_config(folder / "config.json")
-        table = list(entries(config))
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        theirs = TensorReader(index if index.is_file() else single)
-        path = folder / "preprocessor_config.json"
-        mean, std = _pixels(path, read_json(path) if path.is_file() else {})
-    shapes = flat_shapes(nn.unbox(_abstract(config)))
+        file, path = index if index.is_file() else single, folder / "preprocessor_config.json"
+        found = read_json(path) if path.is_file() else {}
+        names, table = ("image_mean", "image_std"), list(entries(config))
+    theirs, shapes = TensorReader(file), flat_shapes(nn.unbox(_abstract(config)))
     check(f"{folder}: CLIP", table, shapes, theirs, UNREAD)
+    mean, std = _pixels(path, found, names)
     return CLIPCheckpoint(folder, config, mean, std, lazy_params(table, shapes, theirs))
-
-
-def is_open_clips(folder: Path) -> bool:
-    """Returns True for a folder that holds a model of open_clip's, and none of transformers'."""
-    theirs = (folder / "model.safetensors", folder / "model.safetensors.index.json")
-    there = any(path.is_file() for path in theirs)
-    return (folder / open_clip_files.CONFIG).is_file() and not there
 
 
 def read_config(path: Path) -> CLIPConfig:
@@ -173,11 +177,14 @@ def _group(config: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
 
 
-def _pixels(path: Path, config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    mean, std = config.get("image_mean", list(MEAN)), config.get("image_std", list(STD))
-    for name, values in ("image_mean", mean), ("image_std", std):
+def _pixels(
+    path: Path, found: dict[str, Any], names: tuple[str, str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and the spread that a file gives by these names."""
+    mean, std = (found.get(n, list(x)) for n, x in zip(names, (MEAN, STD), strict=True))
+    for name, values in zip(names, (mean, std), strict=True):
         numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)
-        if not numbers or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+        if not numbers or len(values) != 3 or (values is std and min(values) <= 0):
             raise UserError(f"{path}: {name} {values!r:.60} is not three numbers")
     return tuple(mean), tuple(std)
 

@@ -68,9 +68,8 @@ class Choice:
         weights = None
         if self.judge == CLIP:
             from sana_jax.checkpoints.clip import open_clip
-            from sana_jax.metrics.clip_task import weights_sha256
 
-            weights = weights_sha256(open_clip(self.weights))
+            weights = open_clip(self.weights).sha256()
         return key_of({"judge": self.judge, "weights": weights, "yes": self.tournament})
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,14 +10,13 @@ import numpy as np
 from jaxtyping import Float
 
 from sana_jax import sharding
-from sana_jax.checkpoints.clip import CLIPCheckpoint, is_open_clips, open_clip
+from sana_jax.checkpoints.clip import CLIPCheckpoint, open_clip
 from sana_jax.metrics import features
 from sana_jax.metrics.features import Features, Network, Prepared
 from sana_jax.metrics.kernel_distances import SCALE, SIGMA, cmmd
 from sana_jax.metrics.pictures import open_pictures
 from sana_jax.metrics.resizes import clip_input
 from sana_jax.models.clip import unit
-from sana_jax.runtime.files import sha256_of
 
 HUNDRED = 100.0  # the scale that OpenAI's networks learned, and at which their training held it
 
@@ -106,7 +104,7 @@ def _measured(
     side = opened.config.image_size
     decides = {"preprocess": kind, "side": side, "mean": opened.mean, "std": opened.std}
     prepare = clip_input(kind, side, opened.mean, opened.std)
-    about = {"features": kind, "weights_sha256": weights_sha256(opened), "dtype": options.dtype}
+    about = {"features": kind, "weights_sha256": opened.sha256(), "dtype": options.dtype}
 
     def network() -> Network:
         params = {"params": opened.place(mesh, options.dtype, None if tokenize else "vision")}
@@ -126,19 +124,6 @@ def _measured(
             for name, source in sources.items()
         }
         yield found, about | decides | dataclasses.asdict(options)
-
-
-def weights_sha256(opened: CLIPCheckpoint) -> str:
-    """Returns a hash of the files that decide the features."""
-    names = "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
-    files = [opened.folder / name for name in names]
-    own = is_open_clips(opened.folder)
-    files += sorted(opened.folder.glob("open_clip_*" if own else "model*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        if file.is_file():
-            digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def table(found: dict[str, Any]) -> str:
