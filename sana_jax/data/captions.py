@@ -7,7 +7,8 @@ drawn with a probability proportional to
               best caption is taken (SANA's code: threshold 25, tau 0.1)
     softmax   exp(c_i / tau) over all captions (arXiv 2410.10629, section 2.3)
 
-`score` at tau 0.1 takes 28 twice as often as 26; `softmax` does so at tau 3.
+`score` at tau 0.1 takes 28 twice as often as 26; `softmax` does so at tau 3. Whatever the kind, a
+picture none of whose captions has `drop_below` points is not used (SANA's del_img_clip_thr: 22).
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class CaptionChoice:
       kind: one of KINDS.
       temperature, threshold: in points, whatever unit the data's scores have.
       full_score: the data's score for 100 points: 100, or 1 if scores are cosines.
+      drop_below: in points; 0: no picture is left out for its scores.
       proportions: for "proportion", the weight of each caption by its number, or by its style if
         the record's `truth` names one: {"captions": [{"style": "short"}, ...]}.
     """
@@ -41,6 +43,7 @@ class CaptionChoice:
     temperature: float = 0.1
     threshold: float = 25.0
     full_score: float = 100.0
+    drop_below: float = 0.0
     proportions: Mapping[int | str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -49,6 +52,8 @@ class CaptionChoice:
         for name in "temperature", "full_score":
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)}: give a number above 0")
+        if not 0 <= self.drop_below <= 100:
+            raise UserError(f"drop_below={self.drop_below}: give 0 to 100 points")
         weights = list(self.proportions.values())
         if self.kind == "proportion" and (not sum(weights) or min(weights) < 0):
             raise UserError(
@@ -63,7 +68,9 @@ class CaptionChoice:
             "softmax": ("temperature", "full_score"),
             "proportion": ("proportions",),
         }
-        values = {name: getattr(self, name) for name in used.get(self.kind, ())}
+        dropping = ("full_score", "drop_below") if self.drop_below else ()
+        names = dict.fromkeys((*used.get(self.kind, ()), *dropping))
+        values = {name: getattr(self, name) for name in names}
         if "proportions" in values:  # JSON has texts for keys
             values["proportions"] = {str(k): v for k, v in self.proportions.items()}
         return {"kind": self.kind} | values
@@ -78,6 +85,10 @@ class CaptionChoice:
         there = np.array([bool(caption.strip()) for caption in record["captions"]], float)
         if not there.any():
             raise BadImage("bad_caption", "it has no caption")
+        if self.drop_below:
+            best = np.where(there, self._points(record), -np.inf).max()
+            if best < self.drop_below:
+                raise BadImage("low_score", f"its best caption has {best:.2f} points")
         if self.kind == "first":
             weights = np.arange(len(there)) == np.argmax(there)
         elif self.kind == "proportion":
@@ -106,7 +117,8 @@ class CaptionChoice:
         scores, count = np.array(record["scores"], float), len(record["captions"])
         if len(scores) != count:
             why = f"{len(scores)} scores for {count} captions; choose by another name than"
-            raise BadImage("bad_caption", f"{why} {self.kind}")
+            kind = self.kind if self.kind in ("score", "softmax") else "drop_below"
+            raise BadImage("bad_caption", f"{why} {kind}")
         points = scores * (100 / self.full_score)
         if not np.isfinite(points).all() or points.max() > 100:
             raise BadImage(

@@ -10,6 +10,7 @@ from sana_jax.data.images import REASONS
 from sana_jax.runtime.errors import DoNotRetry
 
 EXAMPLES = 5  # bad records that the last message names
+UNWANTED = "too_small", "low_score"  # left out as they were meant to be
 NAMED = 1000  # and that are logged: a night has more than anybody reads
 
 
@@ -25,14 +26,15 @@ class Rejection(NamedTuple):
 class Budget:
     """The bad records that a run tolerates: `minimum` an epoch, or `fraction` of all if more.
 
-    Every host has this budget for itself. Records that are only too small do not count.
+    Every host has this budget for itself. Records that are only too small, or whose captions have
+    too low a score, do not count.
     """
 
     fraction: float = 0.001
     minimum: int = 10
 
     def is_exceeded(self, counts: "Counts", epochs: int) -> bool:
-        bad = sum(counts.rejected.values()) - counts.rejected["too_small"]
+        bad = sum(n for reason, n in counts.rejected.items() if reason not in UNWANTED)
         return bad > max(self.minimum * counts.hosts * epochs, self.fraction * counts.read)
 
 

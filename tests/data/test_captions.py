@@ -152,3 +152,32 @@ def test_settings_are_what_decides():
     assert len(set(prints)) == len(choices)
     assert [json.loads(text) for text in prints] == [choice.settings for choice in choices]
     assert CaptionChoice("softmax", threshold=3).settings == CaptionChoice("softmax").settings
+
+
+def test_pictures_without_a_good_caption_are_dropped():
+    """The best of SCORES has 31.5 points: the limit itself is good enough."""
+    for kind in ("first", "score", "softmax"):
+        choice = CaptionChoice(kind, temperature=1.0, drop_below=31.5)
+        kept = CaptionChoice(kind, temperature=1.0)
+        expected = kept.probabilities(record())
+        np.testing.assert_array_equal(choice.probabilities(record()), expected)
+        with pytest.raises(BadImage, match="low_score: its best caption has 31.50 points"):
+            CaptionChoice(kind, drop_below=31.6).probabilities(record())
+    cosines = CaptionChoice(full_score=1.0, drop_below=22)
+    with pytest.raises(BadImage, match="has 21.90 points"):
+        cosines.probabilities(record(["a"], [0.219]))
+    assert cosines.probabilities(record(["a"], [0.22])).tolist() == [1]
+    with pytest.raises(BadImage, match="has 21.00 points"):  # the empty one does not count
+        CaptionChoice(drop_below=22).probabilities(record(["a", ""], [21, 30]))
+    with pytest.raises(BadImage, match="0 scores for 1 captions; choose by another .* drop_below"):
+        CaptionChoice(drop_below=22).probabilities(record(["a"], []))
+    with pytest.raises(UserError, match="drop_below=101: give 0 to 100 points"):
+        CaptionChoice(drop_below=101)
+
+
+def test_what_is_dropped_decides_a_run_and_nothing_else_does():
+    assert CaptionChoice("first").settings == {"kind": "first"}
+    dropping = {"kind": "first", "full_score": 100.0, "drop_below": 22}
+    assert CaptionChoice("first", drop_below=22).settings == dropping
+    used = CaptionChoice("score", drop_below=22).settings
+    assert set(used) == {"kind", "temperature", "threshold", "full_score", "drop_below"}

@@ -26,7 +26,9 @@ def test_a_state_comes_back_and_counts_of_hosts_add_up():
     assert (both.read, both.used, both.hosts) == (9, 6, 2)
 
 
-@pytest.mark.parametrize("reason, raises", [("truncated", True), ("too_small", False)])
+@pytest.mark.parametrize(
+    "reason, raises", [("truncated", True), ("too_small", False), ("low_score", False)]
+)
 def test_only_bad_records_use_up_the_budget(reason, raises):
     found = counts(100, **{reason: 4})
     if not raises:
