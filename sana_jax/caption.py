@@ -23,6 +23,7 @@ The last line is a JSON object: pictures read, used and rejected, the new captio
 
 import json
 import os
+import re
 
 from absl import flags
 
@@ -72,6 +73,16 @@ _PRICE = flags.DEFINE_list(
 )
 
 
+def key_of() -> str | None:
+    """Returns the key in the variable that --key_env names; None without. Raises UserError."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", _KEY.value):  # not quoted: it may be the key itself
+        raise UserError("--key_env is no name of a variable: put the key into the environment")
+    key = os.environ.get(_KEY.value, "").strip()
+    if not key and flags.FLAGS["key_env"].present:
+        raise UserError(f"--key_env={_KEY.value}: that variable of the environment is not set")
+    return key or None
+
+
 def price_of(given: list[str] | None):
     """Returns the prices that --price names; None without. Raises UserError."""
     from sana_jax.data.labelling.describe import Price
@@ -82,7 +93,7 @@ def price_of(given: list[str] | None):
         read, written = map(float, given)
     except ValueError:
         read = written = -1.0
-    if not 0 <= min(read, written) <= max(read, written) < float("inf"):
+    if not all(0 <= price < float("inf") for price in (read, written)):  # NaN is neither
         raise UserError(f"--price={','.join(given)}: give two numbers, such as 0.15,0.60")
     return Price(read, written)
 
@@ -105,8 +116,6 @@ def extra_of(given: str) -> dict:
 
 def main(argv):
     del argv
-    from pathlib import Path
-
     from sana_jax.data.begun import SETTINGS
     from sana_jax.data.labelling.describe import Describer, Questions
     from sana_jax.data.labelling.endpoint import Endpoint
@@ -115,7 +124,7 @@ def main(argv):
     from sana_jax.runtime.files import local, reason_of, storage
     from sana_jax.runtime.lock import locked
 
-    folder = local(Path(_OUT.value))
+    folder = local(_OUT.value)
     questions = Questions(
         tuple(name.strip() for name in _MODEL.value),
         _INSTRUCTION.value,
@@ -130,7 +139,7 @@ def main(argv):
     price = price_of(_PRICE.value)
     endpoint = Endpoint(
         _ENDPOINT.value,
-        os.environ.get(_KEY.value, "").strip() or None,
+        key_of(),
         key_name=f"${_KEY.value}",
         per_minute=_RATE.value,
         timeout=_TIMEOUT.value,

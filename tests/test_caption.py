@@ -59,7 +59,7 @@ def test_a_key_that_is_refused_and_an_endpoint_that_is_away(photos, tmp_path):
         words = "does not accept the key in $MINE (status 401)"
         assert (result.returncode, result.stderr.count("\n")) == (2, 1) and words in result.stderr
         assert KEY not in result.stderr + result.stdout
-    result = run(*given, f"--endpoint={server.address}")  # it is closed
+    result = run(*given, f"--endpoint={server.address}", MINE=KEY)  # it is closed
     words = "does not answer in 1 tries, last ConnectError"
     assert (result.returncode, result.stderr.count("\n")) == (75, 1) and words in result.stderr
 
@@ -76,6 +76,8 @@ BAD_FLAGS = [
     (["--data=nowhere"], "nowhere: there is no such folder"),
     (["--out=gs://bucket/x"], "this is written to local folders only"),
     (["--per_minute=0"], "--per_minute"),
+    (["--key_env=UNSET_KEY"], "--key_env=UNSET_KEY: that variable of the environment is not set"),
+    (["--key_env=sk-abc"], "--key_env is no name of a variable: put the key into the environment"),
 ]
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import email.utils
 import itertools
+import logging
 import random
 import threading
 import time
@@ -111,6 +112,8 @@ class Endpoint:
         self._pace, self._attempts, self._pause = Pace(per_minute), attempts, pause
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise UserError(f"{key_name} is no key: it has spaces, or letters that no header takes")
+        for library in "httpx2", "httpcore2":  # which log addresses, and what was answered
+            logging.getLogger(library).setLevel(logging.WARNING)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._client = httpx2.Client(
             headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=None)

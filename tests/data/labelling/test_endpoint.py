@@ -2,6 +2,7 @@
 
 import email.utils
 import json
+import logging
 import threading
 import time
 
@@ -161,6 +162,15 @@ def test_addresses_that_are_none(url, words):
     with pytest.raises(UserError, match=words) as error:
         Endpoint(url)
     assert "secret" not in str(error.value)
+
+
+def test_addresses_are_not_logged(caplog):
+    caplog.set_level(logging.DEBUG)
+    with Server() as server:
+        found = Endpoint(f"{server.address}?token=secret", KEY)
+        assert found.ask(QUESTION).text == ANSWER and "secret" not in str(found)
+        found.close()
+    assert "secret" not in caplog.text and KEY not in caplog.text
 
 
 def test_the_address_of_the_interface():
