@@ -4,8 +4,8 @@ A training batch is a pure function of (source, transform, seed, batch size, ste
 (orders.py) decides which record is at global position step * batch_size + row: a new shuffle of all
 records every epoch, or one aspect ratio a batch. All other randomness comes from (seed, position).
 A record that cannot be used is replaced by one drawn from (seed, position, attempt), and counted
-when its batch is delivered. So the number of threads and hosts, restarts and prefetching change
-nothing, counts included.
+when its batch is delivered. So the number of threads, processes and hosts, restarts and prefetching
+change nothing, counts included.
 
     source = open_source("photos")
     transform = ImageTransform(height=128, width=128, crop="random", flip=True)
@@ -29,6 +29,7 @@ from sana_jax.data.orders import GlobalOrder, Order
 from sana_jax.data.records import Source, thread_pool
 from sana_jax.data.rejections import Budget, Counts, Rejection
 from sana_jax.data.transforms import Example, Transform
+from sana_jax.data.workers import in_processes, worker_errors
 from sana_jax.runtime.checks import at_least
 from sana_jax.runtime.errors import DoNotRetry, UserError
 
@@ -41,11 +42,14 @@ class LoaderConfig:
 
     threads: int | None = 8  # that decode; None: as many as there are cores, up to 16
     prefetch: int = 4  # batches made ready ahead
+    # Processes that make batches, with so many threads each; 0: this one, whose threads share one
+    # interpreter. Worth it above some 8 cores.
+    workers: int = 0
     # The share of bad records that a run tolerates, or ten per epoch and host if that is more.
     bad_fraction: float = 0.001
 
     def __post_init__(self):
-        for name in "threads", "prefetch", "bad_fraction":
+        for name in "threads", "prefetch", "workers", "bad_fraction":
             at_least(name, getattr(self, name), 0)
 
 
@@ -59,6 +63,7 @@ class TrainingLoader:
       rows: of every batch that this host loads (sharding.batch_rows); None: all.
       threads: for decoding; None: as many as there are cores, up to 16.
       prefetch: batches that are prepared ahead.
+      workers: processes that make batches in turn (workers.py); 0: this one.
       budget: of bad records. Every host counts for itself.
       repeat: a batch may be larger than the data, whose records then stand in it more than once.
 
@@ -76,6 +81,7 @@ class TrainingLoader:
         rows: Sequence[int] | None = None,
         threads: int | None = None,
         prefetch: int = 2,
+        workers: int = 0,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         repeat: bool = False,
     ):
@@ -91,7 +97,7 @@ class TrainingLoader:
         self.source, self.transform, self.batch_size = source, transform, batch_size
         self.seed, self.budget = seed, budget
         self.rows = range(batch_size) if rows is None else rows
-        self._prefetch = prefetch
+        self._prefetch, self._threads, self._workers = prefetch, threads, workers
         self._pool = thread_pool(threads)
         self.order = order if order is not None else GlobalOrder(len(source), seed)
         cut, known = getattr(order, "batch_size", batch_size), getattr(order, "records", None)
@@ -144,10 +150,18 @@ class TrainingLoader:
     def __iter__(self) -> "TrainingIterator":
         return TrainingIterator(self)
 
-    def batches(self) -> grain.IterDataset:
-        """Yields `load(step)` for steps 0, 1, ..., prepared ahead."""
-        steps = grain.MapDataset.range(sys.maxsize // self.batch_size).map(self.load)
-        return steps.to_iter_dataset(grain.ReadOptions(self._prefetch, self._prefetch))
+    def batches(self, first: int = 0) -> grain.IterDataset:
+        """Yields `load(step)` for steps first, first + 1, ..., prepared ahead."""
+        steps = grain.MapDataset.range(first, sys.maxsize // self.batch_size).map(self.load)
+        return in_processes(steps, self._workers, self._prefetch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what another process needs; threads it makes itself."""
+        return {name: value for name, value in vars(self).items() if name != "_pool"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pool = thread_pool(self._threads)
 
 
 class TrainingIterator(grain.DatasetIterator):
@@ -159,15 +173,13 @@ class TrainingIterator(grain.DatasetIterator):
     def __init__(self, loader: TrainingLoader):
         super().__init__(loader.batches().__iter__())
         self._loader = loader
+        self.step = 0  # the number of the next batch
         self.counts = Counts()  # of this host
 
-    @property
-    def step(self) -> int:
-        """The number of the next batch."""
-        return self._parent.get_state()["next_index"]
-
     def __next__(self) -> Example:
-        batch, rejections = next(self._parent)
+        with worker_errors():
+            batch, rejections = next(self._parent)
+        self.step += 1
         self.counts.add(len(self._loader.rows), rejections)
         position = self.step * self._loader.batch_size
         self.counts.check(self._loader.budget, -(-position // self._loader.order.length))
@@ -183,8 +195,13 @@ class TrainingIterator(grain.DatasetIterator):
         return {"step": states[0]["step"], **counts.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state({"next_index": state["step"]})
-        self.counts = Counts.from_state(state)
+        self._parent.close()
+        self._parents = (self._loader.batches(state["step"]).__iter__(),)
+        self.step, self.counts = state["step"], Counts.from_state(state)
+
+    def close(self) -> None:
+        self._parent.close()
+        super().close()
 
 
 class EvaluationLoader:

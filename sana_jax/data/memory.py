@@ -1,6 +1,7 @@
 """Keeps decoded images in memory, for small data sets that are read many times."""
 
 import threading
+from typing import Any
 
 from sana_jax.data.images import MAX_PIXELS, MIN_SIDE, BadImage, decode
 from sana_jax.data.records import Record, Source
@@ -24,6 +25,13 @@ class InMemory:
         self._source, self._limits = source, (max_pixels, min_side)
         self._kept: dict[int, Record | BadImage] = {}
         self._room, self._lock = max_bytes, threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what another process needs, which keeps pixels of its own."""
+        return vars(self) | {"_kept": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def __len__(self) -> int:
         return len(self._source)

@@ -34,6 +34,7 @@ from sana_jax.runtime.files import reason_of
 KEPT_BYTES = 128 << 20  # of row groups, and one more
 LARGE_GROUP = 64 << 20  # bytes, from which on a line says so
 REMEDY = "download or make it again"
+_OWN = "_kept", "_lock"  # of one process
 
 
 class Parquet:
@@ -140,6 +141,13 @@ class Parquet:
                     break
                 self._kept.popitem(last=False)
         return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what another process needs, which reads its own row groups."""
+        return {name: value for name, value in vars(self).items() if name not in _OWN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _kept=OrderedDict(), _lock=threading.Lock())
 
     def _check_pictures(self, spec: str) -> None:
         """Raises UserError if there are paths of pictures alone; says if row groups are large."""

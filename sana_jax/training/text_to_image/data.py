@@ -122,6 +122,7 @@ def make_loaders(
             rows=sharding.batch_rows(mesh, split.batch_size),
             threads=options.threads,
             prefetch=options.prefetch,
+            workers=options.workers,
             budget=budget,
             repeat=data.repeat,
         )
