@@ -236,7 +236,7 @@ def main(argv):
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or be too small
     checkpoint = open_source()
     check_fit(checkpoint)
-    checkpoint = merge_into(checkpoint, open_all(_LORA.value, checkpoint.dit))
+    checkpoint = merge_into(checkpoint, open_all(_LORA.value, checkpoint))
     checkpoint = change_depth(checkpoint)
     if checkpoint.provenance.get("trained"):  # of random weights there is nothing to expect
         warn_of_scale(checkpoint)

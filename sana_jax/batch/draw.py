@@ -44,7 +44,7 @@ def draw(tasks: list[Task], options: Options) -> None:
     tasks = with_inputs(tasks)
     folder = find(options.checkpoint, options.revision, options.variant)
     pipe = _open(str(folder), options)
-    loras = open_all(options.lora, pipe.checkpoint.dit)
+    loras = open_all(options.lora, pipe.checkpoint)
     tasks = with_defaults(tasks, pipe.facts, options.max_pixels, count_of(options.angles))
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
     batches = with_requests(batches, pipe, options)

@@ -13,8 +13,7 @@ from sana_jax.checkpoints.find import file_sha256, find_lora
 from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.peft import read_adapter
 from sana_jax.checkpoints.tensors import LazyArray
-from sana_jax.lora.adapter import attach, merge
-from sana_jax.models.dit import SanaConfig
+from sana_jax.lora.adapter import attach, by_network, merge
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 
@@ -32,29 +31,30 @@ class Lora:
     adapter: PyTree
 
 
-def open_lora(name: str, weight: float, config: SanaConfig) -> Lora:
-    """Reads the LoRA called `name`, a file, a folder or a hub id, for the network of `config`.
+def open_lora(name: str, weight: float, checkpoint: Checkpoint) -> Lora:
+    """Reads the LoRA called `name`, a file, a folder or a hub id, for a checkpoint's networks.
 
     Raises UserError, and Retry if the hub does not answer.
     """
     weight = checks.number(f"the weight of {name}", weight, -MAX_WEIGHT, MAX_WEIGHT)
     file = find_lora(name)
-    return Lora(str(name), weight, file_sha256(file), read_adapter(file, config))
+    adapter = read_adapter(file, checkpoint.dit, checkpoint.text_encoder)
+    return Lora(str(name), weight, file_sha256(file), adapter)
 
 
-def open_all(texts: Sequence[str], config: SanaConfig | None) -> list[Lora]:
-    """Reads the LoRAs of a command line, each FILE or FILE:WEIGHT.
+def open_all(texts: Sequence[str], checkpoint: Checkpoint) -> list[Lora]:
+    """Reads the LoRAs of a command line, each FILE or FILE:WEIGHT, for a checkpoint's networks.
 
     Raises UserError for a weight that is no number, and for a file that is named twice.
     """
-    if texts and config is None:
+    if texts and checkpoint.dit is None:
         raise UserError(f"--lora={texts[0]}: the checkpoint has no transformer to change")
     named = [split(text) for text in texts]
     files = [find_lora(name).resolve() for name, _ in named]
     for i, (name, _) in enumerate(named):
         if files[i] in files[:i]:
             raise UserError(f"--lora={name} is given twice: give it once, with the sum of weights")
-    return [open_lora(name, weight, config) for name, weight in named]
+    return [open_lora(name, weight, checkpoint) for name, weight in named]
 
 
 def split(text: str) -> tuple[str, float]:
@@ -72,22 +72,32 @@ def split(text: str) -> tuple[str, float]:
 
 
 def merge_into(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
-    """Returns an opened checkpoint whose transformer has the LoRAs in it; its provenance says so.
+    """Returns an opened checkpoint whose networks have the LoRAs in them; its provenance says so.
 
     The weights stay unread: each is read and changed when it is used, with float32 sums.
     """
     if not loras:
         return checkpoint
-    pairs = [(lora.adapter, lora.weight) for lora in loras]
+    pairs = pairs_of(loras)
     told = [
         {"name": Path(lora.name).name, "weight": lora.weight, "sha256": lora.sha256}
         for lora in loras
     ]
     return dataclasses.replace(
         checkpoint,
-        params={**checkpoint.params, "dit": merge_lazily(checkpoint.params["dit"], pairs)},
+        params=checkpoint.params
+        | {network: merge_lazily(checkpoint.params[network], pairs[network]) for network in pairs},
         provenance={**checkpoint.provenance, "loras": told},
     )
+
+
+def pairs_of(loras: Sequence[Lora]) -> dict[str, list[tuple[PyTree, float]]]:
+    """Returns what `attach` takes for each network that the LoRAs change."""
+    pairs: dict[str, list[tuple[PyTree, float]]] = {}
+    for lora in loras:
+        for network, adapter in by_network(lora.adapter).items():
+            pairs.setdefault(network, []).append((adapter, lora.weight))
+    return pairs
 
 
 def merge_lazily(params: PyTree, adapters: Iterable[tuple[PyTree, float]]) -> PyTree:

@@ -3,9 +3,11 @@
 Module NAME of diffusers' transformer has the tensors transformer.NAME.lora_A.weight, (rank, in),
 and lora_B.weight, (out, rank); those of 1x1 convolutions have two axes of one more, and A of the
 patch embedding is a convolution of patches. The module's weight becomes W + weight * alpha / rank
-* B A.
+* B A. Modules of the text encoder, transformers' Gemma2Model, are text_encoder.NAME, which
+diffusers leaves unread: its Sana pipelines give LoRAs to the transformer alone.
 
-The header's `lora_adapter_metadata` has the fields of peft's LoraConfig, each after "transformer.".
+The header's `lora_adapter_metadata` has the fields of peft's LoraConfig, each after "transformer."
+or "text_encoder.".
 `rank_pattern` and `alpha_pattern` there give modules other values than `r` and `lora_alpha`; of the
 patterns that match a module the first one counts. Patterns are sorted when a file is written, so we
 write whole names, of which only one matches. Without metadata alpha is the rank, so that B A counts
@@ -33,12 +35,13 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sana_jax.checkpoints.components import abstract_params
-from sana_jax.checkpoints.diffusers_names import dit_entries
+from sana_jax.checkpoints.diffusers_names import entries
 from sana_jax.checkpoints.mapping import LINEAR, POINTWISE, cast
 from sana_jax.checkpoints.tensors import FLOAT_DTYPES, TensorReader, on_host
-from sana_jax.lora.adapter import sites
+from sana_jax.lora.adapter import TEXT_ENCODER, sites, with_text_encoder
 from sana_jax.lora.config import MAX_RANK
 from sana_jax.models.dit import SanaConfig
+from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import parse_json, read_json, write_atomically
@@ -48,6 +51,7 @@ METADATA = "lora_adapter_metadata"
 ABSENT_ALPHA = {"absent_alpha": "rank"}  # of a file's header, for people
 MAX_ALPHA = 2.0**20
 MATCH_SECONDS = 1.0  # for a pattern of a file that may come from anywhere
+TRANSFORMER = "transformer"  # of names; TEXT_ENCODER is the other network's
 PEFT = "base_model.model."  # of the names in files of peft's own, which have no metadata
 PREFIXES = "transformer.", "diffusion_model.", PEFT, "lora_unet_", "lora_transformer_"
 # The ends of the tensors' names, and the part of a LoRA that each of them is.
@@ -63,7 +67,7 @@ PARTS = {
 # Other things that files of LoRA hold, by what their names have.
 REFUSED = {
     r"dora_scale|lora_magnitude_vector": "DoRA, which is not supported",
-    r"^(text_encoder|lora_te)": "the text encoder, which takes no LoRA",
+    r"^lora_te": "a text encoder, under the names of kohya, which are not read",
     r"conv_depth\.": "a depthwise convolution, which takes no LoRA",
 }
 # Fields of peft's LoraConfig that make the update another one, and not by a tensor of their own.
@@ -98,21 +102,25 @@ class Module(NamedTuple):
         return rearrange(theirs, pattern, **sizes)
 
 
-def modules(config: SanaConfig) -> dict[str, Module]:
-    """Returns the modules that a LoRA can change, by their names in diffusers' transformer."""
+def modules(config: SanaConfig, text_encoder: Gemma2Config | None = None) -> dict[str, Module]:
+    """Returns the modules that a LoRA can change, by their names in a file of diffusers'."""
     found = {}
-    for entry in dit_entries(config):
-        path, _, leaf = entry.path.rpartition("/")
-        if leaf != "kernel":
-            continue
-        parent, _, layer = path.rpartition("/")
-        # Several tensors are the projections of a fused layer, whose name has a letter for each.
-        names = [f"{parent}/{letter}" for letter in layer] if entry.names[1:] else [path]
-        for i, theirs in enumerate(entry.layer_names()):
-            index = () if entry.layers is None else i
-            for site, name in zip(names, theirs, strict=True):
-                module = Module(site, index, entry.pattern, dict(entry.sizes))
-                found[name.removesuffix(".weight")] = module
+    tables = [(TRANSFORMER, "", entries(config))]
+    if text_encoder:
+        tables.append((TEXT_ENCODER, f"{TEXT_ENCODER}/", entries(text_encoder)))
+    for network, branch, table in tables:
+        for entry in table:
+            path, _, leaf = entry.path.rpartition("/")
+            if leaf != "kernel":
+                continue
+            parent, _, layer = path.rpartition("/")
+            # Several tensors are the projections of a fused layer, named by its letters.
+            names = [f"{parent}/{letter}" for letter in layer] if entry.names[1:] else [path]
+            for i, theirs in enumerate(entry.layer_names()):
+                index = () if entry.layers is None else i
+                for site, name in zip(names, theirs, strict=True):
+                    module = Module(branch + site, index, entry.pattern, dict(entry.sizes))
+                    found[f"{network}.{name.removesuffix('.weight')}"] = module
     return found
 
 
@@ -122,6 +130,7 @@ def write_adapter(
     config: SanaConfig,
     alpha: float | None = None,
     metadata: Mapping[str, Any] | None = None,
+    text_encoder: Gemma2Config | None = None,
 ) -> None:
     """Writes an adapter of lora/adapter.py to a file that diffusers loads; dtypes stay.
 
@@ -130,14 +139,15 @@ def write_adapter(
       adapter: a tree of sites; of one with a "scale" alpha is that times its rank.
       alpha: of all other sites; None: the rank.
       metadata: further entries of the file's header, such as the base's name.
+      text_encoder: the text encoder, if the adapter has sites of it.
 
     Raises UserError for a site that the published layout does not have, and OSError.
     """
     flat = traverse_util.flatten_dict(nn.unbox(adapter), sep="/")
     tensors, ranks, alphas = {}, {}, {}
-    known = modules(config)
+    known = modules(config, text_encoder)
     if unknown := {n.rpartition("/")[0] for n in flat} - {module.site for module in known.values()}:
-        raise UserError(f"a LoRA of {min(unknown)}: diffusers' transformer has no such matrix")
+        raise UserError(f"a LoRA of {min(unknown)}: diffusers' networks have no such matrix")
     flat = {name: on_host(array) for name, array in flat.items()}
     for name, module in known.items():
         if f"{module.site}/a" not in flat:
@@ -148,20 +158,30 @@ def write_adapter(
         if (scale := flat.get(f"{module.site}/scale")) is not None:
             alphas[name] = _number(rank * float(scale[module.layer] if scale.ndim else scale))
         for half, array in ("a", a), ("b", b):
-            key = f"transformer.{name}.lora_{half.upper()}.weight"
+            key = f"{name}.lora_{half.upper()}.weight"
             tensors[key] = np.ascontiguousarray(module.theirs(half, array))
-    fields = {"target_modules": list(ranks)}
-    for one, pattern, values in (
-        ("r", "rank_pattern", ranks),
-        ("lora_alpha", "alpha_pattern", alphas),
-    ):
-        fields[one] = usual = collections.Counter(values.values()).most_common(1)[0][0]
-        fields[pattern] = {name: value for name, value in values.items() if value != usual}
-    told = {f"transformer.{name}": value for name, value in fields.items()}
+    told = _told(TRANSFORMER, ranks, alphas) | _told(TEXT_ENCODER, ranks, alphas)
     header = {"format": "pt", METADATA: json.dumps(told, indent=2, sort_keys=True)} | ABSENT_ALPHA
     header |= {name: str(value) for name, value in (metadata or {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(epath.Path(path), safetensors.numpy.save(tensors, metadata=header))
+
+
+def _told(network: str, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """Returns the fields of peft's LoraConfig for the modules of one network."""
+    names = [name for name in ranks if name.startswith(f"{network}.")]
+    if not names:
+        return {}
+    short = {name: name.removeprefix(f"{network}.") for name in names}
+    fields: dict[str, Any] = {"target_modules": list(short.values())}
+    for one, pattern, values in (
+        ("r", "rank_pattern", ranks),
+        ("lora_alpha", "alpha_pattern", alphas),
+    ):
+        usual = collections.Counter(values[name] for name in names).most_common(1)[0][0]
+        fields[one] = usual
+        fields[pattern] = {short[name]: values[name] for name in names if values[name] != usual}
+    return {f"{network}.{name}": value for name, value in fields.items()}
 
 
 def _number(value: float) -> float:
@@ -169,20 +189,27 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else float(value)
 
 
-def read_adapter(path: Path, config: SanaConfig) -> PyTree:
-    """Reads an adapter for the network of `config`: a tree of lora/adapter.py in float32.
+def read_adapter(
+    path: Path, config: SanaConfig, text_encoder: Gemma2Config | None = None
+) -> PyTree:
+    """Reads an adapter for the networks of these configs: a tree of lora/adapter.py in float32.
 
     Layers of other ranks are filled up with zeros, those without an update are zeros; every layer
-    has a scale. Raises UserError if the file holds anything but a whole LoRA of this network.
+    has a scale. Raises UserError if the file holds anything but a whole LoRA of these networks.
     """
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise UserError(f"{path}: pickled LoRAs are not read: save it as safetensors")
-    tensors, known = TensorReader(path), modules(config)
+    tensors, known = TensorReader(path), modules(config, text_encoder)
     parts, prefix = _parts(path, tensors, known)
     fields = _fields(path, prefix, tensors.metadata)
-    if fields and (keys := [part["alpha"] for part in parts.values() if "alpha" in part]):
+    if any(fields.values()) and (
+        keys := [part["alpha"] for part in parts.values() if "alpha" in part]
+    ):
         raise UserError(f"{path}: alpha is said twice, by {METADATA} and by {keys[0]}")
-    shapes, flat = sites(abstract_params(config)), {}
+    boxes = abstract_params(config)
+    if text_encoder:
+        boxes = with_text_encoder(boxes, abstract_params(text_encoder))
+    shapes, flat = sites(boxes), {}
     ranks: dict[str, int] = collections.defaultdict(int)
     for name, part in parts.items():
         rank = _check(path, tensors, part, known[name], shapes[known[name].site][0])
@@ -198,7 +225,9 @@ def read_adapter(path: Path, config: SanaConfig) -> PyTree:
         a, b = (module.ours(half, values[half]) for half in "ab")
         rank = len(b)
         alpha = values["alpha"].item() if "alpha" in values else rank
-        scale = _scale(path, fields, name, rank) if fields else alpha / rank
+        network, _, short = name.partition(".")
+        told = fields[network]
+        scale = _scale(path, told, short, rank) if told else alpha / rank
         flat[f"{module.site}/a"][module.layer][:, :rank] = a
         flat[f"{module.site}/b"][module.layer][:rank] = b
         flat[f"{module.site}/scale"][module.layer] = scale
@@ -212,8 +241,10 @@ def _parts(
     names = sorted(tensors)
     if not any("lora" in name.lower() for name in names):
         raise UserError(f"{path} holds no LoRA, but {', '.join(names[:3]) or 'nothing'}")
-    prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names)), "")
-    spelt = {name.replace(".", "_"): name for name in known} if prefix[-1:] == "_" else {}
+    own = [name for name in names if not name.startswith(f"{TEXT_ENCODER}.")]
+    prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in own)), "")
+    known_names = [name.removeprefix(f"{TRANSFORMER}.") for name in known]
+    spelt = {n.replace(".", "_"): n for n in known_names} if prefix[-1:] == "_" else {}
     parts: dict[str, dict[str, str]] = {}
     for pattern, what in REFUSED.items():
         if found := [name for name in names if re.search(pattern, name)]:
@@ -222,11 +253,14 @@ def _parts(
         end = next((end for end in PARTS if key.endswith(end)), None)
         if end is None:
             raise UserError(f"{path}: {key} is no part of a LoRA that can be read")
-        name = key.removeprefix(prefix).removesuffix(end)
-        name = spelt.get(name, name)
+        name = key.removesuffix(end)
+        if key in own:
+            name = name.removeprefix(prefix)
+            name = f"{TRANSFORMER}.{spelt.get(name, name)}"
         if name not in known:
+            network = TRANSFORMER if key in own else "checkpoint's text encoder"
             raise UserError(
-                f"{path}: {key} belongs to no matrix of this transformer: it is a LoRA of another"
+                f"{path}: {key} belongs to no matrix of this {network}: it is a LoRA of another"
                 " network, or of a layout that is not read"
             )
         if PARTS[end] in parts.setdefault(name, {}):
@@ -263,26 +297,33 @@ def _check(
     return rank
 
 
-def _fields(path: Path, prefix: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the fields of peft's LoraConfig that a file has, none without metadata."""
+def _fields(path: Path, prefix: str, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Returns the fields of peft's LoraConfig for each network, none without metadata."""
+    fields: dict[str, dict[str, Any]] = {TRANSFORMER: {}, TEXT_ENCODER: {}}
     if prefix == PEFT:
-        fields = read_json(path.parent / "adapter_config.json")
+        fields[TRANSFORMER] = read_json(path.parent / "adapter_config.json")
     else:
         try:
-            fields = parse_json(metadata.get(METADATA) or "{}")
+            told = parse_json(metadata.get(METADATA) or "{}")
         except ValueError as error:
             raise UserError(f"{path}: its {METADATA} is not JSON ({error})") from None
-        if not isinstance(fields, dict):
+        if not isinstance(told, dict):
             raise UserError(f"{path}: its {METADATA} is no JSON object")
-        if others := [name for name in fields if not name.startswith(prefix)]:
-            raise UserError(f"{path}: {min(others)} of its {METADATA} is not of {prefix}NAME")
-        fields = {name.removeprefix(prefix): value for name, value in fields.items()}
-    for name, what in VARIANTS.items():
-        if fields.get(name):
-            raise UserError(f"{path} is of {what} ({name}), which is not supported")
-    start = fields.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(CHANGES_BASE):
-        raise UserError(f"{path} began as {start}, which changes the base: convert it to a LoRA")
+        for name, value in told.items():
+            start = f"{TEXT_ENCODER}." if name.startswith(f"{TEXT_ENCODER}.") else prefix
+            if not name.startswith(start):
+                raise UserError(f"{path}: {name} of its {METADATA} is not of {prefix}NAME")
+            network = TRANSFORMER if start == prefix else TEXT_ENCODER
+            fields[network][name.removeprefix(start)] = value
+    for told in fields.values():
+        for name, what in VARIANTS.items():
+            if told.get(name):
+                raise UserError(f"{path} is of {what} ({name}), which is not supported")
+        start = told.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(CHANGES_BASE):
+            raise UserError(
+                f"{path} began as {start}, which changes the base: convert it to a LoRA"
+            )
     return fields
 
 

@@ -6,6 +6,8 @@ layer that holds several projections side by side has a site for each of them, n
 blocks/attention/qkv is the three sites blocks/attention/q, k and v.
 
 An adapter is a tree of sites, {"a": (..., in, r), "b": (..., r, out)} each; layers of a stack lead.
+Sites of the text encoder, beside those of the transformer, have names that begin with
+text_encoder/: a branch of the tree, which `by_network` takes apart.
 `attach` puts adapters into a network's parameters, as leaves beside the kernels that models/layers
 reads: samplers, trainings and compiled programs need not know of them.
 """
@@ -26,6 +28,7 @@ from sana_jax.models.layers import merged
 from sana_jax.runtime.errors import UserError
 
 PyTree = Any
+TEXT_ENCODER = "text_encoder"
 FUSED = "qkv", "kv"  # layers of several projections; the letters are their names
 
 
@@ -43,6 +46,18 @@ def sites(abstract_params: PyTree) -> dict[str, tuple[tuple[int, ...], tuple[str
         shape = *kernel.shape[:-1], kernel.shape[-1] // len(names)
         found |= {f"{parent}/{name}".removeprefix("/"): (shape, axes) for name in names}
     return found
+
+
+def with_text_encoder(transformer: PyTree, text_encoder: PyTree) -> PyTree:
+    """Returns one tree of what belongs to both networks: adapters, or parameters to be searched."""
+    return {**transformer, TEXT_ENCODER: text_encoder}
+
+
+def by_network(adapter: PyTree) -> dict[str, PyTree]:
+    """Returns an adapter's parts, "dit" and "text_encoder", without those that are empty."""
+    transformer = {name: branch for name, branch in adapter.items() if name != TEXT_ENCODER}
+    parts = {"dit": transformer, TEXT_ENCODER: adapter.get(TEXT_ENCODER)}
+    return {network: part for network, part in parts.items() if part}
 
 
 def axes_of_halves(axes: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:

@@ -9,9 +9,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints.components import Checkpoint, abstract_params
-from sana_jax.checkpoints.loras import Lora, open_lora
-from sana_jax.lora.adapter import attach, axes_of_halves, detach
-from sana_jax.models.dit import SanaConfig
+from sana_jax.checkpoints.loras import Lora, open_lora, pairs_of
+from sana_jax.lora.adapter import TEXT_ENCODER, attach, axes_of_halves, detach
+from sana_jax.pipeline.remembered import Remembered
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import shardings_for
 
@@ -28,6 +28,8 @@ class WithLoras:
     mesh: Mesh
     params: dict[str, PyTree]
     loras: Mapping[str, Lora] = {}  # by name, never changed in place
+    _prefixes: Remembered
+    _negatives: Remembered
 
     def load_lora(self, name: str, weight: float = 1.0) -> None:
         """Draws with a LoRA from now on, beside those loaded before.
@@ -39,10 +41,10 @@ class WithLoras:
             One that is loaded already is replaced.
           weight: the factor of its updates.
 
-        Raises UserError if the file is no LoRA of this transformer, and Retry if the hub does not
+        Raises UserError if the file is no LoRA of these networks, and Retry if the hub does not
         answer; the pipeline is then as before.
         """
-        lora = open_lora(name, weight, self.checkpoint.dit)
+        lora = open_lora(name, weight, self.checkpoint)
         self.set_loras([*{**self.loras, lora.name: lora}.values()])
 
     def unload_lora(self, name: str | None = None) -> None:
@@ -54,9 +56,15 @@ class WithLoras:
 
     def set_loras(self, loras: Sequence[Lora]) -> None:
         """Draws with these opened LoRAs (checkpoints/loras.py) and with no others."""
-        dit = with_loras(self.params["dit"], loras, self.checkpoint.dit, self.mesh)
-        self.params = {**self.params, "dit": dit}
+        pairs, params = pairs_of(loras), {}
+        for network in ("dit", TEXT_ENCODER):
+            if network in self.params:
+                boxes = abstract_params(getattr(self.checkpoint, network))
+                given = self.params[network], pairs.get(network, []), boxes, self.mesh
+                params[network] = with_adapters(*given)
+        self.params = {**self.params, **params}
         self.loras = {lora.name: lora for lora in loras}
+        self._prefixes, self._negatives = Remembered(), Remembered()  # of another text encoder
 
     def check_no_loras(self) -> None:
         """Raises UserError if LoRAs are loaded, which a saved checkpoint would not have."""
@@ -67,26 +75,27 @@ class WithLoras:
             )
 
 
-def with_loras(params: PyTree, loras: Sequence[Lora], config: SanaConfig, mesh: Mesh) -> PyTree:
-    """Returns a transformer's parameters with these LoRAs and no others beside the kernels.
+def with_adapters(
+    params: PyTree, pairs: Sequence[tuple[PyTree, float]], boxes: PyTree, mesh: Mesh
+) -> PyTree:
+    """Returns a network's parameters with these adapters and no others beside the kernels.
 
     The kernels and all other arrays are those of `params`, not copies. The updates are placed on
-    `mesh`, split where their kernels are. Raises UserError for a LoRA of another network.
+    `mesh`, split where their kernels are, by the axes that `boxes` name. Raises UserError for an
+    adapter of another network.
     """
     plain = detach(params)
-    if not loras:
+    if not pairs:
         return plain
-    flat = traverse_util.flatten_dict(
-        attach(plain, [(lora.adapter, lora.weight) for lora in loras]), sep="/"
-    )
-    boxes = traverse_util.flatten_dict(abstract_params(config), sep="/")
+    flat = traverse_util.flatten_dict(attach(plain, pairs), sep="/")
+    axes = traverse_util.flatten_dict(boxes, sep="/")
     updates = {}
     for name in flat:
         layer, _, half = name.rpartition("/lora/")
         if layer:
-            axes = axes_of_halves(boxes[f"{layer}/kernel"].names)[half]
+            names = axes_of_halves(axes[f"{layer}/kernel"].names)[half]
             shape = jax.ShapeDtypeStruct(flat[name].shape, flat[name].dtype)
-            updates[name] = nn.LogicallyPartitioned(shape, axes)
+            updates[name] = nn.LogicallyPartitioned(shape, names)
     for name, where in shardings_for(updates, mesh).items():
         flat[name] = jax.device_put(flat[name], where)
     return traverse_util.unflatten_dict(flat, sep="/")

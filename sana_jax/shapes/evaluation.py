@@ -86,7 +86,7 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
         size = pipe.native_size
     is_sprint = draws and pipe.facts.is_sprint
     options = with_usual(options, is_sprint, GUIDANCE_SCALE)
-    loras = open_all(options.lora, checkpoint.dit)
+    loras = open_all(options.lora, checkpoint)
     checks.multiple(f"--size={size}", size, vae.factor)
 
     asked = quiz.prompts(options.count, options.seed)

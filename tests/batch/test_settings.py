@@ -65,7 +65,7 @@ def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch)
         pipe = draw._open(checkpoint, dataclasses.replace(opts, variant=None))
         divisor = sharding.batch_divisor(pipe.mesh)
         batches = with_requests(make_batches(drawn, opts.batch_size, divisor), pipe, opts)
-        loras = open_all(opts.lora, pipe.checkpoint.dit)
+        loras = open_all(opts.lora, pipe.checkpoint)
         found = settings_of(batches, pipe, opts, sha256, loras)
         assert [*found] == [task.file for task in drawn]
         return {key_of(settings) for settings in found.values()}

@@ -14,10 +14,12 @@ from flax import traverse_util
 from safetensors import safe_open
 
 from sana_jax.checkpoints.components import abstract_params
+from sana_jax.checkpoints.diffusers_configs import gemma2_from_transformers
 from sana_jax.checkpoints.peft import METADATA, modules, read_adapter, write_adapter
-from sana_jax.lora.adapter import attach, new_adapter, sites
+from sana_jax.lora.adapter import attach, by_network, new_adapter, sites, with_text_encoder
 from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import PRESETS, SanaTransformer
+from sana_jax.models.gemma2 import Gemma2
 from sana_jax.runtime.errors import UserError
 from tests import toy
 from tests.models.test_dit import apply, inputs, reference
@@ -110,6 +112,57 @@ def test_every_site_is_a_module_and_every_module_a_site(preset):
     assert found.keys() == known.keys()
     for site, layers in found.items():
         assert layers == ([*range(config.depth)] if site.startswith("blocks/") else [()]), site
+
+
+@pytest.fixture
+def both(config, tmp_path):
+    """A LoRA of both networks, its file, and what peft takes for the text encoder."""
+    reader = gemma2_from_transformers(toy.text_encoder(64).config.to_dict())
+    attention = random_adapter(config, ("blocks/attention/q",))
+    adapter = with_text_encoder(attention, random_adapter(reader, rank=3))
+    adapter["text_encoder"]["layers"]["q"]["scale"] = np.array([0.5, 2, 1])
+    write_adapter(tmp_path / "lora.safetensors", adapter, config, 7, text_encoder=reader)
+    return adapter, tmp_path / "lora.safetensors", reader
+
+
+def test_transformers_computes_what_is_written_for_the_text_encoder(both):
+    adapter, file, reader = both
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 11))
+
+    def hidden(params):
+        return Gemma2(reader).apply({"params": params}, tokens)
+
+    module = toy.text_encoder(64)
+    params = toy.params(module, reader)
+    with safe_open(file, framework="pt") as opened:
+        told = json.loads(opened.metadata()[METADATA])
+        state = {key: opened.get_tensor(key) for key in opened.keys()}
+    told = {k.removeprefix("text_encoder."): x for k, x in told.items() if k[:5] == "text_"}
+    assert told["alpha_pattern"].keys() == {f"layers.{i}.self_attn.q_proj" for i in range(3)}
+    wrapped = peft.get_peft_model(module, peft.LoraConfig(**told))  # changes the module itself
+    state = {k.replace("text_encoder", "base_model.model"): x for k, x in state.items()}
+    state = {k: x for k, x in state.items() if k.startswith("base_model")}
+    assert not peft.set_peft_model_state_dict(wrapped, state).unexpected_keys
+    with torch.no_grad():
+        theirs = module(torch.from_numpy(tokens)).last_hidden_state.numpy()
+    found = by_network(read_adapter(file, toy.transformer()[1], reader))["text_encoder"]
+    toy.assert_close(hidden(attach(params, [(found, 1)])), theirs, 1e-5)
+    with pytest.raises(AssertionError):
+        toy.assert_close(hidden(params), theirs, 1e-2)
+
+
+def test_diffusers_leaves_the_part_of_the_text_encoder_unread(both):
+    adapter, file, _ = both
+    module, config = toy.transformer()
+    params = toy.params(module, config)
+    load(module, file)
+    ours = velocity(config, attach(params, [(by_network(adapter)["dit"], 7 / 4)]))
+    toy.assert_close(ours, velocity_of(module, config), 1e-5)
+
+
+def test_a_lora_of_a_text_encoder_is_of_a_checkpoint_that_has_one(both, config):
+    with pytest.raises(UserError, match="no matrix of this checkpoint's text encoder"):
+        read_adapter(both[1], config)
 
 
 def test_what_the_layout_has_no_name_for_is_not_written(tmp_path):
@@ -332,7 +385,10 @@ SPOILT = {
         moved("transformer.transformer_blocks.1.ff.conv_depth"),
         "conv_depth.*depthwise",
     ),
-    "of a text encoder": (put("text_encoder.q_proj.lora_A.weight", np.array), "the text encoder"),
+    "of a text encoder": (
+        put("text_encoder.q_proj.lora_A.weight", np.array),
+        "text encoder: it is",
+    ),
     "of kohya's text encoder": (put("lora_te_q_proj.lora_down.weight", np.array), "text encoder"),
     "NaN": (put(f"{Q}.lora_B.weight", lambda a: np.nan * a.T), f"{Q}.lora_B.weight holds NaN"),
     "whole numbers": (put(f"{Q}.lora_A.weight", lambda a: a.astype(np.int32)), "floating point"),

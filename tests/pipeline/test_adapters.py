@@ -6,7 +6,7 @@ import pytest
 
 from sana_jax import SanaPipeline, sharding
 from sana_jax.checkpoints.peft import write_adapter
-from sana_jax.lora.adapter import merge
+from sana_jax.lora.adapter import merge, with_text_encoder
 from sana_jax.runtime.errors import UserError
 from tests import toy
 from tests.checkpoints.test_peft import random_adapter
@@ -85,6 +85,27 @@ def test_what_is_unloaded_leaves_no_trace(pipe, files):
     assert np.array_equal(latents(pipe), before)
     kept = jax.tree.leaves(pipe.params["dit"])
     assert all(new is old for new, old in zip(kept, jax.tree.leaves(base), strict=True))
+
+
+def test_a_lora_of_the_text_encoder_changes_what_is_remembered_too(ours, pipe, tmp_path):
+    """The rows of an instruction and of negative prompts, which were read without it."""
+    checkpoint, steps = ours.checkpoint, dict(STEPS, negative_prompt="a dog")
+    adapter = with_text_encoder({}, random_adapter(checkpoint.text_encoder))
+    file = tmp_path / "lora.safetensors"
+    write_adapter(file, adapter, checkpoint.dit, text_encoder=checkpoint.text_encoder)
+
+    def draw(pipe):
+        given = dict(latents=noise(1), height=128, width=192, instruction="Draw: ", **steps)
+        return np.asarray(pipe(PROMPTS[:1], output="latent", **given))
+
+    before = draw(pipe)
+    pipe.load_lora(str(file))
+    changed = draw(pipe)
+    fresh = SanaPipeline(ours.checkpoint, one_device(), "float32")
+    fresh.load_lora(str(file))
+    assert np.array_equal(changed, draw(fresh)) and not np.allclose(changed, before, atol=1e-2)
+    pipe.unload_lora()
+    assert np.array_equal(draw(pipe), before)
 
 
 def test_the_same_name_replaces(pipe, files):

@@ -41,7 +41,8 @@ def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool)
     if captions:
         told = len(task.captions.prefix)  # with an instruction, the first row is its own
         read = flops.text(task.text_encoder.config, rows - bool(told), told)
-        count += (3 if "text_encoder" in task.trained else 1) * read
+        # As for the transformer: a LoRA of it saves the gradients of its weights.
+        count += (passes if task.reader_trains else 1) * read
     return count
 
 
@@ -104,7 +105,7 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
             jax.eval_shape(task.read_constants, params),
         )
-        prefix, null = constants
+        prefix, null = (None, None) if task.reader_trains else constants
         frozen = frozen._replace(text_encoder=params, prefix=prefix, null=null)
     count = flops_of_row(task, size, "image" in batch, captions=True)
     step = compile_step(task.step, state)

@@ -55,9 +55,11 @@ def make_loaders(
     captions: CaptionTokens,
     mesh: Mesh,
     size: int,
+    reader_trains: bool = False,
 ) -> list[TrainingLoader]:
     """Returns the loader of the training split and, if the config evaluates, of the test split.
 
+    A text encoder that trains, or a LoRA of it, reads tokens and no stored embeddings.
     Raises UserError if the data does not fit the config or the networks. Only after these
     checks does it write below `workdir`: the data set shapes, the sizes of images for buckets, and
     the pictures of config.prior.
@@ -88,7 +90,7 @@ def make_loaders(
     if len(sources) > 1:
         check_apart(*sources, data.train_split, data.test_split)
     if stored:
-        _check_stored(sources, config, base, captions, mesh, size)
+        _check_stored(sources, config, base, captions, mesh, size, reader_trains)
     texts = [CaptionEmbeddings(s.rows) if stored and s.rows else captions for s in sources]
     transforms = [
         TextImageTransform(image, text, split.captions)
@@ -203,6 +205,7 @@ def _check_stored(
     captions: CaptionTokens,
     mesh: Mesh,
     size: int,
+    reader_trains: bool,
 ) -> None:
     """Raises UserError if stored data is of other networks, texts or sizes than the config."""
     data, factor, patch = config.data, base.vae.factor, base.dit.patch_size
@@ -231,7 +234,7 @@ def _check_stored(
         _check_sequence(mesh, base, set((factor * shapes[:, 0]).tolist()))
         if not source.rows:
             continue
-        if config.text_encoder.train:
+        if reader_trains:
             raise UserError(f"{folder} has embeddings, which a text encoder that trains cannot use")
         if source.index["text"] != text:
             raise UserError(

@@ -222,7 +222,7 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
     dit = module_for(base.dit, dtype, "float32")
     dit = dit.clone(remat=config.remat, unroll=config.unroll, implementation=implementation)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
-    encoder = dataclasses.replace(encoder, trains=train, unroll=config.unroll)
+    encoder = encoder.clone(unroll=config.unroll)
     vae = module_for(base.vae, frozen_dtype("vae", dtype))
     try:
         return TextToImageTask(recipe, dit, vae, encoder, captions, train, lora)

@@ -136,8 +136,9 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
                 "network": as_group(Gemma2Config()),
                 "tokenizer": config_dict.placeholder(str),
             },
-            # With a rank, a LoRA is all that trains of the transformer, whose weights are those of
-            # `start`: WORKDIR/model then holds pytorch_lora_weights.safetensors alone.
+            # With a rank, a LoRA is all that trains: of the transformer, whose weights are those of
+            # `start`, and of the text encoder for targets that begin with text_encoder/.
+            # WORKDIR/model then holds pytorch_lora_weights.safetensors alone.
             "lora": as_group(LoraConfig()) | {"alpha": config_dict.placeholder(float)},
             # Of activations and of frozen weights; weights that train are float32.
             "dtype": "bfloat16",

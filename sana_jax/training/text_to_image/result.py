@@ -18,6 +18,7 @@ from sana_jax.checkpoints.loras import merge_lazily
 from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.peft import write_adapter
 from sana_jax.checkpoints.tensors import LazyArray, TensorReader
+from sana_jax.lora.adapter import by_network
 from sana_jax.lora.config import LoraConfig
 from sana_jax.runtime import hosts
 from sana_jax.runtime.errors import UserError
@@ -65,8 +66,9 @@ def open_workdir(
         if now.get(name) != prints[name]:
             raise UserError(f"config.{name} of {workdir} is not what it was in the training")
     if "lora" in trained:
-        update = trained.pop("lora"), read_lora(ConfigDict(settings)).scale
-        trained["dit"] = merge_lazily(base.params["dit"], [update])
+        scale = read_lora(ConfigDict(settings)).scale
+        for network, adapter in by_network(trained.pop("lora")).items():
+            trained[network] = merge_lazily(base.params[network], [(adapter, scale)])
     return complete(base, jax.tree_util.tree_map_with_path(_lazy, trained), document["step"], ema)
 
 
@@ -90,7 +92,8 @@ def write(base: Checkpoint, trained: Any, step: int, lora: LoraConfig, folder: P
         about = {MADE: json.dumps(model.provenance, sort_keys=True)}
         with storage(folder), replace_folder(folder) as part:
             file = part / LORA
-            write_adapter(file, trained["lora"], base.dit, lora.alpha, metadata=about)
+            given = base.dit, lora.alpha, about, base.text_encoder
+            write_adapter(file, trained["lora"], *given)
 
     hosts.on_first_host(write_lora)
 

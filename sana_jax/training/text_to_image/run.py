@@ -10,7 +10,6 @@ checked.
 
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +96,7 @@ class TextToImageTraining:
         if config.start and begins and not self.task.lora.rank:
             open_start(config, self._opener)
         given = config, self.workdir, self.base, self.captions, self.mesh, self.size
-        self.loader, *self.held_out = make_loaders(*given)
+        self.loader, *self.held_out = make_loaders(*given, self.task.reader_trains)
         if config.images.prompts is None:
             config.images.prompts = first_captions(self.loader.source, SHEET_COLUMNS // 2)
 
@@ -145,6 +144,8 @@ class TextToImageTraining:
         frozen = Frozen(params["vae"], dit=params.get("dit"))
         if "text_encoder" not in params:
             return frozen
+        if self.task.reader_trains:
+            return frozen._replace(text_encoder=params["text_encoder"])
         everywhere = NamedSharding(self.mesh, P())
         read = jax.jit(self.task.read_constants, out_shardings=everywhere)
         prefix, null = read(params["text_encoder"])
@@ -166,9 +167,10 @@ class TextToImageTraining:
         """Draws the images of the validation prompts, by the moving average."""
         settings = self.config.images.to_dict()
         prompts, seed = list(settings.pop("prompts")), settings.pop("seed")
-        params = {**self._frozen_params(), **state.ema}
-        params["dit"] = self.task.transformer(params, self._frozen)
-        params.pop("lora", None)
+        params = {
+            name: self.task.network(name, state.ema, self._frozen)
+            for name in ("dit", "text_encoder")
+        } | {"vae": self._frozen.vae}
         model = complete(self.base, params, step, ema=True)
         pipe = SanaPipeline(model, self.mesh, self.config.dtype)
         pipe.dit = pipe.dit.clone(implementation=self.task.dit.implementation)
@@ -176,10 +178,6 @@ class TextToImageTraining:
         images, _ = pipe.draw(pipe.request(prompts, seed=seed, **size, **settings))
         images = list(np.asarray(hosts.gather_arrays(images)))
         writer.images(step, "samples", in_rows(images, SHEET_COLUMNS))
-
-    def _frozen_params(self) -> dict[str, Any]:
-        frozen = {"vae": self._frozen.vae, "text_encoder": self._frozen.text_encoder}
-        return {name: params for name, params in frozen.items() if params is not None}
 
     def _evaluate(self, writer: MetricsWriter, state: TrainState, step: int) -> None:
         """Measures the moving average on held-out data, at fixed noise levels and noise."""

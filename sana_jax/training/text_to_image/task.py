@@ -6,9 +6,9 @@ A batch is a dict of rows:
     "tokens" int32 (B, T) and "mask" bool (B, L), or "embeddings" (B, L, C) and "mask"
     "weight" float32 (B,) of the rows' errors in the loss; without it they are all 1
 
-The transformer trains, or a LoRA of it (lora/adapter.py), the autoencoder never does, and the text
-encoder may. Networks that do not train are inputs of the step (`Frozen`), so that they are no
-constants of the compiled program.
+The transformer trains, or a LoRA (lora/adapter.py) of it, of the text encoder or of both; the
+autoencoder never does, and the text encoder may as a whole. Networks that do not train are inputs
+of the step (`Frozen`), so that they are no constants of the compiled program.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from sana_jax.checkpoints.components import abstract_params, init_params
 from sana_jax.diffusion import flow_matching
 from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.diffusion.flow_matching import NoiseConfig
-from sana_jax.lora.adapter import attach, new_adapter
+from sana_jax.lora.adapter import TEXT_ENCODER, attach, by_network, new_adapter, with_text_encoder
 from sana_jax.lora.config import LoraConfig
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pipeline import programs
@@ -81,8 +81,8 @@ class CaptionWindow(Protocol):
 class Frozen(NamedTuple):
     """Inputs that no step changes.
 
-    `text_encoder`, `prefix` and `null` are None where the text encoder trains; `dit` is None where
-    the transformer does, and not only a LoRA of it.
+    A network that trains is None, unless only a LoRA of it does; `prefix` and `null` are None where
+    either of the text encoder does.
     """
 
     vae: Any  # parameters
@@ -111,8 +111,7 @@ class TextToImageTask:
           dit, vae, text_encoder: the networks; those that train have float32 parameters.
           captions: the window of the batches' tokens, as of data/text_image.py's CaptionTokens.
           train_text_encoder: train the text encoder beside the transformer.
-          lora: with a rank, the only part of the transformer that trains; state.params has it as
-            "lora".
+          lora: with a rank, all that trains; state.params has it as "lora".
 
         Raises:
           UserError: the optimizer's figures are bad, or a text encoder that trains reads an
@@ -126,10 +125,13 @@ class TextToImageTask:
         # The start of each part that trains, by its name in state.params.
         self.trained = {"dit": partial(init_params, dit)}
         if lora.rank:
-            self.trained = {"lora": partial(new_adapter, abstract_params(dit.config), lora)}
+            boxes = (abstract_params(network.config) for network in (dit, text_encoder))
+            self.trained = {"lora": partial(new_adapter, with_text_encoder(*boxes), lora)}
         if train_text_encoder:
             self.trained["text_encoder"] = partial(init_params, text_encoder)
         shapes = jax.eval_shape(self._init_params, jax.random.key(0))
+        self.reader_trains = train_text_encoder or TEXT_ENCODER in shapes.get("lora", {})
+        self.text_encoder = text_encoder.clone(trains=self.reader_trains)
         self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, recipe.steps)
 
     def init(self, key: Array) -> TrainState:
@@ -208,11 +210,12 @@ class TextToImageTask:
             drawn["lora_key"] = jax.random.bits(jax.random.fold_in(key, 3), (count, 2), jnp.uint32)
         return drawn
 
-    def transformer(self, params: Any, frozen: Frozen, dropout: float = 0.0) -> Any:
-        """Returns the transformer's parameters, with the LoRA beside them if one trains."""
-        if not self.lora.rank:
-            return params["dit"]
-        return attach(frozen.dit, [(params["lora"], self.lora.scale)], dropout)
+    def network(self, name: str, params: Any, frozen: Frozen, dropout: float = 0.0) -> Any:
+        """Returns the parameters of "dit" or "text_encoder", with the LoRA beside them."""
+        if name in params:
+            return params[name]
+        adapter = by_network(params.get("lora", {})).get(name, {})
+        return attach(getattr(frozen, name), [(adapter, self.lora.scale)], dropout)
 
     def _errors(
         self, params: Any, rows: Batch, frozen: Frozen, trains: bool = False
@@ -225,7 +228,7 @@ class TextToImageTask:
         keys, dropout = {}, self.lora.dropout if trains else 0.0
         if dropout:
             keys["dropout"] = jax.random.wrap_key_data(rows["lora_key"][0], impl="threefry2x32")
-        variables = {"params": self.transformer(params, frozen, dropout)}
+        variables = {"params": self.network("dit", params, frozen, dropout)}
         velocity = self.dit.apply(variables, noisy, timestep, embeddings, mask, rngs=keys)
         return flow_matching.row_errors(velocity, latents, rows["noise"])
 
@@ -246,10 +249,10 @@ class TextToImageTask:
         recipe, mask = self.recipe, rows["mask"]
         if "embeddings" in rows:
             (null, null_mask), embeddings = frozen.null, rows["embeddings"].astype(jnp.float32)
-        elif "text_encoder" in self.trained:
-            encoder = params["text_encoder"]
-            null, null_mask = self._encode_empty(encoder), self.captions.empty.mask[0]
-            embeddings = self._encode(encoder, (rows["tokens"], mask))
+        elif self.reader_trains:
+            encoder = self.network(TEXT_ENCODER, params, frozen)
+            prefix, (null, null_mask) = self.read_constants(encoder)
+            embeddings = self._encode(encoder, (rows["tokens"], mask), prefix)
         else:
             null, null_mask = frozen.null
             encode = partial(self._encode, frozen.text_encoder, prefix=frozen.prefix)

@@ -134,6 +134,12 @@ def test_stored_embeddings_must_be_of_the_text_encoder(config, tmp_path):
     store(tmp_path, config, "train", [(4, 4)], text=told, text_encoder=encoder)
     batch = stored(tmp_path, config).loader.batch(0)
     assert batch["embeddings"].shape == (8, 8, 48)
+    reads = dict(
+        lora__rank=2, lora__targets=("text_encoder/.*",), network__sample_size=16, data__size=16
+    )
+    reads |= dict(start=str(config.parent / "base"), network__head_dim=32)
+    with pytest.raises(UserError, match="embeddings, which a text encoder that trains cannot use"):
+        stored(tmp_path, config, **reads)
     with pytest.raises(UserError, match="embeddings, which a text encoder that trains cannot use"):
         network = vars(base.text_encoder).items()
         train = {f"text_encoder__network__{name}": value for name, value in network}

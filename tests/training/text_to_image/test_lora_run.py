@@ -6,12 +6,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
+from sana_jax.lora.adapter import by_network
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import UserError
+from sana_jax.text.instruction import Instruction
 from sana_jax.training.checkpoints.manager import read_newest
 from sana_jax.training.text_to_image.result import open_workdir
 from sana_jax.training.text_to_image.run import TextToImageTraining
@@ -90,6 +93,34 @@ def test_it_resumes_to_the_bit(unbroken, config, tmp_path):
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_one_of_both_networks_trains(config, tmp_path):
+    """With an instruction, whose keys and values change with every step."""
+    base = native.open_folder(config.parent / "base")
+    base.instruction = Instruction("describe: ", "a test")
+    native.save(base, tmp_path / "told")
+    targets = ("blocks/cross_attention/.*", "text_encoder/layers/[qv]")
+    given = dict(lora__targets=targets, loop__images_every=20, loop__evaluate_every=20)
+    given |= dict(data__size=16, text_encoder__checkpoint=str(tmp_path / "told"))
+    workdir = tmp_path / "run"
+    run = TextToImageTraining(load(config, **changes(config, **given)), str(workdir))
+    assert run.captions.prefix and run.task.text_encoder.trains
+    run.run()
+    _, params = read_newest(workdir, "params")
+    for network in by_network(params["lora"]).values():
+        updates = [x for name, x in flatten_dict(network, sep="/").items() if name.endswith("/b")]
+        assert updates and all(np.abs(update).max() > 0 for update in updates)
+    drawn = []
+    for kind in "file", "merged":
+        if kind == "file":
+            pipe = SanaPipeline.from_pretrained(str(tmp_path / "told"), dtype="float32")
+            pipe.load_lora(str(workdir / "model"))
+        else:
+            native.save(open_workdir(workdir), tmp_path / kind)
+            pipe = SanaPipeline.from_pretrained(str(tmp_path / kind), dtype="float32")
+        drawn.append(pipe("a red cat", height=16, width=16, num_steps=1, output="float"))
+    np.testing.assert_allclose(*drawn, atol=1e-4)
 
 
 def test_dropout_is_of_the_step_alone(config, tmp_path):
