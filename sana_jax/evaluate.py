@@ -71,10 +71,11 @@ as --protocol says.
     cmmd                  Gaussian kernel's distance of CLIP's features, x 1,000
     count, rejected, rejected_pictures, reference_...
                           pictures that were measured, and each that could not be, with the reason
-    protocol, resize, size, jpeg, preprocess, weights_sha256, ...
+    protocol, resize, size, jpeg, jpeg_quality, preprocess, weights_sha256, ...
                           everything that decided the figures
-    drawing, prompts_sha256
-                          of a batch run: the settings that its pictures share, and their prompts
+    drawing, seeds, prompts_sha256
+                          of a batch run: the settings that its pictures share, the first and the
+                          last seed, and a hash of the prompts
     deviations            with --protocol: the settings that it would have chosen otherwise
 
 The last line is a JSON object with these figures and what was measured: task and checkpoint, then
@@ -410,8 +411,10 @@ def _report(found: dict, table) -> None:
     print(f"{found['count']} pictures, {left_out} left out:")
     print(table(found))
     from sana_jax.metrics.protocol import drawing
+    from sana_jax.metrics.resizes import JPEG_QUALITY
 
     about = {"task": _TASK.value, "protocol": _PROTOCOL.value}
+    about |= {"jpeg_quality": JPEG_QUALITY} if found["jpeg"] else {}
     print(json.dumps(about | drawing(_DATA.value, _protocol()) | found))
 
 

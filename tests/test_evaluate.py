@@ -224,24 +224,21 @@ def test_a_protocol_draws_what_is_missing_and_names_every_choice(shared, tmp_pat
 
     two = [*command, "--data=two", "--prompts=p.jsonl", "--protocol=sana", "--count=2"]
     lines = [two, [*run, "--protocol=sana"], clean]
-    found = []
-    for line in lines:
-        (status, out, told), *_ = several([line], tmp_path)
-        assert status == 0, told
-        found.append(json.loads(out.splitlines()[-1]))
+    answers = several(lines, tmp_path)
+    assert [status for status, _, _ in answers] == [0, 0, 0], answers
+    two, sana, other = (json.loads(out.splitlines()[-1]) for _, out, _ in answers)
     next((tmp_path / "run").glob("000001*.png")).unlink()  # which the same command draws again
     (_, again, told), *_ = several([lines[1]], tmp_path)
-    two, sana, other = found
     assert json.loads(again.splitlines()[-1]) == sana and "1 image in" in told
     assert (two["count"], sana["count"]) == (2, 3) and sana["deviations"] == []
     assert (sana["jpeg"], other["jpeg"]) == (True, False) and other["deviations"] == []
+    assert (sana["jpeg_quality"], sana["seeds"]) == (75, [0, 2])
     drawing = dict(sampler="flow_dpm_solver", num_steps=20, guidance_scale=4.5, batch_size=3)
     drawing |= dict(unconditional_mask="prompt", flow_shift=3.0, negative_prompt="", height=64)
     assert drawing.items() <= sana["drawing"].items()
     told = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
-    assert all(
-        re.search(rf"\b{name}\b", told) for name in sana if name in ("drawing", "deviations")
-    )
+    names = "drawing", "seeds", "prompts_sha256", "deviations", "jpeg_quality"
+    assert all(name in sana and re.search(rf"\b{name}\b", told) for name in names)
 
 
 def test_a_killed_measurement_of_pictures_goes_on(tmp_path):

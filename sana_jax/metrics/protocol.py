@@ -95,9 +95,9 @@ def draw(
 def drawing(data: str, protocol: Protocol | None) -> dict[str, Any]:
     """Returns how the pictures of a batch run were drawn, for JSON; empty for other folders.
 
-    `drawing` has the settings that all of them share, and `prompts_sha256` the hash of their
-    prompts in order, with line ends between them. With a protocol, `deviations` names what it
-    would have chosen otherwise.
+    `drawing` has the settings that all of them share, `seeds` the first and the last seed, and
+    `prompts_sha256` the hash of their prompts in order, with line ends between them. With a
+    protocol, `deviations` names what it would have chosen otherwise.
     """
     path = epath.Path(data) / "manifest.jsonl"
     if not path.exists():
@@ -112,7 +112,8 @@ def drawing(data: str, protocol: Protocol | None) -> dict[str, Any]:
         values = [line.get(name) for line in lines]
         shared[name] = values[0] if values.count(values[0]) == len(values) else "varies"
     told = "\n".join(str(line.get("prompt")) for line in lines)
-    about = {"drawing": shared, "prompts_sha256": hashlib.sha256(told.encode()).hexdigest()}
+    about = {"drawing": shared, "seeds": [lines[0].get("seed"), lines[-1].get("seed")]}
+    about["prompts_sha256"] = hashlib.sha256(told.encode("utf-8", "replace")).hexdigest()
     if protocol is not None:
         about["deviations"] = _deviations(protocol, lines, shared)
     return about

@@ -20,6 +20,7 @@ from sana_jax.models.inception import SIDE
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 Floats = Float[np.ndarray, "_ _ 3"]
+JPEG_QUALITY = 75  # Pillow's default
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
@@ -106,7 +107,7 @@ def _normalised(pixels: Pixels, mean: tuple, std: tuple) -> Floats:
 def as_jpeg(pixels: Pixels) -> Pixels:
     """Returns the pixels of a JPEG of Pillow's default quality, which torchvision's files have."""
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="JPEG")
+    Image.fromarray(pixels).save(content, format="JPEG", quality=JPEG_QUALITY)
     with Image.open(content) as image:
         return np.asarray(image)
 

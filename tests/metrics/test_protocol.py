@@ -21,6 +21,7 @@ def folder(path, *changes):
 
 def test_the_settings_that_pictures_share_are_told(tmp_path):
     found = drawing(folder(tmp_path / "run", {}, {"width": 64}), PROTOCOLS["sana"])
+    assert found["seeds"] == [0, 1]
     assert found["drawing"] == SANA | {"width": "varies"} and found["deviations"] == []
     other = drawing(folder(tmp_path / "other", {}, {"prompt": "a dog"}), None)
     assert "deviations" not in other and other["prompts_sha256"] != found["prompts_sha256"]
