@@ -52,6 +52,7 @@ def test_angles_may_be_any_list(of):
         (SPRINT, dict(guidance_interval=(0, 1)), "guidance_interval is of no use to Sana-Sprint"),
         (SPRINT, dict(negative_prompt="dark"), "negative_prompt is of no use to Sana-Sprint"),
         (SPRINT, dict(sequential_guidance=True), "sequential_guidance is of no use"),
+        (SPRINT, dict(unconditional_mask="negative"), "unconditional_mask is of no use"),
         (SPRINT, dict(num_steps=0), "num_steps 0"),
         (SPRINT, dict(num_steps=3, angles="paper"), "angles paper: the paper has schedules of 1"),
         (SPRINT, dict(num_steps=3, angles=[1.5, 0]), "num_steps 3: the angles are those of 1"),
