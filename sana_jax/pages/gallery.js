@@ -23,16 +23,21 @@ data.runs.forEach((run, side) => {
 });
 const all = [...cards.values()];
 
-// What all pictures of each run share, but not those of another run.
+// The settings in which pictures that stand side by side differ, with the values of each run.
 if (several) {
-  const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.common)))];
-  const differing = names.filter((name) => name !== "prompt"
-    && new Set(data.runs.map((run) => JSON.stringify(run.common[name]))).size > 1);
+  const distinct = (pictures, name) => [...new Set(pictures.filter((picture) => picture)
+    .map((picture) => JSON.stringify(picture.settings[name])))];
+  const names = [...new Set(all.flat().flatMap((picture) => Object.keys(picture?.settings ?? {})))];
+  const differing = names.filter((name) => all.some((card) => distinct(card, name).length > 1));
+  const values = (run, name) => {
+    const found = distinct(run.pictures, name).map((value) => value ? text(JSON.parse(value)) : "–");
+    return found.slice(0, 5).join(", ") + (found.length > 5 ? ", ..." : "");
+  };
   find("#differences").append(make("h2", {}, "Settings that differ between the runs"),
     differing.length ? table(["setting", ...data.runs.map((run) => run.name)], differing.map((name) =>
-      [make("td", {className: "key"}, name), ...data.runs.map((run) => make("td", {className: "value"},
-        name in run.common ? text(run.common[name]) : "–"))]))
-      : make("p", {className: "dim"}, "None that all pictures of a run share."));
+      [make("td", {className: "key"}, name), ...data.runs.map((run) =>
+        make("td", {className: "value"}, values(run, name)))]))
+      : make("p", {className: "dim"}, "None, in pictures of the same prompt and seed."));
 }
 
 // Filters: a part of the prompt, the seed, and every setting that varies within a run.
