@@ -31,6 +31,7 @@ from absl import flags
 
 from sana_jax.pictures import check_out
 from sana_jax.runtime import cli
+from sana_jax.runtime.errors import UserError
 
 OPERANDS = "RUN"
 _OUT = flags.DEFINE_string("out", None, "the .html file, replaced if it exists", required=True)
@@ -42,7 +43,10 @@ def main(argv):
 
     from sana_jax.pages import page, report, runs  # jax: errors above need not wait for it
 
-    content, notes = report.page(runs.find(argv[1:]), int(_SIZE.value * 10**6))
+    try:
+        content, notes = report.page(runs.find(argv[1:]), int(_SIZE.value * 10**6))
+    except OSError as error:
+        raise UserError(f"a run cannot be read: {error}") from None
     page.save(out, content)
     for note in notes:
         print(note, file=sys.stderr)

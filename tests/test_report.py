@@ -23,6 +23,7 @@ MISTAKES = [
     (["run", "--out=a.html", "--megabytes=0"], "--megabytes"),
     (["run", "--out=a.html", "--megabytes=nan"], "--megabytes=nan: give a number"),
     (["run", "--out=a.html", "--size=1"], "unknown flag --size"),
+    (["run", "broken", "--out=a.html"], "a run cannot be read: [Errno 21] Is a directory: "),
     (["big", "--out=a.html", "--megabytes=0.1"], "--megabytes=0.1: the curves alone are"),
 ]
 
@@ -32,6 +33,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("report")
     (path / "empty").mkdir()
     made.run(path / "run", [{"step": 1, "loss": 0.5}], {"seed": 3}, pictures=(4,))
+    made.run(path / "broken")
+    (path / "broken/evaluations/fid_4.txt").mkdir(parents=True)
     made.run(path / "big", [{"step": 1}], {f"key{i}": "x" * 100 for i in range(1000)})
     return path
 
@@ -48,7 +51,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
 ):
     status, stdout, stderr = answers[tuple(arguments)]
     assert status == 2 and words in stderr and stderr.count("\n") == 1 and stdout == ""
-    assert sorted(path.name for path in folder.iterdir()) == ["big", "empty", "run"]
+    assert sorted(path.name for path in folder.iterdir()) == ["big", "broken", "empty", "run"]
 
 
 def test_a_page_is_written_and_replaced(folder, tmp_path):

@@ -94,9 +94,8 @@ def _run(name: str, folder: epath.Path, lines: list[Line], out: Path) -> dict[st
 
 def _name(folder: str, folders: list[str]) -> str:
     """Returns the folder's own name, or all of its path where two have the same."""
-    names = [epath.Path(os.path.normpath(each)).name for each in folders]
-    name = epath.Path(os.path.normpath(folder)).name
-    return folder if names.count(name) > 1 else name
+    name = absolute(folder).name
+    return folder if [absolute(each).name for each in folders].count(name) > 1 else name
 
 
 def _link(picture: epath.Path, out: Path) -> str | None:

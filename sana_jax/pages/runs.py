@@ -7,7 +7,6 @@ phase, or one of those that launch/sweep makes below its --out. Nothing in it is
 import dataclasses
 import json
 import math
-import os
 import re
 from typing import Any
 
@@ -94,9 +93,12 @@ class Run:
 
 
 def find(folders: list[str]) -> list[Run]:
-    """Returns all runs in and below folders. Raises UserError, naming the folder without any."""
+    """Returns all runs in and below folders.
+
+    Raises UserError, naming the folder without any, and OSError for a file that cannot be read.
+    """
     found: dict[epath.Path, str] = {}
-    labels = [epath.Path(os.path.normpath(folder)).name or folder for folder in folders]
+    labels = [absolute(folder).name for folder in folders]
     for given, label in zip(folders, labels, strict=True):
         folder = absolute(given)
         label = given if labels.count(label) > 1 else label
@@ -116,10 +118,7 @@ def find(folders: list[str]) -> list[Run]:
             inner = path.relative_to(folder).as_posix()
             parts = [label] * (len(folders) > 1 or inner == ".") + [inner] * (inner != ".")
             found.setdefault(path, "/".join(parts))
-    try:
-        return [_read(path, name) for path, name in found.items()]
-    except UNREACHABLE as error:
-        raise UserError(f"a run cannot be read: {error}") from None
+    return [_read(path, name) for path, name in found.items()]
 
 
 def _runs_below(folder: epath.Path, depth: int):

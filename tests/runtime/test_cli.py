@@ -357,6 +357,29 @@ cli.run(lambda argv: print(flags.FLAGS.jax_debug_nans))
     assert call(script, "--jax_debug_nans").stdout == "True\n"
 
 
+@pytest.mark.parametrize(
+    "arguments, status, words",
+    [
+        (["a", "b c"], 0, "['a', 'b c']"),
+        (["a", "--flush", "--", "--b"], 0, "['a', '--b']"),
+        ([], 2, "error: RUN is missing; --help shows how to give it"),
+        (["a", ""], 2, "error: RUN is missing"),
+        (["a", "--fluhs"], 2, "did you mean --flush?"),
+    ],
+    ids=str,
+)
+def test_operands_stand_without_a_flag_where_a_command_takes_them(call, arguments, status, words):
+    script = """
+from absl import flags
+from sana_jax.runtime import cli
+
+flags.DEFINE_bool("flush", False, "")
+cli.run(lambda argv: print(argv[1:]), operands="RUN")
+"""
+    result = call(script, *arguments)
+    assert result.returncode == status and words in result.stdout + result.stderr
+
+
 RESUMES = "; the same command goes on from what is saved\n"
 
 
