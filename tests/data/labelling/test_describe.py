@@ -189,7 +189,7 @@ test_describe.work(type("", (), {"address": sys.argv[1]}), Path(sys.argv[2]), Pa
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_runs_end_with_the_bytes_of_an_unbroken_one(kills, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "BLOCK", 3)
     with Server() as server:
