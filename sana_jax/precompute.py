@@ -168,7 +168,7 @@ def main(argv):
     from sana_jax.checkpoints.load import place_all
     from sana_jax.data.begun import SETTINGS
     from sana_jax.data.encode import Encoder, WithTokens, precompute
-    from sana_jax.data.sources import open_source
+    from sana_jax.data.sources import is_stored, open_source
     from sana_jax.data.text_image import CaptionTokens
     from sana_jax.runtime import devices
     from sana_jax.runtime.files import local, reason_of, storage
@@ -176,7 +176,7 @@ def main(argv):
 
     folder = local(Path(_OUT.value))
     image = image_transform()
-    if _DATA.value.startswith("precomputed:"):
+    if is_stored(_DATA.value):
         raise UserError(f"--data={_DATA.value}: these are latents already; give images")
     checkpoint = open_encoders()
     tile = tile_of(checkpoint.vae.factor)

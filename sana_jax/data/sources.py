@@ -29,6 +29,7 @@ def open_source(
     - `webdataset:TARS`: tars of pictures, in a folder, by a pattern or by the index of wids
       (webdataset.py, archives.py);
     - `parquet:FILES`: Parquet with the bytes of pictures (parquet.py);
+    - `latents:TARS`: tars of latents, as SANA's own code stores them (latent_tars.py);
     - `precomputed:DIR`: latents of that split that `python -m sana_jax.precompute` wrote to DIR or
       to DIR/split;
     - `captioned:DIR`: the records of another source with the captions and scores that
@@ -53,7 +54,7 @@ def open_source(
 
 def is_stored(spec: str) -> bool:
     """Returns whether a source has latents in place of pictures."""
-    return spec.startswith("precomputed:")
+    return spec.startswith(("precomputed:", "latents:"))
 
 
 def check_apart(train: Source, held_out: Source, train_split: str, test_split: str) -> None:
@@ -92,6 +93,10 @@ def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
 
         tars = WebDataset(spec.removeprefix("webdataset:"), split)
         return Fingerprinted(tars, tars.listing)
+    if spec.startswith("latents:"):
+        from sana_jax.data.latent_tars import LatentTars
+
+        return LatentTars(spec.removeprefix("latents:"), split)
     if spec.startswith("parquet:"):
         from sana_jax.data.parquet import Parquet
 

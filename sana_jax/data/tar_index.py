@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import UInt32
+from jaxtyping import Bool, UInt32
 
 from sana_jax.data import sidecars
 from sana_jax.data.folder import MAX_BYTES
@@ -69,6 +69,10 @@ class TarIndex:
         """Returns the name of a picture's member."""
         start = int(self.ends[number - 1]) if number else 0
         return self.names[start : int(self.ends[number])].tobytes().decode()
+
+    def has(self, ending: str) -> Bool[np.ndarray, " N"]:
+        """Returns which pictures have a file beside them with an `ending`."""
+        return self.places[:, 1 + BESIDE.index(ending), 0] > 0
 
     def place(self, number: int, ending: str | None = None) -> tuple[int, int] | None:
         """Returns offset and size of a picture, or of the file beside it with an `ending`."""
@@ -214,7 +218,8 @@ def _shapes(path: epath.Path, members: Sequence[Member]) -> UInt32[np.ndarray, "
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0
                 read = read if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shapes[number] = read(file)[0]
+                shape = read(file)[0]
+                shapes[number] = shape[-3:] if set(shape[:-3]) <= {1} else 0
             except (ValueError, OverflowError):
                 continue
     return shapes

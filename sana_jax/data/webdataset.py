@@ -76,9 +76,15 @@ class Tars:
         for archive, index in zip(self.shards, self.indices, strict=True):
             self.left_out.update(index.left_out)
             self.orphans += [f"{archive.name}/{name}" for name in index.orphans]
+        folders = {path.parent for _, path in self.shards}
+        names = {each: [path.name for path in each.glob("*.json")] for each in folders}
+        self._more = [
+            ShardCaptions(beside_tar(path, names[path.parent]), index)
+            for (_, path), index in zip(self.shards, self.indices, strict=True)
+        ]
         digests = [
-            [archive.name, index.digest]
-            for archive, index in zip(self.shards, self.indices, strict=True)
+            [archive.name, index.digest, more.digest]
+            for archive, index, more in zip(self.shards, self.indices, self._more, strict=True)
         ]
         self.listing = json.dumps(digests)
 
@@ -123,20 +129,26 @@ class Tars:
             raise BadImage("unreadable", f"{path} has become shorter")
         return data
 
+    def captions(self, shard: int, number: int) -> dict[str, Any]:
+        """Returns "captions", "scores" and "truth" of a record. Raises BadImage, and Retry."""
+
+        def read(ending: str) -> tuple[str, str] | None:
+            data = self.read(shard, number, ending)
+            return data if data is None else (ending, sidecars.decode_text(data, ending))
+
+        fields, without = sidecars.beside(read, sidecars.COLUMNS)
+        fields = self._more[shard].added(number, fields)
+        if without and not fields["captions"]:
+            raise without
+        return fields
+
 
 class WebDataset:
     """The records of tars with pictures."""
 
     def __init__(self, spec: str, split: str = "train"):
         self._tars = tars = Tars(spec, split)
-        folders = {path.parent for _, path in tars.shards}
-        names = {each: [path.name for path in each.glob("*.json")] for each in folders}
-        self._more = [
-            ShardCaptions(beside_tar(path, names[path.parent]), index)
-            for (_, path), index in zip(tars.shards, tars.indices, strict=True)
-        ]
-        self.listing = tars.listing + "".join(more.digest for more in self._more)
-        self.left_out, self.orphans, self.places = tars.left_out, tars.orphans, tars.places
+        self.listing, self.places, self.orphans = tars.listing, tars.places, tars.orphans
         if tars.orphans:
             logging.warning(
                 "%s: %d members belong to no picture, for example %s",
@@ -153,24 +165,13 @@ class WebDataset:
         key = self.key_of(record)
         try:
             image = self._tars.read(shard, number)
-            return {"key": key, "image": image, **self._captions(shard, number)}
+            return {"key": key, "image": image, **self._tars.captions(shard, number)}
         except BadImage as error:
             error.key = key
             raise
 
     def key_of(self, record: int) -> str:
         return self._tars.key_of(record)
-
-    def _captions(self, shard: int, number: int) -> dict[str, Any]:
-        def read(ending: str) -> tuple[str, str] | None:
-            data = self._tars.read(shard, number, ending)
-            return data if data is None else (ending, sidecars.decode_text(data, ending))
-
-        fields, without = sidecars.beside(read, sidecars.COLUMNS)
-        fields = self._more[shard].added(number, fields)
-        if without and not fields["captions"]:
-            raise without
-        return fields
 
 
 def open_unbuffered(path: epath.Path):

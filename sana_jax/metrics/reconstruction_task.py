@@ -14,7 +14,7 @@ from sana_jax.checkpoints.components import module_for
 from sana_jax.checkpoints.load import open_checkpoint, place_all
 from sana_jax.data.loader import EvaluationLoader
 from sana_jax.data.records import NoData, Source
-from sana_jax.data.sources import open_source
+from sana_jax.data.sources import is_stored, open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.metrics import lpips
 from sana_jax.metrics.reconstruction import to_uint8
@@ -128,7 +128,7 @@ def open_data(
             raise UserError("there is no home folder for a cache: give --data_dir") from None
         # A record depends on its number and split alone: the others need not be drawn.
         prepare(data_dir, size, train=1, test=SHAPES_TEST)
-    if data.startswith("precomputed:"):
+    if is_stored(data):
         raise UserError(f"--data={data}: these are latents; give images")
     named = data == "shapes" or data.startswith("tfds:")
     if split is None and not named:

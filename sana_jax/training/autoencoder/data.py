@@ -12,7 +12,7 @@ from sana_jax.data.loader import EvaluationLoader, TrainingLoader
 from sana_jax.data.memory import InMemory
 from sana_jax.data.records import Source
 from sana_jax.data.rejections import Budget
-from sana_jax.data.sources import check_apart, open_source
+from sana_jax.data.sources import check_apart, is_stored, open_source
 from sana_jax.data.transforms import ImageTransform
 from sana_jax.runtime import hosts
 from sana_jax.runtime.checks import within
@@ -93,7 +93,7 @@ class AutoencoderData:
         """Raises UserError if the data does not suffice for a phase; nothing is written."""
         data, evaluation = self._config.data, self._config.evaluation
         within("config.data.max_pixels", data.max_pixels, 1, MOST_PIXELS)
-        if data.source.startswith("precomputed:"):
+        if is_stored(data.source):
             raise UserError(f"config.data.source={data.source}: these are latents; give images")
         if data.source == "shapes":
             sizes = {size: 1 for size in evaluation.sizes}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sana_jax import sharding
 from sana_jax.checkpoints.components import Checkpoint, abstract_placed
+from sana_jax.data.sources import is_stored
 from sana_jax.models import flops
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig
@@ -87,7 +88,7 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
     batch = {"tokens": placed((tokens,), jnp.int32), "mask": placed((rows,), jnp.bool_)}
     if has_prior(config):
         batch["weight"] = placed((), jnp.float32)
-    if config.data.source.startswith("precomputed:"):
+    if is_stored(config.data.source):
         side //= base.vae.factor
         batch["latents"] = placed((side, side, base.vae.latent_channels), jnp.float32)
     else:

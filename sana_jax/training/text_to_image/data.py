@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,12 +16,13 @@ from sana_jax.data.caption_template import Captioned, CaptionTemplate
 from sana_jax.data.captions import CaptionChoice
 from sana_jax.data.first_look import check_first
 from sana_jax.data.images import MOST_PIXELS
+from sana_jax.data.latent_tars import LatentTars, first_rms
 from sana_jax.data.loader import LoaderConfig, TrainingLoader
 from sana_jax.data.orders import GlobalOrder, Order, bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
 from sana_jax.data.prior import WeightedRows
 from sana_jax.data.rejections import Budget
-from sana_jax.data.sources import check_apart, open_source
+from sana_jax.data.sources import check_apart, is_stored, open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
 from sana_jax.data.transforms import (
     BucketTransform,
@@ -67,7 +69,7 @@ def make_loaders(
     data, folder = config.data, epath.Path(config.data.data_dir or workdir / "data")
     wanted, of_class = _splits(config), class_prompts(config)
     within("config.data.max_pixels", data.max_pixels, 1, MOST_PIXELS)
-    stored, table = data.source.startswith("precomputed:"), ()
+    stored, table = is_stored(data.source), ()
     if stored:
         _check_options_of_stored(config)
     else:
@@ -150,7 +152,7 @@ def _image_transform(
 ) -> Transform:
     """Returns what makes a record's pixels, in the sizes of `table` if there are any."""
     data = config.data
-    if data.source.startswith("precomputed:"):
+    if is_stored(data.source):
         return StoredLatents()
     options, pixels = (split.crop, split.flip, data.upscale), data.max_pixels
     if table:
@@ -199,7 +201,7 @@ def _check_sequence(mesh: Mesh, base: Checkpoint, heights: Iterable[int]) -> Non
 
 
 def _check_stored(
-    sources: Sequence[Precomputed],
+    sources: Sequence[Precomputed | LatentTars],
     config: ConfigDict,
     base: Checkpoint,
     captions: CaptionTokens,
@@ -209,12 +211,12 @@ def _check_stored(
 ) -> None:
     """Raises UserError if stored data is of other networks, texts or sizes than the config."""
     data, factor, patch = config.data, base.vae.factor, base.dit.patch_size
-    autoencoder = weights_sha256(base.vae, base.params["vae"])
-    text = json.loads(json.dumps(captions.settings))
     for source in sources:
         folder = source.folder
-        if source.index.get("autoencoder") != autoencoder:
-            raise UserError(f"{folder} is not of config.autoencoder={config.autoencoder}")
+        if isinstance(source, LatentTars):
+            _check_unsigned(source, base, captions)
+        else:
+            _check_signed(source, config, base, captions)
         shapes = np.unique(source.shapes, axis=0)
         if not data.buckets and (shapes * factor != size).any():
             height, width = factor * shapes[(shapes * factor != size).any(1)][0]
@@ -232,18 +234,50 @@ def _check_stored(
                 f" config.data.size={size}: give the size that they were made for"
             )
         _check_sequence(mesh, base, set((factor * shapes[:, 0]).tolist()))
-        if not source.rows:
-            continue
-        if reader_trains:
+        if source.rows and reader_trains:
             raise UserError(f"{folder} has embeddings, which a text encoder that trains cannot use")
-        if source.index["text"] != text:
-            raise UserError(
-                f"{folder} has embeddings of another tokenizer, instruction or number of rows than"
-                " config.text_encoder"
-            )
-        encoder = weights_sha256(base.text_encoder, base.params["text_encoder"])
-        if source.index.get("text_encoder") != encoder:
-            raise UserError(
-                f"{folder} has embeddings that are not of config.text_encoder.checkpoint="
-                f"{config.text_encoder.checkpoint}"
-            )
+
+
+def _check_signed(
+    source: Precomputed, config: ConfigDict, base: Checkpoint, captions: CaptionTokens
+) -> None:
+    """Raises UserError if stored data is of other networks or texts than the config."""
+    folder = source.folder
+    if source.index.get("autoencoder") != weights_sha256(base.vae, base.params["vae"]):
+        raise UserError(f"{folder} is not of config.autoencoder={config.autoencoder}")
+    if not source.rows or config.text_encoder.train:
+        return
+    if source.index["text"] != json.loads(json.dumps(captions.settings)):
+        raise UserError(
+            f"{folder} has embeddings of another tokenizer, instruction or number of rows than"
+            " config.text_encoder"
+        )
+    encoder = weights_sha256(base.text_encoder, base.params["text_encoder"])
+    if source.index.get("text_encoder") != encoder:
+        raise UserError(
+            f"{folder} has embeddings that are not of config.text_encoder.checkpoint="
+            f"{config.text_encoder.checkpoint}"
+        )
+
+
+def _check_unsigned(source: LatentTars, base: Checkpoint, captions: CaptionTokens) -> None:
+    """Raises UserError if latents cannot be of these networks; they do not say of which they are.
+
+    Scaled latents have a root mean square near 1: a line says so if they are far from it.
+    """
+    folder, rows = source.folder, captions.settings["rows"]
+    if source.channels != base.vae.latent_channels:
+        raise UserError(
+            f"{folder} has latents of {source.channels} channels, config.autoencoder"
+            f" {base.vae.latent_channels}"
+        )
+    if source.rows not in (None, rows):
+        raise UserError(f"{folder} has text features of {source.rows} rows, not {rows}")
+    size = first_rms(source)
+    if size is not None and abs(size - 1) > 0.3:
+        logging.warning(
+            "%s: the latents' root mean square is %.2f, where it is near 1 of scaled latents of"
+            " the right autoencoder",
+            folder,
+            size,
+        )
