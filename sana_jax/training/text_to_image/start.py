@@ -25,8 +25,6 @@ from sana_jax.training.text_to_image.networks import Opener, open_once
 from sana_jax.training.text_to_image.recipe import has_prior
 
 BATCH = 4  # pictures of the data in a batch, or more where there are more devices
-# Sources that are no folder of pictures.
-NAMED = "shapes", "tfds:", "precomputed:"
 
 _OPEN = {
     "text_encoder.rows": int,
@@ -119,7 +117,7 @@ def _follow(config: ConfigDict, start: Checkpoint, is_open: bool) -> None:
 
 
 def _has_buckets(config: ConfigDict, opener: Opener) -> bool:
-    if config.data.source.startswith(NAMED):
+    if config.data.source == "shapes":  # which is square
         return False
     factor = opener(config.autoencoder).vae.factor
     return (config.data.size or config.network.sample_size * factor) in BASES

@@ -1,5 +1,6 @@
 """The data fits the networks and the config, or is refused before anything is written."""
 
+import io
 import re
 
 import jax
@@ -12,6 +13,8 @@ from sana_jax.data.precomputed import weights_sha256
 from sana_jax.models import buckets
 from sana_jax.runtime.errors import DoNotRetry, Retry, UserError
 from sana_jax.training.text_to_image.run import TextToImageTraining
+from tests.data import formats
+from tests.data.test_webdataset import tar
 from tests.training.text_to_image.toy import load, store, stored
 
 
@@ -151,3 +154,45 @@ def test_stored_embeddings_must_be_of_the_text_encoder(config, tmp_path):
     store(tmp_path, config, "train", [(4, 4)], text=told | {"rows": 9}, text_encoder=encoder)
     with pytest.raises(UserError, match="another tokenizer, instruction or number of rows"):
         stored(tmp_path, config)
+
+
+def test_latents_in_tars_must_fit_and_are_told_if_they_are_not_scaled(config, tmp_path, caplog):
+    def training(scale=1, channels=8, rows=8, **changes):
+        rng, found = np.random.default_rng(0), {}
+        for i in range(8):
+            latents, features = io.BytesIO(), io.BytesIO()
+            np.save(latents, scale * rng.standard_normal((channels, 4, 4)))
+            np.savez(features, caption_feature=rng.standard_normal((1, rows, 48)))
+            found |= {f"{i}__npy": latents.getvalue(), f"{i}__npz": features.getvalue()}
+            found[f"{i}__json"] = {"prompt": "a cat"}
+        path = tar(tmp_path / "x.tar", **found)
+        changes |= dict(data__source=f"latents:{path}", loop__evaluate_every=0)
+        return TextToImageTraining(load(config, **changes), str(tmp_path / "run"))
+
+    batch = training().loader.batch(0)
+    assert batch["latents"].shape == (8, 4, 4, 8) and batch["embeddings"].shape == (8, 8, 48)
+    assert "root mean square" not in caplog.text
+    training(scale=2.5)
+    assert "the latents' root mean square is 2.5" in caplog.text
+    for changes, message in (
+        (dict(channels=4), "has latents of 4 channels, config.autoencoder 8"),
+        (dict(rows=9), "has text features of 9 rows, not 8"),
+        (dict(data__size=32), "has latents of 16 x 16 pixels, config.data.size is 32"),
+        (dict(data__flip=True), "stored latents stay as they are"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            training(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_archives_of_the_same_pictures_are_the_same_step_to_the_bit(config, tmp_path):
+    """One step of a training on a folder, on tars, on tars with an index, and on Parquet."""
+    leaves = {}
+    for kind, name in formats.all_of_them(tmp_path, 40).items():
+        changes = dict(data__source=name, data__upscale=True, data__crop="random", data__flip=True)
+        changes |= dict(data__caption="a picture", loop__evaluate_every=0, recipe__steps=1)
+        changes |= dict(loop__images_every=0, loader__bad_fraction=1.0)
+        training = TextToImageTraining(load(config, **changes), str(tmp_path / kind / "run"))
+        training.run()
+        leaves[kind] = (tmp_path / kind / "run/model/dit.safetensors").read_bytes()
+    assert len(leaves) == 4 and len(set(leaves.values())) == 1

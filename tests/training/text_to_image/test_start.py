@@ -109,7 +109,8 @@ def test_buckets_are_used_where_the_size_has_some(config, monkeypatch):
     monkeypatch.setattr(start, "BASES", (64, 512))
     assert resolve(opened(start=base)).data.buckets is True
     assert resolve(opened(start=base, data__size=32)).data.buckets is False
-    assert resolve(opened(start=base, data__source="precomputed:here")).data.buckets is False
+    for source, kept in ("precomputed:here", True), ("tfds:coco", True), ("shapes", False):
+        assert resolve(opened(start=base, data__source=source)).data.buckets is kept
 
 
 @pytest.mark.parametrize(
