@@ -31,7 +31,7 @@ from sana_jax.data.records import NoData, Record
 from sana_jax.data.shard_captions import ShardCaptions, beside_tar
 from sana_jax.data.tar_index import TarIndex
 from sana_jax.runtime.errors import Retry, UserError
-from sana_jax.runtime.files import reason_of
+from sana_jax.runtime.files import named, reason_of
 from sana_jax.runtime.progress import Progress
 
 INDEX = "wids-meta.json"
@@ -149,13 +149,12 @@ class WebDataset:
     def __init__(self, spec: str, split: str = "train"):
         self._tars = tars = Tars(spec, split)
         self.listing, self.places, self.orphans = tars.listing, tars.places, tars.orphans
+        unread = dict(sorted(tars.left_out.items())[:20])
         if tars.orphans:
-            logging.warning(
-                "%s: %d members belong to no picture, for example %s",
-                spec,
-                len(tars.orphans),
-                ", ".join(tars.orphans[:3]),
-            )
+            unread[f"members without a picture, such as {tars.orphans[0]}"] = len(tars.orphans)
+        if unread:
+            counted = ", ".join(f"{what} ({count})" for what, count in unread.items())
+            logging.warning("%s: %d pictures; not read: %s", spec, len(self), counted)
 
     def __len__(self) -> int:
         return len(self._tars)
@@ -190,7 +189,7 @@ def _shards(spec: str, split: str) -> tuple[list[archives.Archive], dict[epath.P
     for path in indices:
         told |= _listed(path)
     tars = list(told) or archives.find(spec, ".tar")
-    if told and epath.Path(spec).is_dir():
+    if told and epath.Path(named(spec)).is_dir():
         more = set(archives.find(spec, ".tar")) - set(tars)
         if more:
             logging.warning("%s: %d tars that no index lists are not read", spec, len(more))

@@ -111,6 +111,16 @@ def test_json_of_a_sample(tmp_path, beside, captions):
     assert (caught.value.reason, caught.value.key) == ("bad_caption", "x.tar/k.png")
 
 
+def test_what_is_not_read_is_told_in_one_line(tmp_path, caplog):
+    write(tmp_path / "data/x.tar", "a.png a.cls b.txt ._a.png b.cls")
+    open_source(f"webdataset:{tmp_path / 'data'}")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith(
+        "data: 1 pictures; not read: *.cls (2), hidden files (1),"
+        " members without a picture, such as x.tar/b.txt (1)"
+    )
+
+
 def test_tars_without_pictures(tmp_path):
     write(tmp_path / "data/x.tar", "a.txt b.cls")
     with pytest.raises(UserError, match="no picture in 1 tars"):
