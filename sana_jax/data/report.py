@@ -9,14 +9,13 @@ parts/           what is known of each part of the source, which a second run do
 """
 
 import collections
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageDraw
 
 from sana_jax.data.begun import begun, write_json
@@ -25,7 +24,6 @@ from sana_jax.data.records import Source, thread_pool
 from sana_jax.data.rejections import Counts, Rejection
 from sana_jax.models import buckets
 from sana_jax.pictures import Picture, in_rows, make_grid, save_png
-from sana_jax.runtime.files import write_atomically
 from sana_jax.runtime.progress import Progress
 from sana_jax.text.prompts import mend
 
@@ -46,65 +44,92 @@ def report(source: Source, folder: Path, settings: dict[str, Any], base: int) ->
     Raises UserError if the folder was begun with other settings.
     """
     begun(folder, settings)
-    (folder / "parts").mkdir(exist_ok=True)
-    looked = list(itertools.chain.from_iterable(_parts(source, folder / "parts")))
-    good = [each for each in looked if "reason" not in each]
-    bad = [each for each in looked if "reason" in each]
+    parts = folder / "parts"
+    parts.mkdir(exist_ok=True)
+    kept: list[dict[str, np.ndarray]] = []  # numbers alone, for there may be millions of pictures
+    bad: list[Looked] = []
+    for looked in _parts(source, parts):
+        kept.append(_numbers([each for each in looked if "reason" not in each]))
+        bad += [each for each in looked if "reason" in each]
+    numbers = {name: np.concatenate([each[name] for each in kept]) for name in kept[0]}
     table = buckets.training_buckets(base)
-    sizes = np.array([each["size"] for each in good], np.int64).reshape(-1, 2)
-    places = buckets.assign(sizes, table, upscale=True)
-    fits = buckets.assign(sizes, table) >= 0
-    for each, bucket, whole in zip(good, places, fits, strict=True):
-        each["bucket"] = list(table[bucket])
-        each["smaller"] = not whole
-    bad += [
+    places = buckets.assign(numbers["size"], table, upscale=True)
+    smaller = buckets.assign(numbers["size"], table) < 0
+    counts = np.bincount(places, minlength=len(table))
+    orphans = [
         {"key": mend(name), "reason": NO_PICTURE, "detail": "it belongs to no picture"}
         for name in getattr(source, "orphans", [])
     ]
-    _write_lines(folder / "pictures.jsonl", good)
-    _write_lines(folder / "rejected.jsonl", bad)
-    found = _figures(good, bad, len(source)) | {
+    with_buckets = (
+        each | {"bucket": list(table[bucket]), "smaller": bool(less)}
+        for each, bucket, less in zip(_good(parts, len(kept)), places, smaller, strict=True)
+    )
+    _write_lines(folder / "pictures.jsonl", with_buckets)
+    _write_lines(folder / "rejected.jsonl", bad + orphans)
+    found = _figures(numbers, bad) | {
+        "files_without_a_picture": len(orphans),
         "base": base,
         "buckets": {
-            f"{height}x{width}": int((places == i).sum())
-            for i, (height, width) in enumerate(table)
-            if (places == i).any()
+            f"{height}x{width}": int(count)
+            for (height, width), count in zip(table, counts, strict=True)
+            if count
         },
-        "smaller_than_bucket": int((~fits).sum()),
+        "smaller_than_bucket": int(smaller.sum()),
     }
-    save_png(folder / "aspects.png", histogram(np.bincount(places, minlength=len(table)), table))
-    if good:
-        save_png(folder / "contact.png", _contact(source, [each["index"] for each in good]))
+    assert len(source) == found["read"]
+    save_png(folder / "aspects.png", histogram(counts, table))
+    if len(places):
+        save_png(folder / "contact.png", _contact(source, numbers["index"]))
     write_json(folder / "report.json", found)
     return found
 
 
-def _figures(good: Sequence[Looked], bad: Sequence[Looked], records: int) -> dict[str, Any]:
-    reasons = collections.Counter(each["reason"] for each in bad)
-    orphans = reasons.pop(NO_PICTURE, 0)
-    assert records == len(good) + sum(reasons.values())
-    sides = {"height": [each["size"][0] for each in good]}
-    sides["width"] = [each["size"][1] for each in good]
-    sides["megapixels"] = [each["size"][0] * each["size"][1] / 1e6 for each in good]
-    sides["bytes"] = [each["bytes"] for each in good]
-    sides["letters_of_a_caption"] = [n for each in good for n in each["letters"]]
-    captions = collections.Counter(len(each["letters"]) for each in good)
+def _numbers(good: Sequence[Looked]) -> dict[str, np.ndarray]:
+    letters = [each["letters"] for each in good]
     return {
-        "read": records,
-        "used": len(good),
-        "rejected": dict(sorted(reasons.items())),
-        "files_without_a_picture": orphans,
-        "captions_a_picture": {str(n): captions[n] for n in sorted(captions)},
-        "with_scores": sum(each["scored"] for each in good),
-        **{name: _spread(values) for name, values in sides.items()},
+        "index": np.array([each["index"] for each in good], np.int64),
+        "size": np.array([each["size"] for each in good], np.int64).reshape(-1, 2),
+        "bytes": np.array([each["bytes"] for each in good], np.int64),
+        "captions": np.array([len(each) for each in letters], np.int64),
+        "letters": np.array([n for each in letters for n in each], np.int64),
+        "scored": np.array([each["scored"] for each in good], bool),
     }
 
 
-def _spread(values: Sequence[float]) -> list[float] | None:
+def _figures(numbers: dict[str, np.ndarray], bad: Sequence[Looked]) -> dict[str, Any]:
+    reasons = collections.Counter(each["reason"] for each in bad)
+    height, width = numbers["size"].T
+    captions = zip(*np.unique(numbers["captions"], return_counts=True), strict=True)
+    return {
+        "read": len(height) + len(bad),
+        "used": len(height),
+        "rejected": dict(sorted(reasons.items())),
+        "captions_a_picture": {str(n): int(count) for n, count in captions},
+        "with_scores": int(numbers["scored"].sum()),
+        "height": _spread(height),
+        "width": _spread(width),
+        "megapixels": _spread(height * width / 1e6),
+        "bytes": _spread(numbers["bytes"]),
+        "letters_of_a_caption": _spread(numbers["letters"]),
+    }
+
+
+def _spread(values: np.ndarray) -> list[float] | None:
     """Returns the least value, the median and the largest."""
-    if not values:
+    if not len(values):
         return None
     return [round(float(value), 3) for value in np.quantile(values, [0, 0.5, 1])]
+
+
+def _good(folder: Path, parts: int) -> Iterator[Looked]:
+    """Yields what is written down of the pictures that can be used."""
+    for number in range(parts):
+        looked = json.loads(_part(folder, number).read_bytes())
+        yield from (each for each in looked if "reason" not in each)
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.json"
 
 
 def _parts(source: Source, folder: Path) -> Iterator[list[Looked]]:
@@ -112,8 +137,7 @@ def _parts(source: Source, folder: Path) -> Iterator[list[Looked]]:
     counts = Counts()
     with thread_pool() as pool, Progress(len(source), "picture") as progress:
         for number, start in enumerate(range(0, len(source), PART)):
-            path, indices = folder / f"{number:06d}.json", range(start, start + PART)
-            indices = range(start, min(indices.stop, len(source)))
+            path, indices = _part(folder, number), range(start, min(start + PART, len(source)))
             looked = _kept(path, len(indices))
             if looked is None:
                 looked = []
@@ -155,14 +179,20 @@ def _look(source: Source, index: int) -> Looked:
     }
 
 
-def _write_lines(path: Path, values: Sequence[Any]) -> None:
-    text = "".join(json.dumps(value, sort_keys=True) + "\n" for value in values)
-    write_atomically(epath.Path(path), text.encode())
+def _write_lines(path: Path, values: Iterable[Looked]) -> None:
+    """Writes lines of JSON, completely or not at all."""
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w") as file:
+        for value in values:
+            file.write(json.dumps(value, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _contact(source: Source, indices: Sequence[int]) -> Picture:
     """Returns a sheet of pictures, evenly spread over the source, cropped to squares."""
-    chosen = sorted({indices[i * len(indices) // SHOWN] for i in range(SHOWN)})
+    chosen = sorted({int(indices[i * len(indices) // SHOWN]) for i in range(SHOWN)})
     pictures = [
         cover_crop(decode(source[index]["image"]), SIDE, SIDE, upscale=True) for index in chosen
     ]
