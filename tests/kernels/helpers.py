@@ -71,18 +71,20 @@ def spec(*shape, dtype="bfloat16", sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
+def loss(fn):
+    """The cotangent of the first operand, where the result's squares are the loss."""
+
+    def squares(*args):
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(fn(*args)))
+
+    return jax.grad(squares, argnums=0)
+
+
 def operations(
     sharding=None, side=8, width=224, hidden=160, heads=2, rows=20, dtype="bfloat16", batch=1
 ):
     """Forward and backward of every operation, through its public function: (loss, operands)."""
     made = partial(spec, sharding=sharding, dtype=dtype)
-
-    def loss(fn):
-        def squares(*args):
-            return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(fn(*args)))
-
-        return jax.grad(squares, argnums=0)
-
     attention = partial(linear_attention, head_dim=32, implementation="pallas")
     to_text = partial(cross_attention, heads=heads, implementation="pallas")
     norm = partial(modulated_norm, implementation="pallas")
