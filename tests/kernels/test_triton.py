@@ -1,7 +1,13 @@
 """The compiler of the kernels for GPU: its warning, and JAX without it."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+KERNELS = Path(__file__).parents[2] / "sana_jax/kernels"
+
+USING = "glumbconv", "linear_attention"
 
 WITHOUT = """
 import sys
@@ -57,3 +63,12 @@ def test_without_it_the_operations_take_their_plain_form():
 def test_its_deprecation_is_silent_and_no_other():
     told = run(WARNING)
     assert "Triton" not in told and "another is deprecated" in told
+
+
+def test_only_the_kernels_for_gpu_know_it():
+    sources = {path: path.read_text() for path in KERNELS.parent.rglob("*.py")}
+    imports = re.compile(r"pallas(\.| import )triton\b")
+    importing = {path for path, text in sources.items() if imports.search(text)}
+    using = {path for path, text in sources.items() if "plgpu" in text}
+    assert importing == {KERNELS / "triton.py"}
+    assert using == importing | {KERNELS / name / "gpu.py" for name in USING}
