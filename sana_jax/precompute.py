@@ -15,13 +15,14 @@ encodes those above 2048 x 2048 pixels in tiles. A tiny autoencoder took 0.84 GB
 
 Images that cannot be used are left out, counted by reason in DIR/index.json, and named in the log.
 The same command continues where it was stopped, wherever the data is now; complete shards are kept.
+
+    python -m sana_jax.precompute ... --runner=DirectRunner --beam=direct_num_workers=2
+
+Shards are encoded by an Apache Beam pipeline, which needs pip install 'sana_jax[beam]', to the same
+bytes on machines of the same kind. sana_jax/data/README.md has options for Dataflow and Flink.
 """
 
-import dataclasses
 import json
-import math
-from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -77,130 +78,65 @@ _DTYPE = flags.DEFINE_enum(
 _STORE = flags.DEFINE_enum(
     "store", "bfloat16", ["float32", "bfloat16"], "dtype of the latents on disk"
 )
+_RUNNER = flags.DEFINE_string(
+    "runner", None, "encode by an Apache Beam pipeline on this runner, such as DirectRunner"
+)
+_OPTIONS = flags.DEFINE_multi_string(
+    "beam", [], "an option of Beam or of its runner, NAME=VALUE; may be given several times"
+)
 _VARIANT = checkpoint_flags.define("variant")
 _REVISION = checkpoint_flags.define("revision")
 
 
-def image_transform():
-    """Returns the transform of a record's picture that --size or --buckets asks for."""
-    from sana_jax.data.transforms import BucketTransform, ImageTransform
-    from sana_jax.models import buckets
-
-    options = dict(crop=_CROP.value, upscale=_UPSCALE.value, dtype="uint8")
-    options |= dict(max_pixels=_MAX_PIXELS.value)
-    if _SIZE.value is not None:
-        return ImageTransform(_SIZE.value, _SIZE.value, **options)
-    return BucketTransform(buckets.training_buckets(_BUCKETS.value), **options)
-
-
-def tile_of(factor: int) -> tuple[int, int] | None:
-    """Returns the size and stride of tiles that --tile asks for. Raises UserError."""
-    from sana_jax.models import buckets
-    from sana_jax.pipeline.request import tiles
-
-    sizes = [(_SIZE.value,) * 2] if _SIZE.value else buckets.training_buckets(_BUCKETS.value)
-    height, width = max(sizes, key=math.prod)
-    try:
-        given = _TILE.value if _TILE.value == "auto" else None
-        if _TILE.value not in ("auto", "none"):
-            given = tuple(map(int, _TILE.value.split(",")))
-    except ValueError:
-        raise UserError(f"--tile={_TILE.value}: give SIZE,STRIDE in pixels, auto or none") from None
-    try:
-        return tiles(factor, given, height, width)
-    except UserError as error:
-        raise UserError(f"--tile={_TILE.value}: {error}") from None
-
-
-def open_encoders():
-    """Returns the checkpoint with the networks that encode, and no others."""
-    from sana_jax.checkpoints.load import open_checkpoint
-    from sana_jax.runtime import checks
-
-    checkpoint = open_checkpoint(
-        _CHECKPOINT.value,
-        variant=_VARIANT.value,
-        revision=_REVISION.value,
-        instruction_file=_INSTRUCTION.value,
-        instruct=_TEXT.value and not _NO_INSTRUCTION.value,
-    )
-    if _SIZE.value is not None:
-        checks.multiple(f"--size={_SIZE.value}", _SIZE.value, checkpoint.vae.factor)
-    if _TEXT.value and checkpoint.text_encoder is None:
-        raise UserError(f"{_CHECKPOINT.value} has no text encoder, which --text needs")
-    text_encoder = checkpoint.text_encoder if _TEXT.value else None
-    return dataclasses.replace(checkpoint, dit=None, text_encoder=text_encoder)
-
-
-def settings_of(source, image, checkpoint, tokens, tile) -> dict[str, Any]:
-    """Returns everything that decides the records; a folder is continued with the same alone."""
-    from sana_jax.data import precomputed
-
-    encoder = checkpoint.text_encoder
-    return {
-        "format": precomputed.FORMAT,
-        "data": _DATA.value,
-        "split": _SPLIT.value,
-        "source": source.fingerprint,
-        "records": len(source),
-        "image": image.settings,
-        "seed": _SEED.value,
-        "autoencoder": precomputed.weights_sha256(checkpoint.vae, checkpoint.params["vae"]),
-        "scaling_factor": checkpoint.vae.scaling_factor,
-        "text": tokens and tokens.settings,
-        "text_encoder": encoder
-        and precomputed.weights_sha256(encoder, checkpoint.params["text_encoder"]),
-        "dtype": _DTYPE.value,
-        "store": _STORE.value,
-        "batch": _BATCH.value,
-        "shard": _SHARD.value,
-    } | ({"tile": list(tile)} if tile else {})
-
-
 def main(argv):
     del argv
-    if (_SIZE.value is None) == (_BUCKETS.value is None):
-        raise UserError("give --size or --buckets")
-
-    import jax
-
-    from sana_jax import sharding
-    from sana_jax.checkpoints.load import place_all
     from sana_jax.data.begun import SETTINGS
-    from sana_jax.data.encode import Encoder, WithTokens, precompute
-    from sana_jax.data.sources import is_stored, open_source
-    from sana_jax.data.text_image import CaptionTokens
-    from sana_jax.runtime import devices
+    from sana_jax.data.encode import precompute
+    from sana_jax.data.encoding import Encoding
     from sana_jax.runtime.files import local, reason_of, storage
     from sana_jax.runtime.lock import locked
 
-    folder = local(Path(_OUT.value))
-    image = image_transform()
-    if is_stored(_DATA.value):
-        raise UserError(f"--data={_DATA.value}: these are latents already; give images")
-    checkpoint = open_encoders()
-    tile = tile_of(checkpoint.vae.factor)
-    resumes = (folder / SETTINGS).exists()
-    given = _DATA.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value or 128
-    source = open_source(*given, resumes=resumes)
-    tokens = None
-    if _TEXT.value:
-        found = checkpoint.instruction
-        tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, found and found.text)
-    mesh = sharding.make_mesh()
-    settings = settings_of(source, image, checkpoint, tokens, tile)
+    folder = local(_OUT.value)
+    pipeline = None
+    if _RUNNER.value is not None:
+        from sana_jax.data.beam import open_pipeline, precompute_by_beam
+
+        pipeline = open_pipeline(_RUNNER.value, _OPTIONS.value)
+    elif _OPTIONS.value:
+        raise UserError("--beam needs --runner, such as DirectRunner")
+    encoding = Encoding(
+        _CHECKPOINT.value,
+        _DATA.value,
+        _SPLIT.value,
+        _DATA_DIR.value,
+        size=_SIZE.value,
+        buckets=_BUCKETS.value,
+        crop=_CROP.value,
+        seed=_SEED.value,
+        upscale=_UPSCALE.value,
+        max_pixels=_MAX_PIXELS.value,
+        text=_TEXT.value,
+        instruction_file=_INSTRUCTION.value,
+        instruct=not _NO_INSTRUCTION.value,
+        variant=_VARIANT.value,
+        revision=_REVISION.value,
+        batch=_BATCH.value,
+        tile=_TILE.value,
+        shard=_SHARD.value,
+        dtype=_DTYPE.value,
+        store=_STORE.value,
+    )
+    opened = encoding.open(resumes=(folder / SETTINGS).exists())
+    settings = opened.settings()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            locked(folder),
-            storage(folder),  # from here on the same command continues
-            jax.set_mesh(mesh),
-            jax.default_matmul_precision("float32"),
-            devices.memory_errors("a smaller --batch_size or --size, or --tile=1024,896"),
-        ):
-            place_all(checkpoint, _CHECKPOINT.value, _DTYPE.value, mesh)
-            encoder = Encoder(checkpoint, mesh, _DTYPE.value, _BATCH.value, tokens, tile)
-            index = precompute(source, WithTokens(image, tokens), encoder, folder, settings)
+        with locked(folder), storage(folder):  # from here on the same command continues
+            if pipeline is None:
+                with opened.computing():
+                    given = opened.source, opened.transform, opened.encoder
+                    index = precompute(*given, folder, settings)
+            else:
+                index = precompute_by_beam(encoding, folder, settings, pipeline)
     except OSError as error:
         raise UserError(f"--out={folder}: {reason_of(error)}") from None
     counts = index["counts"]

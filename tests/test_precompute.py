@@ -86,7 +86,8 @@ IMAGE = ImageTransform(SIDE, SIDE, crop="random", dtype="uint8")
 
 def work(source, encoder, folder, image=IMAGE, /, **changes):
     folder.mkdir(exist_ok=True)
-    return precompute(source, WithTokens(image), encoder, folder, settings(**changes))
+    given = settings(**{"records": len(source)} | changes)
+    return precompute(source, WithTokens(image), encoder, folder, given)
 
 
 def online(pipe, source, index, seed=5):
@@ -298,6 +299,7 @@ BAD_FLAGS = [
     (["--size=32", "--data=precomputed:here"], "these are latents already"),
     (["--size=32", "--tile=large"], "--tile=large: give SIZE,STRIDE in pixels, auto or none"),
     (["--size=32", "--tile=16,30"], "--tile=16,30: stride (30, 30) must lie between"),
+    (["--size=32", "--beam=a=b"], "--beam needs --runner, such as DirectRunner"),
     (["--size=32", "--max_pixels=1000000000"], "max_pixels=1000000000: give 1 to 178956970"),
 ]
 

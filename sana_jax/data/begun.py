@@ -43,5 +43,5 @@ def begun(
     return there
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, sort_keys=True) + "\n").encode())
+def write_json(path: Path, value: Any, part: str = ".part") -> None:
+    write_atomically(path, (json.dumps(value, sort_keys=True) + "\n").encode(), part)

@@ -27,7 +27,7 @@ from sana_jax.pictures import to_float
 from sana_jax.pipeline import programs
 from sana_jax.pipeline.request import Tile
 from sana_jax.pipeline.tiling import tiled_encode
-from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.progress import Progress
 from sana_jax.text.prompts import mend
 
@@ -123,20 +123,57 @@ def precompute(
     Raises UserError if the folder was begun with other settings, or if no image can be used.
     """
     settings = begun(folder, settings)
-    size, total, shards = settings["shard"], Counts(), []
     with Progress(len(source), "image") as progress:
-        for number, start in enumerate(range(0, len(source), size)):
-            records = range(start, min(start + size, len(source)))
-            entry = precomputed.finished_shard(folder, number)
-            if entry is None:
-                found = _read_ahead(source, transform, records, settings["seed"])
-                with precomputed.ShardWriter(folder, number) as writer:
-                    counts = _encode(found, writer, encoder, settings, progress.update)
-                    entry = writer.finish({"counts": counts.state(), "bad": counts.examples})
+        for number in range(shards_of(settings)):
+            if precomputed.finished_shard(folder, number) is None:
+                encode_shard(source, transform, encoder, folder, settings, number, progress.update)
             else:
-                progress.update(len(records))
-            shards.append(entry)
-            total += Counts.from_state(entry["counts"])
+                progress.update(len(records_of(settings, number)))
+    return write_index(folder, settings)
+
+
+def shards_of(settings: dict) -> int:
+    """Returns the number of shards."""
+    return -(-settings["records"] // settings["shard"])
+
+
+def records_of(settings: dict, shard: int) -> range:
+    """Returns the numbers of the source's records that belong to a shard."""
+    start = shard * settings["shard"]
+    return range(start, min(start + settings["shard"], settings["records"]))
+
+
+def encode_shard(
+    source: Source,
+    transform: WithTokens,
+    encoder: Encoder,
+    folder: Path,
+    settings: dict,
+    number: int,
+    done: Callable = lambda: None,
+    part: str = ".tmp",
+) -> dict[str, Any]:
+    """Writes a shard and returns its entry of the index; `done` is called for every record.
+
+    Processes that may write the same shard at once must not share `part` (ShardWriter).
+    """
+    found = read_ahead(source, transform, records_of(settings, number), settings["seed"])
+    with precomputed.ShardWriter(folder, number, part) as writer:
+        counts = _encode(found, writer, encoder, settings, done)
+        return writer.finish({"counts": counts.state(), "bad": counts.examples})
+
+
+def write_index(folder: Path, settings: dict) -> dict[str, Any]:
+    """Writes the index of a folder whose shards are complete, and returns it.
+
+    Raises UserError if no image can be used, and Retry if a shard is missing.
+    """
+    shards = [precomputed.entry_of(folder, number) for number in range(shards_of(settings))]
+    if missing := [number for number, entry in enumerate(shards) if entry is None]:
+        raise Retry(f"{folder}: shards {missing[:10]} are missing; the same command makes them")
+    total = sum((Counts.from_state(shard["counts"]) for shard in shards), Counts())
+    if total.read != settings["records"]:
+        raise UserError(f"{folder}: {total}, of {settings['records']} records; name a new folder")
     if not total.used:
         bad = [f"{key} ({why})" for shard in shards for key, why in shard["bad"].items()]
         raise UserError(f"no image can be used: {total}; for example {'; '.join(bad[:5])}")
@@ -145,7 +182,7 @@ def precompute(
     return index
 
 
-def _read_ahead(source: Source, transform: WithTokens, records: range, seed: int) -> Iterator:
+def read_ahead(source: Source, transform: Callable, records: range, seed: int) -> Iterator:
     """Yields each record's transformed example or its rejection, in order."""
 
     def read(index: int):

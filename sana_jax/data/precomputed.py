@@ -169,12 +169,13 @@ def _is_whole(index: dict[str, Any]) -> bool:
 class ShardWriter:
     """A context that writes one shard, which exists only after `finish` returns.
 
-    `add` takes records with `latents`, `scaled` and optionally `embeddings`.
+    `add` takes records with `latents`, `scaled` and optionally `embeddings`. What is not finished
+    is in files whose names end with `part`.
     """
 
-    def __init__(self, folder: Path, number: int):
+    def __init__(self, folder: Path, number: int, part: str = ".tmp"):
         self.path = folder / f"shard-{number:05d}.array_record"
-        self._partial = self.path.with_suffix(".tmp")
+        self._partial, self._part = self.path.with_suffix(part), part
         self._partial.unlink(missing_ok=True)
         self._writer = array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1")
         self._runs: list[list[int]] = []  # [h, w, count] of records in a row with one shape
@@ -203,7 +204,7 @@ class ShardWriter:
                 entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             entry["bytes"] = self._partial.stat().st_size
             self._partial.replace(self.path)
-        write_json(self.path.with_suffix(".json"), entry)
+        write_json(self.path.with_suffix(".json"), entry, self._part)
         return entry
 
     def __enter__(self) -> "ShardWriter":
@@ -218,15 +219,23 @@ class ShardWriter:
 
 def finished_shard(folder: Path, number: int) -> dict[str, Any] | None:
     """Returns the index's entry of a complete, undamaged shard, or None."""
-    path = folder / f"shard-{number:05d}.array_record"
+    entry = entry_of(folder, number)
     try:
-        entry = json.loads(path.with_suffix(".json").read_bytes())
-        if entry["records"]:
-            with path.open("rb") as file:
+        if entry and entry["records"]:
+            with (folder / entry["file"]).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     return None
         return entry
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, KeyError, TypeError):
+        return None
+
+
+def entry_of(folder: Path, number: int) -> dict[str, Any] | None:
+    """Returns the index's entry that was written with a shard, or None."""
+    try:
+        entry = json.loads((folder / f"shard-{number:05d}.json").read_bytes())
+        return entry if isinstance(entry, dict) else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 
