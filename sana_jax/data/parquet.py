@@ -46,8 +46,8 @@ class Parquet:
 
     def __init__(self, spec: str, split: str = "train"):
         self._files = archives.of_split(archives.find(spec, ".parquet"), spec, split)
-        self._about = [_metadata(archive.path) for archive in self._files]
-        schemas = [about.schema.to_arrow_schema() for about in self._about]
+        found = [_metadata(archive.path) for archive in self._files]
+        self._about, schemas = [about for about, _ in found], [schema for _, schema in found]
         self._columns = _columns(schemas[0], self._files[0].path)
         for archive, schema in zip(self._files, schemas, strict=True):
             if missing := [name for name in self._columns.values() if name not in schema.names]:
@@ -64,7 +64,6 @@ class Parquet:
         if not groups or not len(self):
             raise NoData(f"{spec}: its {len(self._files)} files have no rows")
         self._first = np.cumsum([0, *(about.num_rows for about in self._about)])
-        self._check_pictures(spec)
         self.listing = json.dumps(
             [
                 [archive.name, about.num_rows, archive.path.stat().length]
@@ -73,6 +72,7 @@ class Parquet:
         )
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
+        self._check_pictures(spec)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -150,42 +150,45 @@ class Parquet:
         vars(self).update(state, _kept=OrderedDict(), _lock=threading.Lock())
 
     def _check_pictures(self, spec: str) -> None:
-        """Raises UserError if there are paths of pictures alone; says if row groups are large."""
-        empty = largest = 0
-        for file, number in self._groups:
-            group = self._about[file].row_group(number)
-            for column in map(group.column, range(group.num_columns)):
-                if column.path_in_schema in (self._columns["image"], self._bytes_path):
-                    largest = max(largest, column.total_uncompressed_size)
-                    there = column.statistics
-                    if there is not None and there.has_null_count:
-                        empty += there.null_count == group.num_rows
-        if empty == len(self._groups):
+        """Raises UserError if there are paths of pictures alone; says if row groups are large.
+
+        The groups are read until one has a picture: Arrow's statistics of a column end the process
+        where they are damaged.
+        """
+        name = self._columns["image"]
+        for group in range(len(self._groups)):
+            try:
+                table = self._table(group)
+            except BadImage:
+                return  # its rows will say so
+            pictures = table[name].combine_chunks()
+            if pa.types.is_struct(pictures.type):
+                pictures = pictures.field("bytes")
+            if pictures.null_count < len(pictures):
+                break
+        else:
             raise UserError(
-                f"{spec}: column {self._columns['image']!r} has the paths of pictures and not"
-                " their bytes; before datasets writes them, call .with_format('arrow').map("
+                f"{spec}: column {name!r} has the paths of pictures and not their bytes; before"
+                " datasets writes them, call .with_format('arrow').map("
                 "datasets.table.embed_table_storage, batched=True)"
             )
-        if largest > LARGE_GROUP:
+        if table.nbytes > LARGE_GROUP:
             logging.warning(
                 "%s: a row group has %d MB, which a shuffle reads for every row; write it with"
                 " row_group_size=10, or precompute it",
                 spec,
-                largest // 10**6,
+                table.nbytes // 10**6,
             )
 
-    @property
-    def _bytes_path(self) -> str:
-        return f"{self._columns['image']}.bytes"
 
-
-def _metadata(path: epath.Path) -> pq.FileMetaData:
+def _metadata(path: epath.Path) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
         with path.open("rb") as file:
-            return pq.read_metadata(file)
+            about = pq.read_metadata(file)
+        return about, about.schema.to_arrow_schema()
     except FileNotFoundError:
         raise NoData(f"{path}: there is no such file") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:  # ValueError: of names in no UTF-8
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())

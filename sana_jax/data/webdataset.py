@@ -224,8 +224,7 @@ def _check(archive: archives.Archive, size: int, index: TarIndex, told: dict | N
         raise UserError(
             f"{archive.path} has {size} bytes, {told['filesize']} in the index; make the index anew"
         )
-    counts = {index.samples, len(index)}
-    if told.get("nsamples", index.samples) not in counts:
+    if told.get("nsamples", index.samples) not in [index.samples, len(index)]:
         raise UserError(
             f"{archive.path} has {index.samples} samples, {told['nsamples']} in the index; make the"
             " index anew"

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.mutations import mutate
+from tests.mutations import archives, mutate
 
 JSON, LINES, TEXT, YAML = mutate.json_text, mutate.json_lines, mutate.text, mutate.yaml_text
 SAFETENSORS, PTH = mutate.safetensors, mutate.pth
@@ -269,15 +269,23 @@ def _shard(folder: Path):
 
 
 def _settings(folder: Path):
-    from sana_jax.data.encode import _begun
+    from sana_jax.data.begun import begun
 
-    _begun(folder / "encoded", {"batch_size": 8, "captions": ["a"]})
+    begun(folder / "encoded", {"batch_size": 8, "captions": ["a"]})
 
 
 def _sizes(folder: Path):
     from sana_jax.data.sizes import _load
 
     _load(folder / "sizes.npz", 3)
+
+
+def _archive(spec: str):
+    return lambda folder: archives.reader(spec)(folder / "archives")
+
+
+def _tar_index(folder: Path):
+    archives.read_index(folder / "archives")
 
 
 INPUTS = {
@@ -318,6 +326,19 @@ INPUTS = {
     "shard of precomputed": Input("precomputed/shard-00000.array_record", _index),
     "settings.json of precomputed": Input("encoded/settings.json", _settings, JSON),
     "sizes.npz": Input("sizes.npz", _sizes),
+    "tar": Input("archives/tars/0.tar", _archive("webdataset:{folder}/tars/0.tar")),
+    "wids-meta.json": Input(
+        "archives/tars/wids-meta.json", _archive("webdataset:{folder}/tars"), JSON
+    ),
+    "captions beside a tar": Input(
+        "archives/tars/0_A.json", _archive("webdataset:{folder}/tars"), JSON
+    ),
+    "scores beside a tar": Input(
+        "archives/tars/0_A_score.json", _archive("webdataset:{folder}/tars"), JSON
+    ),
+    "tar of latents": Input("archives/latents/0.tar", _archive("latents:{folder}/latents")),
+    "Parquet": Input("archives/parquet/x.parquet", _archive("parquet:{folder}/parquet")),
+    "index of a tar": Input("archives/index.npz", _tar_index),
     "diffusers transformer": Input(
         "diffusers/transformer/config.json", _diffusers, JSON, slow=True
     ),
@@ -353,6 +374,7 @@ def write(folder: Path) -> None:
     _write_pictures(folder)
     _write_tensors(folder, checkpoint)
     _write_precomputed(folder)
+    archives.write(_new(folder / "archives"))
 
 
 def _write_pictures(folder: Path) -> None:
