@@ -116,3 +116,59 @@ def test_broken_model_json(written, tmp_path, changes):
     edit_json(tmp_path / "native" / "model.json", **changes)
     with pytest.raises(UserError, match="model.json"):
         load_on_one_device(tmp_path / "native")
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """A folder, and one beside it with another transformer and the same other files."""
+    mini.save(tmp_path / "first")
+    native.save(native.open_folder(tmp_path / "first"), tmp_path / "teacher")
+    teacher = native.open_folder(tmp_path / "teacher")
+    move = jax.tree.map(lambda x: np.asarray(x) + 1, teacher.params["dit"])
+    student = dataclasses.replace(teacher, params={**teacher.params, "dit": move})
+    native.save(student, tmp_path / "student", share=tmp_path / "teacher")
+    return tmp_path, student
+
+
+def test_a_folder_shares_the_files_that_another_has_too(beside):
+    folder, student = beside
+    files = {path.name for path in (folder / "student").iterdir()}
+    assert files == {"model.json", "dit.safetensors"}
+    model = json.loads((folder / "student/model.json").read_text())
+    assert model["shared"]["folder"] == "../teacher" and list(model["files"]) == ["dit.safetensors"]
+    found = native.open_folder(folder / "student")
+    assert_same(found, student)
+    assert found.tokenizer is not None and native.is_whole(folder / "student")
+    native.save(found, folder / "whole")
+    assert_same(native.open_folder(folder / "whole"), student)
+    with pytest.raises(UserError, match="has files of ../teacher: share those of that folder"):
+        native.save(found, folder / "third", share=folder / "student")
+
+
+def test_shared_files_that_are_gone_or_others_are_named(beside):
+    folder, _ = beside
+    (folder / "teacher").rename(folder / "away")
+    with pytest.raises(UserError, match="teacher, which is not there: put it back"):
+        native.open_folder(folder / "student")
+    assert not native.is_whole(folder / "student")
+    (folder / "away").rename(folder / "teacher")
+    weights = folder / "teacher/vae.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match="vae.safetensors is not what .*student shared with it"):
+        native.open_folder(folder / "student")
+    assert not native.is_whole(folder / "student")
+    weights.unlink()
+    with pytest.raises(UserError, match="vae.safetensors is missing"):
+        native.open_folder(folder / "student")
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [[], {}, {"folder": "../teacher"}, {"folder": "../teacher", "files": {"../x": "0"}}],
+    ids=str,
+)
+def test_broken_sharing(beside, shared):
+    edit_json(beside[0] / "student/model.json", shared=shared)
+    with pytest.raises(UserError, match="model.json"):
+        native.open_folder(beside[0] / "student")

@@ -138,7 +138,7 @@ def _model_json(folder: Path):
     from sana_jax.checkpoints.components import CONFIGS
     from sana_jax.checkpoints.diffusers_names import entries
 
-    checkpoint, files = native.read_model(folder / "native")
+    checkpoint, files, _ = native.read_model(folder / "native")
     native.verify(folder / "native", files)
     for name in CONFIGS:
         if config := getattr(checkpoint, name):
