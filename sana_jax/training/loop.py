@@ -9,8 +9,9 @@ with Checkpoints(workdir, config, data) as checkpoints:
 
 import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +81,12 @@ def jit_step(step: Callable[..., Any], state: TrainState, *inputs: Any) -> Step:
     """
     compiled = compile_step(step, state)
     return lambda state, batch: compiled(state, batch, *inputs)
+
+
+def in_turns(steps: Sequence[Step], first: int) -> Step:
+    """Returns a step for `fit` that starts with step number `first`: step k is steps[k % count]."""
+    numbers = itertools.count(first)
+    return lambda state, batch: steps[next(numbers) % len(steps)](state, batch)
 
 
 def fit(

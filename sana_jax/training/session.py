@@ -5,12 +5,12 @@ with computing(mesh, dtype):
     with Checkpoints(workdir, config, loader.fingerprint) as checkpoints:
         session = Session(checkpoints, loader, mesh, loop)
         state = session.begin(abstract, create)
-        state = session.fit(state, step, on_images=draw)  # draw(writer, state, step number)
+        state = session.fit(state, [step], on_images=draw)  # draw(writer, state, step number)
         export(model_of(state), workdir / "model")
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from sana_jax.runtime import hosts
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import replace_folder, storage
 from sana_jax.training.checkpoints.manager import Checkpoints
-from sana_jax.training.loop import LoopConfig, fit, jit_step
+from sana_jax.training.loop import LoopConfig, fit, in_turns, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
 from sana_jax.training.state import TrainState
 from sana_jax.training.watchdog import Watchdog
@@ -86,7 +86,7 @@ class Session:
     def fit(
         self,
         state: TrainState,
-        step: Callable[..., Any],
+        steps: Sequence[Callable[..., Any]],
         inputs: Callable[[], tuple[Any, ...]] = tuple,
         on_images: Hook | None = None,
         on_evaluate: Hook | None = None,
@@ -97,17 +97,19 @@ class Session:
 
         Args:
           state: the state that `begin` returned.
-          step: (state, batch, *inputs) -> (state, metrics), the metrics scalars; not under jit.
+          steps: (state, batch, *inputs) -> (state, metrics), the metrics scalars; not under jit.
+            Of several, which take turns, step k of the training is steps[k % count].
           inputs: makes the trees that no step changes, such as the weights of frozen networks.
           on_images, on_evaluate: the hooks of `loop.fit`, called with the writer first.
           peak_rate: images/s at the devices' peak, for `mfu`.
           images_at_end: whether `on_images` is always called after the last step.
         """
-        steps, folder = self._loop.steps, self._checkpoints.workdir
-        if self.first < steps:
+        last, folder = self._loop.steps, self._checkpoints.workdir
+        if self.first < last:
             hosts.log_first_host(f"{self._label}compiling the step")
-        compiled = jit_step(step, self._abstract, *inputs())
-        with MetricsWriter(folder, self.first, steps) as writer:
+        given = inputs()
+        compiled = in_turns([jit_step(s, self._abstract, *given) for s in steps], self.first)
+        with MetricsWriter(folder, self.first, last) as writer:
             state = fit(
                 *(compiled, state, self._batches, self._mesh),
                 *(self._loop, self._checkpoints, writer),
@@ -117,9 +119,9 @@ class Session:
             )
             every = self._loop.images_every
             # Where the last step is a multiple of `images_every`, `fit` has called the hook.
-            if images_at_end and (not every or steps % every):
+            if images_at_end and (not every or last % every):
                 with storage(folder):
-                    on_images(writer, state, steps)
+                    on_images(writer, state, last)
         return state
 
 

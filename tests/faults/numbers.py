@@ -75,7 +75,7 @@ class Training:
         ):
             abstract, create = on_mesh(init, mesh)
             session = Session(checkpoints, Batches(), mesh, LoopConfig(**config["loop"]))
-            state = session.fit(session.begin(abstract, create), step)
+            state = session.fit(session.begin(abstract, create), [step])
             hosts.on_first_host(write, hosts.gather_arrays(state.ema)["w"])
         hosts.on_first_host(partial(print, folder, flush=True))
 

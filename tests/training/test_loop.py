@@ -14,7 +14,7 @@ from sana_jax import sharding
 from sana_jax.runtime.errors import DoNotRetry, Retry
 from sana_jax.training import command, state
 from sana_jax.training.checkpoints.manager import Checkpoints
-from sana_jax.training.loop import LoopConfig, _Profile, fit, jit_step
+from sana_jax.training.loop import LoopConfig, _Profile, fit, in_turns, jit_step
 from sana_jax.training.metrics_writer import MetricsWriter
 from tests.training.toy_loop import Batches, init, rows, run, step
 
@@ -44,6 +44,15 @@ def test_rows_hooks_and_checkpoints(tmp_path):
     assert "compile_seconds" in found[0] and "compile_seconds" not in found[1]
     assert {"checkpoint_seconds", "hook_seconds"} <= found[1].keys()
     assert all(row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in found)
+
+
+def test_steps_take_turns_from_the_step_that_a_run_goes_on_from():
+    told = []
+    steps = [lambda state, batch, name=name: told.append((name, batch)) for name in "ab"]
+    step = in_turns(steps, first=3)
+    for batch in range(3):
+        step(None, batch)
+    assert told == [("b", 0), ("a", 1), ("b", 2)]
 
 
 def test_hooks_that_a_crash_cut_short_are_made_up_for(tmp_path):

@@ -42,7 +42,7 @@ def train(workdir, mesh, model, steps, start=None, loop=None, name="", **options
         batches = toy_run.Batches(toy_run.SETTINGS)
         session = Session(checkpoints, batches, mesh, loop, "config.toy.steps", name)
         state = session.begin(abstract, start or create)
-        state = session.fit(state, step, **options)
+        state = session.fit(state, [step], **options)
     return session.first, state
 
 

@@ -219,7 +219,7 @@ class AutoencoderTraining:
                 del start
             state = session.fit(
                 state,
-                task.step,
+                [task.step],
                 lambda: (self.perceptual_params,),
                 on_images=draw,
                 images_at_end=True,

@@ -1,5 +1,6 @@
 """A text-to-image training by shapes alone: its step, to be compiled ahead, and its FLOPs."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -34,9 +35,7 @@ def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool)
     `images`, `captions`: whether the step encodes these; otherwise they are stored encoded.
     """
     side, rows = size // task.vae.config.factor, len(task.captions.window)
-    # Backward costs twice the forward, or as much where no weight of the trunk needs a gradient.
-    passes = 2 if task.lora.rank else 3
-    count = passes * flops.trunk(task.dit.config, side, side, rows)
+    count = task.passes * flops.trunk(task.dit.config, side, side, rows)
     if images:
         count += flops.encode(task.vae.config, size, size)
     if captions:
@@ -44,7 +43,7 @@ def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool)
         read = flops.text(task.text_encoder.config, rows - bool(told), told)
         # As for the transformer: a LoRA of it saves the gradients of its weights.
         count += (passes if task.reader_trains else 1) * read
-    return count
+    return round(count)
 
 
 class AbstractTraining(NamedTuple):
@@ -58,8 +57,13 @@ class AbstractTraining(NamedTuple):
     flops: int  # of an image
 
 
-def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
+def abstract_training(
+    config: ConfigDict, mesh: Mesh, make: Callable[..., TextToImageTask] = make_task, turn: int = 0
+) -> AbstractTraining:
     """Makes the step of a training, and the shapes of its arguments, without checkpoints.
+
+    `make` makes the task of a config, the networks' configs and the captions; of its steps that
+    take turns, this is number `turn`.
 
     Checkpoints that the config names are not opened: the autoencoder is SANA's, the text encoder is
     config.text_encoder.network, with an instruction as long as SANA's.
@@ -77,7 +81,7 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
     prefix = (0,) * INSTRUCTION_TOKENS if told else ()
     window = np.maximum(np.arange(rows) - (rows - tokens), 0)
     captions = SimpleNamespace(prefix=prefix, window=window, empty=empty)
-    task = make_task(config, base, captions)
+    task = make(config, base, captions)
     state, _ = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
 
     def placed(shape, dtype):
@@ -95,8 +99,8 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
         batch["image"] = placed((side, side, 3), jnp.float32)
     vae = abstract_placed(base.vae, frozen_dtype("vae", config.dtype), mesh)
     frozen = Frozen(vae)
-    if task.lora.rank:
-        below = abstract_placed(base.dit, frozen_dtype("dit", config.dtype), mesh)
+    if task.below is not None:
+        below = abstract_placed(task.below, frozen_dtype("dit", config.dtype), mesh)
         frozen = frozen._replace(dit=below)
     if not encoder.train:
         dtype = frozen_dtype("text_encoder", config.dtype)
@@ -109,5 +113,5 @@ def abstract_training(config: ConfigDict, mesh: Mesh) -> AbstractTraining:
         prefix, null = (None, None) if task.reader_trains else constants
         frozen = frozen._replace(text_encoder=params, prefix=prefix, null=null)
     count = flops_of_row(task, size, "image" in batch, captions=True)
-    step = compile_step(task.step, state)
+    step = compile_step(task.steps[turn], state)
     return AbstractTraining(step, state, batch, (frozen,), size, count)

@@ -207,6 +207,17 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
         raise UserError(
             f"config.network.guidance_embedding={base.dit.guidance_embedding:g}: {NO_SPRINT}"
         )
+    lora, networks = read_lora(config), make_networks(config, base)
+    train, recipe = config.text_encoder.train, read_recipe(config)
+    try:
+        return TextToImageTask(recipe, *networks, captions, train, lora)
+    except UserError as error:
+        key = "config.lora" if str(error).startswith(("targets", "rank")) else "config.recipe"
+        raise UserError(f"{key}: {error}") from None
+
+
+def make_networks(config: ConfigDict, base: Checkpoint) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Returns transformer, autoencoder and text encoder. Raises UserError, naming the key."""
     if config.remat not in REMAT:
         raise UserError(f"config.remat={config.remat!r}: give {', '.join(REMAT)}")
     implementation = config.network.get("implementation", "auto")
@@ -217,18 +228,12 @@ def make_task(config: ConfigDict, base: Checkpoint, captions: CaptionWindow) -> 
         raise UserError(f"config.unroll={config.unroll}: give 1 or more")
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.dtype={config.dtype!r}: give float32 or bfloat16")
-    dtype, train, recipe = config.dtype, config.text_encoder.train, read_recipe(config)
-    lora = read_lora(config)
+    dtype, train = config.dtype, config.text_encoder.train
     dit = module_for(base.dit, dtype, "float32")
     dit = dit.clone(remat=config.remat, unroll=config.unroll, implementation=implementation)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)
     encoder = encoder.clone(unroll=config.unroll)
-    vae = module_for(base.vae, frozen_dtype("vae", dtype))
-    try:
-        return TextToImageTask(recipe, dit, vae, encoder, captions, train, lora)
-    except UserError as error:
-        key = "config.lora" if str(error).startswith(("targets", "rank")) else "config.recipe"
-        raise UserError(f"{key}: {error}") from None
+    return dit, module_for(base.vae, frozen_dtype("vae", dtype)), encoder
 
 
 def frozen_dtype(name: str, dtype: str) -> str:

@@ -1,6 +1,7 @@
 """The text-to-image recipe with its defaults, from which the files in configs/ start."""
 
 import dataclasses
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FieldReference, config_dict
@@ -190,20 +191,26 @@ def _optional(network: SanaConfig) -> dict[str, FieldReference]:
 
 
 def full_size(
-    preset: str, steps: int, batch_size: int, encoder_microbatches: int = 1
+    preset: str,
+    steps: int,
+    batch_size: int,
+    encoder_microbatches: int = 1,
+    make: Callable[[SanaConfig, int, int], ConfigDict] = text_to_image,
 ) -> ConfigDict:
     """Returns the recipe of a published network, for the 256 chips of a v5e 16x16 slice.
 
     `preset` is one of models/dit.py's. Four copies of the state are each sharded over 64 chips,
     blocks are computed again for their gradients, and pictures keep their aspect ratios.
     """
-    config = text_to_image(PRESETS[preset], steps, batch_size)
+    config = make(PRESETS[preset], steps, batch_size)
     config.mesh.update(replica=4, fsdp=64)
     config.remat = "full"
     config.data.buckets = True
     config.recipe.encoder_microbatches = encoder_microbatches
     config.evaluation.batch_size = 256 * encoder_microbatches  # as the training's, it splits
-    config.loop.update(images_every=500, evaluate_every=500)
+    config.loop.images_every = 500
+    if make is text_to_image:  # others have no held-out error
+        config.loop.evaluate_every = 500
     config.images.prompts = PROMPTS
     return config
 

@@ -69,7 +69,7 @@ def open_workdir(
         scale = read_lora(ConfigDict(settings)).scale
         for network, adapter in by_network(trained.pop("lora")).items():
             trained[network] = merge_lazily(base.params[network], [(adapter, scale)])
-    return complete(base, jax.tree_util.tree_map_with_path(_lazy, trained), document["step"], ema)
+    return complete(base, jax.tree_util.tree_map_with_path(lazy, trained), document["step"], ema)
 
 
 def complete(base: Checkpoint, trained: Any, step: int, ema: bool) -> Checkpoint:
@@ -117,7 +117,8 @@ def _made(file: Path) -> Any:
         return None
 
 
-def _lazy(path: tuple, array: np.ndarray | LazyArray) -> np.ndarray | LazyArray:
+def lazy(path: tuple, array: np.ndarray | LazyArray) -> np.ndarray | LazyArray:
+    """Returns an array as one that is read when it is used, as those of an opened folder are."""
     if isinstance(array, LazyArray):
         return array
     name = jax.tree_util.keystr(path, simple=True, separator="/")

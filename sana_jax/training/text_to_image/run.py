@@ -50,7 +50,7 @@ from sana_jax.training.text_to_image.networks import (
 from sana_jax.training.text_to_image.recipe import check_batches, check_figures, text_to_image
 from sana_jax.training.text_to_image.result import complete, steps_of, write
 from sana_jax.training.text_to_image.start import leave_open, resolve
-from sana_jax.training.text_to_image.task import Frozen
+from sana_jax.training.text_to_image.task import Frozen, TextToImageTask
 
 # Keys that may change from one run in a folder to the next. Names of checkpoints and of the data
 # may, since their hashes are compared, and the limit of pixels, which the loader's fingerprint
@@ -70,11 +70,13 @@ class TextToImageTraining:
     config.prior, which come last.
     """
 
+    recipe = staticmethod(text_to_image)  # has all keys of a config
+
     def __init__(self, config: ConfigDict, workdir: str):
         """Raises UserError, naming the key, for a config that cannot be trained."""
         if "phases" in config:
             raise UserError("--config is of an autoencoder: it is for sana_jax.train_dc_ae")
-        recipe = text_to_image(SanaConfig(), 1, 1)
+        recipe = self.recipe(SanaConfig(), 1, 1)
         check_types(config, leave_open(recipe.copy_and_resolve_references()), but=["network"])
         self._opener = open_once()
         config = resolve(config, self._opener)
@@ -87,14 +89,13 @@ class TextToImageTraining:
         self.captions = CaptionTokens(
             self.base.tokenizer, self.base.text_rows, instruction and instruction.text
         )
-        self.task = make_task(config, self.base, self.captions)
+        self.task = self._make_task()
         loop = config.loop.to_dict() | {"steps": config.recipe.steps}
         self.loop = checks.read_group(LoopConfig, loop, "config.loop")
         self.size = config.data.size or self.base.dit.sample_size * self.base.vae.factor
         self._check()
-        begins = not any((self.workdir / "checkpoints").glob("[0-9]*"))
-        if config.start and begins and not self.task.lora.rank:
-            open_start(config, self._opener)
+        if not any((self.workdir / "checkpoints").glob("[0-9]*")):
+            self._check_start()
         given = config, self.workdir, self.base, self.captions, self.mesh, self.size
         self.loader, *self.held_out = make_loaders(*given, self.task.reader_trains)
         if config.images.prompts is None:
@@ -107,23 +108,35 @@ class TextToImageTraining:
 
     def _run(self) -> None:
         config = self.config
-        about = config.to_dict() | {"fingerprints": self.hashes}  # as runs of before call them
+        about = config.to_dict() | self._prints()
         free = FREE + (("recipe.steps",) * (config.recipe.optimizer.schedule == "constant"))
         given = about, self.loader.fingerprint, config.keep, config.keep_every, free
-        defaults = text_to_image(SanaConfig(), 1, 1).to_dict()
+        defaults = self.recipe(SanaConfig(), 1, 1).to_dict()
         abstract, create = on_mesh(lambda: self.task.init(jax.random.key(config.seed)), self.mesh)
         with Checkpoints(self.workdir, *given, defaults) as checkpoints:
             session = Session(checkpoints, self.loader, self.mesh, self.loop)
             state = session.begin(abstract, lambda: self._start(create))
             state = session.fit(
                 state,
-                self.task.step,
+                self.task.steps,
                 lambda: (self._frozen,),
                 on_images=self._draw,
                 on_evaluate=self._evaluate,
                 peak_rate=self._peak_rate(),
             )
             self._export(state, session.first)
+
+    def _make_task(self) -> TextToImageTask:
+        return make_task(self.config, self.base, self.captions)
+
+    def _prints(self) -> dict[str, Any]:
+        """Returns what is compared, beside the config, where a run goes on."""
+        return {"fingerprints": self.hashes}  # as runs of before call them
+
+    def _check_start(self) -> None:
+        """Raises UserError if a new run cannot start from the weights that the config names."""
+        if self.config.start and not self.task.lora.rank:
+            open_start(self.config, self._opener)
 
     def _check(self) -> None:
         """Raises UserError for figures that do not fit together, also those that hooks use."""

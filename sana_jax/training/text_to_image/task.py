@@ -12,6 +12,7 @@ of the step (`Frozen`), so that they are no constants of the compiled program.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +29,7 @@ from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.diffusion.flow_matching import NoiseConfig
 from sana_jax.lora.adapter import TEXT_ENCODER, attach, by_network, new_adapter, with_text_encoder
 from sana_jax.lora.config import LoraConfig
+from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pipeline import programs
 from sana_jax.runtime.checks import within
@@ -44,6 +46,7 @@ from sana_jax.training.state import TrainState, advance, all_finite, new_state, 
 
 Batch = dict[str, Array]
 NO_LORA = LoraConfig()
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]  # of a state, a batch and Frozen
 Null = tuple[Float[Array, "L C"], Bool[Array, " L"]]  # the empty prompt's rows and their mask
 
 
@@ -133,6 +136,24 @@ class TextToImageTask:
         self.reader_trains = train_text_encoder or TEXT_ENCODER in shapes.get("lora", {})
         self.text_encoder = text_encoder.clone(trains=self.reader_trains)
         self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, recipe.steps)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that take turns."""
+        return (self.step,)
+
+    @property
+    def below(self) -> SanaConfig | None:
+        """The network of `Frozen.dit`."""
+        return self.dit.config if self.lora.rank else None
+
+    @property
+    def passes(self) -> float:
+        """The FLOPs of a step, in forward passes of the transformer; see models/flops.py.
+
+        Backward costs twice the forward, or as much where no weight of the trunk needs a gradient.
+        """
+        return 2 if self.lora.rank else 3
 
     def init(self, key: Array) -> TrainState:
         """Returns the state of step 0, its parameters boxed with their logical axes."""
