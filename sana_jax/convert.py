@@ -24,6 +24,7 @@ trained. FILE is the one that `evaluate --task=importance --checkpoint=DIR --out
 import dataclasses
 import functools
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +93,18 @@ _PRUNE = flags.DEFINE_integer(
 )
 _IMPORTANCE = flags.DEFINE_string(
     "importance", None, "for --prune: a file of evaluate --task=importance on the same weights"
+)
+_DENSE = flags.DEFINE_bool(
+    "dense_time",
+    False,
+    "fit the transformer's timestep embedder to a scale of 0 .. 1, as the teacher of a distillation"
+    " needs it; native layout only",
+)
+_SHARE = flags.DEFINE_string(
+    "share",
+    None,
+    "a native checkpoint: files that --out would have too stay there, and --out only names them;"
+    " keep the two side by side",
 )
 _SHARD = flags.DEFINE_integer(
     "max_shard_mb", 5000, "largest size of a weight file, MB", lower_bound=1
@@ -221,6 +234,26 @@ def change_depth(checkpoint):
     return depth.prune(checkpoint, _PRUNE.value, numbers, about)
 
 
+def with_dense_time(checkpoint):
+    """Returns the checkpoint with timesteps of 0 .. 1, if the flag says so. Raises UserError."""
+    if not _DENSE.value:
+        return checkpoint
+    import jax
+
+    from sana_jax.training.distillation.dense_time import densify
+    from sana_jax.training.text_to_image.result import lazy
+
+    if _FORMAT.value != "native":
+        raise UserError("--dense_time is for the native layout")
+    if checkpoint.dit is None or checkpoint.dit.is_sprint or checkpoint.dit.timestep_scale != 1:
+        raise UserError("--dense_time is for a transformer with timesteps of 0 .. 1000")
+    dit, params, error = densify(checkpoint.dit, checkpoint.params["dit"])
+    print(f"the embedder is fitted to {100 * error:.1f} % of its spread", file=sys.stderr)
+    made = checkpoint.provenance | {"dense_time": error}
+    params = {**checkpoint.params, "dit": jax.tree_util.tree_map_with_path(lazy, params)}
+    return dataclasses.replace(checkpoint, dit=dit, params=params, provenance=made)
+
+
 def main(argv):
     del argv
     check_depth_flags()
@@ -230,6 +263,7 @@ def main(argv):
     import jax
 
     from sana_jax.checkpoints.components import check_fit
+    from sana_jax.checkpoints.find import find
     from sana_jax.checkpoints.load import warn_of_float16
     from sana_jax.checkpoints.loras import merge_into, open_all
 
@@ -237,7 +271,7 @@ def main(argv):
     checkpoint = open_source()
     check_fit(checkpoint)
     checkpoint = merge_into(checkpoint, open_all(_LORA.value, checkpoint))
-    checkpoint = change_depth(checkpoint)
+    checkpoint = with_dense_time(change_depth(checkpoint))
     if checkpoint.provenance.get("trained"):  # of random weights there is nothing to expect
         warn_of_scale(checkpoint)
     if _CLIP.value is not None:
@@ -253,6 +287,10 @@ def main(argv):
     from sana_jax.checkpoints import diffusers, native
 
     save = {"native": native.save, "diffusers": diffusers.save}[_FORMAT.value]
+    if _SHARE.value is not None:
+        if _FORMAT.value != "native":
+            raise UserError("--share is for the native layout")
+        save = partial(native.save, share=find(_SHARE.value))
     with (
         new_folder(out),
         tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as progress,

@@ -14,11 +14,21 @@ time, a LoRA merged. On several hosts, run the command on each of them, with --m
 folder that all of them mount.
 """
 
+from ml_collections import ConfigDict
+
 from sana_jax.runtime import cli
 from sana_jax.training.command import training_command
+from sana_jax.training.distillation.run import DistillationTraining
 from sana_jax.training.text_to_image.run import TextToImageTraining
 
-main = training_command(TextToImageTraining)
+
+def make_training(config: ConfigDict, workdir: str) -> TextToImageTraining:
+    """Returns the training of a config, which is a distillation where it has such a group."""
+    kind = DistillationTraining if "distillation" in config else TextToImageTraining
+    return kind(config, workdir)
+
+
+main = training_command(make_training)
 
 if __name__ == "__main__":
     cli.run(main, resumes=True)

@@ -105,6 +105,8 @@ def training(config: ConfigDict, mesh: Mesh, batch: int | None, phase: str | Non
     """
     if "phases" in config:
         found = _autoencoder_training(config, mesh, batch, phase)
+    elif "distillation" in config:
+        found = _distillation(config, mesh, batch, phase)
     elif phase is not None:
         raise UserError(f"--phase={phase}: this config has no phases; leave it out")
     else:
@@ -128,7 +130,20 @@ def _decode(vae: DCAEConfig, mesh: Mesh, rows, batch: int, size: int) -> Program
     return Program(function, (params, latents), batch, size, count, calls)
 
 
-def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -> Program:
+def _distillation(config: ConfigDict, mesh: Mesh, batch: int | None, name: str | None) -> Program:
+    from sana_jax.training.distillation.networks import make_task
+
+    turns = ("student", "discriminator")[: 1 + bool(config.distillation.adversarial)]
+    if name not in (None, *turns):
+        raise UserError(f"--phase={name} is not one of {', '.join(turns)}")
+    return _text_to_image_training(
+        config, mesh, batch, make=make_task, turn=turns.index(name or turns[0])
+    )
+
+
+def _text_to_image_training(
+    config: ConfigDict, mesh: Mesh, batch: int | None, **options: Any
+) -> Program:
     from sana_jax.training.text_to_image.abstract import abstract_training
     from sana_jax.training.text_to_image.recipe import check_batches
     from sana_jax.training.text_to_image.start import stand_in
@@ -138,7 +153,7 @@ def _text_to_image_training(config: ConfigDict, mesh: Mesh, batch: int | None) -
         config.recipe.batch_size = batch
     config = stand_in(config, mesh)
     check_batches(config, mesh)
-    made = abstract_training(config, mesh)
+    made = abstract_training(config, mesh, **options)
     batch = config.recipe.batch_size
     inputs = made.state, made.batch, *made.inputs
     return Program(made.step, inputs, batch, made.size, batch * made.flops)

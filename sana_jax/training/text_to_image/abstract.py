@@ -42,7 +42,7 @@ def flops_of_row(task: TextToImageTask, size: int, images: bool, captions: bool)
         told = len(task.captions.prefix)  # with an instruction, the first row is its own
         read = flops.text(task.text_encoder.config, rows - bool(told), told)
         # As for the transformer: a LoRA of it saves the gradients of its weights.
-        count += (passes if task.reader_trains else 1) * read
+        count += (task.passes if task.reader_trains else 1) * read
     return round(count)
 
 
