@@ -8,6 +8,7 @@
     python -m sana_jax.convert --source=DIR_OR_HUB_ID --lora=FILE:0.8 --out=DIR
     python -m sana_jax.convert --source=DIR --out=DIR --grow=60
     python -m sana_jax.convert --source=DIR --out=DIR --prune=40 --importance=FILE
+    python -m sana_jax.convert --source=DIR --out=DIR --quantise=w8a8
 
 Tensors pass through one by one: memory holds the largest tensor, not the checkpoint (for a
 training, the networks it trained). A .pth or .safetensors file and a fine-tune's transformer/ hold
@@ -19,6 +20,12 @@ instruction is stored with its sha256 and its origin.
 --grow and --prune change the number of the transformer's blocks, as SANA-1.5 does, before a
 training that starts from --out. A grown network computes what its kept blocks did, until it is
 trained. FILE is the one that `evaluate --task=importance --checkpoint=DIR --out=FILE` writes.
+
+--quantise rounds the weights to int8, with a scale for each output of each layer: about half of
+bfloat16's size on disk and in memory. `w8` multiplies them with rows in float; `w8a8` rounds the
+rows of the transformer's large products too, so that they are products of integers. Which layers
+that concerns: quantisation/README.md. --quantise_layer changes it by whole names, first come first:
+--quantise_layer='dit/blocks/ffn/.*=none' --quantise_layer='text_encoder/layers/.*=w8a8'.
 """
 
 import dataclasses
@@ -106,6 +113,19 @@ _SHARE = flags.DEFINE_string(
     "a native checkpoint: files that --out would have too stay there, and --out only names them;"
     " keep the two side by side",
 )
+_QUANTISE = checkpoint_flags.define_quantise("weights, and rows, in the native layout,")
+_LAYERS = flags.DEFINE_multi_string(
+    "quantise_layer",
+    [],
+    "for --quantise: PATTERN=KIND, for the layers whose whole name the regular expression matches:"
+    " none, w8 or w8a8; may be given several times",
+)
+_CALIBRATE = flags.DEFINE_string(
+    "calibrate",
+    None,
+    "for --quantise=w8a8: a .txt or .jsonl file of prompts, as of sample, which --source draws:"
+    " the rows of a layer then have one scale, by the largest number that was seen",
+)
 _SHARD = flags.DEFINE_integer(
     "max_shard_mb", 5000, "largest size of a weight file, MB", lower_bound=1
 )
@@ -178,6 +198,7 @@ def prepare(checkpoint, dtype: str | None, progress):
 
     from sana_jax.checkpoints.components import component_dtype
     from sana_jax.checkpoints.tensors import numpy_dtype
+    from sana_jax.kernels.int8 import is_quantised
 
     def watched(lazy, wanted):
         nbytes = math.prod(lazy.shape) * wanted.itemsize
@@ -193,7 +214,13 @@ def prepare(checkpoint, dtype: str | None, progress):
     params = {}
     for name, tree in checkpoint.params.items():
         wanted = dtype and numpy_dtype(component_dtype(name, dtype))
-        params[name] = jax.tree.map(lambda x, w=wanted: watched(x, w or x.dtype), tree)
+
+        def prepared(leaf, wanted=wanted):
+            if is_quantised(leaf):
+                return jax.tree.map(lambda x: watched(x, x.dtype), leaf)
+            return watched(leaf, wanted or leaf.dtype)
+
+        params[name] = jax.tree.map(prepared, tree, is_leaf=is_quantised)
     return dataclasses.replace(checkpoint, params=params)
 
 
@@ -254,9 +281,51 @@ def with_dense_time(checkpoint):
     return dataclasses.replace(checkpoint, dit=dit, params=params, provenance=made)
 
 
+def quantise_rules() -> list[tuple[str, str]]:
+    """Returns the rules of --quantise_layer. Raises UserError for flags that do not fit."""
+    if _LAYERS.value and _QUANTISE.value is None:
+        raise UserError("--quantise_layer is for --quantise, which is not given")
+    if _CALIBRATE.value is not None and _QUANTISE.value != "w8a8":
+        raise UserError("--calibrate is for --quantise=w8a8, which is not given")
+    if _QUANTISE.value is not None and _FORMAT.value != "native":
+        raise UserError(
+            f"--quantise writes the native layout; --format={_FORMAT.value} has no int8"
+        )
+    rules = []
+    for text in _LAYERS.value:
+        pattern, equals, kind = text.rpartition("=")
+        if not equals:
+            raise UserError(f"--quantise_layer={text}: give PATTERN=KIND, such as dit/.*=w8")
+        rules.append((pattern, kind))
+    return rules
+
+
+def quantised(checkpoint, rules):
+    """Returns the checkpoint as --quantise and --calibrate say. Raises UserError."""
+    from sana_jax.checkpoints.quantised import quantise
+
+    made = quantise(checkpoint, _QUANTISE.value, rules)
+    if _CALIBRATE.value is None:
+        return made
+    from sana_jax.batch.tasks import make_tasks, read_rows
+    from sana_jax.pipeline.calibrate import row_ranges
+
+    if made.dit is None or not (layers := [n for n, kind in made.dit.quantised if kind == "w8a8"]):
+        raise UserError("--calibrate: no layer of a transformer is w8a8")
+    tasks = make_tasks(read_rows(_CALIBRATE.value), {}, 0, 1)
+    if with_image := [task for task in tasks if task.image]:
+        raise UserError(f"--calibrate: {with_image[0].place_of('image')} is for noise alone")
+    names = ("prompt", "seed", "negative_prompt", "height", "width", "num_steps", "guidance_scale")
+    calls = [{name: getattr(task, name) for name in names} for task in tasks]
+    made = quantise(checkpoint, _QUANTISE.value, rules, row_ranges(checkpoint, layers, calls))
+    made.provenance["quantised"]["calibration"] = {"prompts": len(calls)}
+    return made
+
+
 def main(argv):
     del argv
     check_depth_flags()
+    rules = quantise_rules()
     out = check_new(_OUT.value)
     if out.resolve().is_relative_to(Path(_SOURCE.value).resolve()):
         raise UserError(f"--out={out} lies inside --source={_SOURCE.value}: write it elsewhere")
@@ -279,6 +348,8 @@ def main(argv):
             raise UserError("--clip_attention is stored in the native layout, with a transformer")
         dit = dataclasses.replace(checkpoint.dit, clip_attention=_CLIP.value)
         checkpoint = dataclasses.replace(checkpoint, dit=dit)
+    if _QUANTISE.value is not None:
+        checkpoint = quantised(checkpoint, rules)
     if _DTYPE.value != "float16":
         warn_of_float16(checkpoint, _SOURCE.value)
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"runtime"},
     {"kernels", "diffusion", "text", "sharding", "pictures"},
     {"models"},
-    {"lora"},
+    {"lora", "quantisation"},
     {"checkpoints"},
     {"pipeline", ""},  # "": the face, sana_jax/__init__.py
     {"batch", "metrics", "data", "shapes"},

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sana_jax.checkpoints import openclip
-from sana_jax.checkpoints.mapping import Entry, check, flat_shapes, lazy_params, linear
+from sana_jax.checkpoints.mapping import Entry, check, flat_leaves, lazy_params, linear
 from sana_jax.checkpoints.tensors import TensorReader
 from sana_jax.models.clip import CLIP, CLIPConfig, Tower
 from sana_jax.models.layers import Dtype
@@ -124,7 +124,7 @@ def open_clip(folder: str | Path) -> CLIPCheckpoint:
         file, path = index if index.is_file() else single, folder / "preprocessor_config.json"
         found = read_json(path) if path.is_file() else {}
         names, table = ("image_mean", "image_std"), list(entries(config))
-    theirs, shapes = TensorReader(file), flat_shapes(nn.unbox(_abstract(config)))
+    theirs, shapes = TensorReader(file), flat_leaves(nn.unbox(_abstract(config)))
     check(f"{folder}: CLIP", table, shapes, theirs, UNREAD)
     mean, std = _pixels(path, found, names)
     return CLIPCheckpoint(folder, config, mean, std, lazy_params(table, shapes, theirs))

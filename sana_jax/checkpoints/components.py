@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sana_jax.checkpoints.mapping import flat_shapes
+from sana_jax.checkpoints.mapping import flat_leaves
+from sana_jax.kernels.int8 import is_quantised
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import SanaConfig, SanaTransformer
 from sana_jax.models.gemma2 import Gemma2, Gemma2Config
 from sana_jax.models.layers import Dtype
+from sana_jax.quantisation.table import with_quantised
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import shardings_for
 from sana_jax.text.instruction import Instruction
@@ -115,14 +118,37 @@ def init_params(module: nn.Module, key: Array) -> Any:
 def abstract_params(config: Config):
     """Returns the shapes of a network's parameters, boxed with their logical axes.
 
-    Nothing is computed.
+    Nothing is computed. Raises UserError if the config names quantised layers that there are not.
     """
-    return jax.eval_shape(partial(init_params, module_for(config, "float32")), jax.random.key(0))
+    init = partial(init_params, module_for(config, "float32"))
+    return with_quantised(jax.eval_shape(init, jax.random.key(0)), config.quantised)
+
+
+def regrouped(params: Any, config: Config) -> Any:
+    """Returns nested parameters whose quantised weights are one leaf again, as networks read them.
+
+    Files hold their parts: kernel/values, kernel/scale.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path, leaf in traverse_util.flatten_dict(abstract_params(config), sep="/").items():
+        if is_quantised(leaf):
+            parts = {n: flat.pop(f"{path}/{n}", None) for n in ("values", "scale", "range")}
+            flat[path] = dataclasses.replace(leaf, **parts)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def in_dtype(shapes: Any, dtype: Dtype) -> Any:
+    """Returns a tree of shapes in `dtype`; quantised weights keep theirs."""
+
+    def cast(x):
+        return x if is_quantised(x) else jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype))
+
+    return jax.tree.map(cast, shapes, is_leaf=is_quantised)
 
 
 def param_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape of every parameter by its "/"-joined path."""
-    return flat_shapes(nn.unbox(abstract_params(config)))
+    return flat_leaves(nn.unbox(abstract_params(config)))
 
 
 def abstract_placed(config: Config, dtype: Dtype, mesh: Mesh):
@@ -132,20 +158,20 @@ def abstract_placed(config: Config, dtype: Dtype, mesh: Mesh):
     """
     boxed = abstract_params(config)
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
-        nn.unbox(boxed),
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        in_dtype(nn.unbox(boxed), dtype),
         shardings_for(boxed, mesh),
     )
 
 
 def place(params, config: Config, dtype: Dtype, mesh: Mesh):
-    """Puts parameters on the devices of `mesh`, cast to `dtype`, one after the other."""
-    shardings = shardings_for(abstract_params(config), mesh)
+    """Puts parameters on the devices of `mesh`, cast as by `in_dtype`, one after the other."""
+    boxed = abstract_params(config)
 
-    def put(array, sharding):
-        full = np.asarray(array, jnp.dtype(dtype))
+    def put(array, wanted, sharding):
+        full = np.asarray(array, wanted.dtype)
         # Each host has the whole array. device_put would gather all the hosts' copies on every
         # device to check that they are equal.
         return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])
 
-    return jax.tree.map(put, params, shardings)
+    return jax.tree.map(put, params, in_dtype(nn.unbox(boxed), dtype), shardings_for(boxed, mesh))

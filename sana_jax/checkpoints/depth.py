@@ -48,6 +48,8 @@ def grow(
     Raises UserError.
     """
     now = _depth_of(checkpoint, "--grow")
+    if checkpoint.dit.quantised:
+        raise UserError("--grow: the transformer is quantised: grow what it was made from")
     if not now < depth <= MAX_LAYERS:
         fewer = ", or fewer by --prune" if depth < now else ""
         raise UserError(

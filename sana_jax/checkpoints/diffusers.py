@@ -116,6 +116,11 @@ def save(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int = 5 * 10**9)
         raise UserError(
             f"a diffusers folder needs {', '.join(sorted(missing))}, which is not there"
         )
+    if names := [name for name, config in checkpoint.configs().items() if config.quantised]:
+        raise UserError(
+            f"a diffusers folder cannot hold quantised weights, as of {', '.join(names)}: convert"
+            " the checkpoint that they were made from"
+        )
     if variants := checkpoint.dit.variants():
         given = ", ".join(f"{name}={value}" for name, value in variants.items())
         raise UserError(

@@ -31,6 +31,11 @@ def given(flag: flags.FlagHolder) -> Any:
     return flag.value if flags.FLAGS[flag.name].present else None
 
 
+def define_quantise(what: str) -> flags.FlagHolder:
+    """Defines --quantise, a method of quantisation/table.py's METHODS, for `what`."""
+    return flags.DEFINE_enum("quantise", None, ["w8", "w8a8"], f"round {what} to int8")
+
+
 def define_lora() -> flags.FlagHolder:
     """Defines --lora, whose values checkpoints/loras.py opens."""
     return flags.DEFINE_multi_string("lora", [], LORA_HELP)

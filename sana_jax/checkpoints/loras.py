@@ -13,6 +13,7 @@ from sana_jax.checkpoints.find import file_sha256, find_lora
 from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.peft import read_adapter
 from sana_jax.checkpoints.tensors import LazyArray
+from sana_jax.kernels.int8 import Quantised
 from sana_jax.lora.adapter import attach, by_network, merge
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
@@ -101,11 +102,20 @@ def pairs_of(loras: Sequence[Lora]) -> dict[str, list[tuple[PyTree, float]]]:
 
 
 def merge_lazily(params: PyTree, adapters: Iterable[tuple[PyTree, float]]) -> PyTree:
-    """Returns a network's unread parameters with adapters and their weights in them, unread."""
+    """Returns a network's unread parameters with adapters and their weights in them, unread.
+
+    Raises UserError for a kernel that is quantised.
+    """
     return merge(attach(params, adapters), _updated)
 
 
-def _updated(name: str, kernel: LazyArray, lora: Mapping[str, Any]) -> LazyArray:
+def _updated(name: str, kernel: LazyArray | Quantised, lora: Mapping[str, Any]) -> LazyArray:
+    if isinstance(kernel, Quantised):
+        raise UserError(
+            f"{name.lstrip('/')} is quantised, and a LoRA cannot be merged into it: merge it into"
+            " the checkpoint that it was made from, or draw with it beside the weights, by --lora"
+        )
+
     def load(dtype: np.dtype) -> np.ndarray:
         base = np.asarray(kernel)
         made = np.empty(base.shape, dtype)

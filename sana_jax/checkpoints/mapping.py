@@ -7,13 +7,14 @@ pattern "theirs -> ours". The reversed pattern writes their tensors from our par
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
 
-from sana_jax.checkpoints.tensors import FLOAT_DTYPES, LazyArray, Tensors, on_host
+from sana_jax.checkpoints.tensors import FLOAT_DTYPES, INT8, LazyArray, Tensors, on_host
 from sana_jax.runtime.errors import UserError
 
 LINEAR = "o i -> i o"
@@ -92,8 +93,16 @@ def conv(path: str, name: str, bias: bool = True, **kwargs) -> Iterator[Entry]:
         yield Entry(f"{path}/bias", (f"{name}.bias",), **kwargs)
 
 
-def flat_shapes(abstract_params) -> dict[str, jax.ShapeDtypeStruct]:
-    return traverse_util.flatten_dict(abstract_params, sep="/")
+def flat_leaves(params) -> dict[str, Any]:
+    """Returns the arrays of nested parameters, or their shapes, by "/"-joined path.
+
+    A quantised weight is several: kernel/values, kernel/scale.
+    """
+    return {
+        "/".join((path, *(key.name for key in inner))): leaf
+        for path, tree in traverse_util.flatten_dict(params, sep="/").items()
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _some(items: list[str]) -> str:
@@ -115,9 +124,11 @@ def check(
     entries = list(entries)
     paths = [entry.path for entry in entries]
     assert sorted(paths) == sorted(shapes), set(paths) ^ set(shapes)
-    expected = {}
+    expected, integers = {}, set()
     for entry in entries:
-        expected |= entry.their_shapes(shapes[entry.path].shape)
+        leaf = shapes[entry.path]
+        expected |= (theirs_of := entry.their_shapes(leaf.shape))
+        integers |= theirs_of.keys() if leaf.dtype == np.int8 else set()
     found = {name for name in theirs if not name.endswith(ignored)} if ignored else set(theirs)
     problems = []
     if missing := sorted(set(expected) - found):
@@ -134,10 +145,11 @@ def check(
     types = [
         f"{name} is {theirs.dtype(name)}"
         for name in expected
-        if name in found and theirs.dtype(name) not in FLOAT_DTYPES
+        if name in found and theirs.dtype(name) not in (INT8 if name in integers else FLOAT_DTYPES)
     ]
     if types:
-        problems.append(f"types: {_some(types)} (floating point is needed)")
+        needed = "floating point is needed" + ", int8 for values" * bool(integers)
+        problems.append(f"types: {_some(types)} ({needed})")
     if problems:
         raise UserError(f"{component} does not fit its architecture: {'; '.join(problems)}")
 
@@ -147,7 +159,7 @@ def lazy_params(entries: Iterable[Entry], shapes, theirs: Tensors):
     params = {}
     for entry in entries:
         types = {theirs.dtype(name) for names in entry.layer_names() for name in names}
-        dtype = FLOAT_DTYPES[types.pop()] if len(types) == 1 else "float32"
+        dtype = (FLOAT_DTYPES | INT8)[types.pop()] if len(types) == 1 else "float32"
         load = functools.partial(entry.read, theirs)
         params[entry.path] = LazyArray(shapes[entry.path].shape, np.dtype(dtype), load)
     return traverse_util.unflatten_dict(params, sep="/")

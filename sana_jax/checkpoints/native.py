@@ -1,7 +1,8 @@
 """The native folder: our parameters under their own names, described and sealed by model.json.
 
 A folder may lack parts that another one has, byte for byte: model.json names that folder, from its
-own, and the hashes of their files. So a student is stored beside its teacher without a second autoencoder.
+own, and the hashes of their files. So a student is stored beside its teacher without a second
+autoencoder.
 """
 
 import dataclasses
@@ -11,10 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from flax import traverse_util
-
-from sana_jax.checkpoints.components import CONFIGS, MASKS, Checkpoint, Config, param_shapes
-from sana_jax.checkpoints.mapping import Entry, check, lazy_params
+from sana_jax.checkpoints.components import (
+    CONFIGS,
+    MASKS,
+    Checkpoint,
+    Config,
+    param_shapes,
+    regrouped,
+)
+from sana_jax.checkpoints.mapping import Entry, check, flat_leaves, lazy_params
 from sana_jax.checkpoints.tensors import TensorReader, write_tensors
 from sana_jax.diffusion.flow import SHIFTS
 from sana_jax.models.config import without_later
@@ -43,7 +49,7 @@ def save(
     theirs = {} if share is None else _files_to_share(Path(share))
     configs = checkpoint.configs()
     for name in configs:
-        flat = traverse_util.flatten_dict(checkpoint.params[name], sep="/")
+        flat = flat_leaves(checkpoint.params[name])
         write_tensors(flat.items(), folder, name, max_shard_bytes)
     if checkpoint.tokenizer is not None:
         save_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
@@ -92,7 +98,7 @@ def open_folder(folder: Path) -> Checkpoint:
         shapes = param_shapes(config)
         entries = [Entry(path, (path,)) for path in shapes]
         check(name, entries, shapes, tensors)
-        checkpoint.params[name] = lazy_params(entries, shapes, tensors)
+        checkpoint.params[name] = regrouped(lazy_params(entries, shapes, tensors), config)
     for home, names in ((folder, files), (other, shared["files"] if shared else ())):
         if any(name.startswith("tokenizer/") for name in names):
             checkpoint.tokenizer = load_tokenizer(home / "tokenizer")

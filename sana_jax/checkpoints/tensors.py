@@ -18,7 +18,8 @@ from sana_jax.runtime.files import check_itself, named_file, read_json, reason_o
 
 # safetensors' spelling of the dtypes of weights, and of the counters among them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": ml_dtypes.bfloat16}
-_NAMES = {np.dtype(dtype): name for name, dtype in FLOAT_DTYPES.items()} | {
+INT8 = {"I8": "int8"}  # of quantised weights
+_NAMES = {np.dtype(dtype): name for name, dtype in (FLOAT_DTYPES | INT8).items()} | {
     np.dtype("int64"): "I64"
 }
 

@@ -23,6 +23,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.int8 import is_quantised
 from sana_jax.lora.config import LoraConfig
 from sana_jax.models.layers import merged
 from sana_jax.runtime.errors import UserError
@@ -69,6 +70,7 @@ def _kernels(abstract_params: PyTree) -> Iterator[tuple[str, Any, tuple[str | No
     flat = traverse_util.flatten_dict(abstract_params, sep="/")
     for path, box in flat.items():
         if path.endswith("/kernel"):
+            box = box.values if is_quantised(box) else box
             yield path.removesuffix("/kernel"), box.unbox(), box.names
 
 

@@ -11,6 +11,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Layers, by path, and how each stands in the parameters: for networks with quantised weights.
+Layers = tuple[tuple[str, str], ...]
+
 MAX_WIDTH = 2**18  # of an axis of a weight; the largest language models have 2**16
 MAX_LAYERS = 1000  # of one stack; the deepest SANA has 60
 MAX_TOKENS = 2**31 - 1  # positions and windows, which no array's size depends on
@@ -42,9 +45,12 @@ def check_choices(config, network: str, choices: Mapping[str, Sequence[str]]) ->
             raise ValueError(f"{network} {name} {value!r} is not one of {', '.join(known)}")
 
 
-def later(default: Any) -> Any:
-    """Returns a field that the first version of our files does not have; see `without_later`."""
-    return dataclasses.field(default=default, metadata={"later": True})
+def later(default: Any, repr: bool = True) -> Any:
+    """Returns a field that the first version of our files does not have; see `without_later`.
+
+    Hashes of encoded data have a config's repr in them: one `repr` leaves out does not change them.
+    """
+    return dataclasses.field(default=default, repr=repr, metadata={"later": True})
 
 
 def without_later(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 
-from sana_jax.models.config import check_fields
+from sana_jax.models.config import Layers, check_fields, later
 
 # Far above what is published: 8 stages, 23 layers of a side, one scale of size 5. Layers are built
 # one after the other.
@@ -41,6 +41,7 @@ class DCAEConfig:
     decoder_in_shortcut: bool = True
     decoder_out_activation: str = "relu"
     scaling_factor: float = 0.41407  # 1 / root mean square of the latents
+    quantised: Layers = later((), repr=False)  # see quantisation/table.py
 
     def __post_init__(self):
         def reject(field, problem):
@@ -85,7 +86,9 @@ class DCAEConfig:
         return 2 ** (len(self.encoder_channels) - 1)
 
 
-PER_STAGE = [f.name for f in dataclasses.fields(DCAEConfig) if isinstance(f.default, tuple)]
+PER_STAGE = [
+    f.name for f in dataclasses.fields(DCAEConfig) if f.default and isinstance(f.default, tuple)
+]
 _CHOICES = {
     "encoder_blocks": ("ResBlock", "EfficientViTBlock"),
     "decoder_blocks": ("ResBlock", "EfficientViTBlock"),

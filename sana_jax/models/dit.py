@@ -31,7 +31,14 @@ from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.kernels.cross_attention import cross_attention
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.modulated_norm import modulated_norm, reference
-from sana_jax.models.config import MAX_LAYERS, check_choices, check_fields, check_width, later
+from sana_jax.models.config import (
+    MAX_LAYERS,
+    Layers,
+    check_choices,
+    check_fields,
+    check_width,
+    later,
+)
 from sana_jax.models.embedders import CaptionEmbedder, TimestepEmbedder, position_features
 from sana_jax.models.layers import (
     Dtype,
@@ -98,6 +105,7 @@ class SanaConfig:
     # Sprint's network embeds the guidance scale times this, and is drawn from in a few steps by SCM
     # (diffusion/scm.py). None: the network does not know of guidance.
     guidance_embedding: float | None = later(None)
+    quantised: Layers = later((), repr=False)  # see quantisation/table.py
 
     def __post_init__(self):
         check_fields(self, "transformer", **_MOST)

@@ -23,8 +23,15 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from sana_jax.kernels.mixed_einsum import einsum_float32
-from sana_jax.models.config import MAX_LAYERS, MAX_TOKENS, check_fields, check_width
-from sana_jax.models.layers import Dtype, RMSNorm, dense, partitioned, scan_for_sampling
+from sana_jax.models.config import (
+    MAX_LAYERS,
+    MAX_TOKENS,
+    Layers,
+    check_fields,
+    check_width,
+    later,
+)
+from sana_jax.models.layers import Dtype, Embed, RMSNorm, dense, scan_for_sampling
 from sana_jax.sharding import constrain
 
 _MOST = {
@@ -54,6 +61,7 @@ class Gemma2Config:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     max_positions: int = 8192  # that the release was trained for; no array has this size
+    quantised: Layers = later((), repr=False)  # see quantisation/table.py
 
     def __post_init__(self):
         check_fields(self, "text encoder", **_MOST)
@@ -213,12 +221,7 @@ class Gemma2(nn.Module):
     def setup(self):
         config = self.config
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.embed = nn.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            param_dtype=self.param_dtype,
-            embedding_init=partitioned(nn.initializers.normal(0.02), ("vocab", "embed")),
-        )
+        self.embed = Embed(config.vocab_size, config.hidden_size, param_dtype=self.param_dtype)
         self.layers = nn.scan(
             Layer,
             variable_axes={"params": 0},

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sana_jax.kernels.bias import add_bias
 from sana_jax.kernels.convolution import convolve, convolve_doubled
 from sana_jax.kernels.glumbconv import glumbconv
+from sana_jax.kernels.int8 import Quantised, Weight, multiply
 from sana_jax.kernels.mixed_einsum import dense_float32
 
 Dtype = Any
@@ -30,18 +31,25 @@ def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializer
     return nn.with_logical_partitioning(init, axes)
 
 
-def merged(kernel: Float[Array, "*L C D"], lora: dict[str, Array]) -> Float[Array, "*L C D"]:
-    """Returns kernel + a b of a low-rank update, with float32 sums, in the kernel's dtype."""
+Kernel = Float[Array, "*L C D"] | Weight
+
+
+def merged(kernel: Kernel, lora: dict[str, Array]) -> Float[Array, "*L C D"]:
+    """Returns kernel + a b of a low-rank update, with float32 sums.
+
+    It is in the kernel's dtype, or of a quantised kernel in float32.
+    """
     a, b = (lora[name].astype(jnp.float32) for name in "ab")
     update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+    total = kernel.astype(jnp.float32) + update
+    return total if isinstance(kernel, Quantised) else total.astype(kernel.dtype)
 
 
 class Dense(nn.Module):
     """A matrix product with float32 sums, and a bias; see `dense`.
 
-    Its parameters may have a low-rank update beside the kernel, "lora", with which it computes
-    x kernel + (x a) b: lora/adapter.py puts it there.
+    The kernel in its parameters may be quantised (kernels/int8), and have a low-rank update beside
+    it, "lora", with which it computes x kernel + (x a) b: lora/adapter.py puts it there.
     """
 
     features: int
@@ -55,12 +63,12 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
         kernel, bias = self._weights(x.shape[-1])
         x = x.astype(self.dtype)
-        y = dense_float32(x, kernel.astype(self.dtype), self.precision)
+        y = multiply(x, kernel, self.precision)
         if self.has_variable("params", "lora"):
             y = y + self._low_rank(x, self.get_variable("params", "lora"))
         return y if bias is None else add_bias(y, bias.astype(self.dtype))
 
-    def weights(self, channels: int) -> tuple[Float[Array, "C D"], Float[Array, " D"] | None]:
+    def weights(self, channels: int) -> tuple[Kernel, Float[Array, " D"] | None]:
         """Returns the kernel for `channels`, and the bias or None, in `param_dtype`.
 
         For operations that compute this layer's product themselves; a low-rank update is in it.
@@ -79,7 +87,7 @@ class Dense(nn.Module):
         return x
 
     @nn.compact
-    def _weights(self, channels: int) -> tuple[Float[Array, "C D"], Float[Array, " D"] | None]:
+    def _weights(self, channels: int) -> tuple[Kernel, Float[Array, " D"] | None]:
         shape = (channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if not self.use_bias:
@@ -171,9 +179,26 @@ def scan_for_sampling(
     return jax.lax.scan(body, carry, (jnp.arange(depth)[layers], each))
 
 
+class Embed(nn.Module):
+    """A table of rows to look up; the table may be quantised, with a scale for each row."""
+
+    count: int
+    features: int
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B C"]:
+        """Returns the rows in `param_dtype`."""
+        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
+        table = self.param("embedding", init, (self.count, self.features), self.param_dtype)
+        rows = jax.tree.map(lambda x: jnp.take(x, tokens, axis=0), table)
+        return rows.astype(self.param_dtype)
+
+
 class Conv3x3(nn.Module):
     """A 3x3 convolution, padded by one row of zeros on every side; logical axes (in, out).
 
+    Of a quantised kernel the product is in float: only memory is saved.
     `double` convolves x at twice its size, nearest neighbour.
     """
 
@@ -192,7 +217,7 @@ class Conv3x3(nn.Module):
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
         x = x.astype(self.dtype)
         if self.double:
-            y = convolve_doubled(x, kernel)
+            y = convolve_doubled(x, kernel.astype(self.param_dtype))
         else:
             y = convolve(x, kernel.astype(self.dtype), self.stride)
         if self.use_bias:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from sana_jax.checkpoints.components import Checkpoint, abstract_params
 from sana_jax.checkpoints.loras import Lora, open_lora, pairs_of
+from sana_jax.kernels.int8 import is_quantised
 from sana_jax.lora.adapter import TEXT_ENCODER, attach, axes_of_halves, detach
 from sana_jax.pipeline.remembered import Remembered
 from sana_jax.runtime.errors import UserError
@@ -88,12 +89,13 @@ def with_adapters(
     if not pairs:
         return plain
     flat = traverse_util.flatten_dict(attach(plain, pairs), sep="/")
-    axes = traverse_util.flatten_dict(boxes, sep="/")
+    of_kernels = traverse_util.flatten_dict(boxes, sep="/")
     updates = {}
     for name in flat:
         layer, _, half = name.rpartition("/lora/")
         if layer:
-            names = axes_of_halves(axes[f"{layer}/kernel"].names)[half]
+            box = of_kernels[f"{layer}/kernel"]
+            names = axes_of_halves((box.values if is_quantised(box) else box).names)[half]
             shape = jax.ShapeDtypeStruct(flat[name].shape, flat[name].dtype)
             updates[name] = nn.LogicallyPartitioned(shape, names)
     for name, where in shardings_for(updates, mesh).items():

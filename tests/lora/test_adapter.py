@@ -1,5 +1,6 @@
 """Adapters beside the kernels of a network."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,13 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sana_jax.checkpoints.components import abstract_params, init_params, module_for
+from sana_jax.kernels.int8 import is_quantised, reference
 from sana_jax.lora.adapter import attach, chosen, detach, merge, new_adapter, sites
 from sana_jax.lora.config import ATTENTION, LoraConfig
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.dit import REMAT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.quantisation.table import choose, sums_of, with_quantised
 from sana_jax.runtime.errors import UserError
 from tests.toy import assert_close
 
@@ -23,6 +26,20 @@ CONFIG = SanaConfig(
 )
 ABSTRACT = abstract_params(CONFIG)
 EVERYWHERE = (".*",)
+
+
+def quantised(params, method):
+    """The network with int8 weights, and the same with the weights that they stand for."""
+    layers = choose({"dit": ABSTRACT}, method).quantised["dit"]
+    boxes = traverse_util.flatten_dict(with_quantised(ABSTRACT, layers), sep="/")
+    made = traverse_util.flatten_dict(params, sep="/")
+    for path, box in boxes.items():
+        if is_quantised(box):
+            scale = reference.scale_of(made[path], sums_of(path, box))
+            values = reference.values_of(made[path], scale)
+            made[path] = dataclasses.replace(box, values=values, scale=scale)
+    floats = {n: x.astype(jnp.float32) for n, x in made.items()}
+    return (traverse_util.unflatten_dict(flat, sep="/") for flat in (made, floats))
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +186,30 @@ def test_what_is_detached_is_as_it_was(params):
     plain = detach(attach(params, [(adapter(EVERYWHERE), 1.0)]))
     assert jax.tree.structure(plain) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, plain, params)
+
+
+def test_an_adapter_stands_beside_int8_weights_as_beside_those_they_stand_for(params):
+    made, floats = quantised(params, "w8")
+    pairs = [(adapter(EVERYWHERE), 0.5)]
+    assert_close(velocity(attach(made, pairs)), velocity(attach(floats, pairs)), 1e-5)
+    back = detach(attach(made, pairs))
+    assert jax.tree.all(jax.tree.map(lambda x, y: x is y, back, made))
+
+
+@pytest.mark.parametrize("method", ["w8", "w8a8"])
+def test_gradients_of_an_adapter_go_through_int8_weights(params, method):
+    """Those of int8 rows are straight-through: near the ones of the same weights in float."""
+    made, floats = quantised(params, method)
+    start = adapter(EVERYWHERE)
+
+    def gradient(base, remat="none"):
+        def loss(update):
+            return jnp.mean(velocity(attach(base, [(update, 1.0)]), "__call__", remat=remat) ** 2)
+
+        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(loss)(start))])
+
+    bar = {"w8": 1e-4, "w8a8": 0.1}[method]
+    found = gradient(made)
+    assert jnp.isfinite(found).all()
+    assert_close(found, gradient(floats), bar)
+    assert_close(gradient(made, "full"), found, 1e-4)

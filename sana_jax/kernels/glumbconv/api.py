@@ -16,16 +16,16 @@ from sana_jax.kernels.dispatch import (
     use_kernel,
 )
 from sana_jax.kernels.glumbconv import gpu, reference, tpu
-from sana_jax.kernels.mixed_einsum import dense_float32
+from sana_jax.kernels.int8 import Weight, cast, multiply
 
 OUTSIDE = -1e4  # SiLU turns it into zero after any bias, and its cotangent too
 
 
 def glumbconv(
     x: Float[Array, "B H W C"],
-    expand: Float[Array, "C D2"],
+    expand: Float[Array, "C D2"] | Weight,
     weights: tuple[Float[Array, " D2"], Float[Array, "3 3 D2"], Float[Array, " D2"]],
-    contract: Float[Array, "D E"],
+    contract: Float[Array, "D E"] | Weight,
     scale: Float[Array, "#B #H #W E"] | None = None,
     *,
     split_rows: bool = False,
@@ -33,20 +33,28 @@ def glumbconv(
 ) -> Float[Array, "B H W E"]:
     """Computes Mix-FFN: a product to D2 = 2 D channels, reference.py's middle, one back, a factor.
 
-    `weights` are the bias, depthwise kernel and depthwise bias of the middle. `scale` is the factor
+    `expand` and `contract` may be quantised. `weights` are the bias, depthwise kernel and depthwise
+    bias of the middle. `scale` is the factor
     in float32; None means one. `split_rows` splits rows over the mesh axis that splits tokens;
     devices exchange the rows where they meet. `implementation` is "auto", "xla" or "pallas", see
     kernels/dispatch.py.
     """
-    expand = expand.astype(x.dtype)
+    expand, contract = (cast(kernel, x.dtype) for kernel in (expand, contract))
     if uses_kernel(*x.shape[1:3], x.dtype, implementation):
         # On a TPU value and gate are products of their own; a GPU's kernel reads them from one.
-        parts = (expand,) if platform() == "gpu" else jnp.split(expand, 2, axis=1)
-        images = tuple(dense_float32(x, part) for part in parts)
-        return projected_glumbconv(split_rows, images, weights, contract.astype(x.dtype), scale)
-    wide = dense_float32(x, expand)
+        parts = (expand,) if platform() == "gpu" else _halves(expand)
+        images = tuple(multiply(x, part) for part in parts)
+        return projected_glumbconv(split_rows, images, weights, contract, scale)
+    wide = multiply(x, expand)
     y = _by_rows(reference.glumbconv, (wide,), (), weights, split_rows, kernel=False)
-    return _project(y, contract.astype(x.dtype), scale)
+    return _project(y, contract, scale)
+
+
+def _halves(kernel: Float[Array, "C D2"] | Weight) -> list[Float[Array, "C D"] | Weight]:
+    if not isinstance(kernel, Weight):
+        return jnp.split(kernel, 2, axis=1)
+    half = kernel.shape[1] // 2
+    return [kernel.columns(start, start + half) for start in (0, half)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -54,7 +62,7 @@ def projected_glumbconv(
     split_rows: bool,
     images: tuple[Float[Array, "B H W _"], ...],
     weights: tuple[Float[Array, " C2"], Float[Array, "3 3 C2"], Float[Array, " C2"]],
-    projection: Float[Array, "C D"],
+    projection: Float[Array, "C D"] | Weight,
     scale: Float[Array, "#B #H #W D"] | None,
 ) -> Float[Array, "B H W D"]:
     """Computes the middle by the kernel, then the product back and the factor.
@@ -68,7 +76,7 @@ def projected_glumbconv(
 
 
 def _project(x, projection, scale):
-    y = dense_float32(x, projection)
+    y = multiply(x, projection)
     return y if scale is None else (scale * y.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -135,9 +135,7 @@ class DistillationTask(TextToImageTask):
         self.trained = {"dit": self._init_student, "log_variance": self._init_log_variance}
         shapes = jax.eval_shape(self._init_params, jax.random.key(0))
         steps = -(-recipe.steps // len(self.steps))
-        self.tx, self.schedule = make_optimizer(
-            recipe.optimizer, shapes, steps, config.trainable
-        )
+        self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, steps, config.trainable)
         if config.adversarial:
             names = {field.name for field in dataclasses.fields(teacher)} - {"parent", "name"}
             self._features = FeatureTransformer(**{name: getattr(teacher, name) for name in names})

@@ -229,6 +229,11 @@ def make_networks(config: ConfigDict, base: Checkpoint) -> tuple[nn.Module, nn.M
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.dtype={config.dtype!r}: give float32 or bfloat16")
     dtype, train = config.dtype, config.text_encoder.train
+    if base.dit.quantised and not read_lora(config).rank:
+        raise UserError(
+            "config.network.quantised: int8 weights do not train: give config.lora.rank, for a LoRA"
+            " of them, or start from the checkpoint that they were made from"
+        )
     dit = module_for(base.dit, dtype, "float32")
     dit = dit.clone(remat=config.remat, unroll=config.unroll, implementation=implementation)
     encoder = module_for(base.text_encoder, dtype, "float32" if train else dtype)

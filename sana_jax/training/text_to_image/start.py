@@ -41,7 +41,9 @@ _OPEN = {
 def leave_open(config: ConfigDict) -> ConfigDict:
     """Leaves the keys that `resolve` can fill in open, and returns the config."""
     for field in dataclasses.fields(SanaConfig):
-        kind = next((k for k in typing.get_args(field.type) if k is not type(None)), field.type)
+        kind = typing.get_origin(field.type)
+        if kind is not tuple:  # else the type, or that of the union that is not None
+            kind = next((k for k in typing.get_args(field.type) if k is not type(None)), field.type)
         config.network[field.name] = config_dict.placeholder(kind)
     for key, kind in _OPEN.items():
         *groups, name = key.split(".")

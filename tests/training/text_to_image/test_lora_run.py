@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
+from sana_jax.checkpoints.quantised import quantise
 from sana_jax.lora.adapter import by_network
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import UserError
@@ -166,3 +167,29 @@ def test_another_base_is_not_gone_on_with(unbroken, config, tmp_path):
     given = changes(config, start=str(other), recipe__steps=40, data__size=16)
     with pytest.raises(UserError, match="start"):
         TextToImageTraining(load(config, **given), str(tmp_path / "run")).run()
+
+
+def test_it_trains_beside_int8_weights(config, tmp_path):
+    base, made = tmp_path / "int8", quantise(native.open_folder(config.parent / "base"), "w8a8")
+    base.mkdir()
+    native.save(made, base)
+    int8 = dict(start=str(base), network__quantised=made.dit.quantised)
+    training = TextToImageTraining(load(config, **changes(config, **int8)), str(tmp_path / "run"))
+    training.run()
+    kernel = training._frozen.dit["blocks"]["attention"]["qkv"]["kernel"]
+    assert (kernel.values.dtype, kernel.rows) == ("int8", "int8")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+
+    pipe = SanaPipeline.from_pretrained(str(base), dtype="float32")
+    draw = dict(height=16, width=16, num_steps=1, output="float")
+    before = np.asarray(pipe("a red cat", **draw))
+    pipe.load_lora(str(tmp_path / "run/model"))
+    assert np.abs(np.asarray(pipe("a red cat", **draw)) - before).max() > 1e-3
+    pipe.unload_lora()
+    np.testing.assert_array_equal(pipe("a red cat", **draw), before)
+    with pytest.raises(UserError, match="is quantised, and a LoRA cannot be merged"):
+        open_workdir(tmp_path / "run")
+    with pytest.raises(UserError, match="config.network.quantised: int8 weights do not train"):
+        TextToImageTraining(load(config, **{**changes(config, **int8), "lora__rank": 0}), "unused")

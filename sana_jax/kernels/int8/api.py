@@ -1,0 +1,87 @@
+"""A product with weights of any kind, and its gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.int8 import reference
+from sana_jax.kernels.int8.weights import Quantised, Simulated, Watched, Weight
+from sana_jax.kernels.mixed_einsum import dense_float32
+
+
+def multiply(
+    x: Float[Array, "*B C"],
+    kernel: Float[Array, "C D"] | Weight,
+    precision: lax.Precision | None = None,
+) -> Float[Array, "*B D"]:
+    """Returns x times kernel in x's dtype with float32 sums, or by int8 as reference.py says.
+
+    Gradients are straight-through: those of the product of what the integers stand for, as if
+    nothing had been rounded. Quantised weights themselves have none.
+    """
+    if isinstance(kernel, Quantised):
+        if kernel.rows == "int8":
+            return _product(x, kernel)
+        return reference.product_of_weights(x, kernel.values, kernel.scale, precision)
+    if isinstance(kernel, Simulated):
+        return _simulated(x, kernel.kernel, kernel.products)
+    if isinstance(kernel, Watched):
+        kernel = kernel.watch(x)
+    return dense_float32(x, kernel.astype(x.dtype), precision)
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "*B C"], kernel: Quantised) -> Float[Array, "*B D"]:
+    return reference.product(x, kernel.values, kernel.scale, kernel.range)
+
+
+def _forward(x, kernel):
+    return _product(x, kernel), kernel
+
+
+def _backward(kernel, cotangent):
+    scaled = (cotangent.astype(jnp.float32) * kernel.scale[0]).astype(cotangent.dtype)
+    d_x = dense_float32(scaled, kernel.values.T.astype(cotangent.dtype))
+    return d_x, jax.tree.map(_no_gradient, kernel)
+
+
+def _no_gradient(x: Array) -> Array | np.ndarray:
+    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    return np.zeros(x.shape, jax.dtypes.float0) if whole else jnp.zeros_like(x)
+
+
+_product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _simulated(
+    x: Float[Array, "*B C"], kernel: Float[Array, "C D"], products: frozenset[str]
+) -> Float[Array, "*B D"]:
+    return _either(x, kernel, "forward" in products)
+
+
+def _either(x: Float[Array, "*B C"], kernel: Float[Array, "C D"], int8: bool) -> Array:
+    """Returns x times kernel in x's dtype; in int8 both are rounded along the sum."""
+    if not int8:
+        return dense_float32(x, kernel.astype(x.dtype))
+    scale = reference.scale_of(kernel, 0)
+    return reference.product(x, reference.values_of(kernel, scale), scale)
+
+
+def _simulated_forward(x, kernel, products):
+    return _simulated(x, kernel, products), (x, kernel)
+
+
+def _simulated_backward(products, saved, cotangent):
+    x, kernel = saved
+    d_x = _either(cotangent, kernel.T, "rows" in products)
+    rows, of_rows = (t.reshape(-1, t.shape[-1]) for t in (x, cotangent))
+    d_kernel = _either(rows.T, of_rows, "weights" in products)
+    return d_x, d_kernel.astype(kernel.dtype)
+
+
+_simulated.defvjp(_simulated_forward, _simulated_backward)
