@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from sana_jax.checkpoints import flags as checkpoint_flags
 from sana_jax.checkpoints.flags import given
 from sana_jax.checkpoints.random_weights import KNOWN
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
@@ -75,6 +76,7 @@ _IMPLEMENTATION = flags.DEFINE_enum(
     IMPLEMENTATIONS,
     "kernels of our transformer: auto (on TPU only), pallas (always) or xla (never)",
 )
+_QUANTISE = checkpoint_flags.define_quantise("the networks' weights, as by convert --quantise")
 _STEPS = flags.DEFINE_integer(
     "num_steps", 20, "steps of the loop; default for Sana-Sprint: 2", 1, 1000
 )
@@ -101,7 +103,13 @@ def main(argv):
         steps=timed_steps,
         compiled=against == "diffusers-compiled",
         implementation=_IMPLEMENTATION.value,
+        quantise=_QUANTISE.value,
     )
+    if _QUANTISE.value and against != "none":
+        raise UserError(
+            f"--quantise={_QUANTISE.value} rounds, and the two sides would differ: leave --against"
+            " out"
+        )
     _check_parts(_PARTS.value)
     _check_installed(against)
 
@@ -119,6 +127,8 @@ def main(argv):
 
     shown = ("preset", "batch", "size", "dtype", "implementation")
     result = {name: common[name] for name in shown} | dict(steps=steps, against=against)
+    if _QUANTISE.value:
+        result["quantise"] = _QUANTISE.value
     if timed_steps != steps:
         result["timed_steps"] = timed_steps
     result |= facts | dict(parts=rows, memory=memory)

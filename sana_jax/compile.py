@@ -4,6 +4,7 @@
     python -m sana_jax.compile --config=configs/sana_1600m_1024.py --topology=v5e:16x16
     python -m sana_jax.compile --preset=sana_600m_1024 --topology=h100:1 --what=sample
     python -m sana_jax.compile --config=configs/finetune.py --topology=4090:1 --memory
+    python -m sana_jax.compile --preset=sana_1600m_1024 --topology=v5e:1x1 --quantise=w8a8
 
     forward  the transformer once, 300 rows of text
     sample   --num_steps steps with guidance (Sana-Sprint: without a second half), from noise to
@@ -39,6 +40,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 from sana_jax import sharding
+from sana_jax.checkpoints import flags as checkpoint_flags
 from sana_jax.checkpoints import random_weights
 from sana_jax.checkpoints.flags import given
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
@@ -86,6 +88,7 @@ _IMPLEMENTATION = flags.DEFINE_enum(
     IMPLEMENTATIONS,
     "of a preset's transformer: pallas with kernels, xla without",
 )
+_QUANTISE = checkpoint_flags.define_quantise("a preset's weights, as by convert --quantise")
 _PHASE = flags.DEFINE_string(
     "phase", None, "phase of an autoencoder's training; default: the first"
 )
@@ -112,6 +115,7 @@ def main(argv: list[str]) -> None:
         "batch": program.batch / mesh.size if rest else share,
         "config": flags.FLAGS["config"].config_filename if what == "train" else None,
         "preset": _PRESET.value,
+        **({"quantise": _QUANTISE.value} if _QUANTISE.value else {}),
         "size": program.size,
         "mesh": dict(mesh.shape),
         "calls": program.calls,
@@ -142,7 +146,8 @@ def _report(topology: str):
 
 def _program(what: str, devices: list[jax.Device]):
     """Returns the mesh and the program that the flags ask for. Raises UserError."""
-    from sana_jax.measure import programs  # takes seconds
+    from sana_jax.checkpoints.quantised import quantised_configs  # these take seconds
+    from sana_jax.measure import programs
     from sana_jax.pipeline.facts import usual_steps
 
     if what == "train":
@@ -151,6 +156,9 @@ def _program(what: str, devices: list[jax.Device]):
         return mesh, programs.training(_CONFIG.value, mesh, batch, _PHASE.value)
     mesh = sharding.make_mesh(fsdp=_FSDP.value, devices=devices)
     dit, vae, _ = random_weights.configs(_PRESET.value)
+    if _QUANTISE.value:
+        networks, _ = quantised_configs({"dit": dit, "vae": vae}, _QUANTISE.value)
+        dit, vae = networks["dit"], networks["vae"]
     batch = (_BATCH.value or 1) * mesh.size
     size, implementation = _SIZE.value, _IMPLEMENTATION.value
     steps = given(_STEPS) or usual_steps(dit.is_sprint)
@@ -171,6 +179,8 @@ def _check_flags() -> str:
         raise UserError("--size goes with --preset; a config has keys of its own for it")
     if config and _FSDP.value != 1:
         raise UserError("--fsdp goes with --preset; for a config give --config.mesh.fsdp")
+    if config and _QUANTISE.value is not None:
+        raise UserError("--quantise goes with --preset; int8 weights do not train")
     if config and _IMPLEMENTATION.value != "auto":
         raise UserError("--implementation goes with --preset; give --config.network.implementation")
     if preset and _PHASE.value is not None:

@@ -138,6 +138,8 @@ BAD_FLAGS = [
     (["--loop_steps=0"], "--loop_steps=0"),
     (["--dtype=int8"], "--dtype=int8"),
     (["--against=torch"], "--against=torch"),
+    (["--quantise=w8", "--against=diffusers"], "--quantise=w8 rounds, and the two sides would"),
+    (["--quantise=w4"], "--quantise=w4: value should be one of"),
 ]
 
 

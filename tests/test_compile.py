@@ -230,6 +230,19 @@ def test_memory_alone_and_without_kernels():
     assert whole["kernel_cycles"] == 0 < whole["cycles"]
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_int8_weights_take_less_memory():
+    flags = "--preset=tiny", "--topology=v5e:2x2", "--size=64", "--memory"
+    found = [
+        json.loads(command(*flags, *more).stdout.splitlines()[-1])
+        for more in ([], ["--quantise=w8"], ["--quantise=w8a8"])
+    ]
+    assert [each.get("quantise") for each in found] == [None, "w8", "w8a8"]
+    sizes = [each["argument_bytes"] for each in found]
+    assert sizes[2] == sizes[1] < 0.7 * sizes[0]
+
+
 TOO_LARGE = """
 from sana_jax.measure import tpu_estimate
 def estimate(*args, **kwargs):
@@ -258,6 +271,10 @@ BAD_FLAGS = [
     (["--topology=v5e:2x2"], "--what=forward needs --preset"),
     (["--topology=v5e:2x2", "--preset=tiny", "--what=train"], "--what=train needs --config"),
     (["--topology=v5e:2x2", "--preset=tiny", "--what=draw"], "should be one of"),
+    (
+        ["--topology=v5e:2x2", f"--config={ROOT}/configs/sana_600m_512.py", "--quantise=w8"],
+        "--quantise goes with --preset",
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 
 from sana_jax.checkpoints import random_weights
+from sana_jax.checkpoints.quantised import quantise
 from sana_jax.models.dit import SanaConfig
 from sana_jax.text.tokenizers import WORDS
 
@@ -36,11 +37,13 @@ class Settings:
     steps: int  # of the loop that is timed
     compiled: bool = False  # runs the reference under torch.compile
     implementation: str = "auto"  # of our transformer's operations: kernels/dispatch.py
+    quantise: str | None = None  # a method of quantisation/table.py
 
 
 def checkpoint(settings: Settings):
     """Returns the preset's networks; weights are made when used, the same on both sides."""
-    return random_weights.make(settings.preset, settings.dtype, distinct=DISTINCT)
+    made = random_weights.make(settings.preset, settings.dtype, distinct=DISTINCT)
+    return made if settings.quantise is None else quantise(made, settings.quantise)
 
 
 def instruction() -> str:

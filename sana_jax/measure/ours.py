@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from sana_jax import SanaPipeline
-from sana_jax.checkpoints.components import component_dtype, param_shapes, place
+from sana_jax.checkpoints.components import abstract_params, component_dtype, in_dtype, place
 from sana_jax.diffusion import scm
 from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
@@ -57,15 +58,16 @@ class Ours:
     def describe(self) -> dict[str, Any]:
         """Returns the device, the FLOPs of a call and the bytes of the weights."""
         name = PARTS[self.settings.part]
-        shapes = param_shapes(getattr(self.pipe.checkpoint, name)).values()
-        weights = sum(math.prod(leaf.shape) for leaf in shapes)
+        config, dtype = getattr(self.pipe.checkpoint, name), self.settings.dtype
+        shapes = in_dtype(nn.unbox(abstract_params(config)), component_dtype(name, dtype))
+        leaves = jax.tree.leaves(shapes)
         return dict(
             platform=self.device.platform,
             device=self.device.device_kind,
             cores=len(os.sched_getaffinity(0)),
             jax=jax.__version__,
             flops=count(self.pipe, self.settings),
-            weight_bytes=weights * jnp.dtype(component_dtype(name, self.settings.dtype)).itemsize,
+            weight_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
         )
 
     def peak_bytes(self) -> int | None:

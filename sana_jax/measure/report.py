@@ -41,6 +41,7 @@ def _heading(result: dict[str, Any]) -> str:
         device = f"{device}, {result['cores']} cores"
     rate = max(row["peak_flops"] for row in result["parts"].values()) / 1e12
     what = f"{result['preset']}, {result['batch']} x {side} x {side} px, {result['dtype']}"
+    what += f", {result['quantise']}" if "quantise" in result else ""
     lines = f"{what}, on {device} (matrix products {rate:.3g} TFLOP/s)"
     if result["against"] != "none":
         lines += f"\ntheirs: {result['against']}, diffusers {result['diffusers']}"

@@ -5,10 +5,10 @@ import math
 import jax
 import pytest
 
-from sana_jax.checkpoints.components import param_shapes
+from sana_jax.checkpoints.components import param_shapes, place
 from sana_jax.measure import inputs, memory, tpu_estimate
 from sana_jax.measure.inputs import Settings
-from sana_jax.sharding import MESH_AXES
+from sana_jax.sharding import MESH_AXES, make_mesh
 
 
 def test_the_account_adds_up():
@@ -23,6 +23,24 @@ def test_the_account_adds_up():
     without = weights["dit"] + weights["vae"] + max(working["loop"], working["decode"])
     assert found["peak_without_text_encoder"] == without < found["peak"]
     assert working["decode"] > 4 * 64 * 64 * 3  # the picture, in float32
+
+
+def test_int8_is_counted_as_it_is_stored():
+    settings = Settings("tiny", "memory", 1, 64, "bfloat16", 2, quantise="w8a8")
+    found, checkpoint = memory.analyse(settings), inputs.checkpoint(settings)
+    for name, config in checkpoint.configs().items():
+        mesh = make_mesh(devices=jax.devices()[:1])
+        placed = place(checkpoint.params[name], config, "bfloat16", mesh)
+        assert found["weights"][name] == sum(x.nbytes for x in jax.tree.leaves(placed))
+
+
+@pytest.mark.slow
+def test_a_picture_of_sana_1600m_in_int8_takes_at_most_6_5_gb():
+    """At 1024 px, all networks resident; bfloat16's weights alone are 9.06 GB."""
+    settings = Settings("sana_1600m_1024", "memory", 1, 1024, "bfloat16", 20, quantise="w8a8")
+    found = memory.analyse(settings)
+    print(found)
+    assert found["peak"] <= 6.5e9
 
 
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ from sana_jax.measure import inputs
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import Ours, count, make_pipeline
 from sana_jax.models import flops
+from tests.toy import relative_error
 
 
 def settings(part, **changes):
@@ -92,3 +93,13 @@ def test_a_part_is_what_the_pipeline_gives(part):
 
 def test_peak_is_a_rate():
     assert 1e9 < Ours(settings("trunk")).peak_flops() < 1e16
+
+
+def test_quantised_weights_run_as_they_are_stored():
+    sides = [Ours(settings("trunk", quantise=method)) for method in (None, "w8a8")]
+    for side in sides:
+        side.load()
+    first, second = (side.run(0) for side in sides)
+    assert 1e-4 < relative_error(second, first) < 0.03
+    sizes = [side.describe()["weight_bytes"] for side in sides]
+    assert sizes[1] < 0.6 * sizes[0]
