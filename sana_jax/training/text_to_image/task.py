@@ -32,6 +32,7 @@ from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Prefix
 from sana_jax.pipeline import programs
+from sana_jax.quantisation.table import choose, simulated
 from sana_jax.runtime.checks import within
 from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import constrain
@@ -47,6 +48,9 @@ from sana_jax.training.state import TrainState, advance, all_finite, new_state, 
 Batch = dict[str, Array]
 NO_LORA = LoraConfig()
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]  # of a state, a batch and Frozen
+# Of the forward pass, and of the backward pass those that give the gradients of the rows that
+# weights are multiplied with, and of the weights.
+PRODUCTS = "forward", "rows", "weights"
 Null = tuple[Float[Array, "L C"], Bool[Array, " L"]]  # the empty prompt's rows and their mask
 
 
@@ -65,12 +69,17 @@ class Recipe:
     # unconditional_mask "prompt", and is drawn from so.
     keep_mask: bool = False
     ema_decay: float = 0.9999
+    # Quantisation-aware training: the products that are in int8, of PRODUCTS, in the transformer's
+    # layers that convert --quantise=w8a8 takes; weights stay float32, and are rounded in each step.
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in "steps", "batch_size", "microbatches", "encoder_microbatches":
             within(name, getattr(self, name), 1, 2**31)
         for name in "caption_dropout", "ema_decay":
             within(name, getattr(self, name), 0, 1)
+        if unknown := sorted(set(self.int8) - {*PRODUCTS}):
+            raise UserError(f"int8: {unknown[0]!r} is not one of {', '.join(PRODUCTS)}")
 
 
 class CaptionWindow(Protocol):
@@ -124,6 +133,12 @@ class TextToImageTask:
             raise UserError("a text encoder that trains reads no instruction; leave it out")
         self.recipe, self.captions, self.lora = recipe, captions, lora
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+        self.int8_layers: tuple[str, ...] = ()
+        if recipe.int8:
+            if lora.rank:
+                raise UserError("int8: a LoRA trains beside weights that convert --quantise rounds")
+            chosen = choose({"dit": abstract_params(dit.config)}, "w8a8").quantised["dit"]
+            self.int8_layers = tuple(name for name, _ in chosen)
         self.noise = flow_matching.DDPM if dit.config.objective == "ddpm" else recipe.noise
         # The start of each part that trains, by its name in state.params.
         self.trained = {"dit": partial(init_params, dit)}
@@ -232,7 +247,12 @@ class TextToImageTask:
         return drawn
 
     def network(self, name: str, params: Any, frozen: Frozen, dropout: float = 0.0) -> Any:
-        """Returns the parameters of "dit" or "text_encoder", with the LoRA beside them."""
+        """Returns the parameters of "dit" or "text_encoder", as the recipe has them multiplied.
+
+        The LoRA is beside them if one trains.
+        """
+        if name == "dit" and name in params:
+            return simulated(params[name], self.int8_layers, self.recipe.int8)
         if name in params:
             return params[name]
         adapter = by_network(params.get("lora", {})).get(name, {})

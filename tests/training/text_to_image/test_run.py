@@ -379,3 +379,20 @@ def test_two_hosts_train_as_one(config, tmp_path):
     assert (tmp_path / "two/images/samples_00000004.png").exists()
     assert len(document(tmp_path / "two")["iterators"]) == 2
     native.open_folder(tmp_path / "two/model")
+
+
+def test_a_training_in_int8_learns_and_its_products_are_those_of_the_stored_weights(
+    config, tmp_path
+):
+    products = dict(recipe__int8=("forward", "rows", "weights"), recipe__steps=10)
+    training = TextToImageTraining(load(config, **products), str(tmp_path / "run"))
+    training.run()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    params = {"dit": native.open_folder(tmp_path / "run/model").params["dit"]}
+    params = jax.tree.map(np.asarray, training.task.transformer(params, training._frozen))
+    kernel = params["blocks"]["ffn"]["expand"]["kernel"]
+    assert kernel.products == {"forward", "rows", "weights"} and kernel.kernel.dtype == "float32"
+    with pytest.raises(UserError, match="config.recipe.*int8: 'backward' is not one of forward"):
+        TextToImageTraining(load(config, recipe__int8=("backward",)), "unused")
