@@ -21,6 +21,7 @@ from sana_jax.data.loader import LoaderConfig, TrainingLoader
 from sana_jax.data.orders import GlobalOrder, Order, bucket_order
 from sana_jax.data.precomputed import Precomputed, weights_sha256
 from sana_jax.data.prior import WeightedRows
+from sana_jax.data.records import Source
 from sana_jax.data.rejections import Budget
 from sana_jax.data.sources import check_apart, is_stored, open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
@@ -102,15 +103,10 @@ def make_loaders(
     if data.check_first and not resumes:
         check_first(sources[0], transforms[0], data.check_first, options.threads)
 
-    # The sizes are kept in files of a local disk; an object store has no place for them.
-    cache = workdir / "data" / "sizes" if is_local(workdir) else None
     budget = Budget(options.bad_fraction)
     orders: list[Order | None] = [None] * len(wanted)
     if data.buckets or stored:
-        how = dict(upscale=data.upscale, cache=cache, max_pixels=data.max_pixels)
-        for i, (source, split) in enumerate(zip(sources, wanted, strict=True)):
-            rows = split.batch_size // 2 if of_class and split is wanted[0] else split.batch_size
-            orders[i] = bucket_order(source, table, rows, split.seed, **how, repeat=data.repeat)
+        orders = _bucket_orders(config, workdir, sources, wanted, table)
     if of_class:  # last, for it draws pictures, with all that is above in order
         order = orders[0] or GlobalOrder(len(sources[0]), config.seed)
         given = sources[0], order, table or ((size, size),), resumes
@@ -198,6 +194,25 @@ def _check_sequence(mesh: Mesh, base: Checkpoint, heights: Iterable[int]) -> Non
             f"config.mesh.sequence={parts}: images {wrong[0]} pixels high have"
             f" {wrong[0] // token} rows of tokens, which it does not divide"
         )
+
+
+def _bucket_orders(
+    config: ConfigDict,
+    workdir: epath.Path,
+    sources: Sequence[Source],
+    wanted: Sequence[Split],
+    table: Sequence[tuple[int, int]],
+) -> list[Order]:
+    """Returns the orders of batches in which all pictures are of one bucket."""
+    data, orders = config.data, []
+    # The sizes are kept in files of a local disk; an object store has no place for them.
+    cache = workdir / "data" / "sizes" if is_local(workdir) else None
+    how = dict(upscale=data.upscale, cache=cache, max_pixels=data.max_pixels, repeat=data.repeat)
+    for source, split in zip(sources, wanted, strict=True):
+        has_prior = bool(class_prompts(config)) and split is wanted[0]
+        rows = split.batch_size // 2 if has_prior else split.batch_size
+        orders.append(bucket_order(source, table, rows, split.seed, **how))
+    return orders
 
 
 def _check_stored(

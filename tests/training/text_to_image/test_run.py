@@ -391,7 +391,7 @@ def test_a_training_in_int8_learns_and_its_products_are_those_of_the_stored_weig
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
     params = {"dit": native.open_folder(tmp_path / "run/model").params["dit"]}
-    params = jax.tree.map(np.asarray, training.task.transformer(params, training._frozen))
+    params = jax.tree.map(np.asarray, training.task.network("dit", params, training._frozen))
     kernel = params["blocks"]["ffn"]["expand"]["kernel"]
     assert kernel.products == {"forward", "rows", "weights"} and kernel.kernel.dtype == "float32"
     with pytest.raises(UserError, match="config.recipe.*int8: 'backward' is not one of forward"):
