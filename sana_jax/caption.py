@@ -119,8 +119,8 @@ def main(argv):
     from sana_jax.data.begun import SETTINGS
     from sana_jax.data.labelling.describe import Describer, Questions
     from sana_jax.data.labelling.endpoint import Endpoint
-    from sana_jax.data.labelling.labels import check_describable, source_settings
-    from sana_jax.data.sources import open_source
+    from sana_jax.data.labelling.labels import source_settings
+    from sana_jax.data.sources import is_stored, open_source
     from sana_jax.runtime.files import local, reason_of, storage
     from sana_jax.runtime.lock import locked
 
@@ -146,7 +146,8 @@ def main(argv):
         attempts=_ATTEMPTS.value,
     )
     given = _DATA.value, _SPLIT.value, _DATA_DIR.value, 128
-    check_describable(_DATA.value)
+    if is_stored(_DATA.value):
+        raise UserError(f"--data={_DATA.value}: these are latents; give the pictures they are of")
     source = open_source(*given, resumes=(folder / SETTINGS).exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)

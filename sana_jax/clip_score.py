@@ -57,15 +57,16 @@ def main(argv):
     from sana_jax import sharding
     from sana_jax.checkpoints.clip import open_clip
     from sana_jax.data.begun import SETTINGS
-    from sana_jax.data.labelling.labels import check_describable, source_settings
+    from sana_jax.data.labelling.labels import source_settings
     from sana_jax.data.labelling.score import Scorer
-    from sana_jax.data.sources import open_source
+    from sana_jax.data.sources import is_stored, open_source
     from sana_jax.runtime import devices
     from sana_jax.runtime.files import local, reason_of, storage
     from sana_jax.runtime.lock import locked
 
     folder = local(_OUT.value)
-    check_describable(_DATA.value)
+    if is_stored(_DATA.value):
+        raise UserError(f"--data={_DATA.value}: these are latents; give the pictures they are of")
     mesh = sharding.make_mesh(fsdp=_FSDP.value)
     opened = open_clip(_WEIGHTS.value)
     scorer = Scorer(opened, mesh, _DTYPE.value, _BATCH.value, _DROP.value)

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,21 @@ PREFIX = "captioned:"
 
 def source_settings(source: Source, data: str, split: str, data_dir: str | None, size: int) -> dict:
     """Returns the settings by which `Labelled` finds the source again."""
-    below = data.removeprefix(PREFIX)
-    is_folder = is_local(below) and not data.startswith("tfds:") and data != "shapes"
-    if is_folder:
-        data = f"{data.removesuffix(below)}{absolute(below)}"
-    where = {"data": data, "data_dir": data_dir and str(absolute(data_dir)), "split": split}
+    where = {"data": _absolute_name(data), "split": split}
+    where |= {"data_dir": data_dir and str(absolute(data_dir))}
     return where | {"size": size, "source": source.fingerprint, "records": len(source)}
+
+
+def _absolute_name(data: str) -> str:
+    """Returns the name of a source with absolute paths, as in webdataset:/a/0.tar::/a/1.tar."""
+    if data == "shapes" or data.startswith("tfds:"):
+        return data
+    kind, paths = re.fullmatch(r"([a-z]+:(?!/))?(.*)", data, re.DOTALL).groups("")
+    if os.path.exists(data) or not is_local(kind + paths):
+        kind, paths = "", data
+    return kind + "::".join(
+        str(absolute(path)) if is_local(path) else path for path in paths.split("::")
+    )
 
 
 def line_of(number: int, key: str, captions: list[str], scores: list[float], truth: str) -> bytes:
@@ -235,9 +245,3 @@ def with_styles(truth: str, own: int, styles: list[str]) -> str:
         described = [{"style": "own"}] * own
     described = described + [{"style": style} for style in styles]
     return json.dumps(values | {"captions": described}, sort_keys=True)
-
-
-def check_describable(data: str) -> None:
-    """Raises UserError for a source of latents, which has no pictures."""
-    if data.startswith("precomputed:"):
-        raise UserError(f"--data={data}: these are latents; give the pictures that they are of")

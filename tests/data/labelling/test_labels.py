@@ -1,6 +1,8 @@
 """A folder of labels: written block by block, read as a source."""
 
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -73,6 +75,27 @@ def test_labels_of_labels(photos, tmp_path):
     again = open_source(f"captioned:{tmp_path / 'two'}")
     assert [again[i]["captions"] for i in range(6)] == [[f"{i}"] for i in range(6)]
     assert again[3]["key"] == "4.png" and again.fingerprint != source.fingerprint
+
+
+def test_labels_of_a_tar_that_is_named_from_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open("train.tar", "w") as tar:
+        for i in range(2):
+            data = encode(picture(i), "PNG")
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source, out = open_source("webdataset:train.tar"), tmp_path / "out"
+    out.mkdir()
+    where = "webdataset:train.tar", "train", None, 128
+    writer = LabelWriter(out, source_settings(source, *where))
+    writer.add([line_of(i, source[i]["key"], [f"{i}"], [], "") for i in range(2)], [])
+    writer.finish()
+    expected = [source[i] | {"captions": [f"{i}"]} for i in range(2)]
+    monkeypatch.chdir("/")
+    labelled = open_source(f"captioned:{out}")
+    assert [labelled[i] for i in range(2)] == expected
 
 
 def test_the_lines_beside_pictures_are_their_captions(photos, tmp_path):
@@ -166,6 +189,19 @@ def test_styles_follow_those_that_a_truth_has():
         assert [each["style"] for each in found["captions"]] == ["own", "own", "vlm"]
 
 
-def test_latents_have_no_pictures():
-    with pytest.raises(UserError, match="these are latents; give the pictures"):
-        labels.check_describable("precomputed:x")
+def test_names_are_kept_with_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd:name").mkdir()
+    here = tmp_path.as_posix()
+    expected = {
+        "photos": f"{here}/photos",
+        "captioned:out": f"captioned:{here}/out",
+        "webdataset:a.tar::/b/{0..9}.tar": f"webdataset:{here}/a.tar::/b/{{0..9}}.tar",
+        "webdataset:/a.tar::b.tar": f"webdataset:/a.tar::{here}/b.tar",
+        "odd:name": f"{here}/odd:name",
+        "gs://bucket/x": "gs://bucket/x",
+        "captioned:gs://bucket/x": "captioned:gs://bucket/x",
+    }
+    assert {name: labels._absolute_name(name) for name in expected} == expected
+    assert labels._absolute_name("tfds:mnist") == "tfds:mnist"
+    assert labels._absolute_name("shapes") == "shapes"
