@@ -173,7 +173,7 @@ def test_it_trains_beside_int8_weights(config, tmp_path):
     base, made = tmp_path / "int8", quantise(native.open_folder(config.parent / "base"), "w8a8")
     base.mkdir()
     native.save(made, base)
-    int8 = dict(start=str(base), network__quantised=made.dit.quantised)
+    int8 = dict(start=str(base), network__quantised=made.dit.quantised, data__size=16)
     training = TextToImageTraining(load(config, **changes(config, **int8)), str(tmp_path / "run"))
     training.run()
     kernel = training._frozen.dit["blocks"]["attention"]["qkv"]["kernel"]
