@@ -43,7 +43,7 @@ def draw(tasks: list[Task], options: Options) -> None:
     """
     tasks = with_inputs(tasks)
     folder = find(options.checkpoint, options.revision, options.variant)
-    pipe = _open(str(folder), options)
+    pipe = open_pipeline(str(folder), options)
     loras = open_all(options.lora, pipe.checkpoint)
     tasks = with_defaults(tasks, pipe.facts, options.max_pixels, count_of(options.angles))
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(pipe.mesh))
@@ -67,8 +67,8 @@ def draw(tasks: list[Task], options: Options) -> None:
             out.write_grid()
 
 
-def _open(name: str, options: Options) -> SanaPipeline:
-    """Returns the pipeline; its weights are read later."""
+def open_pipeline(name: str, options: Options) -> SanaPipeline:
+    """Returns a run's pipeline; `checkpoints.load.place_all` reads its weights."""
     mesh = sharding.make_mesh()
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     checkpoint = open_checkpoint(

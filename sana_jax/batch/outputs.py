@@ -111,7 +111,7 @@ class OutputFolder:
 
     def save(self, file: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         """Writes a wanted picture, then its line of the manifest. Threads may call it."""
-        content = _encode_png(pixels, self._wanted[file])
+        content = encode(pixels, self._wanted[file])
         with self._errors(Retry):
             write_atomically(self.path / file, content)
             self._manifest.append(self._line(file, hashlib.sha256(content).hexdigest()))
@@ -260,7 +260,8 @@ def _of_any_size() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _encode_png(pixels: np.ndarray, settings: dict[str, Any]) -> bytes:
+def encode(pixels: UInt8[np.ndarray, "H W 3"], settings: dict[str, Any]) -> bytes:
+    """Returns a picture's file: a PNG whose header has the settings."""
     texts = {name: str(settings[name]) for name in ("prompt", "negative_prompt", "seed")}
     texts |= {"settings": json.dumps(settings), "sana_jax": key_of(settings)}
     return encode_png(pixels, pnginfo=_texts(texts))

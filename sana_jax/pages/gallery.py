@@ -1,6 +1,5 @@
 """The gallery of folders that `sample` wrote: their pictures with prompts, seeds and settings."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from etils import epath
 
 from sana_jax.batch.manifest import Line, Manifest
 from sana_jax.pages import embed
-from sana_jax.pages.page import as_json, render
+from sana_jax.pages.page import as_json, for_script, render
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import UNREACHABLE, absolute, is_local, reason_of
 
@@ -71,9 +70,7 @@ def page(folders: list[str], out: Path, most: int) -> tuple[bytes, list[str]]:
 
 def _run(name: str, folder: epath.Path, lines: list[Line], out: Path) -> dict[str, Any]:
     """Returns what the page knows of a folder, its pictures empty."""
-    settings = [{k: x for k, x in line.items() if k not in HASHES} for line in lines]
-    # Of a field that `sample` copied from the prompts: JSON has no NaN.
-    settings = [json.loads(json.dumps(each), parse_constant=str) for each in settings]
+    settings = [for_script({k: x for k, x in line.items() if k not in HASHES}) for line in lines]
     names = dict.fromkeys(key for each in settings for key in each)
     varying = [n for n in names if len({as_json([n in x, x.get(n)]) for x in settings}) > 1]
     return {

@@ -35,6 +35,18 @@ def as_json(data: Any) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
+def for_script(value: Any) -> Any:
+    """Returns a value of JSON with text for the numbers that JavaScript has not.
+
+    These are NaN, infinities, and integers that a float would round, such as seeds of 64 bits.
+    """
+    return json.loads(json.dumps(value), parse_constant=str, parse_int=_exact)
+
+
+def _exact(digits: str) -> int | str:
+    return int(digits) if abs(int(digits)) < 2**53 else digits
+
+
 def _filled(template: str, data: str) -> str:
     def part(match: re.Match) -> str:
         return data if match[1] == "data" else _filled(match[1], data)

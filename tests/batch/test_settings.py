@@ -62,7 +62,7 @@ def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch)
 
     def keys(sha256="a" * 64, **changes) -> set[str]:
         opts = Options(checkpoint, "out", **BASE | changes)
-        pipe = draw._open(checkpoint, dataclasses.replace(opts, variant=None))
+        pipe = draw.open_pipeline(checkpoint, dataclasses.replace(opts, variant=None))
         divisor = sharding.batch_divisor(pipe.mesh)
         batches = with_requests(make_batches(drawn, opts.batch_size, divisor), pipe, opts)
         loras = open_all(opts.lora, pipe.checkpoint)
@@ -90,7 +90,7 @@ def test_every_option_is_in_the_key_or_exempt(checkpoint, tmp_path, monkeypatch)
 )
 def test_tile_is_that_of_each_picture(checkpoint, options, expected):
     options = Options(checkpoint, "out", **options)
-    pipe = draw._open(checkpoint, options)
+    pipe = draw.open_pipeline(checkpoint, options)
     tasks = [Task(i, "a", i, height=2048, width=width) for i, width in enumerate((2048, 2052))]
     batches = with_requests(make_batches(tasks, 1, 8), pipe, options)
     found = settings_of(batches, pipe, options, "a" * 64)
@@ -110,7 +110,7 @@ def test_bad_sizes_are_named_where_they_were_given(checkpoint, row, common, word
     common = dict(negative_prompt="", num_steps=2, guidance_scale=4.5, height=64, width=64) | common
     tasks = make_tasks([("F line 1: ", {"prompt": "a", **row})], common, 0, 1)
     options = Options(checkpoint, "out")
-    pipe = draw._open(checkpoint, options)
+    pipe = draw.open_pipeline(checkpoint, options)
     with pytest.raises(UserError) as error:
         with_requests(make_batches(tasks, 8, 8), pipe, options)
     assert str(error.value).startswith(words)

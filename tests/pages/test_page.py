@@ -29,6 +29,16 @@ def test_numbers_that_json_has_not_are_refused():
         page.as_json({"loss": float("nan")})
 
 
+def test_a_script_gets_text_for_numbers_that_it_has_not():
+    given = {
+        "a": [float("nan"), -float("inf"), 1.5, None],
+        "b": {"seed": 2**64 - 1, "c": 2**53 - 1},
+    }
+    seed = str(2**64 - 1)
+    found = {"a": ["NaN", "-Infinity", 1.5, None], "b": {"seed": seed, "c": 2**53 - 1}}
+    assert page.for_script(given) == found
+
+
 def test_every_template_and_its_parts_are_in_the_package():
     files = {path.suffix for path in page.HERE.iterdir() if path.is_file()} - {".py", ".md"}
     project = (Path(page.__file__).parents[2] / "pyproject.toml").read_text()
