@@ -86,9 +86,6 @@ function chart({title, curves}, options) {
         make("span", {className: "dot", style: `background: ${line.colour}`}),
         ` ${point[1] === null ? "not finite" : short(point[1])}  ${line.name}`));
     tip.replaceChildren(make("b", {}, `step ${best[0]}`), ...rows);
-    const side = x(best[0]) > WIDTH / 2;
-    tip.style.left = side ? "" : `${x(best[0]) / WIDTH * 100 + 2}%`;
-    tip.style.right = side ? `${100 - x(best[0]) / WIDTH * 100 + 2}%` : "";
     tip.hidden = false;
   });
   svg.addEventListener("mouseleave", () => {
