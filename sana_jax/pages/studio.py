@@ -42,7 +42,7 @@ class Studio:
         folder = find(options.checkpoint, options.revision, options.variant)
         self._options, self._turn = options, threading.Lock()
         self._pipe = open_pipeline(str(folder), options)
-        self._loras = open_all(options.lora, self._pipe.checkpoint.dit)
+        self._loras = open_all(options.lora, self._pipe.checkpoint)
         self._sha256 = checkpoint_hash(folder, options.variant)
         place_all(self._pipe.checkpoint, options.checkpoint, self._pipe.dtype, self._pipe.mesh)
         self._pipe.set_loras(self._loras)
