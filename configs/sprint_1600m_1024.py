@@ -9,8 +9,8 @@
 The first command trains the teacher further, so that its derivative in time is tame: timesteps run
 over 0 .. 1 instead of 0 .. 1000, and queries and keys of both attentions are normalised. The second
 distils it (training/distillation/). RUN_1024 is a training by sana_1600m_1024.py; SANA, PHOTOS and
-the slice are as in sana_600m_512.py. Neither has been run. The rate, 5,000 steps and the batch of
-the teacher are the paper's (arXiv 2503.09641), as are batch and 20,000 steps of the student;
+the slice are as in sana_600m_512.py. This config has not been run. The teacher's rate, 5,000 steps
+and batch are the paper's (arXiv 2503.09641), as are the student's batch and 20,000 steps;
 optimizer, its rate, warm-up and clipping are of the authors' config. The slice and the moving
 average are ours.
 """

@@ -9,8 +9,8 @@
 The first command trains the teacher further, so that its derivative in time is tame: timesteps run
 over 0 .. 1 instead of 0 .. 1000, and queries and keys of both attentions are normalised. The second
 distils it (training/distillation/). RUN_1024 is a training by sana_600m_1024.py; SANA, PHOTOS and
-the slice are as in sana_600m_512.py. Neither has been run. The rate, 5,000 steps and the batch of
-the teacher are the paper's (arXiv 2503.09641), as are batch and 20,000 steps of the student;
+the slice are as in sana_600m_512.py. This config has not been run. The teacher's rate, 5,000 steps
+and batch are the paper's (arXiv 2503.09641), as are the student's batch and 20,000 steps;
 optimizer, its rate, warm-up and clipping are of the authors' config. The slice and the moving
 average are ours.
 """
@@ -22,7 +22,9 @@ from sana_jax.training.text_to_image.recipe import full_size
 
 def get_config(kind="student"):
     if kind == "student":
-        return full_size("sana_sprint_600m_1024", 20_000, 512, make=distillation)
+        config = full_size("sana_sprint_600m_1024", 20_000, 512, make=distillation)
+        config.distillation.blocks = (2, 8, 14, 20, 27)
+        return config
     if kind != "teacher":
         raise ValueError(f"{kind} is neither teacher nor student")
     config = full_size("sana_600m_1024", steps=5000, batch_size=1024)

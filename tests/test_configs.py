@@ -21,7 +21,8 @@ from sana_jax.training.text_to_image.networks import open_start, read_network
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GOLDEN = Path(__file__).parent / "golden" / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("sana*.py"))
+FULL = "sana*.py", "sprint_*00m_*.py"
+NAMES = sorted(path.stem for pattern in FULL for path in CONFIGS.glob(pattern))
 BEFORE = {  # stage -> the stage that it starts from
     "sana_600m_1024": "sana_600m_512",
     "sana_1600m_1024": "sana_1600m_512",
@@ -30,6 +31,7 @@ BEFORE = {  # stage -> the stage that it starts from
     "sana1.5_1600m_1024": "sana_1600m_1024",
 }
 GROWN = {"sana1.5_4800m_1024": "sana1.5_1600m_1024"}  # by convert --grow, which adds blocks
+DISTILLED = {"sprint_600m_1024": "sana_600m_1024", "sprint_1600m_1024": "sana_1600m_1024"}
 
 
 def load(name):
@@ -56,8 +58,8 @@ def test_a_config_tells_the_command_that_trains_it(name):
     told = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
     told = " ".join(told.split())
     assert f"python -m sana_jax.train --config=configs/{name}.py " in told
-    assert ("--config.start=" in told) == (name in BEFORE | GROWN)
-    before = (BEFORE | GROWN).get(name)
+    assert ("--config.start=" in told) == (name in BEFORE | GROWN | DISTILLED)
+    before = (BEFORE | GROWN | DISTILLED).get(name)
     assert before is None or f"{before}.py" in told
     assert "has not been run" in told
 

@@ -20,7 +20,8 @@ def stated():
 
 
 def test_the_table_is_of_the_full_size_configs():
-    configs = {path.stem for path in (ROOT / "configs").glob("sana*.py")}
+    patterns = "sana*.py", "sprint_*00m_*.py"
+    configs = {path.stem for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
     assert configs | {"dc_ae_f32c32"} == {config for config, *_ in RECIPES.values()}
     assert stated() and stated().keys() <= RECIPES.keys()
     for *_, memory in stated().values():

@@ -31,6 +31,11 @@ RECIPES = {  # row -> config, slice and phase
     "sana_1600m_4096": ("sana_1600m_4096", POD, None),
     "sana1.5_1600m_1024": ("sana1.5_1600m_1024", POD, None),
     "sana1.5_4800m_1024": ("sana1.5_4800m_1024", POD, None),
+    **{
+        f"sprint_{size}_1024 {phase}": (f"sprint_{size}_1024", POD, phase)
+        for size in ("600m", "1600m")
+        for phase in ("student", "discriminator")
+    },
     "dc_ae_f32c32 phase 1": ("dc_ae_f32c32", "v5e:4x4", "low_resolution"),
     "dc_ae_f32c32 phase 2": ("dc_ae_f32c32", "v5e:4x4", "latent_adaptation"),
     "dc_ae_f32c32 phase 3": ("dc_ae_f32c32", "v5e:4x4", "local_refinement"),

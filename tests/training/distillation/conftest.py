@@ -35,7 +35,7 @@ def config(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def one_device():
     """Eight compile for longer."""
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sana_jax.checkpoints.load import open_checkpoint
 from sana_jax.models.dit import SanaTransformer
@@ -10,6 +11,7 @@ from sana_jax.training.distillation.dense_time import densify
 from tests import toy
 
 
+@pytest.mark.slow  # ten seconds
 def test_the_bundled_model_on_the_scale_0_to_1(monkeypatch):
     """A quarter of the steps bring most of it; what stays is what the embedder had between them."""
     monkeypatch.setattr("sana_jax.training.distillation.dense_time.STEPS", 1000)

@@ -6,6 +6,8 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.training.distillation.run import DistillationTraining
 from tests.training.text_to_image.toy import load
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.mark.parametrize(
     "changes, told",

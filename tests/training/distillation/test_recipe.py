@@ -40,6 +40,6 @@ def test_the_teacher_is_the_student_without_the_guidance(size):
 
 def test_the_student_of_shapes_follows_its_teacher():
     config = load("sprint_shapes")
-    assert config.start == "shapes" and config.network.depth is None
+    assert config.network.depth is None
     assert config.network.guidance_embedding == 0.1
     read_distillation(config)

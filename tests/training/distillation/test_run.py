@@ -21,12 +21,13 @@ from sana_jax.training.distillation.run import DistillationTraining
 from sana_jax.training.text_to_image.result import open_workdir
 from tests.training.text_to_image.toy import load
 
+pytestmark = pytest.mark.usefixtures("one_device")
 ROOT = Path(__file__).parents[3]
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def unbroken(config, tmp_path_factory):
+def unbroken(config, tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
     DistillationTraining(load(config, loop__images_every=STEPS), str(workdir)).run()
     return workdir
@@ -64,6 +65,7 @@ DistillationTraining(load(Path(sys.argv[1]), loop__images_every=6), sys.argv[2])
 """
 
 
+@pytest.mark.slow  # two more trainings, half a minute
 def test_killed_between_the_two_steps_it_ends_to_the_bit(config, unbroken, tmp_path):
     """After the third step, the student's second: the discriminator's comes next."""
     line = [sys.executable, "-c", RUN, str(config), str(tmp_path)]

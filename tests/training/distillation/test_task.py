@@ -86,6 +86,7 @@ def test_two_steps_take_turns_and_each_moves_its_own():
     assert int(third.step) == 2 and int(third.skipped) == 0
 
 
+@pytest.mark.slow  # compiles steps more often
 def test_a_loss_of_weight_zero_is_left_out():
     alone = toy.make_task(replace(toy.FIGURES, adversarial=0.0))
     state = start(alone)
@@ -114,6 +115,7 @@ def test_draws_of_a_row_do_not_depend_on_the_batch():
     assert len({float(few[name][0]) for name in names}) == len(names)
 
 
+@pytest.mark.slow  # compiles steps more often
 def test_microbatches_give_the_loss_of_the_batch():
     """Of the student alone: the discriminator's norm is over the samples that it sees at once."""
     frozen, batch, found = toy.frozen(), toy.make_batch(), []
@@ -125,6 +127,7 @@ def test_microbatches_give_the_loss_of_the_batch():
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
+@pytest.mark.slow  # compiles steps more often
 def test_the_options_of_the_discriminator_change_its_loss():
     frozen, batch = toy.frozen(), toy.make_batch()
     values = []
