@@ -309,10 +309,12 @@ def quantised(checkpoint, rules):
         return made
     from sana_jax.batch.tasks import make_tasks, read_rows
     from sana_jax.pipeline.calibrate import row_ranges
+    from sana_jax.pipeline.request import GUIDANCE_SCALE
 
     if made.dit is None or not (layers := [n for n, kind in made.dit.quantised if kind == "w8a8"]):
         raise UserError("--calibrate: no layer of a transformer is w8a8")
-    tasks = make_tasks(read_rows(_CALIBRATE.value), {}, 0, 1)
+    common = {"guidance_scale": GUIDANCE_SCALE}
+    tasks = make_tasks(read_rows(_CALIBRATE.value), common, 0, 1)
     if with_image := [task for task in tasks if task.image]:
         raise UserError(f"--calibrate: {with_image[0].place_of('image')} is for noise alone")
     names = ("prompt", "seed", "negative_prompt", "height", "width", "num_steps", "guidance_scale")
