@@ -1,5 +1,9 @@
 """The bounds of a launch and of a program."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,6 +15,7 @@ from sana_jax.measure.gpu_program import Launch
 from sana_jax.measure.gpu_targets import CARDS
 from sana_jax.sharding import make_mesh
 
+ROOT = Path(__file__).parents[2]
 H100 = CARDS["h100"]
 
 
@@ -75,3 +80,14 @@ def test_a_program(name):
     assert tanh.code.registers > 8 and not tanh.code.spilled_bytes
     assert found.argument_bytes == 2 * 2 * 512 * 256 and found.card is card
     assert found.launches >= 14 and found.seconds >= found.total(lambda b: b.roofline) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="the CUDA compiler is not installed")
+def test_no_kernel_that_auto_takes_is_bounded_above_the_form_of_xla():
+    """At the smallest size, where kernels win least; the command has all the others."""
+    sizes = "--models=0.6B", "--pixels=512", "--batches=2"
+    command = [sys.executable, "-m", "tests.benchmarks.gpu_bounds", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] or done.stdout
+    assert done.stdout.count("| 0.6B |") == 6  # three operations, two passes
