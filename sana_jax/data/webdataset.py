@@ -120,7 +120,7 @@ class Tars:
             return None
         path = self.shards[shard].path
         try:
-            with open_unbuffered(path) as file:
+            with path.open("rb") as file:
                 file.seek(place[0])
                 data = file.read(place[1])
         except OSError as error:
@@ -171,11 +171,6 @@ class WebDataset:
 
     def key_of(self, record: int) -> str:
         return self._tars.key_of(record)
-
-
-def open_unbuffered(path: epath.Path):
-    """Opens a file for one read, which a buffer would only copy."""
-    return open(path, "rb", buffering=0) if os.path.exists(path) else path.open("rb")
 
 
 def _shards(spec: str, split: str) -> tuple[list[archives.Archive], dict[epath.Path, dict]]:
