@@ -104,6 +104,7 @@ def extra_of(given: str) -> dict:
 
     try:
         extra = parse_json(given)
+        json.dumps(extra, allow_nan=False, ensure_ascii=False).encode()  # as it is sent
     except ValueError:
         extra = None
     if not isinstance(extra, dict) or {"messages", "model", "stream", "n"} & extra.keys():
@@ -123,11 +124,12 @@ def main(argv):
     from sana_jax.data.sources import is_stored, open_source
     from sana_jax.runtime.files import local, reason_of, storage
     from sana_jax.runtime.lock import locked
+    from sana_jax.text.prompts import mend
 
     folder = local(_OUT.value)
     questions = Questions(
         tuple(name.strip() for name in _MODEL.value),
-        _INSTRUCTION.value,
+        mend(_INSTRUCTION.value),
         _CAPTIONS.value,
         _TEMPERATURE.value,
         _MAX_TOKENS.value,

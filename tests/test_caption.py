@@ -50,6 +50,7 @@ BAD_FLAGS = [
     (["--price=1,nan"], "--price=1,nan: give two numbers"),
     (["--extra=[1]"], '--extra=[1]: give a JSON object such as {"top_p": 0.9}, without'),
     (['--extra={"stream": true}'], "without model, messages, stream and n"),
+    (['--extra={"top_p": NaN}'], "give a JSON object such as"),
     (["--model=a,a"], "--model=a,a: name each model once"),
     (["--captions=2", "--temperature=0"], "at --temperature=0 they would be the same"),
     (["--endpoint=localhost"], "--endpoint=localhost is no address of the web"),

@@ -51,7 +51,6 @@ def unbroken(photos, tmp_path_factory):
     """The folder of a run without faults."""
     with Server() as server:
         work(server, photos, folder := tmp_path_factory.mktemp("unbroken"))
-        assert server.most > 1
     return folder
 
 
@@ -104,6 +103,12 @@ def test_a_finished_folder_asks_nothing(photos, unbroken):
     assert not server.tries and files_of(unbroken) == before
 
 
+def test_so_many_questions_are_asked_at_once_and_no_more(photos, tmp_path):
+    with Server("slow") as server:
+        work(server, photos, tmp_path, Questions(("m",), "x"), concurrency=6)
+    assert 1 < server.most <= 6
+
+
 def test_captions_of_its_own_are_left_out_where_they_are_not_kept(photos, tmp_path):
     with Server() as server:
         work(server, photos, tmp_path, Questions(("m",), "x", keep=False))
@@ -140,11 +145,13 @@ def test_an_endpoint_that_falls_silent_is_asked_again_by_the_next_run(photos, un
     fail = {"large": (500,)}
     with Server(fail, fail) as server, pytest.raises(Retry, match="does not answer in 2 tries"):
         work(server, photos, tmp_path, attempts=2, concurrency=1)
-    kept = sum(server.answered.values())
-    assert kept == 2 and len((tmp_path / describe.ANSWERS).read_text().splitlines()) == 2
+    # The thread may have begun another picture before it was told to stop.
+    asked, kept = sum(server.answered.values()), (tmp_path / describe.ANSWERS).read_text()
+    assert asked >= len(kept.splitlines()) >= 2
     with Server() as server:
         work(server, photos, tmp_path)
-    assert sum(server.answered.values()) == 4 * (GOOD + 1) - kept
+    total = 4 * (GOOD + 1)
+    assert total - asked <= sum(server.answered.values()) <= total - 2
     assert files_of(tmp_path) == files_of(unbroken)
 
 
