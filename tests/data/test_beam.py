@@ -1,5 +1,7 @@
 """A data set encoded by a Beam pipeline: the bytes of the one-machine command, whatever happens."""
 
+import dataclasses
+import random
 import signal
 import subprocess
 import sys
@@ -34,11 +36,16 @@ def encoding(tmp_path_factory):
 def whole(encoding, tmp_path_factory):
     """The folder that one machine writes."""
     pytest.importorskip("apache_beam")
-    folder, opened = tmp_path_factory.mktemp("whole"), encoding.open()
+    folder = tmp_path_factory.mktemp("whole")
+    by_one_machine(encoding, folder)
+    return folder
+
+
+def by_one_machine(encoding, folder):
+    opened = encoding.open()
     with opened.computing():
         given = opened.source, opened.transform, opened.encoder
         precompute(*given, folder, opened.settings())
-    return folder
 
 
 def run(encoding, folder):
@@ -93,16 +100,32 @@ test_beam.run(eval(sys.argv[1]), Path(sys.argv[3]))
 """
 
 
-def test_a_killed_pipeline_goes_on(encoding, whole, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, repr(encoding), "2", str(out)]
+def run_and_kill(encoding, folder, shards):
+    """Runs a pipeline in another process, which kills itself after so many shards."""
+    command = [sys.executable, "-c", KILLED, repr(encoding), str(shards), str(folder)]
     result = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
+
+
+def test_a_killed_pipeline_goes_on(encoding, whole, tmp_path):
+    out = tmp_path / "out"
+    run_and_kill(encoding, out, 2)
     assert len(list(out.glob("shard-*.json"))) == 2
     assert len(list(out.glob("shard-*.array_record"))) == 3 and not (out / "index.json").exists()
     (out / f"shard-00003.0a1b{beam.PART}").write_bytes(b"what a worker left")
     run(encoding, out)
     assert files_of(out) == files_of(whole)
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_is_killed_ten_times_goes_on(encoding, whole, tmp_path):
+    encoding = dataclasses.replace(encoding, shard=1, batch=1)
+    (tmp_path / "whole").mkdir()
+    by_one_machine(encoding, tmp_path / "whole")
+    for shards in random.Random(0).sample([0, 1] * 5, 10):
+        run_and_kill(encoding, tmp_path / "out", shards)
+    run(encoding, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_what_is_wrong_on_a_worker_is_one_line(encoding, whole, tmp_path, monkeypatch):
