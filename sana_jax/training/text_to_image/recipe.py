@@ -151,7 +151,7 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
             # "sqrt": the learning rate is for a batch of 256, and grows with the root of the batch.
             "auto_lr": "sqrt",
             "data": {
-                "source": "shapes",  # or tfds:NAME, precomputed:DIR, a folder of images
+                "source": "shapes",  # or any other of data/README.md
                 "data_dir": config_dict.placeholder(str),  # default: WORKDIR/data
                 "train_split": "train",
                 "test_split": "test",
