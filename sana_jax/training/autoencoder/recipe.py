@@ -100,7 +100,7 @@ def autoencoder(network: DCAEConfig) -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            "network": as_group(network),
+            "network": as_group(network, "quantised"),  # weights in int8 do not train
             # The autoencoder that the first phase starts from: "shapes" or a checkpoint's folder.
             "start": config_dict.placeholder(str),
             "discriminator": {"width": 64, "layers": 3, "norm": "group_norm"},
