@@ -31,10 +31,17 @@ def distillation(network: SanaConfig, steps: int, batch_size: int) -> ConfigDict
 
 def read_distillation(config: ConfigDict) -> DistillationConfig:
     """Returns config.distillation. Raises UserError for figures that a distillation cannot have."""
-    if config.text_encoder.train:
-        raise UserError(
-            "config.text_encoder.train=True: a distillation trains the transformer alone"
-        )
+    others = {
+        "text_encoder.train": config.text_encoder.train,
+        "lora.rank": config.lora.rank,
+        "recipe.int8": config.recipe.int8,
+    }
+    for key, value in others.items():
+        if value:
+            raise UserError(
+                f"config.{key}={value}: a distillation trains the transformer alone, all of it, in"
+                " float"
+            )
     if config.loop.evaluate_every:
         raise UserError(
             f"config.loop.evaluate_every={config.loop.evaluate_every}: a student has no held-out"

@@ -149,7 +149,8 @@ class TextToImageTask:
             self.trained["text_encoder"] = partial(init_params, text_encoder)
         shapes = jax.eval_shape(self._init_params, jax.random.key(0))
         self.reader_trains = train_text_encoder or TEXT_ENCODER in shapes.get("lora", {})
-        self.text_encoder = text_encoder.clone(trains=self.reader_trains)
+        if self.reader_trains:
+            self.text_encoder = text_encoder.clone(trains=True)
         self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, recipe.steps)
 
     @property

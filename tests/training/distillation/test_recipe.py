@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sana_jax.models.dit import PRESETS, SanaConfig
+from sana_jax.runtime.errors import UserError
 from sana_jax.training.distillation.recipe import distillation, read_distillation
 from sana_jax.training.text_to_image.networks import read_network
 from sana_jax.training.text_to_image.recipe import read_recipe
@@ -43,3 +44,18 @@ def test_the_student_of_shapes_follows_its_teacher():
     assert config.network.depth is None
     assert config.network.guidance_embedding == 0.1
     read_distillation(config)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(lora={"rank": 4}),
+        dict(recipe={"int8": ("forward",)}),
+        dict(text_encoder={"train": True}),
+    ],
+)
+def test_what_trains_otherwise_is_refused(wrong):
+    config = load("sprint_600m_1024", "student")
+    config.update(wrong)
+    with pytest.raises(UserError, match="a distillation trains the transformer alone"):
+        read_distillation(config)
