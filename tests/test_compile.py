@@ -18,6 +18,7 @@ from sana_jax.models import flops
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.autoencoder.recipe import autoencoder
+from sana_jax.training.distillation.recipe import distillation
 from sana_jax.training.text_to_image.recipe import text_to_image
 from tests import commands
 
@@ -134,8 +135,8 @@ def test_figures_of_an_autoencoder_training():
     assert len(weights["convs"]) == len(weights["heads"]) == 5
 
 
-def text_to_image_config(**recipe):
-    config = text_to_image(DIT, steps=10, batch_size=8)
+def text_to_image_config(network=DIT, make=text_to_image, **recipe):
+    config = make(network, steps=10, batch_size=8)
     config.text_encoder.update(rows=20, instruction=False)
     config.text_encoder.network.update(dataclasses.asdict(GEMMA))
     config.data.update(source="precomputed:DIR", size=256)
@@ -143,6 +144,29 @@ def text_to_image_config(**recipe):
     config.recipe.optimizer.warmup_steps = 0
     config.recipe.update(recipe)
     return config
+
+
+STUDENT = dataclasses.replace(DIT, guidance_embedding=0.1)
+
+
+def distillation_config():
+    config = text_to_image_config(STUDENT, distillation)
+    config.distillation.discriminator.warmup_steps = 0
+    config.distillation.blocks = (0,)
+    return config
+
+
+def test_the_steps_of_a_distillation():
+    """Both can be lowered: the student's with its derivative, and the discriminator's."""
+    config = distillation_config()
+    here = sharding.make_mesh(**config.mesh, devices=jax.devices()[:4])
+    for phase in "student", "discriminator":
+        program = programs.training(config, here, None, phase)
+        with jax.set_mesh(here):
+            jax.jit(program.function, **program.options).trace(*program.arguments)
+        text = flops.text(GEMMA, program.arguments[1]["tokens"].shape[1])
+        # Of 12 passes and of 3, the mean.
+        assert program.flops == 8 * round(7.5 * flops.trunk(STUDENT, 8, 8, 20) + text)
 
 
 @needs_libtpu
@@ -177,6 +201,7 @@ def test_training_of_text_to_image():
             "recipe.batch_size=8: it is a multiple of 16",
         ),
         (text_to_image_config(), None, "first", "this config has no phases"),
+        (distillation_config(), None, "first", "--phase=first is not one of student, discrim"),
     ],
 )
 def test_what_cannot_be_trained(config, batch, phase, words):
