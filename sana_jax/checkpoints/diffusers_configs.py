@@ -21,7 +21,7 @@ from sana_jax.models.gemma2 import Gemma2Config
 def config_json(config: SanaConfig | DCAEConfig | Gemma2Config) -> dict[str, Any]:
     """Returns the contents of a network's config.json: diffusers', or transformers 5's for Gemma.
 
-    `clip_attention` has no place in these files.
+    `clip_attention` and `quantised` have no place in these files.
     """
     table = {SanaConfig: _sana_json, DCAEConfig: _dc_ae_json, Gemma2Config: _gemma2_json}
     return table[type(config)](config)
@@ -183,7 +183,8 @@ def _dc_ae_json(config: DCAEConfig) -> dict[str, Any]:
     def thaw(value):
         return [thaw(v) for v in value] if isinstance(value, tuple) else value
 
-    theirs = {_DC_AE_NAMES.get(k, k): thaw(v) for k, v in vars(config).items()}
+    ours = {name: value for name, value in vars(config).items() if name != "quantised"}
+    theirs = {_DC_AE_NAMES.get(name, name): thaw(value) for name, value in ours.items()}
     return {"_class_name": "AutoencoderDC", **theirs}
 
 
