@@ -146,15 +146,15 @@ def test_chromium_stops_a_drawing_and_shows_what_is_wrong(server):
         assert page.input_value("[name=width]") == "512" and page.is_disabled("#stop")
         page.fill("[name=prompt]", "long")
         page.click("#draw")
-        page.wait_for_function("document.querySelector('#state').textContent.startsWith('step')")
+        state = page.locator("#state")
+        state.filter(has_text="step").wait_for()
         page.click("#stop")
-        assert server.studio.stopped.wait(30) and page.inner_text("#state") == "stopped"
+        assert server.studio.stopped.wait(30)
+        state.filter(has_text="stopped").wait_for()
         for prompt, words in ("bad", "seed is wrong"), ("bug", "a bug of the demo"):
             page.fill("[name=prompt]", prompt)
             page.click("#draw")
-            page.wait_for_function(
-                f"document.querySelector('#state').textContent.includes('{words}')"
-            )
+            state.filter(has_text=words).wait_for()
         seeds = set()
         for _ in range(2):
             page.click("#dice")

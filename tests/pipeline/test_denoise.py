@@ -116,6 +116,10 @@ def calls_on_cuda(fn, *args):
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert not re.search(r"stablehlo\.(send|recv|infeed|outfeed)", text)
+    return calls_of(text)
+
+
+def calls_of(text):
     return set(re.findall(r"custom_call @([\w.$]+)", text))
 
 
@@ -134,5 +138,6 @@ def test_a_gpu_draws_in_one_program_that_never_asks_the_host():
         jax.debug.callback(print, x)
         return x
 
-    # What the line above would find.
-    assert any("callback" in call for call in calls_on_cuda(with_host, given.noise))
+    # What the line above would find; some processes refuse to lower it for a GPU that is not there.
+    asks = calls_of(jax.jit(with_host).lower(given.noise).as_text())
+    assert any("callback" in call for call in asks)

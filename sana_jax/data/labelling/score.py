@@ -89,8 +89,8 @@ class Scorer:
         return writer.finish()
 
     def scores(
-        self, images: Float[np.ndarray, "B S S 3"], tokens: list[Int32[np.ndarray, "n N"]]
-    ) -> list[Float[np.ndarray, " n"]]:
+        self, images: Float[np.ndarray, "B S S 3"], tokens: list[Int32[np.ndarray, "_ N"]]
+    ) -> list[Float[np.ndarray, " _"]]:
         """Returns the points of each picture's captions, float64, for any number of pictures."""
         pictures = self._features("image", images)
         texts = self._features("text", np.concatenate(tokens))
