@@ -80,6 +80,7 @@ def test_converting_again_keeps_it_and_mistakes_are_named(shared):
         np.testing.assert_array_equal(np.asarray(before, np.float32), np.asarray(now, np.float32))
 
 
+@pytest.mark.slow
 def test_prompts_calibrate(shared):
     (shared / "prompts.jsonl").write_text('{"prompt": "red circle", "num_steps": 2}\n')
     flags = ["--source=float32", "--out=static", "--quantise=w8a8", "--calibrate=prompts.jsonl"]
@@ -90,6 +91,7 @@ def test_prompts_calibrate(shared):
     assert made.provenance["quantised"]["calibration"] == {"prompts": 1}
 
 
+@pytest.mark.slow
 def test_sample_and_evaluate_take_it_by_name(shared):
     env = environment(shared)
     flags = ["--checkpoint=w8a8", "--prompt=red circle", "--out=drawn", "--num_steps=2"]

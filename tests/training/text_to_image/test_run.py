@@ -381,6 +381,7 @@ def test_two_hosts_train_as_one(config, tmp_path):
     native.open_folder(tmp_path / "two/model")
 
 
+@pytest.mark.slow
 def test_a_training_in_int8_learns_and_its_products_are_those_of_the_stored_weights(
     config, tmp_path
 ):
