@@ -57,7 +57,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         "--benchmark=geneval: `sample` reads": [*prompts, "--benchmark=geneval", "--out=o.jsonl"],
         "--results is missing": ["--task=table"],
         "--results=x: give BENCHMARK:FILE": ["--task=table", "--results=x"],
-        "none is missing": ["--task=table", "--results=hps:none"],
+        "hps:none: No such file or directory": ["--task=table", "--results=hps:none"],
     }
     before = sorted(tmp_path.rglob("*"))
     answers = several(list(cases.values()), tmp_path)
