@@ -117,8 +117,12 @@ def judge(folder: str, detections: str) -> list[dict[str, Any]]:
             metadata = parse_json((root / name).parents[1].joinpath("metadata.jsonl").read_bytes())
             there = objects(found, metadata["tag"])
             correct, wrong = verdict(there, metadata)
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"{where}it is not of the form that --help shows: {error!r}") from None
+        except UNREACHABLE as error:
+            raise UserError(f"--data={folder}: {name}: {reason_of(error)}") from None
         rows.append(
             {
                 "filename": name,

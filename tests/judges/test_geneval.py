@@ -143,4 +143,11 @@ def test_bad_detections_are_named(layout, lines, words):
     (layout / "found.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError) as error:
         judge(str(layout / "layout"), str(layout / "found.jsonl"))
-    assert words in str(error.value)
+    assert words in str(error.value) and "UserError(" not in str(error.value)
+
+
+def test_a_layout_that_lost_its_metadata_is_named(layout):
+    (layout / "layout/pictures/00000/metadata.jsonl").unlink()
+    (layout / "found.jsonl").write_text(line(0, found("cat")))
+    with pytest.raises(UserError, match="00000/samples/00000.png: No such file"):
+        judge(str(layout / "layout"), str(layout / "found.jsonl"))
