@@ -23,7 +23,10 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import UNREACHABLE, check_is_file, parse_json, reason_of
 
 Figures = dict[str, Any]  # overall, pictures, prompts, and parts by name
-HPS = re.compile(r"^(?P<model>.+?)\s+(?P<style>[\w-]+)\s+(?P<score>-?[\d.]+)\s+(?P<spread>[\d.]+)$")
+NUMBER = r"\d+(?:\.\d+)?"
+HPS = re.compile(
+    rf"(?P<model>.+?)\s+(?P<style>[\w-]+)\s+(?P<score>-?{NUMBER})\s+(?P<spread>{NUMBER})"
+)
 
 
 def geneval(path: str) -> Figures:
@@ -51,7 +54,7 @@ def dpg(path: str) -> Figures:
     scores = []
     for line in _text(path, "dpg:").splitlines():
         # The path may have commas of its own.
-        numbers = re.search(r"\.\w+((?:, [\d.]+)+)$", line)
+        numbers = re.search(rf"\.\w+((?:, {NUMBER})+)$", line)
         if numbers:
             *each, mean = map(float, numbers[1].removeprefix(", ").split(", "))
             if not each or not math.isclose(fmean(each), mean, abs_tol=1e-6):
@@ -69,8 +72,9 @@ def dpg(path: str) -> Figures:
 
 def imagereward(path: str) -> Figures:
     """Returns the mean over prompts of the mean over their pictures."""
+    text = _text(path, "imagereward:")
     try:
-        rows = parse_json(_text(path, "imagereward:"))
+        rows = parse_json(text)
         rewards = [[float(reward) for reward in row["rewards"]] for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"imagereward:{path} is no list of rewards: {error!r}") from None
@@ -88,7 +92,7 @@ def imagereward(path: str) -> Figures:
 
 def hps(path: str) -> Figures:
     """Returns the mean over styles."""
-    found = map(HPS.match, map(str.strip, _text(path, "hps:").splitlines()))
+    found = map(HPS.fullmatch, map(str.strip, _text(path, "hps:").splitlines()))
     parts: dict[str, float] = {}
     models = set()
     for line in filter(None, found):

@@ -62,11 +62,13 @@ def test_figures_are_formed_as_the_judges_form_them(tmp_path):
         ("geneval", '{"tag": "x", "correct": 2}', "neither true nor false"),
         ("dpg", "DPG-Bench score: 80", "has no line of a grid"),
         ("dpg", "a.png, 1.0, 0.0, 0.9", "is not that of its scores"),
+        ("dpg", "a.png, 1.0, 1..0", "has no line of a grid"),
         ("imagereward", "<html>", "is no list of rewards"),
         ("imagereward", '[{"id": 1}]', "is no list of rewards"),
         ("imagereward", '[{"rewards": []}]', "a prompt without a reward"),
         ("imagereward", '[{"rewards": [NaN]}]', "a prompt without a reward, or"),
         ("hps", "nothing", "has not the lines of one model"),
+        ("hps", "loading the model ... 1.2.3", "has not the lines of one model"),
         ("hps", "a anime 1.0 1.0\nb photo 1.0 1.0", "has not the lines of one model"),
         ("hps", "a anime 1.0 1.0\na anime 1.0 1.0", "has style anime twice"),
     ],
@@ -79,9 +81,10 @@ def test_other_files_are_refused(tmp_path, kind, content, words):
 
 
 @pytest.mark.parametrize(
-    "named", ["x", "geneval:", "clip:file", "geneval:none", "dpg:none", "hps:/"]
+    "named", ["x", "geneval:", "clip:file", "geneval:none", "dpg:none", "imagereward:none", "hps:/"]
 )
 def test_bad_names_are_refused(tmp_path, monkeypatch, named):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as error:
         read(named)
+    assert "UserError(" not in str(error.value)
