@@ -19,7 +19,15 @@ from sana_jax.batch.manifest import Line, Manifest, key_of
 from sana_jax.judges.benchmarks import BENCHMARKS, Benchmark
 from sana_jax.pictures import encode_png, in_rows, make_grid
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, local, named, reason_of, storage, write_atomically
+from sana_jax.runtime.files import (
+    UNREACHABLE,
+    absolute,
+    local,
+    named,
+    reason_of,
+    storage,
+    write_atomically,
+)
 from sana_jax.runtime.lock import NAME as LOCK
 from sana_jax.runtime.lock import locked
 from sana_jax.runtime.progress import Progress
@@ -45,7 +53,7 @@ def export(benchmark: str, data: str, out: str, each: int | None = None) -> int:
     groups = _groups(root, each or kind.each)
     lines = [group[0] for group in groups]
     _check_fields(benchmark, kind, lines)
-    files = list(_files(kind, groups, root.name))
+    files = list(_files(kind, groups, absolute(data).name))  # that of "." too
     if len({file.name for file in files}) < len(files):
         raise UserError(f"--data={data}: two of its prompts have the same {kind.fields[0]}")
     folder = epath.Path(local(out))

@@ -74,6 +74,15 @@ def test_imagereward_and_hps(tmp_path):
     assert (folder / "photo/00001.jpg").read_bytes() == expected.getvalue()
 
 
+@pytest.mark.parametrize("data", [".", "../hps", "inner/.."])
+def test_a_run_that_is_named_by_dots_has_its_own_name(tmp_path, monkeypatch, data):
+    run = runs.write(tmp_path / "hps", [{"prompt": "a", "style": "photo"}], 1)
+    (run / "inner").mkdir()
+    monkeypatch.chdir(run)
+    export("hps", data, str(tmp_path / "out"))
+    assert names(tmp_path / "out/pictures") == ["hps/photo/00000.jpg"]
+
+
 @pytest.mark.parametrize("most", range(3))
 def test_a_killed_export_goes_on(tmp_path, monkeypatch, most):
     run = runs.write(tmp_path / "run", [{"prompt": f"{i}", "item_id": i} for i in range(3)], 4)
