@@ -78,6 +78,8 @@ def _write(
     if not there:
         write_atomically(folder / MANIFEST, b"")
     manifest = Manifest(folder / MANIFEST)
+    if manifest.strange:
+        raise UserError(f"{folder / MANIFEST} is not of this program; use another --out")
     keys = {f.name: key_of({benchmark: [line["sha256"] for line in f.lines]}) for f in files}
     for name, line in manifest.lines.items():
         if line["key"] != keys.get(name):

@@ -142,6 +142,10 @@ def test_folders_of_others_and_changed_pictures_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         export("geneval", str(run), str(tmp_path / "mine"))
     assert names(tmp_path / "mine") == ["letter.txt"]
+    (tmp_path / "mine/manifest.jsonl").write_text('{"audio": "a.wav"}')
+    with pytest.raises(UserError, match="manifest.jsonl is not of this program"):
+        export("geneval", str(run), str(tmp_path / "mine"))
+    assert (tmp_path / "mine/manifest.jsonl").read_text() == '{"audio": "a.wav"}'
     before = contents(run)
     with pytest.raises(UserError, match="of other pictures"):
         export("geneval", str(run), str(run))
