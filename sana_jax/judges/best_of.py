@@ -149,6 +149,8 @@ def _keep(choice: Choice, lines: Sequence[Line], answers: dict[str, Any]) -> lis
 def _answers(choice: Choice, lines: list[Line], folder: epath.Path) -> dict[str, Any]:
     """Returns the judge's answer for every candidate, those in scores.jsonl and the others."""
     scores = Manifest(folder / "scores.jsonl")
+    if scores.strange and not scores.lines:
+        raise UserError(f"{folder / 'scores.jsonl'} is not of this program; use another --out")
     done = {
         line["file"]: line["answer"]
         for line in scores.lines.values()

@@ -106,6 +106,13 @@ def test_scores_of_a_killed_run_are_not_asked_for_again(out, judge, monkeypatch,
     assert (out / "000000_1.png").exists() and len(judge) == 8 - kept
 
 
+def test_scores_of_another_program_are_not_replaced(out, judge):
+    (out / "scores.jsonl").write_text('{"score": 1}\n')
+    with pytest.raises(UserError, match="scores.jsonl is not of this program"):
+        choose(choice(), tasks(), str(out))
+    assert (out / "scores.jsonl").read_text() == '{"score": 1}\n' and judge == []
+
+
 def test_a_candidate_that_changed_is_judged_again(out, judge):
     choose(choice(), tasks(), str(out))
     judge.clear()
