@@ -271,12 +271,14 @@ def main(argv):
     choice = _choice()
     each = choice.candidates if choice else _IMAGES.value
     tasks = make_tasks(rows, common, _SEED.value, each)
+    from sana_jax.judges.best_of import CANDIDATES, check_out, choose
+
     if choice:
         choice.check()
+        check_out(choice, _OUT.value, FLAGS.overwrite)
 
     from sana_jax.batch.draw import draw  # jax: errors above need not wait for it
     from sana_jax.batch.settings import Options
-    from sana_jax.judges.best_of import CANDIDATES, choose
 
     names = [field.name for field in dataclasses.fields(Options)]
     values = {name: FLAGS[name].value for name in names} | {

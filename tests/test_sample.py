@@ -84,6 +84,7 @@ MISTAKES = [
     (["--prompt=a", "--judge=clip"], "--judge is of no use without --candidates=N"),
     (["--prompt=a", "--candidates=4", "--judge=clip"], "--judge_weights is missing"),
     (["--prompt=a", "--candidates=4", "--judge=no-judge"], "there is no program 'no-judge'"),
+    (["--prompt=a", "--candidates=4", "--judge=true", "--out=gs://a/b"], "local folders only"),
     (["--prompt=a", "--sampler=ddim"], "--sampler=ddim"),
     (["--prompt=a", "--dtype=float64"], "--dtype=float64"),
     (["--prompt=a", "--flow_shift=inf"], "--flow_shift inf is not a number in 0.001 .. 1000"),

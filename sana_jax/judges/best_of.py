@@ -73,6 +73,13 @@ class Choice:
         return key_of({"judge": self.judge, "weights": weights, "yes": self.tournament})
 
 
+def check_out(choice: Choice, out: str, overwrite: bool = False) -> None:
+    """Raises UserError for a folder that will not take the chosen, before candidates are drawn."""
+    folder = epath.Path(local(out))
+    with storage(folder):
+        _check_others(folder, Manifest(folder / "manifest.jsonl"), choice, overwrite)
+
+
 def choose(choice: Choice, tasks: Sequence[Task], out: str, overwrite: bool = False) -> list[str]:
     """Judges the candidates of `tasks`, which are drawn, and returns the names of the chosen.
 
