@@ -12,8 +12,6 @@ code. Nothing in them says which networks made them.
 
 import hashlib
 import io
-import zipfile
-from typing import Any
 
 import numpy as np
 
@@ -61,8 +59,7 @@ class LatentTars:
     def __getitem__(self, record: int) -> Record:
         shard, number = self._tars.find(record)
         try:
-            latents = _array(self._tars.read(shard, number))
-            latents = latents.reshape(latents.shape[-3:]).transpose(1, 2, 0).astype(np.float32)
+            latents = _latents(self._tars.read(shard, number))
             if latents.shape[:2] != tuple(self.shapes[record]) or not np.isfinite(latents).all():
                 raise BadImage("bad_latents", f"latents of shape {latents.shape}")
             found = {"key": self.key_of(record), "latents": latents}
@@ -89,8 +86,7 @@ class LatentTars:
                 " it, others have; leave all away, or none"
             )
         try:
-            data = self._tars.read(*self._tars.find(0), FEATURES)
-            return int(_members(data)["caption_feature"].shape[-2])
+            return len(_features(self._tars.read(*self._tars.find(0), FEATURES))[0])
         except BadImage as error:
             raise UserError(f"{self.folder}: {self.key_of(0)}: {error}") from None
 
@@ -106,30 +102,31 @@ def first_rms(source: LatentTars, count: int = 16) -> float | None:
     return float(np.sqrt(np.mean(squares))) if squares else None
 
 
-def _array(data: bytes) -> np.ndarray:
+def _latents(data: bytes) -> np.ndarray:
+    """Returns latents, float32 (h, w, c). Raises BadImage."""
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+        return found.reshape(found.shape[-3:]).transpose(1, 2, 0).astype(np.float32)
     except Exception as error:  # a damaged file makes NumPy raise nearly anything
         raise BadImage("bad_latents", f"{error}") from None
 
 
-def _members(data: bytes) -> dict[str, Any]:
+def _features(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns text features, float32 (rows, width), and which rows count. Raises BadImage."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as error:
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            features = found["caption_feature"]
+            rows, width = features.shape[-2:]
+            mask = found["attention_mask"] if "attention_mask" in found else np.ones(rows)
+            features = features.reshape(rows, width).astype(np.float32)
+            return features, mask.reshape(rows).astype(bool)
+    except Exception as error:  # as above
         raise BadImage("bad_latents", f"text features: {error}") from None
 
 
 def _shown(data: bytes, rows: int) -> np.ndarray:
     """Returns the rows of text features that their mask shows."""
-    found = _members(data)
-    try:
-        features = found["caption_feature"]
-        features = features.reshape(features.shape[-2:])
-        mask = found.get("attention_mask", np.ones(rows)).reshape(rows).astype(bool)
-        if len(features) == rows and np.isfinite(features).all() and mask.any():
-            return features[mask]
-    except (ValueError, KeyError, IndexError):
-        pass
+    features, mask = _features(data)
+    if len(features) == rows and np.isfinite(features).all() and mask.any():
+        return features[mask]
     raise BadImage("bad_latents", f"text features are no ({rows}, width) with a mask of {rows}")

@@ -219,7 +219,8 @@ def _shapes(path: epath.Path, members: Sequence[Member]) -> UInt32[np.ndarray, "
                 read = np.lib.format.read_array_header_1_0
                 read = read if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape = read(file)[0]
-                shapes[number] = shape[-3:] if set(shape[:-3]) <= {1} else 0
+                if len(shape) > 2 and set(shape[:-3]) <= {1}:
+                    shapes[number] = shape[-3:]
             except (ValueError, OverflowError):
                 continue
     return shapes

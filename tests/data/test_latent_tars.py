@@ -21,10 +21,14 @@ from tests.data.test_webdataset import cache, tar  # noqa: F401
 ROWS, WIDTH = 5, 6
 
 
-def npy(*shape, kind=np.float16, seed=0):
+def saved(array):
     content = io.BytesIO()
-    np.save(content, np.random.default_rng(seed).standard_normal(shape).astype(kind))
+    np.save(content, array)
     return content.getvalue()
+
+
+def npy(*shape, kind=np.float16, seed=0):
+    return saved(np.random.default_rng(seed).standard_normal(shape).astype(kind))
 
 
 def npz(shown, lead=(1,), **more):
@@ -90,10 +94,13 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     [
         ({"1__npy": b"no array"}, "x.tar/1.npy is no array of .channels, height, width"),
         ({"1__npy": npy(2, 3)}, "x.tar/1.npy is no array of"),
+        ({"1__npy": npy(4)}, "x.tar/1.npy is no array of"),
         ({"1__npy": npy(2, 4, 2, 3)}, "x.tar/1.npy is no array of"),
         ({"1__npy": npy(8, 2, 3)}, "x.tar/1.npy has other channels than the first, 4"),
         ({"2__npy": npy(4, 2, 3)}, "x.tar/2.npy has no text features beside it, others have"),
         ({"0__npz": b"PK"}, "x.tar/0.npy: bad_latents: text features"),
+        ({"0__npz": npy(ROWS, WIDTH)}, "x.tar/0.npy: bad_latents: text features"),
+        ({"0__npz": npz(2, caption_feature=np.ones(3))}, "x.tar/0.npy: bad_latents: text features"),
     ],
 )
 def test_what_cannot_be_trained_on(tmp_path, changes, message):
@@ -106,7 +113,9 @@ def test_what_cannot_be_trained_on(tmp_path, changes, message):
     [
         {"1__npy": npy(4, 3, 3)[:-7]},
         {"1__npy": npy(4, 3, 3, kind=object)},
+        {"1__npy": saved(np.full((4, 3, 3), "cat"))},
         {"1__npz": npz(0)},
+        {"1__npz": npz(2, caption_feature=np.full((ROWS, WIDTH), "cat"))},
         {"1__npz": npz(2, attention_mask=np.ones(3))},
         {"1__npz": npz(2, caption_feature=np.full((ROWS, WIDTH), np.nan))},
         {"1__npz": pickle.dumps([1])},
