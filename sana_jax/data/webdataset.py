@@ -175,20 +175,23 @@ class WebDataset:
 
 def _shards(spec: str, split: str) -> tuple[list[archives.Archive], dict[epath.Path, dict]]:
     """Returns the tars of a split, and what an index says of each, where there is one."""
-    try:
-        indices = archives.find(spec, INDEX)
-    except NoData:
-        indices = []
-    indices = [path for path in indices if path.name.endswith(".json")]
+    tars: dict[epath.Path, None] = {}
     told: dict[epath.Path, dict] = {}
-    for path in indices:
-        told |= _listed(path)
-    tars = list(told) or archives.find(spec, ".tar")
-    if told and epath.Path(named(spec)).is_dir():
-        more = set(archives.find(spec, ".tar")) - set(tars)
-        if more:
-            logging.warning("%s: %d tars that no index lists are not read", spec, len(more))
-    return archives.of_split(tars, spec, split), told
+    for part in (name for each in spec.split("::") for name in archives.expand(each)):
+        try:
+            indices = archives.find(part, INDEX)
+        except NoData:
+            indices = []
+        listed: dict[epath.Path, dict] = {}
+        for path in indices:
+            listed |= _listed(path) if path.name.endswith(".json") else {}
+        told |= listed
+        tars |= dict.fromkeys(listed or archives.find(part, ".tar"))
+        if listed and epath.Path(named(part)).is_dir():
+            more = set(archives.find(part, ".tar")) - listed.keys()
+            if more:
+                logging.warning("%s: %d tars that no index lists are not read", part, len(more))
+    return archives.of_split(list(tars), spec, split), told
 
 
 def _listed(path: epath.Path) -> dict[epath.Path, dict]:

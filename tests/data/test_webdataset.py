@@ -68,6 +68,14 @@ def test_an_index_says_which_tars_are_read_in_its_order(root, caplog):
     assert len(open_source(spec)) == 2 and "1 tars that no index lists" in caplog.text
 
 
+def test_tars_beside_a_folder_with_an_index_are_read_too(root, tmp_path):
+    more = tar(tmp_path / "more/c.tar", z__jpg=PNG)
+    wids(root)
+    for spec in f"{root}::{more}", f"{root}/{INDEX}::{more}", f"{tmp_path}/{{data,more}}":
+        found = [key.rpartition("/")[2] for key in keys(open_source(f"webdataset:{spec}"))]
+        assert found == ["x.jpg", "y.jpg", "x.jpg", "y.jpg", "z.jpg"], spec
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
