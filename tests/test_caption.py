@@ -27,7 +27,7 @@ def photos(tmp_path_factory):
 def test_the_command(photos, tmp_path):
     given = [photos, f"--out={tmp_path / 'out'}", "--model=a,b", "--price=1,2"]
     given += ["--verbosity=1"]  # all that a library may log
-    with Server({"a": (429, [("Retry-After", "0")]), "b": "cut"}) as server:
+    with Server({"a": (429, [("Retry-After", "0.01")]), "b": "cut"}) as server:
         command = [sys.executable, "-m", "sana_jax.caption", f"--endpoint={server.address}"]
         command[3:3] = map(str, given)
         result = subprocess.run(

@@ -147,7 +147,7 @@ class Endpoint:
                     " on from here"
                 )
             self.retries += 1
-            if held is None:
+            if not held:  # or a date that has passed, by the clock here
                 longest = min(LONGEST_PAUSE, self._pause * 2 ** (attempt - 1))
                 self._pace.sleep(longest * random.uniform(0.5, 1))
             else:
@@ -162,6 +162,8 @@ class Endpoint:
         if response.is_redirect:
             return UserError(f"{self} leads elsewhere ({status}); give the address that it means")
         said = self._quoted(response.text)
+        if response.status_code == 402:
+            return UserError(f"{self} wants to be paid first ({status}): {said}")
         if response.status_code in (404, 405):
             return UserError(f"{self} has no such model or interface ({status}): {said}")
         return Refused(f"{status}: {said}")

@@ -64,6 +64,7 @@ def test_the_last_try_says_why_without_the_key(ask):
     "fault, kind, words",
     [
         ((401,), UserError, r"does not accept the key in \$KEY \(status 401\)$"),
+        ((402,), UserError, r"wants to be paid first \(status 402\): .*Bearer \[key\]"),
         ((404,), UserError, r"no such model or interface \(status 404\): .*Bearer \[key\]"),
         ((302, [("Location", "http://127.0.0.1:1/")]), UserError, "leads elsewhere"),
         ((400,), Refused, r"^status 400: .*you gave Bearer \[key\]"),
@@ -114,6 +115,13 @@ def test_a_retry_after_holds_all_threads():
         assert len(server.times) == 4 and found.retries == 2
         assert min(server.times[1:]) - server.times[0] >= 0.5
         assert server.keys == {None}
+
+
+def test_a_retry_after_that_has_passed_is_no_reason_to_hurry(ask):
+    past = (503, [("Retry-After", email.utils.formatdate(0, usegmt=True))])
+    with Server(past, past) as server:
+        ask(server, pause=0.1)
+    assert server.times[2] - server.times[0] >= 0.15  # half of 0.1 and of 0.2 at least
 
 
 def test_retry_after_as_a_date_and_as_nonsense():
