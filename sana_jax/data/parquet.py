@@ -54,6 +54,8 @@ class Parquet:
                 raise UserError(
                     f"{archive.path} has no column {missing[0]!r}, which {self._files[0].name} has"
                 )
+            image = pa.schema([schema.field(self._columns["image"])])
+            _columns(image, archive.path)  # raises if they are no pictures in this file
         groups = [
             (file, group, about.row_group(group).num_rows)
             for file, about in enumerate(self._about)
@@ -161,10 +163,10 @@ class Parquet:
                 table = self._table(group)
             except BadImage:
                 return  # its rows will say so
-            pictures = table[name].combine_chunks()
-            if pa.types.is_struct(pictures.type):
-                pictures = pictures.field("bytes")
-            if pictures.null_count < len(pictures):
+            parts = table[name].chunks  # of 2 GiB at most
+            if pa.types.is_struct(table[name].type):
+                parts = [part.field("bytes") for part in parts]
+            if any(part.null_count < len(part) for part in parts):
                 break
         else:
             raise UserError(

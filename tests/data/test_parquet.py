@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -124,6 +125,20 @@ def test_files_of_other_columns(tmp_path):
     write(tmp_path / "b.parquet", picture=PNGS)
     with pytest.raises(UserError, match="b.parquet has no column 'image', which a.parquet has"):
         open_source(f"parquet:{tmp_path}")
+    write(tmp_path / "b.parquet", image=["a.png"], jpg=PNGS[:1])
+    with pytest.raises(UserError, match="b.parquet has no column with the bytes of .*only image"):
+        open_source(f"parquet:{tmp_path}")
+
+
+def test_a_row_group_of_more_bytes_than_one_array_holds(tmp_path, monkeypatch):
+    source = parquet.Parquet(write(tmp_path / "x.parquet", image=PNGS).partition(":")[2])
+    size = 3 << 29
+    zeros = pa.py_buffer(np.zeros(size, np.uint8))  # which take no memory until they are read
+    ends = pa.py_buffer(np.array([0, size], np.int32))
+    part = pa.Array.from_buffers(pa.binary(), 1, [None, ends, zeros])
+    table = pa.table({"image": pa.chunked_array([part, part])})
+    monkeypatch.setattr(source, "_table", lambda group: table)
+    source._check_pictures("x")
 
 
 def test_several_files_splits_and_what_they_have_in_common(tmp_path):
