@@ -1,13 +1,14 @@
 """Encodes a data set once, so that training reads latents instead of images.
 
-    python -m sana_jax.precompute --checkpoint=DIR_OR_HUB_ID --data=PHOTOS --out=DIR --size=512
+    python -m sana_jax.precompute --checkpoint=DIR_OR_HUB_ID --data=PHOTOS --out=DIR
     python -m sana_jax.precompute --checkpoint=... --data=PHOTOS --out=DIR --buckets=1024 --text
 
 DIR is then a data set by the name precomputed:DIR; write each of several splits to its own
-DIR/SPLIT. Every image is resized to cover --size, or the published size of the nearest aspect ratio
-at --buckets, and cropped once and for all: --crop=random draws from (--seed, the image's number).
-With --text the embedding of every caption is stored too, as sampling computes it: after the
-instruction of the checkpoint, if it has one.
+DIR/SPLIT. Every image is resized to cover the published size of the nearest aspect ratio, for the
+size that the checkpoint draws or for --buckets, or to cover a square of --size; and cropped once
+and for all: --crop=random draws from (--seed, the image's number). With --text the embedding of
+every caption is stored too, as sampling computes it: after the instruction of the checkpoint, if it
+has one.
 
 Large images take much memory, one of 4096 px 18 GB with the published autoencoder. --tile=auto
 encodes those above 2048 x 2048 pixels in tiles. A tiny autoencoder took 0.84 GB for an image of
@@ -42,9 +43,13 @@ _DATA_DIR = flags.DEFINE_string(
 )
 _SPLIT = flags.DEFINE_string("split", "train", "split of the data")
 _OUT = flags.DEFINE_string("out", None, "folder to write, made if missing", required=True)
-_SIZE = flags.DEFINE_integer("size", None, "side in pixels, or give --buckets", 16, 2**13)
+_SIZE = flags.DEFINE_integer(
+    "size", None, "squares of this side in pixels, in place of --buckets", 16, 2**13
+)
 _BUCKETS = flags.DEFINE_integer(
-    "buckets", None, "instead of --size: the published sizes at 512, 1024, 2048 or 4096 px"
+    "buckets",
+    None,
+    "the published sizes at 512, 1024, 2048 or 4096 px; by default at what the checkpoint draws",
 )
 _CROP = flags.DEFINE_enum(
     "crop", "centre", ["centre", "random"], "the part of an image that is kept"

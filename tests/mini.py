@@ -33,8 +33,7 @@ def save(folder: Path, seed: int = 0, depth: int = 1, **changes) -> None:
         latent_channels=8,
         cross_heads=1,
         caption_channels=48,
-        sample_size=16,
-        **changes,
+        **({"sample_size": 16} | changes),
     )
     *_, encoder = random_weights.configs(random_weights.TINY)
     configs = random_weights.configs

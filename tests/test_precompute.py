@@ -294,7 +294,7 @@ def test_what_cannot_be_precomputed(photos, encoder, pipe, tmp_path):
 
 
 BAD_FLAGS = [
-    ([], "give --size or --buckets"),
+    ([], "mini draws 64 px, where there are no buckets"),
     (["--size=30"], "--size=30 is not a multiple of 4"),
     (["--size=32", "--data=precomputed:here"], "these are latents already"),
     (["--size=32", "--tile=large"], "--tile=large: give SIZE,STRIDE in pixels, auto or none"),

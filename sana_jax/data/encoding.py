@@ -33,6 +33,7 @@ class Encoding:
     """The flags of `python -m sana_jax.precompute`, which says what they mean.
 
     Attributes:
+      size, buckets: at most one; without both, buckets of the size that the checkpoint draws.
       instruct: encode captions after the checkpoint's instruction.
       batch: images at once.
     """
@@ -59,8 +60,8 @@ class Encoding:
     store: str = "bfloat16"
 
     def __post_init__(self):
-        if (self.size is None) == (self.buckets is None):
-            raise UserError("give --size or --buckets")
+        if self.size is not None and self.buckets is not None:
+            raise UserError("give --size or --buckets, not both")
         if is_stored(self.data):
             raise UserError(f"--data={self.data}: these are latents already; give images")
 
@@ -91,25 +92,40 @@ class Encoding:
 
     def open(self, resumes: bool = False) -> "Opened":
         """Opens the networks and the data. Raises UserError, or Retry as open_source does."""
-        image, checkpoint = self.image(), self._networks()
-        tile = self.tile_of(checkpoint.vae.factor)
-        given = self.data, self.split, self.data_dir, self.size or 128
-        source, tokens = open_source(*given, resumes=resumes), None
-        if self.text:
-            found = checkpoint.instruction
-            told = found and found.text
-            tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, told)
-        return Opened(self, checkpoint, source, WithTokens(image, tokens), tokens, tile)
-
-    def _networks(self) -> Checkpoint:
-        """Returns the checkpoint with the networks that encode, and no others."""
-        checkpoint = open_checkpoint(
+        whole = open_checkpoint(
             self.checkpoint,
             variant=self.variant,
             revision=self.revision,
             instruction_file=self.instruction_file,
             instruct=self.text and self.instruct,
         )
+        sized = self
+        if self.size is None and self.buckets is None:
+            sized = dataclasses.replace(self, buckets=self._own_size(whole))
+        image, checkpoint = sized.image(), self._networks(whole)
+        tile = sized.tile_of(checkpoint.vae.factor)
+        given = self.data, self.split, self.data_dir, self.size or 128
+        source, tokens = open_source(*given, resumes=resumes), None
+        if self.text:
+            found = checkpoint.instruction
+            told = found and found.text
+            tokens = CaptionTokens(checkpoint.tokenizer, checkpoint.text_rows, told)
+        return Opened(sized, checkpoint, source, WithTokens(image, tokens), tokens, tile)
+
+    def _own_size(self, checkpoint: Checkpoint) -> int:
+        """Returns the side, in pixels, of what a checkpoint draws, which has buckets."""
+        if checkpoint.dit is None:
+            raise UserError(f"give --size or --buckets: {self.checkpoint} has no transformer")
+        size = checkpoint.dit.sample_size * checkpoint.vae.factor
+        if size not in buckets.BASES:
+            raise UserError(
+                f"give --size or --buckets: {self.checkpoint} draws {size} px, where there are no"
+                " buckets"
+            )
+        return size
+
+    def _networks(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Returns the checkpoint with the networks that encode, and no others."""
         if self.size is not None:
             checks.multiple(f"--size={self.size}", self.size, checkpoint.vae.factor)
         if self.text and checkpoint.text_encoder is None:

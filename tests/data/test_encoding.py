@@ -4,9 +4,12 @@ import pickle
 
 import pytest
 
+from sana_jax.checkpoints import native
 from sana_jax.data.encoding import Encoding
 from sana_jax.data.transforms import BucketTransform, ImageTransform
 from sana_jax.runtime.errors import UserError
+from tests import mini
+from tests.data.test_folder import PNG, make
 
 
 def test_an_encoding_is_plain_and_compares():
@@ -14,6 +17,15 @@ def test_an_encoding_is_plain_and_compares():
     assert pickle.loads(pickle.dumps(one)) == one and hash(one) == hash(eval(repr(one)))
     assert isinstance(one.image(), ImageTransform)
     assert isinstance(Encoding("sana", "photos", buckets=512).image(), BucketTransform)
+
+
+def test_aspect_ratios_are_kept_at_the_size_that_the_checkpoint_draws(tmp_path):
+    mini.save(tmp_path / "sana", sample_size=512 // mini.FACTOR)
+    given = str(tmp_path / "sana"), str(make(tmp_path / "photos", {"a.png": PNG}))
+    assert Encoding(*given).open().settings() == Encoding(*given, buckets=512).open().settings()
+    native.save(mini.alone(tmp_path / "sana"), tmp_path / "alone")
+    with pytest.raises(UserError, match="give --size or --buckets: .*alone has no transformer"):
+        Encoding(str(tmp_path / "alone"), given[1]).open()
 
 
 def test_tiles_by_name_and_by_numbers():
@@ -28,8 +40,7 @@ def test_tiles_by_name_and_by_numbers():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({}, "give --size or --buckets"),
-        ({"size": 32, "buckets": 512}, "give --size or --buckets"),
+        ({"size": 32, "buckets": 512}, "give --size or --buckets, not both"),
         ({"size": 32, "data": "precomputed:x"}, "these are latents already"),
     ],
 )
