@@ -17,7 +17,7 @@ encodes those above 2048 x 2048 pixels in tiles. A tiny autoencoder took 0.84 GB
 Images that cannot be used are left out, counted by reason in DIR/index.json, and named in the log.
 The same command continues where it was stopped, wherever the data is now; complete shards are kept.
 
-    python -m sana_jax.precompute ... --runner=DirectRunner --beam=direct_num_workers=2
+    python -m sana_jax.precompute ... --runner=DirectRunner
 
 Shards are encoded by an Apache Beam pipeline, which needs pip install 'sana_jax[beam]', to the same
 bytes on machines of the same kind. sana_jax/data/README.md has options for Dataflow and Flink.
@@ -35,7 +35,8 @@ _CHECKPOINT = checkpoint_flags.define("checkpoint")
 _DATA = flags.DEFINE_string(
     "data",
     None,
-    "shapes, a folder of images, webdataset:TARS, parquet:FILES or tfds:NAME[/CONFIG][:VERSION]",
+    "shapes, a folder of images, webdataset:TARS, parquet:FILES, tfds:NAME[/CONFIG][:VERSION] or"
+    " captioned:DIR",
     required=True,
 )
 _DATA_DIR = flags.DEFINE_string(

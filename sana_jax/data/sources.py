@@ -112,8 +112,8 @@ def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
     try:
         if not root.is_dir():
             known = (
-                "shapes, tfds:NAME, webdataset:TARS, parquet:FILES, precomputed:DIR, captioned:DIR"
-                " or a folder of images"
+                "shapes, tfds:NAME, webdataset:TARS, parquet:FILES, latents:TARS, precomputed:DIR,"
+                " captioned:DIR or a folder of images"
             )
             raise NoData(f"{spec}: there is no such folder; the data is {known}")
         folder = Folder(root, split)
