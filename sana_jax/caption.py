@@ -6,6 +6,7 @@
     python -m sana_jax.caption PHOTOS --out=CAPTIONS --endpoint=http://localhost:8000/v1 \\
         --model=InternVL2-26B,VILA1.5-13B --captions=2 --concurrency=64
 
+PHOTOS is any data set with pictures by its name (sana_jax/data/README.md), such as webdataset:TARS.
 The endpoint is any that takes OpenAI's chat questions with pictures, such as one of vLLM. Every
 model gives --captions captions of every picture. CAPTIONS is then a data set by the name
 captioned:CAPTIONS, the same pictures with the captions that they had and the new ones: for
@@ -31,13 +32,7 @@ from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
 INSTRUCTION = "Describe this picture in one paragraph: what is in it, where, and in which style."
-
-_DATA = flags.DEFINE_string(
-    "data",
-    None,
-    "shapes, a folder of images, or tfds:NAME[/CONFIG][:VERSION]; also the first argument",
-    required=True,
-)
+OPERANDS = "PHOTOS"
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "folder where shapes or TFDS data were prepared; needed for shapes"
 )
@@ -116,7 +111,7 @@ def extra_of(given: str) -> dict:
 
 
 def main(argv):
-    del argv
+    _, data = argv
     from sana_jax.data.begun import SETTINGS
     from sana_jax.data.labelling.describe import Describer, Questions
     from sana_jax.data.labelling.endpoint import Endpoint
@@ -147,9 +142,9 @@ def main(argv):
         timeout=_TIMEOUT.value,
         attempts=_ATTEMPTS.value,
     )
-    given = _DATA.value, _SPLIT.value, _DATA_DIR.value, 128
-    if is_stored(_DATA.value):
-        raise UserError(f"--data={_DATA.value}: these are latents; give the pictures they are of")
+    given = data, _SPLIT.value, _DATA_DIR.value, 128
+    if is_stored(data):
+        raise UserError(f"{data}: these are latents; give the pictures they are of")
     source = open_source(*given, resumes=(folder / SETTINGS).exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,4 +164,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, first="data")
+    cli.run(main, operands=OPERANDS)

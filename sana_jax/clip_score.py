@@ -1,9 +1,11 @@
 """Scores every caption of a data set by CLIP, for training to choose the better ones.
 
-    python -m sana_jax.clip_score captioned:CAPTIONS --out=SCORED --weights=CLIP_FOLDER
+    python -m sana_jax.clip_score SOURCE --out=SCORED --weights=CLIP_FOLDER
     python -m sana_jax.train --config=... --config.data.source=captioned:SCORED \\
         --config.data.captions.kind=score
 
+SOURCE is any data set with captions by its name (sana_jax/data/README.md), such as the
+captioned:CAPTIONS that `caption` writes.
 A score is 100 x the cosine of picture and caption in CLIP's space. CLIP_FOLDER is a download of
 openai/clip-vit-large-patch14, which SANA uses, of openai/clip-vit-base-patch32, or of one of
 OpenCLIP's ViT models: as transformers writes them, or with OpenCLIP's own files.
@@ -23,13 +25,7 @@ from absl import flags
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
-_DATA = flags.DEFINE_string(
-    "data",
-    None,
-    "a folder of images, captioned:DIR, tfds:NAME[/CONFIG][:VERSION] or shapes; also the first"
-    " argument",
-    required=True,
-)
+OPERANDS = "SOURCE"
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "folder where shapes or TFDS data were prepared; needed for shapes"
 )
@@ -53,7 +49,7 @@ _FSDP = flags.DEFINE_integer("fsdp", 1, "devices that share the weights", 1)
 
 
 def main(argv):
-    del argv
+    _, data = argv
     from sana_jax import sharding
     from sana_jax.checkpoints.clip import open_clip
     from sana_jax.data.begun import SETTINGS
@@ -65,12 +61,12 @@ def main(argv):
     from sana_jax.runtime.lock import locked
 
     folder = local(_OUT.value)
-    if is_stored(_DATA.value):
-        raise UserError(f"--data={_DATA.value}: these are latents; give the pictures they are of")
+    if is_stored(data):
+        raise UserError(f"{data}: these are latents; give the pictures they are of")
     mesh = sharding.make_mesh(fsdp=_FSDP.value)
     opened = open_clip(_WEIGHTS.value)
     scorer = Scorer(opened, mesh, _DTYPE.value, _BATCH.value, _DROP.value)
-    given = _DATA.value, _SPLIT.value, _DATA_DIR.value, 128
+    given = data, _SPLIT.value, _DATA_DIR.value, 128
     source = open_source(*given, resumes=(folder / SETTINGS).exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,4 +87,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, first="data")
+    cli.run(main, operands=OPERANDS)

@@ -1,9 +1,10 @@
 """Says what a data set is: counts, sizes, aspect ratios, captions, and what cannot be used and why.
 
-    python -m sana_jax.data_report PHOTOS --out=DIR
+    python -m sana_jax.data_report SOURCE --out=DIR
     python -m sana_jax.data_report 'webdataset:DATA/{000..012}.tar' --out=DIR --buckets=512
     python -m sana_jax.data_report parquet:DATA --out=DIR --split=test
 
+SOURCE is any data set with pictures by its name (sana_jax/data/README.md), such as tfds:NAME.
 Every picture is decoded, as a training would. DIR gets report.json, pictures.jsonl (size, bucket
 and captions of each), rejected.jsonl (key, reason and detail of each that cannot be used; the key
 of a picture in an archive begins with the archive's name), aspects.png (a bar for each bucket) and
@@ -20,13 +21,7 @@ from absl import flags
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
-_SOURCE = flags.DEFINE_string(
-    "source",
-    None,
-    "the data, whose flag may be left out: a folder of pictures, webdataset:TARS, parquet:FILES,"
-    " tfds:NAME[/CONFIG][:VERSION] or shapes",
-    required=True,
-)
+OPERANDS = "SOURCE"
 _OUT = flags.DEFINE_string("out", None, "folder to write, made if missing", required=True)
 _SPLIT = flags.DEFINE_string("split", "train", "split of the data")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder where shapes or TFDS data were prepared")
@@ -37,7 +32,7 @@ _SIZE = flags.DEFINE_integer("size", 128, "pixels, of the data set shapes", 16, 
 
 
 def main(argv):
-    del argv
+    _, data = argv
     from pathlib import Path
 
     from sana_jax.data.begun import SETTINGS
@@ -47,11 +42,11 @@ def main(argv):
     from sana_jax.runtime.lock import locked
 
     folder = local(Path(_OUT.value))
-    if is_stored(_SOURCE.value):
-        raise UserError(f"{_SOURCE.value}: these are latents already; give pictures")
-    given = _SOURCE.value, _SPLIT.value, _DATA_DIR.value, _SIZE.value
+    if is_stored(data):
+        raise UserError(f"{data}: these are latents already; give pictures")
+    given = data, _SPLIT.value, _DATA_DIR.value, _SIZE.value
     source = open_source(*given, resumes=(folder / SETTINGS).exists())
-    settings = {"data": _SOURCE.value, "split": _SPLIT.value, "source": source.fingerprint}
+    settings = {"data": data, "split": _SPLIT.value, "source": source.fingerprint}
     settings |= {"records": len(source), "base": int(_BUCKETS.value)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,4 +65,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, first="source")
+    cli.run(main, operands=OPERANDS)

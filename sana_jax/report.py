@@ -33,7 +33,7 @@ from sana_jax.pictures import check_out
 from sana_jax.runtime import cli
 from sana_jax.runtime.errors import UserError
 
-OPERANDS = "RUN"
+OPERANDS = "RUN ..."
 _OUT = flags.DEFINE_string("out", None, "the .html file, replaced if it exists", required=True)
 _SIZE = flags.DEFINE_float("megabytes", 5.0, "the most that the page may have", 0.1, 1000)
 

@@ -32,12 +32,20 @@ def several(module: str, lines: list[list[str]], cwd: Path, environment) -> list
     return [tuple(answer) for answer in json.loads(result.stdout.splitlines()[-1])]
 
 
-def answers(module: str, mistakes: list[tuple], given: list[str], cwd: Path, environment) -> dict:
+def answers(
+    module: str, mistakes: list[tuple], given: list[str], cwd: Path, environment, operand=None
+) -> dict:
     """Returns what `several` says of mistakes, (arguments, words) each, by their arguments.
 
-    `given`: arguments that stand before those of every mistake.
+    `given`: arguments that stand before those of every mistake; `operand`: what stands without a
+    flag, where the mistake has nothing of the kind.
     """
-    found = several(module, [[*given, *arguments] for arguments, _ in mistakes], cwd, environment)
+    lines = [[*given, *arguments] for arguments, _ in mistakes]
+    if operand is not None:
+        lines = [
+            line if any(each[:1] != "-" for each in line) else [*line, operand] for line in lines
+        ]
+    found = several(module, lines, cwd, environment)
     return {tuple(each): answer for (each, _), answer in zip(mistakes, found, strict=True)}
 
 

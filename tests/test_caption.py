@@ -54,8 +54,8 @@ BAD_FLAGS = [
     (["--model=a,a"], "--model=a,a: name each model once"),
     (["--captions=2", "--temperature=0"], "at --temperature=0 they would be the same"),
     (["--endpoint=localhost"], "--endpoint=localhost is no address of the web"),
-    (["--data=precomputed:x"], "these are latents; give the pictures"),
-    (["--data=nowhere"], "nowhere: there is no such folder"),
+    (["precomputed:x"], "precomputed:x: these are latents; give the pictures"),
+    (["nowhere"], "nowhere: there is no such folder"),
     (["--out=gs://bucket/x"], "this is written to local folders only"),
     (["--per_minute=0"], "--per_minute"),
     (["--key_env=UNSET_KEY"], "--key_env=UNSET_KEY: that variable of the environment is not set"),
@@ -69,9 +69,11 @@ def answers(photos, tmp_path_factory):
     path, mistakes = tmp_path_factory.mktemp("bad"), [*BAD_FLAGS, ([f"--out={photos}"], "")]
     mistakes.append((["--out=" + str(path / "refused")], ""))
     with Server((401,), (401,), (401,), (401,)) as server:
-        given = [f"--data={photos}", f"--out={path / 'out'}", "--model=a"]
+        given = [f"--out={path / 'out'}", "--model=a"]
         given += [f"--endpoint={server.address}", "--attempts=1"]
-        found = commands.answers("sana_jax.caption", mistakes, given, ROOT, ENVIRONMENT)
+        found = commands.answers(
+            "sana_jax.caption", mistakes, given, ROOT, ENVIRONMENT, str(photos)
+        )
     assert not (path / "out").exists() and server.keys == {f"Bearer {KEY}"}
     return found
 

@@ -44,8 +44,8 @@ def test_the_command(shared):
 
 BAD_FLAGS = [
     (["--weights=nowhere"], "nowhere is no folder: give one with CLIP"),
-    (["--data=precomputed:x"], "these are latents; give the pictures"),
-    (["--data=captioned:nowhere"], "nowhere has no index.json: it is no folder of captions"),
+    (["precomputed:x"], "precomputed:x: these are latents; give the pictures"),
+    (["captioned:nowhere"], "nowhere has no index.json: it is no folder of captions"),
     (["--drop_below=101"], "--drop_below=101"),
     (["--fsdp=3"], "a mesh of replica=-1, fsdp=3"),
 ]
@@ -54,9 +54,9 @@ BAD_FLAGS = [
 @pytest.fixture(scope="module")
 def answers(shared):
     """What the command answers to each of BAD_FLAGS; it has written nothing."""
-    given = [f"--data={shared / 'photos'}", f"--weights={shared / 'clip'}"]
-    given += [f"--out={shared / 'bad'}"]
-    found = commands.answers("sana_jax.clip_score", BAD_FLAGS, given, ROOT, ENVIRONMENT)
+    given = [f"--weights={shared / 'clip'}", f"--out={shared / 'bad'}"]
+    photos = str(shared / "photos")
+    found = commands.answers("sana_jax.clip_score", BAD_FLAGS, given, ROOT, ENVIRONMENT, photos)
     assert not (shared / "bad").exists()
     return found
 

@@ -60,10 +60,7 @@ def answers(tmp_path_factory):
     make(root / "photos", {"a.png": PNG})
     found = commands.several(
         "sana_jax.data_report",
-        [
-            [f"--source={source.format(root=root)}", f"--out={root / 'out'}"]
-            for source, _ in MISTAKES
-        ],
+        [[source.format(root=root), f"--out={root / 'out'}"] for source, _ in MISTAKES],
         ROOT,
         os.environ | {"PYTHONPATH": str(ROOT)},
     )

@@ -54,7 +54,6 @@ _REMEDIES = {
 def run(
     main: Callable[[list[str]], int | None],
     resumes: bool = False,
-    first: str | None = None,
     operands: str = "",
 ) -> None:
     """Parses the flags, calls main(argv) and exits; `main` returns None or a status.
@@ -62,12 +61,9 @@ def run(
     Args:
       main: the command.
       resumes: the same command, run again, goes on where a signal ended it.
-      first: a flag whose value may stand alone as the first argument.
-      operands: the name of what stands on the command line without a flag, such as RUN: one or
-        more, which `main` gets after the program's name. "": there is nothing of the kind.
+      operands: the name of what stands on the command line without a flag, which `main` gets after
+        the program's name: "DIR" for one, "RUN ..." for one or more, "" for none.
     """
-    if first and sys.argv[1:] and not sys.argv[1].startswith("-"):
-        sys.argv[1] = f"--{first}={sys.argv[1]}"
     signals.start(resumes)
     output.guard()
     if any(re.match("--?(no)?jax_", argument) for argument in sys.argv[1:]):
@@ -140,10 +136,11 @@ def _parse(operands: str, argv: list[str]) -> list[str]:
             raise UserError(_explain(str(error))) from error
         raise
     _check_values()
-    if operands and not all(rest[1:] or [""]):
-        raise UserError(f"{operands} is missing; --help shows how to give it")
-    if rest[1:] and not operands:
-        raise UserError(f"unexpected {rest[1]!r}; write --flag=VALUE and quote values with spaces")
+    name, _, several = operands.partition(" ")
+    if name and not all(rest[1:] or [""]):
+        raise UserError(f"{name} is missing; --help shows how to give it")
+    if (more := rest[1 + bool(name) :]) and not several:
+        raise UserError(f"unexpected {more[0]!r}; write --flag=VALUE and quote values with spaces")
     if FLAGS["verbosity"].using_default_value:
         FLAGS.verbosity = -1  # warnings; app.run would show every library's notes
     return rest

@@ -129,14 +129,6 @@ def test_done(call):
     assert result.stdout == "1 a red circle 4 euler True out\n"
 
 
-def test_the_first_argument_may_be_a_flag_without_its_name(call):
-    script = COMMAND.replace("cli.run(main)", 'cli.run(main, first="prompt")')
-    assert call(script, "a red circle").stdout.startswith("1 a red circle ")
-    assert call(script, "--num_steps=4", "--prompt=a").returncode == 0
-    assert_one_line(call(script, "a", "b"), 2, "unexpected 'b'")
-    assert_one_line(call(COMMAND, "a"), 2, "--prompt is missing")
-
-
 def test_home_folders(call):
     """As a shell writes them out in other places than --flag=~/folder."""
     home = os.path.expanduser("~")
@@ -374,10 +366,14 @@ from absl import flags
 from sana_jax.runtime import cli
 
 flags.DEFINE_bool("flush", False, "")
-cli.run(lambda argv: print(argv[1:]), operands="RUN")
+cli.run(lambda argv: print(argv[1:]), operands="RUN ...")
 """
     result = call(script, *arguments)
     assert result.returncode == status and words in result.stdout + result.stderr
+    if len(arguments) == 2 and not status:
+        script = script.replace("RUN ...", "RUN")
+        assert call(script, "--flush", "a b").stdout == "['a b']\n"
+        assert_one_line(call(script, *arguments), 2, "unexpected 'b c'; write --flag=VALUE")
 
 
 RESUMES = "; the same command goes on from what is saved\n"
