@@ -8,6 +8,7 @@ autoencoder.
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def _files_to_share(folder: Path) -> dict[str, str]:
 
 def _part(file: str) -> str:
     """Returns the part of a checkpoint that a file is of: dit, vae, text_encoder or tokenizer."""
-    return file.partition("/")[0].partition(".")[0]
+    return re.split(r"[/.-]", file)[0]  # of NAME.safetensors, NAME-00001-of-..., or NAME/...
 
 
 def _same_parts(files: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:

@@ -145,6 +145,20 @@ def test_a_folder_shares_the_files_that_another_has_too(beside):
         native.save(found, folder / "third", share=folder / "student")
 
 
+def test_a_part_of_several_files_is_shared_whole_or_not_at_all(beside):
+    """Two networks of one shape have the same index, and may have some shards alike."""
+    folder, student = beside
+    most = dict(max_shard_bytes=20_000)
+    native.save(native.open_folder(folder / "first"), folder / "parts", **most)
+    dit = dict(native.open_folder(folder / "first").params["dit"])
+    dit["proj_out"] = student.params["dit"]["proj_out"]
+    changed = dataclasses.replace(student, params={**student.params, "dit": dit})
+    native.save(changed, folder / "changed", **most, share=folder / "parts")
+    files = {path.name.partition("-")[0] for path in (folder / "changed").glob("*.safetensors")}
+    assert files == {"dit"}
+    assert_same(native.open_folder(folder / "changed"), changed)
+
+
 def test_shared_files_that_are_gone_or_others_are_named(beside):
     folder, _ = beside
     (folder / "teacher").rename(folder / "away")
