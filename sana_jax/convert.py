@@ -274,6 +274,8 @@ def with_dense_time(checkpoint):
         raise UserError("--dense_time is for the native layout")
     if checkpoint.dit is None or checkpoint.dit.is_sprint or checkpoint.dit.timestep_scale != 1:
         raise UserError("--dense_time is for a transformer with timesteps of 0 .. 1000")
+    if checkpoint.dit.quantised:
+        raise UserError("--dense_time: the transformer is quantised: fit what it was made from")
     dit, params, error = densify(checkpoint.dit, checkpoint.params["dit"])
     print(f"the embedder is fitted to {100 * error:.1f} % of its spread", file=sys.stderr)
     made = checkpoint.provenance | {"dense_time": error}

@@ -54,6 +54,7 @@ def test_converting_again_keeps_it_and_mistakes_are_named(shared):
         ((quantised, "--out=a", "--quantise=w8"), ("is quantised already",)),
         ((quantised, "--out=b", "--format=diffusers"), ("diffusers", "quantised", "dit")),
         ((quantised, "--out=c", "--grow=4", "--keep=1"), ("--grow", "quantised")),
+        ((quantised, "--out=m", "--dense_time"), ("--dense_time", "quantised")),
         ((plain, "--out=d", "--quantise=w8", "--format=diffusers"), ("--format=diffusers",)),
         ((plain, "--out=e", "--quantise_layer=dit/.*=w8"), ("--quantise_layer", "--quantise")),
         ((plain, "--out=f", "--quantise=w8", "--quantise_layer=dit"), ("PATTERN=KIND",)),
