@@ -33,14 +33,13 @@ def densify(
     The error is of the modulation and of the embedding, root mean square over their own spread.
 
     Args:
-      config, params: a network with timesteps over 0 .. 1000.
+      config, params: a network with timesteps over 0 .. 1000; its other weights stay unread.
       guidance: the scale that is embedded while Sprint's network is fitted.
     """
-    embedder, params = TimestepEmbedder(config.width), jax.tree.map(np.float32, params)
-    inputs = ()
+    embedder, inputs = TimestepEmbedder(config.width), ()
     if config.is_sprint:
         inputs = (jnp.full(1, guidance * config.guidance_embedding, jnp.float32),)
-    old = params["time_embed"]
+    old = jax.tree.map(np.float32, params["time_embed"])
 
     def outputs(weights: Any, time: Float[Array, " B"]) -> Float[Array, "B D"]:
         embedding, modulation = embedder.apply({"params": weights}, time, *inputs)
@@ -67,6 +66,13 @@ def densify(
         return jax.lax.scan(step, (fitted, optimizer.init(fitted)), None, STEPS)[0][0]
 
     fitted = fit(fitted)
-    found = jax.tree.map(np.asarray, {**old, **fitted})
+    given = params["time_embed"]
+    found = {name: _like(given[name], fitted[name]) for name in FITTED}
     config = dataclasses.replace(config, timestep_scale=1 / NUM_TIMESTEPS)
-    return config, {**params, "time_embed": found}, float(jnp.sqrt(error(fitted)))
+    params = {**params, "time_embed": {**given, **found}}
+    return config, params, float(jnp.sqrt(error(fitted)))
+
+
+def _like(given: Any, fitted: Any) -> Any:
+    """Returns the fitted weights on the host, in the dtypes that were given."""
+    return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), given, fitted)

@@ -1,14 +1,18 @@
 """A network on the scale 0 .. 1: nearly the same velocity, with a tamer derivative in time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.checkpoints.tensors import LazyArray
 from sana_jax.models.dit import SanaTransformer
 from sana_jax.training.distillation.dense_time import densify
 from tests import toy
+from tests.training.distillation.toy import TEACHER, random_params
 
 
 @pytest.mark.slow  # ten seconds
@@ -42,3 +46,25 @@ def test_the_bundled_model_on_the_scale_0_to_1(monkeypatch):
     )
     toy.assert_close(new, old, 0.1)
     assert jnp.linalg.norm(slow[3]) < 0.5 * jnp.linalg.norm(fast[3])
+
+
+def test_what_is_not_fitted_stays_as_it_is_and_unread(monkeypatch):
+    """A conversion keeps every dtype, and has no whole network in memory."""
+    monkeypatch.setattr("sana_jax.training.distillation.dense_time.STEPS", 2)
+    config = dataclasses.replace(TEACHER, timestep_scale=1.0)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config))
+
+    def read(dtype):
+        raise AssertionError("a weight was read")
+
+    for name in params.keys() - {"time_embed"}:
+        params[name] = jax.tree.map(lambda x: LazyArray(x.shape, x.dtype, read), params[name])
+    _, found, _ = densify(config, params)
+    changed = {
+        name
+        for name, before in params["time_embed"].items()
+        if before is not found["time_embed"][name]
+    }
+    assert changed == {"linear_1", "linear_2"}
+    assert all(found[name] is params[name] for name in params.keys() - {"time_embed"})
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
