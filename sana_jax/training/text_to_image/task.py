@@ -256,8 +256,8 @@ class TextToImageTask:
             return simulated(params[name], self.int8_layers, self.recipe.int8)
         if name in params:
             return params[name]
-        adapter = by_network(params.get("lora", {})).get(name, {})
-        return attach(getattr(frozen, name), [(adapter, self.lora.scale)], dropout)
+        below, adapter = getattr(frozen, name), by_network(params.get("lora", {})).get(name)
+        return attach(below, [(adapter, self.lora.scale)], dropout) if adapter else below
 
     def _errors(
         self, params: Any, rows: Batch, frozen: Frozen, trains: bool = False

@@ -14,6 +14,7 @@ from sana_jax import sharding
 from sana_jax.checkpoints.components import init_params, module_for
 from sana_jax.diffusion import ddpm, flow_matching
 from sana_jax.diffusion.flow_matching import NoiseConfig
+from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import REMAT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
 from sana_jax.runtime.errors import UserError
@@ -278,6 +279,17 @@ def test_a_batch_with_nan_changes_nothing():
 def test_an_encoder_that_trains_reads_no_instruction():
     with pytest.raises(UserError, match="reads no instruction"):
         make_task(Recipe(5, 8, ADAMW), train=True, instruction="describe: ")
+
+
+def test_a_network_without_an_update_is_itself():
+    """With an alpha too, which says nothing where no rank is given."""
+    task = make_task(Recipe(4, 8, ADAMW), train=False)
+    task = TextToImageTask(
+        *(task.recipe, task.dit, None, task.text_encoder, task.captions),
+        lora=LoraConfig(alpha=8.0),
+    )
+    frozen = Frozen(None, text_encoder={"kernel": np.ones((2, 2))})
+    assert task.network("text_encoder", {"dit": {}}, frozen) is frozen.text_encoder
 
 
 def test_weighting_by_level():
