@@ -26,6 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.models.layers import Axes, Dtype, fan_in_uniform, partitioned
+from sana_jax.runtime.errors import UserError
 from sana_jax.sharding import constrain
 
 STATE = "spectral"  # the collection of the power iterations
@@ -88,6 +89,20 @@ class SpectralConv(nn.Module):
         return state.value["left"] @ matrix @ state.value["right"]
 
 
+def groups_of(batch: int) -> int:
+    """Returns how many groups of at most VIRTUAL_BATCH samples, all of one size, a batch makes.
+
+    Raises UserError if it does not split so.
+    """
+    groups = -(-batch // VIRTUAL_BATCH)
+    if batch % groups:
+        raise UserError(
+            f"the discriminator's norm takes groups of at most {VIRTUAL_BATCH}, and a batch of"
+            f" {batch}, as a microbatch has it, does not split into {groups} of one size"
+        )
+    return groups
+
+
 class VirtualBatchNorm(nn.Module):
     """Batch norm over the tokens of at most VIRTUAL_BATCH consecutive samples, in float32."""
 
@@ -95,11 +110,8 @@ class VirtualBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        """Raises ValueError for a batch that does not split into groups of one size."""
-        batch, _, width = x.shape
-        groups = -(-batch // VIRTUAL_BATCH)
-        if batch % groups:
-            raise ValueError(f"a batch of {batch} does not split into {groups} groups of one size")
+        """Raises UserError for a batch that does not split into groups of one size."""
+        groups, width = groups_of(len(x)), x.shape[-1]
         ones = partitioned(nn.initializers.ones, ("embed",))
         zeros = partitioned(nn.initializers.zeros, ("embed",))
         scale = self.param("scale", ones, (width,), self.param_dtype).astype(jnp.float32)
@@ -151,7 +163,7 @@ class Discriminator(nn.Module):
     ) -> Float[Array, "B K"]:
         """Returns the logits of every token of every block, K = blocks x N.
 
-        Raises ValueError for a batch of more than VIRTUAL_BATCH that does not split evenly.
+        Raises UserError for a batch of more than VIRTUAL_BATCH that does not split evenly.
         """
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         heads = [Head(name=f"head_{i}", **types) for i in range(len(features))]

@@ -40,7 +40,7 @@ from sana_jax.training.distillation.consistency import (
     state_at,
     tangent,
 )
-from sana_jax.training.distillation.discriminator import STATE, Discriminator
+from sana_jax.training.distillation.discriminator import STATE, Discriminator, groups_of
 from sana_jax.training.distillation.losses import discriminator_loss, generator_loss, misaligned
 from sana_jax.training.microbatches import accumulated_gradients
 from sana_jax.training.optimizers.optimizers import OptimizerConfig, make_optimizer
@@ -137,6 +137,7 @@ class DistillationTask(TextToImageTask):
         steps = -(-recipe.steps // len(self.steps))
         self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, steps, config.trainable)
         if config.adversarial:
+            groups_of(recipe.batch_size // recipe.microbatches)
             names = {field.name for field in dataclasses.fields(teacher)} - {"parent", "name"}
             self._features = FeatureTransformer(**{name: getattr(teacher, name) for name in names})
             self._discriminator = Discriminator(dtype=teacher.dtype)

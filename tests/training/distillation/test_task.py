@@ -144,6 +144,14 @@ def test_the_options_of_the_discriminator_change_its_loss():
     assert np.isfinite(values).all() and len(set(values)) == 4
 
 
+def test_a_batch_that_the_discriminator_s_norm_cannot_split_is_refused_before_a_step():
+    for batch, microbatches in (9, 1), (40, 2):
+        recipe = replace(toy.RECIPE, batch_size=batch, microbatches=microbatches)
+        with pytest.raises(UserError, match=f"batch of {batch // microbatches}, .* of one size"):
+            toy.make_task(recipe=recipe)
+        toy.make_task(replace(toy.FIGURES, adversarial=0.0), recipe=recipe)
+
+
 @pytest.mark.parametrize(
     "wrong, told",
     [
