@@ -106,8 +106,10 @@ def choose(choice: Choice, tasks: Sequence[Task], out: str, overwrite: bool = Fa
             if (folder / name).exists() and name not in chosen.lines and not overwrite:
                 raise UserError(f"{folder / name} is of another program; use another --out")
         numbers = {name.partition("_")[0] for name in names}
-        for name in [*chosen.lines]:  # another choice from the same candidates
-            if name not in names and name.partition("_")[0] in numbers:
+        ours = {line["file"] for line in lines}
+        for name, line in [*chosen.lines.items()]:  # another choice from the same candidates
+            is_old = name.partition("_")[0] in numbers or line.get("candidate") in ours
+            if name not in names and is_old:
                 (folder / name).unlink(missing_ok=True)
                 del chosen.lines[name]
         for line in due:

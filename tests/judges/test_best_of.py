@@ -124,6 +124,13 @@ def test_a_candidate_that_changed_is_judged_again(out, judge):
     assert judge == [found[0]["file"]]
 
 
+def test_fewer_that_are_kept_replace_the_others(out, judge):
+    choose(choice(), tasks(), str(out))
+    names = choose(choice(keep=1), tasks(), str(out))
+    assert sorted(path.name for path in out.glob("*.png")) == names
+    assert [line["file"] for line in lines(out / "manifest.jsonl")] == names
+
+
 def test_what_others_have_chosen_or_drawn_stays_unless_told(out, judge):
     choose(choice(), tasks(), str(out))
     before, other = contents(out), choice(tournament=True, judge="true")
