@@ -36,9 +36,13 @@ def begun(
     if names:
         names = sorted(names)
         first = names[0]
+        was, now = there.get(first), settings.get(first)
+        while isinstance(was, dict) and isinstance(now, dict):
+            key = min(n for n in {*was, *now} if was.get(n, ...) != now.get(n, ...))
+            first, was, now = f"{first}.{key}", was.get(key), now.get(key)
         raise UserError(
             f"--out={folder} was begun with other settings ({', '.join(names)}): {first} was"
-            f" {there.get(first)}, now {settings.get(first)}; name another folder"
+            f" {was}, now {now}; name another folder"
         )
     return there
 

@@ -24,3 +24,11 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds other files; name a new folder"):
         begun(tmp_path, {"seed": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_of_nested_settings_the_one_that_differs_is_named(tmp_path):
+    begun(tmp_path, {"ask": {"models": ["A", "B"], "side": 8}})
+    with pytest.raises(UserError, match=r"\(ask\): ask.models was \['A', 'B'\], now \['A'\]; name"):
+        begun(tmp_path, {"ask": {"side": 8, "models": ["A"]}})
+    with pytest.raises(UserError, match=r"ask.side was 8, now None; name"):
+        begun(tmp_path, {"ask": {"models": ["A", "B"]}})
