@@ -14,6 +14,8 @@ from sana_jax.data.tfds_source import TFDSSource
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import reason_of
 
+ARCHIVES = {".tar": "webdataset", ".parquet": "parquet"}  # what reads a file, by its suffix
+
 
 def open_source(
     spec: str,
@@ -110,6 +112,8 @@ def _open(spec: str, split: str, data_dir: str | None, size: int) -> Source:
         return Labelled(spec.removeprefix("captioned:"), split, _open)
     root = epath.Path(spec).expanduser()
     try:
+        if (kind := ARCHIVES.get(root.suffix)) and root.is_file():
+            raise UserError(f"{spec} is no folder but an archive: write {kind}:{spec}")
         if not root.is_dir():
             known = (
                 "shapes, tfds:NAME, webdataset:TARS, parquet:FILES, latents:TARS, precomputed:DIR,"

@@ -18,6 +18,13 @@ def test_a_folder_is_the_split_train(tmp_path):
     assert [source[i]["key"] for i in range(len(source))] == ["a.png", "b/c.png"]
 
 
+def test_an_archive_without_its_kind_is_refused_with_it(tmp_path):
+    for name, kind in ("a.tar", "webdataset"), ("a.parquet", "parquet"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f"archive: write {kind}:{tmp_path / name}"):
+            open_source(str(tmp_path / name))
+
+
 def test_subfolders_may_be_splits(tmp_path):
     make(tmp_path, {"train/a.png": PNG, "test/b.png": PNG, "test/c.png": PNG})
     assert len(open_source(str(tmp_path))) == 1
