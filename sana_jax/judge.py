@@ -29,10 +29,11 @@ the prompt asks for one.
 
 table: the judges' result files in one table, which also says of how many pictures each figure is.
 
-Killed and run again, --task=pictures goes on. The last line of the other tasks is JSON.
+Killed and run again, --task=pictures goes on. The last line of geneval and table is JSON.
 """
 
 import json
+import os
 
 from absl import flags
 from etils import epath
@@ -79,7 +80,9 @@ def prompts() -> None:
 
     if _BENCHMARK.value not in SOURCES:
         raise UserError("--benchmark=geneval: `sample` reads evaluation_metadata.jsonl as it is")
-    _write_lines(read_prompts(_BENCHMARK.value, _SOURCE.value))
+    text = read_prompts(_BENCHMARK.value, _SOURCE.value)
+    _write_lines(text)
+    print(f"{len(text.splitlines())} prompts in {_OUT.value}")
 
 
 def pictures() -> None:
@@ -97,6 +100,8 @@ def geneval() -> None:
     """Judges detected objects by GenEval's rules."""
     from sana_jax.judges.geneval import judge
 
+    if os.path.realpath(_OUT.value) == os.path.realpath(_DETECTIONS.value):
+        raise UserError(f"--out={_OUT.value} is --detections: it would be replaced; name another")
     rows = judge(_DATA.value, _DETECTIONS.value)
     _write_lines("".join(json.dumps(row) + "\n" for row in rows))
     _show([f"geneval:{_OUT.value}"])

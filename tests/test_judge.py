@@ -35,6 +35,7 @@ def test_from_a_run_to_a_table(tmp_path):
     assert answers[0][1] == "pictures of 1 prompts in layout/pictures\n"
     for _, out, _ in answers[1:3]:
         assert json.loads(out.splitlines()[-1])["geneval"]["overall"] == 0.75
+    assert answers[3][1] == "1 prompts in ir.jsonl\n"
     assert json.loads((tmp_path / "ir.jsonl").read_text()) == {"prompt": "a cat", "id": "a"}
 
 
@@ -59,6 +60,12 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         "--results=x: give BENCHMARK:FILE": ["--task=table", "--results=x"],
         "hps:none: No such file or directory": ["--task=table", "--results=hps:none"],
     }
+    cases["--out=run/manifest.jsonl is --detections"] = [
+        "--task=geneval",
+        "--data=run",
+        "--detections=run/manifest.jsonl",
+        "--out=run/manifest.jsonl",
+    ]
     before = sorted(tmp_path.rglob("*"))
     answers = several(list(cases.values()), tmp_path)
     for (words, line), (status, _, told) in zip(cases.items(), answers, strict=True):
