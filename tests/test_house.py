@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = "configs", "findings", "launch", "sana_jax", "tests"
+READMES = [ROOT / "README.md", *sorted(x for f in FOLDERS for x in (ROOT / f).rglob("README.md"))]
 SCRIPTS = [
     ROOT / ".ci/run",
     *sorted(path for path in (ROOT / "launch").iterdir() if path.suffix != ".md"),
@@ -22,6 +24,14 @@ def test_every_requirement_has_an_upper_bound(name):
     requirements = [line for line in lines if line and not line.startswith("-r")]
     assert requirements
     assert [line for line in requirements if not re.search(r"<|==", line)] == []
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_readme_has_no_placeholder_and_no_section_twice(readme):
+    text = re.sub(r"^```.*?^```", "", readme.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^[A-Z]+$", text, re.MULTILINE) == []
+    headings = re.findall(r"^#+ .*$", text, re.MULTILINE)
+    assert len(set(headings)) == len(headings)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
