@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sana_jax.runtime.errors import UserError
+from sana_jax.runtime.files import reason_of
 
 
 def check(command: str) -> list[str]:
@@ -41,7 +42,11 @@ def judged(command: str, pictures: Sequence[tuple[str, str]], says: bool) -> Ite
         for path, prompt in pictures:
             given.write(f"{path}\t{' '.join(prompt.split())}\n".encode("utf-8", "replace"))
         given.seek(0)
-        with subprocess.Popen(check(command), stdin=given, stdout=subprocess.PIPE) as process:
+        try:
+            started = subprocess.Popen(check(command), stdin=given, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise UserError(f"--judge={command}: {reason_of(error)}") from None
+        with started as process:
             try:
                 yield from _read(command, process, pictures, says)
             finally:

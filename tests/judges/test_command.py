@@ -71,6 +71,13 @@ def test_a_judge_does_not_outlive_its_reader(tmp_path):
         os.kill(pid, 0)
 
 
+def test_a_file_that_the_system_cannot_start(tmp_path):
+    (tmp_path / "judge").write_text("no shebang")
+    (tmp_path / "judge").chmod(0o755)
+    with pytest.raises(UserError, match="--judge=.*judge: Exec format error"):
+        list(judged(str(tmp_path / "judge"), PICTURES, says=False))
+
+
 @pytest.mark.parametrize("line", ["", "no-such-program", "'half", "/nowhere/judge x"])
 def test_no_program(line):
     with pytest.raises(UserError, match="--judge="):
