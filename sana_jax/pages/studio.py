@@ -112,9 +112,14 @@ class Studio:
         options = self._options
         flags = {"checkpoint": options.checkpoint, "variant": options.variant}
         flags |= {"revision": options.revision, "instruction_file": options.instruction_file}
-        flags |= {"dtype": options.dtype, "out": "pictures"} | {n: given.get(n) for n in FIELDS}
+        flags |= {"dtype": options.dtype, "clip_attention": options.clip_attention}
+        if options.max_pixels != Options.max_pixels:
+            flags["max_pixels"] = options.max_pixels
+        flags |= {"out": "pictures"} | {name: given.get(name) for name in FIELDS}
         flags["num_images_per_prompt"] = given.get("count")
-        words = [f"--{name}={value}" for name, value in flags.items() if value not in (None, "")]
+        flags = {name: value for name, value in flags.items() if value not in (None, "")}
+        flags["prompt"] = given["prompt"]  # an empty one draws unconditionally
+        words = [f"--{name}={value}" for name, value in flags.items()]
         words += [f"--lora={lora}" for lora in options.lora]
         words += ["--no_instruction"] * options.no_instruction
         return shlex.join(["python", "-m", "sana_jax.sample", *words])

@@ -1,5 +1,7 @@
 """What the demo's form may ask for. That the files are those of `sample`: tests/test_demo.py."""
 
+import dataclasses
+
 import pytest
 
 from sana_jax.batch.settings import Options
@@ -52,4 +54,11 @@ def test_what_cannot_be_drawn_is_said_before_anybody_waits(studio, changes, word
 def test_the_command_is_quoted_for_a_shell(studio):
     command = studio.command({"prompt": "it's $HOME", "seed": 3, "count": 2, "negative_prompt": ""})
     assert """'--prompt=it'"'"'s $HOME' --seed=3 --num_images_per_prompt=2""" in command
-    assert "negative" not in command and "--dtype" not in command
+    assert "negative" not in command and "--dtype" not in command and "--max_pixels" not in command
+
+
+def test_the_command_has_all_that_decides_the_pictures(studio, monkeypatch):
+    changes = {"clip_attention": False, "max_pixels": 4096}
+    monkeypatch.setattr(studio, "_options", dataclasses.replace(studio._options, **changes))
+    words = studio.command({"prompt": ""}).split()
+    assert {"--prompt=", "--clip_attention=False", "--max_pixels=4096"} <= {*words}
