@@ -172,13 +172,19 @@ def _answers(choice: Choice, lines: list[Line], folder: epath.Path) -> dict[str,
         or line["file"] not in done
     ]
     scores.tidy()  # a torn last line
+    before = dict(scores.lines)
     if due:
         with Progress(len(lines), "candidate", "judging", initial=len(lines) - len(due)) as bar:
-            for line, answer in zip(due, _judged(choice, due, folder), strict=True):
-                own = {"file": line["file"], "key": choice.key, "sha256": line["sha256"]}
-                scores.append(own | {"judged_by": choice.judge, "answer": answer})
-                done[line["file"]] = answer
-                bar.update()
+            try:
+                for line, answer in zip(due, _judged(choice, due, folder), strict=True):
+                    own = {"file": line["file"], "key": choice.key, "sha256": line["sha256"]}
+                    scores.append(own | {"judged_by": choice.judge, "answer": answer})
+                    done[line["file"]] = answer
+                    bar.update()
+            except command.WrongCount:  # a second run would take them for right
+                scores.lines = before
+                scores.tidy()
+                raise
     scores.sort()
     return done
 

@@ -18,6 +18,10 @@ from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import reason_of
 
 
+class WrongCount(UserError):
+    """It printed more or fewer lines than it read: none can be trusted to be of its picture."""
+
+
 def check(command: str) -> list[str]:
     """Returns the words of a command. Raises UserError if its program is not there."""
     try:
@@ -36,7 +40,7 @@ def judged(command: str, pictures: Sequence[tuple[str, str]], says: bool) -> Ite
     """Yields the command's answer for each (path, prompt) as soon as it is printed.
 
     `says`: answers are [yes or no, log of yes, log of no], else numbers. Raises UserError if it
-    fails, or prints anything else.
+    fails, or prints anything else, and WrongCount.
     """
     with tempfile.TemporaryFile() as given:
         for path, prompt in pictures:
@@ -60,7 +64,8 @@ def _read(command, process, pictures, says) -> Iterator[Any]:
         if not text:
             continue
         if number == len(pictures):
-            raise UserError(f"--judge={command}: it prints more than {number} lines: {text!r:.60}")
+            said = f"it prints more than {number} lines: {text!r:.60}"
+            raise WrongCount(f"--judge={command}: {said}")
         answer = _parsed(text, says)
         if answer is None:
             wanted = "yes or no and two logarithms" if says else "a number"
@@ -76,7 +81,7 @@ def _read(command, process, pictures, says) -> Iterator[Any]:
             " pictures; the same command goes on there"
         )
     if number < len(pictures):
-        raise UserError(
+        raise WrongCount(
             f"--judge={command}: it printed {number} lines for {len(pictures)} pictures"
         )
 

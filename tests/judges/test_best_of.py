@@ -113,6 +113,15 @@ def test_scores_of_another_program_are_not_replaced(out, judge):
     assert (out / "scores.jsonl").read_text() == '{"score": 1}\n' and judge == []
 
 
+@pytest.mark.parametrize("count", [7, 9])
+def test_scores_of_a_judge_that_miscounts_are_not_kept(out, count):
+    line = f"{sys.executable} -c 'print(*range({count}), sep=chr(10))'"
+    for _ in range(2):
+        with pytest.raises(UserError, match="it print(s more than 8|ed 7) lines"):
+            choose(choice(judge=line), tasks(), str(out))
+        assert (out / "scores.jsonl").read_text() == ""
+
+
 def test_a_candidate_that_changed_is_judged_again(out, judge):
     choose(choice(), tasks(), str(out))
     judge.clear()
