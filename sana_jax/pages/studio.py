@@ -76,9 +76,10 @@ class Studio:
 
         Raises UserError, naming the field that is wrong, and where a picture is not finite.
         """
-        if unknown := given.keys() - {*FIELDS, "count"}:
+        fields = [*FIELDS, "count"]
+        if unknown := given.keys() - fields:
             raise UserError(
-                f"{sorted(unknown)[0]!r:.60} is no field; there are {', '.join(FIELDS)}"
+                f"{sorted(unknown)[0]!r:.60} is no field; there are {', '.join(fields)}"
             )
         count = checks.integer("count", given.get("count", 1), 1, MOST)
         row = {name: given[name] for name in FIELDS if given.get(name) is not None}

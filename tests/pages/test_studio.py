@@ -41,7 +41,7 @@ def never(*_):
         (dict(height=10**6), "height=1000000: "),
         (dict(count=0), "count 0 is not a whole number in 1 .. 8"),
         (dict(count=9), "count 9"),
-        (dict(image="/etc/passwd"), "'image' is no field; there are prompt"),
+        (dict(image="/etc/passwd"), "guidance_scale, width, height, count"),
     ],
     ids=str,
 )
