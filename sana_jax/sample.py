@@ -187,7 +187,9 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "overwrite", False, "replace pictures in --out that other settings drew under the same names"
 )
-flags.DEFINE_bool("grid", False, "also write grid.png, which shows the first 64 pictures")
+flags.DEFINE_bool(
+    "grid", False, "also write grid.png, which shows the first 64 pictures, or --candidates"
+)
 flags.DEFINE_string(
     "compilation_cache",
     None,
