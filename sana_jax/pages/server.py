@@ -40,8 +40,8 @@ class Server(ThreadingHTTPServer):
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             self.address_family = family
             super().__init__(address, Handler)
-        except OSError as error:
-            reason = f"{error.strerror or error}; give another"
+        except (OSError, UnicodeError) as error:  # of a name that no host can have
+            reason = f"{getattr(error, 'strerror', None) or error}; give another"
             raise UserError(f"--host={host} --port={port}: {reason}") from None
         self.is_local = ipaddress.ip_address(self.server_address[0]).is_loopback
 

@@ -132,8 +132,9 @@ def test_a_port_that_is_taken_is_one_line(server):
     host, port = server.server_address[:2]
     with pytest.raises(UserError, match=f"--host={host} --port={port}: Address already in use"):
         Server(Pretender(), host, port)
-    with pytest.raises(UserError, match="--host=no.such.host"):
-        Server(Pretender(), "no.such.host.", 0)
+    for name in "no.such.host.", "two..dots", "x" * 64:
+        with pytest.raises(UserError, match=f"--host={name}"):
+            Server(Pretender(), name, 0)
 
 
 def test_chromium_stops_a_drawing_and_shows_what_is_wrong(server):
