@@ -415,7 +415,7 @@ def _report(found: dict, table) -> None:
 
     about = {"task": _TASK.value, "protocol": _PROTOCOL.value}
     about |= {"jpeg_quality": JPEG_QUALITY} if found["jpeg"] else {}
-    print(json.dumps(about | drawing(_DATA.value, _protocol()) | found))
+    print(json.dumps(about | drawing(_DATA.value, _protocol(), _COUNT.value) | found))
 
 
 TASKS = {

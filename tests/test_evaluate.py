@@ -223,7 +223,7 @@ def test_a_protocol_draws_what_is_missing_and_names_every_choice(shared, tmp_pat
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "caches"] == before
 
     two = [*command, "--data=two", "--prompts=p.jsonl", "--protocol=sana", "--count=2"]
-    lines = [two, [*run, "--protocol=sana"], clean]
+    lines = [two, [*run, "--protocol=sana"], [*clean, "--count=2"]]
     answers = several(lines, tmp_path)
     assert [status for status, _, _ in answers] == [0, 0, 0], answers
     two, sana, other = (json.loads(out.splitlines()[-1]) for _, out, _ in answers)
@@ -232,7 +232,7 @@ def test_a_protocol_draws_what_is_missing_and_names_every_choice(shared, tmp_pat
     assert json.loads(again.splitlines()[-1]) == sana and "1 image in" in told
     assert (two["count"], sana["count"]) == (2, 3) and sana["deviations"] == []
     assert (sana["jpeg"], other["jpeg"]) == (True, False) and other["deviations"] == []
-    assert (sana["jpeg_quality"], sana["seeds"]) == (75, [0, 2])
+    assert (sana["jpeg_quality"], sana["seeds"], other["seeds"]) == (75, [0, 2], [0, 1])
     drawing = dict(sampler="flow_dpm_solver", num_steps=20, guidance_scale=4.5, batch_size=3)
     drawing |= dict(unconditional_mask="prompt", flow_shift=3.0, negative_prompt="", height=64)
     assert drawing.items() <= sana["drawing"].items()

@@ -92,8 +92,10 @@ def draw(
     )
 
 
-def drawing(data: str, protocol: Protocol | None) -> dict[str, Any]:
-    """Returns how the pictures of a batch run were drawn, for JSON; empty for other folders.
+def drawing(data: str, protocol: Protocol | None, count: int | None = None) -> dict[str, Any]:
+    """Returns how the first `count` pictures of a batch run were drawn, for JSON.
+
+    It is empty for other folders. None: all pictures.
 
     `drawing` has the settings that all of them share, `seeds` the first and the last seed, and
     `prompts_sha256` the hash of their prompts in order, with line ends between them. With a
@@ -103,7 +105,7 @@ def drawing(data: str, protocol: Protocol | None) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = Manifest(path).lines
-    lines = [found[name] for name in sorted(found)]
+    lines = [found[name] for name in sorted(found)][:count]
     if not lines:
         return {}
     names = dict.fromkeys(name for line in lines for name in line if name not in OWN)

@@ -39,5 +39,12 @@ def test_deviations_are_named(tmp_path):
     assert "unconditional_mask" not in str(drawing(path, PROTOCOLS["clean"])["deviations"])
 
 
+def test_only_pictures_that_are_measured_are_told_of(tmp_path):
+    long = folder(tmp_path / "long", {}, {}, {"num_steps": 2, "prompt": "a dog"})
+    short = folder(tmp_path / "short", {}, {})
+    sana = PROTOCOLS["sana"]
+    assert drawing(long, sana, 2) == drawing(short, sana) != drawing(long, sana)
+
+
 def test_a_folder_of_other_origin_says_nothing(tmp_path):
     assert drawing(str(tmp_path), PROTOCOLS["sana"]) == {}
