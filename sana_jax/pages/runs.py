@@ -75,7 +75,8 @@ class Run:
         """Returns step -> figures, from results.json and from what evaluate printed.
 
         Of a file NAME_STEP in evaluations/ the last line is read, which is evaluate's JSON; None
-        stands for a file whose name has no step. The figures have the task's name before them.
+        stands for a file whose name has no step. The figures have NAME before them, or the task's
+        name where there is none.
         """
         found: dict[int | None, dict[str, float]] = {}
         for step, moment in ((0, "before"), (self.results.get("steps"), "after")):
@@ -87,7 +88,8 @@ class Run:
             if "task" not in figures:
                 continue
             match = EVALUATION.fullmatch(path.name)
-            named = {f"{figures['task']}: {name}": x for name, x in figures.items()}
+            title = match and match[1] or figures["task"]
+            named = {f"{title}: {name}": x for name, x in figures.items()}
             found.setdefault(int(match[2]) if match else None, {}).update(_numbers(named))
         return found
 

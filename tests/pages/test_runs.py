@@ -55,6 +55,7 @@ def test_figures_of_evaluate_and_of_a_phase_have_their_steps(tmp_path):
     line = {"task": "fid", "fid": 12.5, "kid": float("nan"), "size": None, "jpeg": True}
     for name, text in {
         "fid_00000004.txt": f"a table\n{json.dumps(line)}\n",
+        "fid_clean_4.txt": json.dumps(line | {"fid": 8.5}),
         "last.json": json.dumps(line),
         "cut_5.txt": json.dumps(line)[:-9],
         "empty_6.txt": "",
@@ -63,7 +64,8 @@ def test_figures_of_evaluate_and_of_a_phase_have_their_steps(tmp_path):
         (folder / "evaluations" / name).write_text(text)
     (run,) = find([str(folder)])
     fid = {"fid: fid": 12.5}
-    assert run.evaluations() == {0: {"psnr_128": 20.5}, 6: {"psnr_128": 30.5}, 4: fid, None: fid}
+    found, both = run.evaluations(), fid | {"fid_clean: fid": 8.5}
+    assert found == {0: {"psnr_128": 20.5}, 6: {"psnr_128": 30.5}, 4: both, None: fid}
     assert run.config == {"a": 1}
 
 
