@@ -81,8 +81,8 @@ def prompts() -> None:
     if _BENCHMARK.value not in SOURCES:
         raise UserError("--benchmark=geneval: `sample` reads evaluation_metadata.jsonl as it is")
     text = read_prompts(_BENCHMARK.value, _SOURCE.value)
-    _write_lines(text)
-    print(f"{len(text.splitlines())} prompts in {_OUT.value}")
+    _write_lines(text, _SOURCE.value)
+    print(f"{text.count(chr(10))} prompts in {_OUT.value}")
 
 
 def pictures() -> None:
@@ -100,10 +100,8 @@ def geneval() -> None:
     """Judges detected objects by GenEval's rules."""
     from sana_jax.judges.geneval import judge
 
-    if os.path.realpath(_OUT.value) == os.path.realpath(_DETECTIONS.value):
-        raise UserError(f"--out={_OUT.value} is --detections: it would be replaced; name another")
     rows = judge(_DATA.value, _DETECTIONS.value)
-    _write_lines("".join(json.dumps(row) + "\n" for row in rows))
+    _write_lines("".join(json.dumps(row) + "\n" for row in rows), _DETECTIONS.value)
     _show([f"geneval:{_OUT.value}"])
 
 
@@ -123,7 +121,8 @@ def _show(results: list[str]) -> None:
     print(json.dumps({"task": _TASK.value} | found))
 
 
-def _write_lines(text: str) -> None:
+def _write_lines(text: str, source: str) -> None:
+    """Writes --out. Raises UserError where it is `source`, from which the text was made."""
     path = epath.Path(local(_OUT.value))
     if path.suffix != ".jsonl":
         raise UserError(f"--out={_OUT.value}: give a file whose name ends with .jsonl")
@@ -131,6 +130,8 @@ def _write_lines(text: str) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: there is no folder {path.parent}; make it first")
     with storage(path):
+        if path.exists() and os.path.samefile(path, source):
+            raise UserError(f"--out={path} is the file that is read; name another")
         write_atomically(path, text.encode())
 
 

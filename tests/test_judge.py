@@ -33,9 +33,9 @@ def test_from_a_run_to_a_table(tmp_path):
     answers = several(lines, tmp_path)
     assert [status for status, _, _ in answers] == [0] * 4, answers
     assert answers[0][1] == "pictures of 1 prompts in layout/pictures\n"
+    assert answers[3][1] == "1 prompts in ir.jsonl\n"
     for _, out, _ in answers[1:3]:
         assert json.loads(out.splitlines()[-1])["geneval"]["overall"] == 0.75
-    assert answers[3][1] == "1 prompts in ir.jsonl\n"
     assert json.loads((tmp_path / "ir.jsonl").read_text()) == {"prompt": "a cat", "id": "a"}
 
 
@@ -43,6 +43,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
     runs.write(tmp_path / "run", [CAT], each=4)
     (tmp_path / "ir.json").write_text("[]")
     prompts = ["--task=prompts", "--benchmark=imagereward", "--source=ir.json"]
+    (tmp_path / "same.jsonl").write_text('[{"id": "a", "prompt": "a cat"}]')
+    same = prompts[:2]
     pictures = ["--task=pictures", "--data=run", "--out=out"]
     cases = {
         "--task": [],
@@ -56,18 +58,14 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         "--out is missing": prompts,
         "holds no prompt": [*prompts, "--out=out.jsonl"],
         "--benchmark=geneval: `sample` reads": [*prompts, "--benchmark=geneval", "--out=o.jsonl"],
+        "same.jsonl is the file that is read": [*same, "--source=same.jsonl", "--out=same.jsonl"],
         "--results is missing": ["--task=table"],
         "--results=x: give BENCHMARK:FILE": ["--task=table", "--results=x"],
-        "hps:none: No such file or directory": ["--task=table", "--results=hps:none"],
+        "hps:none: No such file": ["--task=table", "--results=hps:none"],
     }
-    cases["--out=run/manifest.jsonl is --detections"] = [
-        "--task=geneval",
-        "--data=run",
-        "--detections=run/manifest.jsonl",
-        "--out=run/manifest.jsonl",
-    ]
-    before = sorted(tmp_path.rglob("*"))
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     answers = several(list(cases.values()), tmp_path)
     for (words, line), (status, _, told) in zip(cases.items(), answers, strict=True):
         assert status == 2 and told.count("\n") == 1 and words in told, (line, told)
-    assert sorted(tmp_path.rglob("*")) == before
+    after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert after == before
