@@ -387,7 +387,7 @@ def _protocol():
 
 def _drawing():
     """Returns what draws the pictures of --checkpoint that are not in --data; None without it."""
-    if not _CHECKPOINT.value and not _PROMPTS.value:
+    if not any(flag.present for flag in (_CHECKPOINT, _PROMPTS, _VARIANT, _REVISION)):
         return None
     _require("checkpoint", "prompts")
     if _PROTOCOL.value is None:

@@ -142,6 +142,7 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
         "--data is not of --task=shapes": [checkpoint, pictures, "--task=shapes"],
         "--seed is not of --task=fid": ["--seed=0", pictures, "--task=fid"],
         "--prompts is missing; --task=fid": [*fid, checkpoint, "--reference=empty"],
+        "--checkpoint is missing; --task=fid": [*fid, "--variant=fp16", "--reference=empty"],
         "--data is missing; --task=fid": ["--task=fid", "--weights=weights.pth"],
         "--weights is missing; --task=cmmd": ["--task=cmmd", pictures],
         "--reference is missing; --task=cmmd": ["--task=cmmd", pictures, "--weights=x"],
