@@ -15,7 +15,7 @@ from sana_jax.training.distillation.networks import make_task, open_network
 from sana_jax.training.distillation.recipe import distillation
 from sana_jax.training.distillation.task import DistillationTask
 from sana_jax.training.state import TrainState
-from sana_jax.training.text_to_image.networks import frozen_dtype, read_lora
+from sana_jax.training.text_to_image.networks import frozen_dtype, read_lora, warn_of_mask
 from sana_jax.training.text_to_image.run import TextToImageTraining
 from sana_jax.training.text_to_image.task import Frozen
 
@@ -33,6 +33,7 @@ class DistillationTraining(TextToImageTraining):
     def _make_task(self) -> DistillationTask:
         task = make_task(self.config, self.base, self.captions)
         self.teacher = open_network(self.config, "start", task.below, self._opener)
+        warn_of_mask(self.config, self.teacher)  # by which it is guided
         return task
 
     def _prints(self) -> dict[str, Any]:

@@ -167,12 +167,17 @@ def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
             raise UserError(f"{told} config.start={config.start}")
         if then != now:
             logging.warning("%s %s", told, config.start)
-    if found.unconditional_mask == "prompt" and not config.recipe.keep_mask:
-        logging.warning("config.recipe.keep_mask=False, but True of %s", config.start)
+    warn_of_mask(config, found)
     if norms:
         logging.warning("%s has no norms of queries and keys: they start at one", config.start)
         weights = _with_norms(weights, ours)
     return weights
+
+
+def warn_of_mask(config: ConfigDict, start: Checkpoint) -> None:
+    """Logs a warning where the model of config.start was trained with another mask of no prompt."""
+    if start.unconditional_mask == "prompt" and not config.recipe.keep_mask:
+        logging.warning("config.recipe.keep_mask=False, but True of %s", config.start)
 
 
 def _with_norms(weights: Any, shapes: Any) -> Any:

@@ -1,7 +1,10 @@
 """What a distillation's config may name, and what is refused before anything is written."""
 
+import dataclasses
+
 import pytest
 
+from sana_jax.checkpoints import native
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.distillation.run import DistillationTraining
 from tests.training.text_to_image.toy import load
@@ -31,3 +34,12 @@ def test_what_cannot_be_distilled_is_refused(config, tmp_path, changes, told):
         DistillationTraining(load(config, **changes), str(tmp_path / "run"))
     assert told in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keep_mask", [False, True])
+def test_a_teacher_that_is_guided_by_another_mask_is_told(config, tmp_path, caplog, keep_mask):
+    base = native.open_folder(config.parent / "base")
+    native.save(dataclasses.replace(base, unconditional_mask="prompt"), tmp_path / "teacher")
+    changes = dict(start=str(tmp_path / "teacher"), recipe__keep_mask=keep_mask)
+    DistillationTraining(load(config, **changes), str(tmp_path / "run"))
+    assert ("config.recipe.keep_mask=False, but True of" in caplog.text) is not keep_mask
