@@ -29,7 +29,8 @@ function range(values, fallback) {
   let low = Infinity, high = -Infinity;
   for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
   if (low > high) return fallback;
-  const room = high > low ? 0 : Math.abs(low) / 10 || 1;
+  if (!low && !high) return [0, 1];
+  const room = high > low ? 0 : Math.abs(low) / 10;
   return [low - room, high + room];
 }
 

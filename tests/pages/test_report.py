@@ -16,7 +16,7 @@ def rows(scale: float) -> list:
     found = []
     for step in STEPS:
         row = {"step": step, "loss": scale / step, "skipped": int(step > 20)}
-        row |= {"images_per_second": 10.0, "mfu": 0.25, "data_wait": 0.5}
+        row |= {"images_per_second": 10.0, "mfu": 0.25, "data_wait": 0.5, "idle": 0.0}
         found.append(row if step != 12 else row | {"loss": None})
         if step % 8 == 0:
             held = {f"held_out_loss_{sigma}": scale / step for sigma in ("0.1", "0.9")}
@@ -121,6 +121,8 @@ def test_chromium_shows_curves_slider_pictures_and_the_configs_difference(two, t
         loss = page.locator(".chart").first.locator("path.curve")
         assert loss.count() == 2  # runs; the gap at step 12 begins a line anew
         assert [loss.nth(i).get_attribute("d").count("M") for i in range(2)] == [2, 2]
+        nothing = page.locator(".chart", has_text="idle").locator("text").all_text_contents()
+        assert nothing[0] == "0" and not [text for text in nothing if text.startswith("-")]
         page.locator("#smooth").fill("0.5")
         page.locator("#log").check()
         assert page.locator(".chart").first.locator("path.raw").count() == 2
