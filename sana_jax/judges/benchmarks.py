@@ -59,8 +59,10 @@ def _styles(folder: Path) -> list[Line]:
     """Reads STYLE.json, a list of prompts each."""
     if not folder.is_dir():
         raise UserError(f"--source={folder} is no folder: give HPS' benchmark, with anime.json")
-    files = sorted(folder.glob("*.json"))
-    return [{"prompt": text, "style": file.stem} for file in files for text in _objects(file)]
+    lists = {file.stem: _objects(file) for file in sorted(folder.glob("*.json"))}
+    if not all(isinstance(texts, list) for texts in lists.values()):
+        raise TypeError
+    return [{"prompt": text, "style": style} for style, texts in lists.items() for text in texts]
 
 
 def _meta_data(path: Path) -> list[Line]:

@@ -55,3 +55,10 @@ def test_other_sources_are_refused(tmp_path, benchmark, content):
     for source in "source", "none":
         with pytest.raises(UserError, match="source"):
             read_prompts(benchmark, str(tmp_path / source))
+
+
+@pytest.mark.parametrize("content", ['{"a hat": 1}', '"a hat"', "[1]", "5"])
+def test_styles_that_are_no_lists_of_texts_are_refused(tmp_path, content):
+    (tmp_path / "anime.json").write_text(content)
+    with pytest.raises(UserError, match="is not what hps calls its prompts"):
+        read_prompts("hps", str(tmp_path))
