@@ -99,4 +99,5 @@ def _link(picture: epath.Path, out: Path) -> str | None:
     """Returns the way from the page to a picture on the same disk."""
     if not is_local(picture):
         return None
-    return quote(os.path.relpath(picture, os.path.abspath(out.parent)))
+    way = os.path.relpath(picture, os.path.abspath(out.parent))
+    return quote(way, errors="replace")  # a damaged line may name what no file can be called

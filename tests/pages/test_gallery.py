@@ -58,6 +58,16 @@ def test_what_is_not_whole_is_counted_and_never_followed(one, tmp_path):
     assert run["pictures"][-1]["settings"]["score"] == "NaN"
 
 
+def test_names_that_no_file_can_have_are_counted(one, tmp_path):
+    manifest = one / "manifest.jsonl"
+    *_, last = manifest.read_text().splitlines()
+    for name in "\ud800.png", "\0.png", "..":
+        with manifest.open("a") as file:
+            file.write(json.dumps(json.loads(last) | {"file": name}) + "\n")
+    _, (note,) = gallery.page([str(one)], tmp_path / "page.html", 10**6)
+    assert note.startswith("3 pictures cannot be shown, such as ")
+
+
 def test_fifty_pictures_stay_below_five_megabytes_and_the_first_are_shown_of_too_many(tmp_path):
     folder = batch_run(tmp_path / "many", 4.5, [f"prompt {i}" for i in range(50)], 1, (128, 96))
     content, notes = gallery.page([str(folder)], tmp_path / "page.html", 5 * 10**6)
