@@ -91,7 +91,7 @@ class Scorer:
     def scores(
         self, images: Float[np.ndarray, "B S S 3"], tokens: list[Int32[np.ndarray, "_ N"]]
     ) -> list[Float[np.ndarray, " _"]]:
-        """Returns the points of each picture's captions, float64, for any number of pictures."""
+        """Returns the points of each picture's captions, float64, for any number of both."""
         pictures = self._features("image", images)
         texts = self._features("text", np.concatenate(tokens))
         ends = np.cumsum([len(rows) for rows in tokens])[:-1]
