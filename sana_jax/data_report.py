@@ -59,7 +59,7 @@ def main(argv):
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {count}" for key, count in value.items()) or "none"
         elif isinstance(value, list):
-            value = "{} (least), {} (median), {} (most)".format(*value)
+            value = "{:.10g} (least), {:.10g} (median), {:.10g} (most)".format(*value)
         print(f"{name.replace('_', ' '):{width}}  {value}")
     print(json.dumps(found))
 

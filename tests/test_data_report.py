@@ -41,7 +41,8 @@ def test_the_last_line_is_json_and_counts_add_up(tmp_path):
     assert found == json.loads((tmp_path / "out/report.json").read_text())
     assert (found["read"], found["used"], found["files_without_a_picture"]) == (23, 20, 1)
     assert found["rejected"] == {"not_an_image": 1, "too_small": 1, "truncated": 1}
-    assert "captions a picture" in result.stdout and "(median)" in result.stdout
+    assert "captions a picture" in result.stdout
+    assert f"{found['height'][0]:.0f} (least), " in result.stdout
     assert "tar/half.jpg: truncated" in result.stderr
 
 
