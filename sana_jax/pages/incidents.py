@@ -4,7 +4,7 @@ import datetime
 from typing import NamedTuple
 
 from sana_jax.pages.runs import Run
-from sana_jax.training.metrics_writer import starts_of
+from sana_jax.training.metrics_writer import Began, starts_of
 
 
 class Incident(NamedTuple):
@@ -19,12 +19,18 @@ def incidents_of(run: Run) -> list[Incident]:
 
 def restarts(run: Run) -> int:
     """Returns how often a process went on with the run after its first one."""
-    return max(0, len(starts_of(run.folder)) - 1)
+    return len(_went_on(run))
+
+
+def _went_on(run: Run) -> list[Began]:
+    """Returns the starts after the first, but for those of a run that was over already."""
+    starts = starts_of(run.folder)[1:]
+    return [each for each in starts if None in (each.step, run.steps) or each.step < run.steps]
 
 
 def _restarts(run: Run) -> list[Incident]:
     found = []
-    for start in starts_of(run.folder)[1:]:
+    for start in _went_on(run):
         # In UTC: the page is to be the same wherever it is made.
         when = datetime.datetime.fromtimestamp(start.time, datetime.UTC)
         before = "it did not get as far as a row" if start.step is None else "it went on from here"

@@ -39,3 +39,14 @@ def test_every_incident_is_told_with_its_step(tmp_path, monkeypatch):
         (3, "damaged checkpoint, set aside as 3.bad"),
         (None, "2 damaged lines of metrics.jsonl, now in metrics.jsonl.bad"),
     ]
+
+
+def test_a_second_run_of_one_that_is_over_is_no_restart(tmp_path, monkeypatch):
+    folder = made.run(tmp_path / "run", [{"step": 4}], {"recipe": {"steps": 4}})
+    for step, now in (0, 10**9), (2, 10**9 + 1), (4, 10**9 + 2):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        with MetricsWriter(tmp_path / "other", step):
+            pass
+    (tmp_path / "other/tensorboard").rename(folder / "tensorboard")
+    (run,) = find([str(folder)])
+    assert restarts(run) == 1 and [each.step for each in incidents_of(run)] == [2]
