@@ -117,23 +117,23 @@ def judge(folder: str, detections: str) -> list[dict[str, Any]]:
             metadata = parse_json((root / name).parents[1].joinpath("metadata.jsonl").read_bytes())
             there = objects(found, metadata["tag"])
             correct, wrong = verdict(there, metadata)
+            rows.append(
+                {
+                    "filename": name,
+                    "tag": metadata["tag"],
+                    "prompt": metadata["prompt"],
+                    "correct": correct,
+                    "reason": "\n".join(wrong),
+                    "metadata": json.dumps(metadata),
+                    "details": json.dumps({k: [x["box"] for x in v] for k, v in there.items()}),
+                }
+            )
         except UserError:
             raise
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{where}it is not of the form that --help shows: {error!r}") from None
         except UNREACHABLE as error:
             raise UserError(f"--data={folder}: {name}: {reason_of(error)}") from None
-        rows.append(
-            {
-                "filename": name,
-                "tag": metadata["tag"],
-                "prompt": metadata["prompt"],
-                "correct": correct,
-                "reason": "\n".join(wrong),
-                "metadata": json.dumps(metadata),
-                "details": json.dumps({k: [x["box"] for x in v] for k, v in there.items()}),
-            }
-        )
     if due:
         raise UserError(f"{detections} has no line for {len(due)} pictures, such as {min(due)}")
     return rows

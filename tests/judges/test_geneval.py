@@ -136,6 +136,7 @@ def test_results_have_the_fields_of_its_own_program(layout):
         ([line(7)], "is no picture of --data"),
         ([line(0, {"class": "cat"})], "line 1: it is not of the form that --help shows"),
         ([line(1, found("dog"))], "line 1: it is not of the form that --help shows: KeyError('col"),
+        ([line(0, {"class": "cat", "score": 0.9})], "line 1: it is not of the form"),
         (["{}"], "line 1: it is not of the form"),
     ],
 )
