@@ -117,8 +117,9 @@ def _groups(root: epath.Path, each: int) -> list[list[Line]]:
             raise UserError(f"--data={root}: picture {number:06d} is missing; run `sample` again")
     groups = [lines[i : i + each] for i in range(0, len(lines), each)]
     for group in groups:
-        prompts = {line.get("prompt") for line in group}
-        if len(group) < each or len(prompts) > 1 or not isinstance(group[0].get("prompt"), str):
+        prompt = group[0].get("prompt")
+        same = isinstance(prompt, str) and all(line.get("prompt") == prompt for line in group)
+        if len(group) < each or not same:
             raise UserError(
                 f"--data={root}: from {group[0]['file']} on there are not {each} pictures of one"
                 f" prompt; draw with --num_images_per_prompt={each}, or give --each"
@@ -174,7 +175,7 @@ def _content(kind: Benchmark, file: File, root: epath.Path) -> bytes:
 def _read(root: epath.Path, line: Line) -> bytes:
     try:
         content = (root / line["file"]).read_bytes()
-    except UNREACHABLE as error:
+    except (*UNREACHABLE, ValueError) as error:  # ValueError: no file can have such a name
         raise UserError(f"{root / line['file']}: {reason_of(error)}; run `sample` again") from None
     if hashlib.sha256(content).hexdigest() != line["sha256"]:
         raise UserError(f"{root / line['file']} is not the picture that was drawn")

@@ -118,10 +118,12 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     lines = (lost / "manifest.jsonl").read_text().splitlines()
     (lost / "manifest.jsonl").write_text("\n".join(lines[:3] + lines[4:]))
     (tmp_path / "plain").mkdir()
+    odd = str(runs.write(tmp_path / "odd", [{"prompt": {"a": 1}, "item_id": "1"}], each=4))
     cases = [
         (("geneval", run, 3), "there are not 3 pictures of one prompt"),
         (("geneval", run, 8), "there are not 8 pictures of one prompt"),
         (("dpg", run, None), "has no item_id, which dpg needs"),
+        (("dpg", odd, None), "there are not 4 pictures of one prompt"),
         (("dpg", twice, None), "two of its prompts have the same item_id"),
         (("dpg", bad, None), "item_id='../x' names no file"),
         (("geneval", str(lost), None), "picture 000004 is missing; run `sample` again"),
@@ -154,6 +156,11 @@ def test_folders_of_others_and_changed_pictures_are_refused(tmp_path):
     other = runs.write(tmp_path / "other", TWO, each=4, side=9)
     with pytest.raises(UserError, match="of other pictures"):
         export("geneval", str(other), str(tmp_path / "out"))
+    named = (run / "manifest.jsonl").read_text()
+    (run / "manifest.jsonl").write_text(named.replace("000001_1.png", "000001_\\u0000"))
+    with pytest.raises(UserError, match="embedded null"):
+        export("geneval", str(run), str(tmp_path / "again"))
+    (run / "manifest.jsonl").write_text(named)
     (run / "000001_1.png").write_bytes(b"x")
     with pytest.raises(UserError, match="is not the picture that was drawn"):
         export("geneval", str(run), str(tmp_path / "again"))
