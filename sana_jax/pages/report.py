@@ -12,7 +12,7 @@ from sana_jax.pages.incidents import incidents_of, restarts
 from sana_jax.pages.page import as_json, render
 from sana_jax.pages.runs import Run, shown
 from sana_jax.runtime.errors import UserError
-from sana_jax.training.rows import Row, curve
+from sana_jax.training.rows import Row, curve, is_finite
 
 POINTS = 60_000  # of all curves together
 Point = tuple[int, float | None]
@@ -112,7 +112,7 @@ def _figures(run: Run) -> list[list[Any]]:
 
 
 def _rounded(values: Row) -> dict[str, float]:
-    numbers = {k: x for k, x in values.items() if type(x) in (int, float) and math.isfinite(x)}
+    numbers = {k: x for k, x in values.items() if is_finite(x)}
     return {name: float(f"{x:.6g}") for name, x in numbers.items()}
 
 

@@ -6,7 +6,6 @@ phase, or one of those that launch/sweep makes below its --out. Nothing in it is
 
 import dataclasses
 import json
-import math
 import re
 from typing import Any
 
@@ -15,7 +14,7 @@ from etils import epath
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import UNREACHABLE, absolute, parse_json, reason_of
 from sana_jax.training.checkpoints.document import keys, sha256
-from sana_jax.training.rows import Row, read_rows
+from sana_jax.training.rows import Row, is_finite, read_rows
 
 DEPTH = 3  # folders below the one that is named: SETTING/seed_N/PHASE
 # What a run writes below its folder, where no other run is looked for.
@@ -79,7 +78,8 @@ class Run:
         name where there is none.
         """
         found: dict[int | None, dict[str, float]] = {}
-        for step, moment in ((0, "before"), (self.results.get("steps"), "after")):
+        last = self.results.get("steps")
+        for step, moment in (0, "before"), (last if isinstance(last, int) else None, "after"):
             for size, figures in _object(self.results.get(moment)).items():
                 named = {f"{name}_{size}": x for name, x in _object(figures).items()}
                 found.setdefault(step, {}).update(_numbers(named))
@@ -160,7 +160,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {k: x for k, x in values.items() if type(x) in (int, float) and math.isfinite(x)}
+    return {k: x for k, x in values.items() if is_finite(x)}
 
 
 def _listed(folder: epath.Path) -> list[epath.Path]:

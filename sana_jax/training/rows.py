@@ -5,6 +5,7 @@ JAX is not imported, so that commands which only read runs start at once.
 
 import json
 import math
+import sys
 from typing import Any
 
 from etils import epath
@@ -40,8 +41,9 @@ def curve(rows: list[Row], metric: str) -> dict[int, float]:
     A value that was not finite is null in a row, and NaN here: a gap in the curve.
     """
     found = {row["step"]: row[metric] for row in rows if metric in row}
-    return {step: value if _is_finite(value) else math.nan for step, value in found.items()}
+    return {step: value if is_finite(value) else math.nan for step, value in found.items()}
 
 
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def is_finite(value: Any) -> bool:
+    """Returns True for a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

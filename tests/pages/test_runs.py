@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sana_jax.pages import report
 from sana_jax.pages.runs import find, shown
 from sana_jax.runtime.errors import UserError
 from tests.pages import made
@@ -67,6 +68,17 @@ def test_figures_of_evaluate_and_of_a_phase_have_their_steps(tmp_path):
     found, both = run.evaluations(), fid | {"fid_clean: fid": 8.5}
     assert found == {0: {"psnr_128": 20.5}, 6: {"psnr_128": 30.5}, 4: both, None: fid}
     assert run.config == {"a": 1}
+
+
+@pytest.mark.parametrize("steps", ["6", {"a": 6}, None])
+def test_damaged_figures_are_passed_over(tmp_path, steps):
+    folder = made.run(tmp_path / "run", [{"step": 1, "loss": 10**400, "skipped": 0}])
+    figures = {"1": {"psnr": 30.5, "ssim": 10**400}}
+    results = {"steps": steps, "before": figures, "after": figures}
+    (folder / "results.json").write_text(json.dumps(results))
+    (run,) = made.data_of(report.page(find([str(folder)]), 10**6)[0])["runs"]
+    assert run["figures"] == [[0, False, {"psnr_1": 30.5}], [None, False, {"psnr_1": 30.5}]]
+    assert run["curves"]["loss"] == [[1, None]]
 
 
 @pytest.mark.parametrize(
