@@ -245,6 +245,8 @@ def weights_sha256(config: Any, params: Any) -> str:
     Files in bfloat16 and their copy in float32 have the same hash, whatever their layout.
     """
     digest = hashlib.sha256(repr(config).encode())
+    if quantised := getattr(config, "quantised", ()):  # it is not in the repr, nor kinds in weights
+        digest.update(repr(quantised).encode())
     for path, leaf in jax.tree.leaves_with_path(params):
         values = np.ascontiguousarray(np.asarray(leaf, np.float32))
         digest.update(f"{jax.tree_util.keystr(path)} {values.shape}\n".encode())

@@ -17,6 +17,7 @@ from sana_jax.checkpoints.load import load
 from sana_jax.checkpoints.loras import Lora, merge_into
 from sana_jax.checkpoints.quantised import quantise
 from sana_jax.checkpoints.tensors import LazyArray
+from sana_jax.data.precomputed import weights_sha256
 from sana_jax.kernels.int8 import is_quantised
 from sana_jax.quantisation.table import sums_of
 from sana_jax.runtime.errors import UserError
@@ -94,6 +95,14 @@ def test_a_pipeline_keeps_int8_and_draws_nearly_the_same(folders, method):
     if method == "w8a8":
         images = pipe("red circle", num_steps=2, output="np")
         assert images.shape == (1, 64, 64, 3)
+
+
+def test_stored_embeddings_are_of_one_kind_of_products(folders):
+    """Weights are the same to the bit; what is computed is not."""
+    base = native.open_folder(folders / "float32")
+    kinds = [quantise(base, "w8", [("text_encoder/layers/.*", k)]) for k in ("w8", "w8a8")]
+    first, second = (weights_sha256(m.text_encoder, m.params["text_encoder"]) for m in kinds)
+    assert first != second
 
 
 def one():
