@@ -221,7 +221,9 @@ def _shapes(path: epath.Path, members: Sequence[Member]) -> UInt32[np.ndarray, "
                 shape = read(file)[0]
                 if len(shape) > 2 and set(shape[:-3]) <= {1}:
                     shapes[number] = shape[-3:]
-            except (ValueError, OverflowError):
+            except OSError:
+                raise
+            except Exception:  # a damaged header makes NumPy raise nearly anything
                 continue
     return shapes
 

@@ -94,6 +94,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     [
         ({"1__npy": b"no array"}, "x.tar/1.npy is no array of .channels, height, width"),
         ({"1__npy": npy(2, 3)}, "x.tar/1.npy is no array of"),
+        ({"1__npy": npy(4, 3, 3).replace(b"3)", b"3 ")}, "x.tar/1.npy is no array of"),
         ({"1__npy": npy(4)}, "x.tar/1.npy is no array of"),
         ({"1__npy": npy(2, 4, 2, 3)}, "x.tar/1.npy is no array of"),
         ({"1__npy": npy(8, 2, 3)}, "x.tar/1.npy has other channels than the first, 4"),
