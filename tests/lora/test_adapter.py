@@ -196,7 +196,7 @@ def test_an_adapter_stands_beside_int8_weights_as_beside_those_they_stand_for(pa
     assert jax.tree.all(jax.tree.map(lambda x, y: x is y, back, made))
 
 
-@pytest.mark.parametrize("method", ["w8", "w8a8"])
+@pytest.mark.parametrize("method", [pytest.param("w8", marks=pytest.mark.slow), "w8a8"])
 def test_gradients_of_an_adapter_go_through_int8_weights(params, method):
     """Those of int8 rows are straight-through: near the ones of the same weights in float."""
     made, floats = quantised(params, method)

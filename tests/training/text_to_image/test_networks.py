@@ -129,7 +129,7 @@ def test_a_lora_is_of_a_network_with_the_positions_of_its_start(config, changed,
         networks.open_start(load(config, **same | changed))
 
 
-@pytest.mark.parametrize("kind", ["lora", "all weights"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("all weights", marks=pytest.mark.slow)])
 def test_a_training_opens_its_start_once(config, tmp_path, monkeypatch, kind):
     """To open a native folder is to read, and to hash, each of its bytes."""
     opened, read = [], networks.open_checkpoint

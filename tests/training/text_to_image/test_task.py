@@ -147,7 +147,10 @@ def test_microbatches_equal_the_batch(alone):
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
+SLOW_REMAT = [pytest.param(name, marks=pytest.mark.slow) for name in ("dots", "offload")]
+
+
+@pytest.mark.parametrize("remat", ["full", *SLOW_REMAT])
 def test_remat_changes_no_loss(alone, remat):
     _, losses = run(make_task(Recipe(10, 8, ADAMW), remat=remat), 3, make_batch(), Frozen(None))
     np.testing.assert_allclose(losses, alone[:3], rtol=1e-5)
@@ -176,6 +179,7 @@ def test_the_average_follows_the_new_parameters():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), second.ema, expected)
 
 
+@pytest.mark.slow
 def test_unrolled_blocks_change_no_loss():
     """The transformer has a loop of two blocks and one left; the text encoder has fewer."""
     network = dataclasses.replace(DIT, depth=3)
