@@ -19,6 +19,9 @@ TPU = {
     "glumbconv_convolve": 128,
     # Rows: eight read half as much again as they write; fewer if VMEM does not hold their sums.
     "res_block": (8, 4, 2),
+    # Rows of the small picture, of which two more are read; else as above.
+    "upsample": (8, 4, 2, 1),
+    "image_head": (16, 8, 4, 2, 1),  # rows: two more are read
 }
 
 # Never timed; chosen by the registers and instructions of compiled kernels, for 100 to 140 SMs.

@@ -6,7 +6,9 @@ inputs, outputs and temporary arrays of the part that needs most.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +35,17 @@ def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
     need not exist; None is this host's first device.
     """
     pipe = make_pipeline(settings, mesh)
-    params = {
-        name: _abstract(name, pipe, settings.dtype) for name in ("text_encoder", "dit", "vae")
-    }
+    params = {name: abstract_weights(name, pipe, settings.dtype) for name in PARTS.values()}
     weights = {name: _bytes(tree) for name, tree in params.items()}
     working = {}
     # A part's memory beside the weights of its network.
     for part in ("text", "loop", "decode"):
         name = PARTS[part]
-        compiled = _compile(pipe, part, params[name], settings)
-        found = compiled.memory_analysis()
+        function, arguments = program(pipe, part, params[name], settings)
+        with pipe.context():
+            # Keeps unread arguments too, such as the encoder's weights in decoding.
+            lowered = jax.jit(function, keep_unused=True).lower(*arguments)
+            found = lowered.compile().memory_analysis()
         taken = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
         working[part] = taken - found.alias_size_in_bytes - weights[name]
     drawing = max(working["loop"], working["decode"])
@@ -57,7 +60,8 @@ def analyse(settings: Settings, mesh: Mesh | None = None) -> dict:
     )
 
 
-def _abstract(name: str, pipe: SanaPipeline, dtype: str):
+def abstract_weights(name: str, pipe: SanaPipeline, dtype: str) -> Any:
+    """Returns the shapes of a network's weights, with shardings, as the pipeline places them."""
     config = getattr(pipe.checkpoint, name)
     return abstract_placed(config, component_dtype(name, dtype), pipe.mesh)
 
@@ -66,8 +70,14 @@ def _bytes(tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
-    """Compiles the part's program as the pipeline runs it, with weights as arguments."""
+def program(
+    pipe: SanaPipeline, part: str, params: Any, settings: Settings
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns a part's program as the pipeline runs it, and its arguments, `params` the first.
+
+    It is to be compiled in `pipe.context()`. `part` is "text", with an instruction as long as the
+    published one, "loop" or "decode".
+    """
     batch, side = settings.batch, settings.size // pipe.factor
     network = getattr(pipe, PARTS[part])
     if part == "decode" and (tile := tiles(pipe.factor, "auto", settings.size, settings.size)):
@@ -90,7 +100,7 @@ def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
     def loop(params, latents, captions, mask):
         halves = inputs.halves(network.config)
         both = [jnp.stack([x] * halves, axis=1) for x in (captions, mask)]
-        schedule = Steps.of(pipe.facts, None, None, None, None).schedule
+        schedule = Steps.of(pipe.facts, settings.steps, None, None, None).schedule
         scale = np.full((batch, 1, 1, 1), inputs.GUIDANCE_SCALE, np.float32)
         conditions, fresh = (schedule, *both, scale, None), None
         if network.config.is_sprint:
@@ -103,6 +113,4 @@ def _compile(pipe: SanaPipeline, part: str, params, settings: Settings):
         "loop": (loop, (latents, captions, mask)),
         "decode": (decode, (latents,)),
     }[part]
-    with pipe.context():
-        # Keeps unread arguments too, such as the encoder's weights in decoding.
-        return jax.jit(function, keep_unused=True).lower(params, *arguments).compile()
+    return function, (params, *arguments)

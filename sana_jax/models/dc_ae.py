@@ -23,14 +23,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sana_jax.kernels import res_block
+from sana_jax.kernels import image_head, res_block
+from sana_jax.kernels import upsample as upsampling
 from sana_jax.kernels.glumbconv import reference as mix_ffn
 from sana_jax.kernels.linear_attention import reference
 from sana_jax.kernels.res_block.reference import EPSILON  # of every norm
+from sana_jax.kernels.upsample.reference import channel_to_space, duplicate
 from sana_jax.models.dc_ae_config import DCAEConfig
 from sana_jax.models.layers import (
     Conv3x3,
@@ -51,19 +53,9 @@ def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 4*
     return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
 
 
-def channel_to_space(x: Float[Array, "B H W C4"]) -> Float[Array, "B 2*H 2*W C4//4"]:
-    """Unpacks every pixel into 2 x 2; the inverse of `space_to_channel`."""
-    return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
-
-
 def average(x: Float[Array, "B H W C"], channels: int) -> Float[Array, "B H W c"]:
     """Returns the means of `channels` groups of consecutive channels."""
     return reduce(x, "b h w (c g) -> b h w c", "mean", c=channels)
-
-
-def duplicate(x: Float[Array, "B H W c"], channels: int) -> Float[Array, "B H W C"]:
-    """Repeats every channel several times in a row, to `channels` in all."""
-    return repeat(x, "b h w c -> b h w (c g)", g=channels // x.shape[-1])
 
 
 def downsample(
@@ -82,7 +74,10 @@ def upsample(
 ) -> Float[Array, "B 2*H 2*W D"]:
     """Doubles the resolution, inside a module's `__call__`; D = channels, `conv` as for Conv3x3."""
     if kind == "interpolate":
-        y = Conv3x3(channels, double=True, **conv)(x)
+        layer = Conv3x3(channels, double=True, **conv)
+        if shortcut and upsampling.uses_kernel(x.shape, channels, layer.dtype, "auto"):
+            return upsampling.upsample(x.astype(layer.dtype), *layer.weights(x.shape[-1]))
+        y = layer(x)
     else:
         y = channel_to_space(Conv3x3(4 * channels, **conv)(x))
     return y + channel_to_space(duplicate(x, 4 * channels)) if shortcut else y
@@ -327,14 +322,23 @@ class Decoder(nn.Module):
         first = 0 if config.decoder_layers[0] else 1  # as in the encoder
         for i in reversed(range(first, len(channels))):
             x = Stage(config, "decoder", i, name=f"stage_{i}", remat=self.remat, **types)(x)
+        head = dict(axes=("embed", None), name="conv_out", **types)
+        if first == 0 and self._head_is_kernel(x):
+            kernel, bias = Conv3x3(config.in_channels, **head).weights(x.shape[-1])
+            norm = nn.unbox(self.variables["params"]["norm_out"])
+            return image_head.image_head(x, norm["scale"], norm["bias"], kernel, bias)
         x = make_norm("rms_norm", name="norm_out", **types)(x)
         x = ACTIVATIONS[config.decoder_out_activation](x)
-        head = dict(axes=("embed", None), name="conv_out", **types)
         if first == 0:
             images = Conv3x3(config.in_channels, **head)(x)
         else:
             images = upsample(x, config.in_channels, config.upsample, shortcut=False, **head)
         return images.astype(jnp.float32)
+
+    def _head_is_kernel(self, x: Float[Array, "B H W C"]) -> bool:
+        config = self.config
+        known = config.decoder_out_activation == "relu" and not self.is_initializing()
+        return known and image_head.uses_kernel(x.shape, config.in_channels, self.dtype, "auto")
 
 
 class DCAE(nn.Module):

@@ -210,21 +210,29 @@ class Conv3x3(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
-        kernel_init = partitioned(fan_in_uniform, (None, None, *self.axes))
-        shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+        kernel, bias = self.weights(x.shape[-1])
         x = x.astype(self.dtype)
         if self.double:
-            y = convolve_doubled(x, kernel.astype(self.param_dtype))
+            y = convolve_doubled(x, kernel)
         else:
             y = convolve(x, kernel.astype(self.dtype), self.stride)
-        if self.use_bias:
-            bias_init = partitioned(nn.initializers.zeros, self.axes[1:])
-            bias = self.param("bias", bias_init, (self.features,), self.param_dtype)
-            y = y + bias.astype(self.dtype)
-        return y
+        return y if bias is None else y + bias.astype(self.dtype)
+
+    @nn.compact
+    def weights(self, channels: int) -> tuple[Float[Array, "3 3 C D"], Float[Array, " D"] | None]:
+        """Returns the kernel for `channels`, and the bias or None, in `param_dtype`.
+
+        For operations that compute this layer themselves.
+        """
+        kernel_init = partitioned(fan_in_uniform, (None, None, *self.axes))
+        shape = (3, 3, channels, self.features)
+        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+        kernel = kernel.astype(self.param_dtype)  # it may be quantised
+        if not self.use_bias:
+            return kernel, None
+        bias_init = partitioned(nn.initializers.zeros, self.axes[1:])
+        return kernel, self.param("bias", bias_init, shape[3:], self.param_dtype)
 
 
 class RMSNorm(nn.Module):

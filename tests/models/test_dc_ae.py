@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sana_jax.checkpoints.diffusers_configs import config_json
+from sana_jax.models import dc_ae
 from sana_jax.models.dc_ae import DCAE, BatchNorm
 from sana_jax.models.dc_ae_config import PRESETS, DCAEConfig
 from sana_jax.sharding import batch_sharding, make_mesh, shardings_for
@@ -199,6 +200,18 @@ def test_parity(config, shape):
     assert ours.dtype == jnp.float32
     toy.assert_close(ours, latents, 1e-5, "encode")
     toy.assert_close(decode(latents), theirs(vae.decode, latents), 1e-5, "decode")
+
+
+def test_parity_by_the_operations_that_have_a_kernel(monkeypatch):
+    """Their plain forms, with the weights of the modules; tests/kernels has the kernels."""
+    for room, name in (dc_ae.upsampling, "upsample"), (dc_ae.image_head, "image_head"):
+        monkeypatch.setattr(room, "uses_kernel", lambda *args: True)
+        monkeypatch.setattr(room, name, getattr(room.reference, name))
+    config = _replace(SMALL, decoder_layers=(1, 1, 1))
+    vae, latents = build(config), random_array(1, 6, 10, 16)
+    params = {"params": toy.params(vae, config)}
+    found = jax.jit(lambda: DCAE(config).apply(params, latents, method="decode"))()
+    toy.assert_close(found, theirs(vae.decode, latents), 1e-5, "decode")
 
 
 def test_bfloat16_error_is_no_larger_than_that_of_diffusers():

@@ -1,0 +1,43 @@
+"""The decoder's change of resolution: the plain form or a kernel."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_kernel
+from sana_jax.kernels.upsample import reference, tpu
+
+
+def uses_kernel(
+    shape: tuple[int, ...], features: int, dtype: DTypeLike, implementation: str
+) -> bool:
+    """Returns True if images of this shape get the kernel; `implementation`: see dispatch.py."""
+    dtype = jnp.dtype(dtype)
+    fits = dtype == jnp.bfloat16 and tpu.rows_at_once(*shape[1:], features)
+    size = " x ".join(map(str, shape[1:]))
+    unsupported = None if fits else f"{dtype} images of {size}"
+    return use_kernel(implementation, "upsampling", dtype, tpu=unsupported, gpu="a GPU")
+
+
+@jax.custom_vjp
+def upsample(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, " D"]
+) -> Float[Array, "B 2*H 2*W D"]:
+    """Computes reference.upsample, by the kernel on a TPU; the gradient is the plain form's."""
+
+    def run(*args):
+        return by_platform(*args, tpu=tpu.forward, plain=reference.upsample)
+
+    return over_mesh(run, (), (x,), (kernel, bias))
+
+
+def _forward(*args):
+    return upsample(*args), args
+
+
+def _backward(args, cotangent):
+    return jax.vjp(reference.upsample, *args)[1](cotangent)
+
+
+upsample.defvjp(_forward, _backward)
