@@ -209,8 +209,8 @@ def _bucket_orders(
     cache = workdir / "data" / "sizes" if is_local(workdir) else None
     how = dict(upscale=data.upscale, cache=cache, max_pixels=data.max_pixels, repeat=data.repeat)
     for source, split in zip(sources, wanted, strict=True):
-        has_prior = bool(class_prompts(config)) and split is wanted[0]
-        rows = split.batch_size // 2 if has_prior else split.batch_size
+        of_both = has_prior(config) and split is wanted[0]
+        rows = split.batch_size // 2 if of_both else split.batch_size
         orders.append(bucket_order(source, table, rows, split.seed, **how))
     return orders
 
