@@ -330,6 +330,8 @@ def main(argv):
     del argv
     check_depth_flags()
     rules = quantise_rules()
+    if _SHARE.value is not None and _FORMAT.value != "native":
+        raise UserError("--share is for the native layout")
     out = check_new(_OUT.value)
     if out.resolve().is_relative_to(Path(_SOURCE.value).resolve()):
         raise UserError(f"--out={out} lies inside --source={_SOURCE.value}: write it elsewhere")
@@ -341,6 +343,7 @@ def main(argv):
     from sana_jax.checkpoints.loras import merge_into, open_all
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or be too small
+    share = _SHARE.value and find(_SHARE.value)
     checkpoint = open_source()
     check_fit(checkpoint)
     checkpoint = merge_into(checkpoint, open_all(_LORA.value, checkpoint))
@@ -362,10 +365,8 @@ def main(argv):
     from sana_jax.checkpoints import diffusers, native
 
     save = {"native": native.save, "diffusers": diffusers.save}[_FORMAT.value]
-    if _SHARE.value is not None:
-        if _FORMAT.value != "native":
-            raise UserError("--share is for the native layout")
-        save = partial(native.save, share=find(_SHARE.value))
+    if share is not None:
+        save = partial(native.save, share=share)
     with (
         new_folder(out),
         tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as progress,

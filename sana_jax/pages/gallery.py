@@ -21,7 +21,8 @@ def read(folder: str) -> tuple[list[Line], int]:
     path = absolute(folder)
     try:
         if not path.is_dir():
-            raise UserError(f"{folder}: there is no such folder; name one that `sample` wrote")
+            what = "is no folder" if path.exists() else "there is no such folder"
+            raise UserError(f"{folder}: {what}; name one that `sample` wrote")
         if not (path / "manifest.jsonl").exists():
             hint = "a run of a training is shown by python -m sana_jax.report"
             raise UserError(f"{folder} has no manifest.jsonl, which `sample` writes; {hint}")

@@ -106,7 +106,8 @@ def find(folders: list[str]) -> list[Run]:
         label = given if labels.count(label) > 1 else label
         try:
             if not folder.is_dir():
-                raise UserError(f"{given}: there is no such folder; name that of a run")
+                what = "is no folder" if folder.exists() else "there is no such folder"
+                raise UserError(f"{given}: {what}; name that of a run")
             below = list(_runs_below(folder, DEPTH))
         except UNREACHABLE as error:
             raise UserError(f"{given}: {reason_of(error)}") from None

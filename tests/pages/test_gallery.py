@@ -83,6 +83,7 @@ def test_fifty_pictures_stay_below_five_megabytes_and_the_first_are_shown_of_too
     "name, words",
     [
         ("missing", "there is no such folder"),
+        ("file", "is no folder"),
         ("run", "has no manifest.jsonl, which `sample` writes; a run of a training"),
         ("empty", "names no picture yet"),
     ],
@@ -91,6 +92,7 @@ def test_a_folder_without_pictures_is_named(tmp_path, name, words):
     made.run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/manifest.jsonl").write_text('{"file": "0000')
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=words):
         gallery.page([str(tmp_path / name)], tmp_path / "page.html", 10**6)
 

@@ -85,7 +85,7 @@ def test_damaged_figures_are_passed_over(tmp_path, steps):
     "name, words",
     [
         ("missing", "there is no such folder"),
-        ("file", "there is no such folder"),
+        ("file", "is no folder"),
         ("empty", "has no run: a run has metrics.jsonl"),
         ("batch", "python -m sana_jax.gallery"),
     ],

@@ -10,12 +10,11 @@ from ml_collections import ConfigDict
 
 from sana_jax.checkpoints.components import place
 from sana_jax.checkpoints.find import checkpoint_hash, find
-from sana_jax.runtime.errors import UserError
 from sana_jax.training.distillation.networks import make_task, open_network
-from sana_jax.training.distillation.recipe import distillation
+from sana_jax.training.distillation.recipe import distillation, read_distillation
 from sana_jax.training.distillation.task import DistillationTask
 from sana_jax.training.state import TrainState
-from sana_jax.training.text_to_image.networks import frozen_dtype, read_lora, warn_of_mask
+from sana_jax.training.text_to_image.networks import frozen_dtype, warn_of_mask
 from sana_jax.training.text_to_image.run import TextToImageTraining
 from sana_jax.training.text_to_image.task import Frozen
 
@@ -26,8 +25,7 @@ class DistillationTraining(TextToImageTraining):
     recipe = staticmethod(distillation)
 
     def __init__(self, config: ConfigDict, workdir: str):
-        if rank := read_lora(config).rank:
-            raise UserError(f"config.lora.rank={rank}: a distillation trains the whole transformer")
+        read_distillation(config)  # before any network is opened
         super().__init__(config, workdir)
 
     def _make_task(self) -> DistillationTask:
