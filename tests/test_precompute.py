@@ -22,6 +22,7 @@ from sana_jax.data.precomputed import INDEX, Precomputed, weights_sha256
 from sana_jax.data.sources import open_source
 from sana_jax.data.text_image import CaptionEmbeddings, CaptionTokens, TextImageTransform
 from sana_jax.data.transforms import BucketTransform, ImageTransform, StoredLatents
+from sana_jax.pictures import to_float
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.sharding import make_mesh
 from tests import commands, mini, toy
@@ -81,7 +82,7 @@ def settings(**changes):
     return fixed | {"store": "float32", "batch": 4, "shard": 4} | changes
 
 
-IMAGE = ImageTransform(SIDE, SIDE, crop="random", dtype="uint8")
+IMAGE = ImageTransform(SIDE, SIDE, crop="random")
 
 
 def work(source, encoder, folder, image=IMAGE, /, **changes):
@@ -94,7 +95,7 @@ def online(pipe, source, index, seed=5):
     """Latents of one record as a training on pixels has them, with the crop that was drawn."""
     image = ImageTransform(SIDE, SIDE, crop="random")
     pixels = image(source[index], np.random.default_rng((seed, index)))["image"]
-    return np.asarray(pipe.encode(pixels[None]))[0]
+    return np.asarray(pipe.encode(to_float(pixels[None])))[0]
 
 
 def test_item_28_the_command_on_a_folder_of_all_kinds_of_files(pipe, checkpoint, good, tmp_path):
@@ -226,7 +227,7 @@ def test_images_are_encoded_in_tiles_as_the_pipeline_does(photos, pipe, tmp_path
     stored = open_source(f"precomputed:{tmp_path / 'out'}")
     image, differ = ImageTransform(SIDE, SIDE, crop="random"), []
     for i in range(GOOD):
-        pixels = image(photos[i], np.random.default_rng((5, i)))["image"][None]
+        pixels = to_float(image(photos[i], np.random.default_rng((5, i)))["image"][None])
         tiled, whole = (np.asarray(pipe.encode(pixels, tile=t))[0] for t in (tile, None))
         assert toy.relative_error(stored[i]["latents"], tiled) < 1e-6
         differ.append(toy.relative_error(whole, tiled))
@@ -251,7 +252,7 @@ def test_data_that_moved_goes_on_and_keeps_its_index(photos, encoder, tmp_path):
 def test_buckets(photos, encoder, pipe, tmp_path):
     """A third of the pictures is upright, and every batch has one shape."""
     table = ((32, 40), (40, 32))
-    image = BucketTransform(table, dtype="uint8")
+    image = BucketTransform(table)
     index = work(photos, encoder, tmp_path / "out", image, shard=8)
     source = Precomputed(tmp_path / "out")
     assert index["counts"]["used"] == GOOD == len(source)
@@ -271,7 +272,7 @@ def test_buckets(photos, encoder, pipe, tmp_path):
 
 
 def test_what_cannot_be_precomputed(photos, encoder, pipe, tmp_path):
-    too_large = ImageTransform(64, 64, dtype="uint8")
+    too_large = ImageTransform(64, 64)
     with pytest.raises(UserError, match=r"no image can be used: 11 read, 0 used, 11 too_small; .*"):
         work(photos, encoder, tmp_path / "small", too_large)
     assert not (tmp_path / "small" / INDEX).exists()

@@ -67,8 +67,7 @@ class Encoding:
 
     def image(self) -> ImageTransform | BucketTransform:
         """Returns the transform of a record's picture. Raises UserError."""
-        options = dict(crop=self.crop, upscale=self.upscale, dtype="uint8")
-        options |= dict(max_pixels=self.max_pixels)
+        options = dict(crop=self.crop, upscale=self.upscale, max_pixels=self.max_pixels)
         if self.size is not None:
             return ImageTransform(self.size, self.size, **options)
         return BucketTransform(buckets.training_buckets(self.buckets), **options)
@@ -155,7 +154,7 @@ class Opened:
             "split": given.split,
             "source": self.source.fingerprint,
             "records": len(self.source),
-            "image": given.image().settings,
+            "image": given.image().settings | {"dtype": "uint8"},  # as folders begun before say
             "seed": given.seed,
             "autoencoder": precomputed.weights_sha256(checkpoint.vae, checkpoint.params["vae"]),
             "scaling_factor": checkpoint.vae.scaling_factor,

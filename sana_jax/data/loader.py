@@ -10,7 +10,7 @@ change nothing, counts included.
     source = open_source("photos")
     transform = ImageTransform(height=128, width=128, crop="random", flip=True)
     batches = iter(TrainingLoader(source, transform, batch_size=64, seed=0))
-    images = next(batches)["image"]  # float32 (64, 128, 128, 3) in [-1, 1]
+    images = next(batches)["image"]  # uint8 (64, 128, 128, 3)
     state = batches.get_state()  # plain JSON
 
 The transform (transforms.py) turns a record into a row.

@@ -9,11 +9,13 @@ import numpy as np
 from sana_jax.data import images
 from sana_jax.data.records import Record
 from sana_jax.models import buckets
-from sana_jax.pictures import to_float
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 
 Example = dict[str, np.ndarray]
+
+# What networks get. Rows had that type themselves once, and runs of then shall go on.
+AS_FLOATS = {"dtype": "float32"}
 
 
 class Transform(Protocol):
@@ -27,13 +29,15 @@ class Transform(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """Makes {"image": (height, width, 3)}: decoded, resized to cover the size, cropped.
+    """Makes {"image": uint8 (height, width, 3)}: decoded, resized to cover the size, cropped.
+
+    Whoever computes with them converts them on the device (pictures.to_float): they cross to it in
+    a quarter of the bytes.
 
     Attributes:
       crop: "centre"; "random"; or "patch": random and never resized.
       flip: mirror half of the images; not with "centre".
       upscale: enlarge images that are too small; otherwise they are rejected.
-      dtype: "float32" in [-1, 1], or "uint8".
     """
 
     height: int
@@ -41,7 +45,6 @@ class ImageTransform:
     crop: str = "centre"
     flip: bool = False
     upscale: bool = False
-    dtype: str = "float32"
     max_pixels: int = images.MAX_PIXELS
     min_side: int = images.MIN_SIDE
 
@@ -50,13 +53,11 @@ class ImageTransform:
             raise UserError(f"crop={self.crop!r}: it takes centre, random or patch")
         if self.flip and self.crop == "centre":
             raise UserError("flip=True: crop='centre' leaves nothing to chance; give 'random'")
-        if self.dtype not in ("float32", "uint8"):
-            raise UserError(f"dtype={self.dtype!r}: images are float32 or uint8")
         checks.within("max_pixels", self.max_pixels, 1, images.MOST_PIXELS)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | AS_FLOATS
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
         with _pixels(record, self.max_pixels, self.min_side) as pixels:
@@ -69,12 +70,12 @@ class ImageTransform:
                 resize=self.crop != "patch",
                 upscale=self.upscale,
             )
-        return {"image": image if self.dtype == "uint8" else to_float(image)}
+        return {"image": image}
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketTransform:
-    """Makes {"image": (height, width, 3)} in the size of `table` with the nearest aspect ratio.
+    """Makes {"image": uint8 (height, width, 3)} in the size of `table` nearest in aspect ratio.
 
     It is for batches of orders.bucket_order with the same table and `upscale`. Attributes are those
     of ImageTransform; `crop` is "centre" or "random".
@@ -84,7 +85,6 @@ class BucketTransform:
     crop: str = "centre"
     flip: bool = False
     upscale: bool = False
-    dtype: str = "float32"
     max_pixels: int = images.MAX_PIXELS
     min_side: int = images.MIN_SIDE
 
@@ -95,7 +95,8 @@ class BucketTransform:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"table": [list(size) for size in self.table]}
+        table = [list(size) for size in self.table]
+        return dataclasses.asdict(self) | AS_FLOATS | {"table": table}
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
         with _pixels(record, self.max_pixels, self.min_side) as pixels:
@@ -103,7 +104,7 @@ class BucketTransform:
             return self._of(self.table[bucket])(record | {"image": pixels}, rng)
 
     def _of(self, size: tuple[int, int]) -> ImageTransform:
-        options = (self.crop, self.flip, self.upscale, self.dtype, self.max_pixels, self.min_side)
+        options = (self.crop, self.flip, self.upscale, self.max_pixels, self.min_side)
         return ImageTransform(*size, *options)
 
 

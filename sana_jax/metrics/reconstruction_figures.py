@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from sana_jax.metrics import reconstruction as metrics
 from sana_jax.pictures import to_float
@@ -25,7 +25,7 @@ def figures(
 
     Args:
       reconstruct: maps images, float32 (B, H, W, 3) in [-1, 1], to their reconstructions, alike.
-      batches: dictionaries with "image" and "valid".
+      batches: dictionaries with "image", uint8, and "valid".
       values: numbers per pixel in the latent of an image; the baseline is a picture with no more.
       distance: LPIPS, for images in [-1, 1]; None: it is not measured.
       on_batch: called after every batch with the number of its images.
@@ -39,7 +39,7 @@ def figures(
     for batch in batches:
         height, width = batch["image"].shape[1:3]
         small = metrics.baseline_size(height, width, int(values * height * width))
-        row = _row(batch["image"], reconstruct(batch["image"]), small, distance)
+        row = _row(batch["image"], reconstruct(to_float(batch["image"])), small, distance)
         rows.append(row | {"valid": batch["valid"]})
         # Waits for the batch before this one, while this one runs.
         rows[-2:-1] = jax.device_get(rows[-2:-1])
@@ -59,11 +59,14 @@ def figures(
 
 
 def _row(
-    images: Images, reconstructions: Images, small: tuple[int, int], distance: Callable | None
+    images: UInt8[np.ndarray, "B H W 3"],
+    reconstructions: Images,
+    small: tuple[int, int],
+    distance: Callable | None,
 ) -> dict[str, Float[Array, " B"]]:
     """Returns the figures of every image of a batch, without waiting for them."""
     finite = jnp.isfinite(reconstructions).all(axis=(1, 2, 3))  # 8 bits would hide a NaN
-    images = metrics.to_uint8(jnp.asarray(images))
+    images = jnp.asarray(images)
     baseline = metrics.down_and_up(images, small)
     row = {"energy_of_images": metrics.high_frequency_energy(images)}
     for prefix, pictures in ("", metrics.to_uint8(reconstructions)), ("baseline_", baseline):

@@ -19,7 +19,7 @@ from sana_jax.data.transforms import ImageTransform
 from sana_jax.metrics import lpips
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.metrics.reconstruction_figures import Images, figures
-from sana_jax.pictures import Picture, make_grid
+from sana_jax.pictures import Picture, make_grid, to_float
 from sana_jax.runtime import checks
 from sana_jax.runtime.devices import cache_folder
 from sana_jax.runtime.errors import UserError
@@ -145,8 +145,8 @@ def pairs(reconstruct: Callable[[Images], Images], loader: EvaluationLoader) -> 
     """Returns a sheet of the first usable images, with their reconstructions below them."""
     batches = (loader.load(step)[0] for step in range(len(loader)))
     batch = next(batch for batch in batches if batch["valid"].any())
-    rows = batch["image"], reconstruct(batch["image"])
-    return make_grid([list(np.asarray(to_uint8(x))[batch["valid"]][:SHOWN]) for x in rows])
+    rows = batch["image"], to_uint8(reconstruct(to_float(batch["image"])))
+    return make_grid([list(np.asarray(x)[batch["valid"]][:SHOWN]) for x in rows])
 
 
 def table(found: dict[str, Any]) -> str:

@@ -112,16 +112,10 @@ def test_a_batch_is_a_function_of_the_step(photos):
 
 def test_images_are_crops_of_the_photos(photos):
     batch = TrainingLoader(photos, ImageTransform(16, 20), batch_size=4).batch(2)["image"]
-    assert batch.shape == (4, 16, 20, 3) and batch.dtype == np.float32
-    assert -1 <= batch.min() < -0.5 and 0.5 < batch.max() <= 1
+    assert batch.shape == (4, 16, 20, 3) and batch.dtype == np.uint8
     crops = [cover_crop(decode(photos[i]["image"]), 16, 20) for i in range(len(photos))]
     for image in batch:
-        errors = [np.abs(image.astype(np.float64) - (crop / 127.5 - 1)).max() for crop in crops]
-        assert min(errors) < 1e-6
-    bytes_ = ImageTransform(16, 20, dtype="uint8")
-    integers = TrainingLoader(photos, bytes_, batch_size=4).batch(2)["image"]
-    assert integers.dtype == np.uint8
-    np.testing.assert_allclose(integers / 127.5 - 1, batch, atol=1e-6)
+        assert any((image == crop).all() for crop in crops)
 
 
 def test_random_crops_differ_from_epoch_to_epoch(photos):

@@ -106,7 +106,7 @@ def test_a_training_batch_has_what_the_trainer_reads(photos, tokenizer):
     batch = loader.batch(3)
     kinds = {name: (value.shape, str(value.dtype)) for name, value in batch.items()}
     assert kinds == {
-        "image": ((5, 16, 16, 3), "float32"),
+        "image": ((5, 16, 16, 3), "uint8"),
         "tokens": ((5, ROWS), "int32"),
         "mask": ((5, ROWS), "bool"),
     }

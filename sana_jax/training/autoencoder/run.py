@@ -35,6 +35,7 @@ from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.metrics.reconstruction_figures import figures
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.dc_ae_config import DCAEConfig
+from sana_jax.pictures import to_float
 from sana_jax.runtime import devices, hosts
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.files import (
@@ -200,7 +201,7 @@ class AutoencoderTraining:
         loop = LoopConfig(steps=phase.steps, **config.loop)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         abstract, create = on_mesh(lambda: task.init(key), self.mesh)
-        sheet = next(iter(held_out[min(held_out)]))["image"][:SHOWN]
+        sheet = to_float(next(iter(held_out[min(held_out)]))["image"][:SHOWN])
 
         def draw(writer: MetricsWriter, state: TrainState, step: int) -> None:
             pairs = sheet, self._reconstruct(state.ema, sheet)
@@ -280,7 +281,8 @@ class AutoencoderTraining:
         with Watchdog(self.config.loop.watchdog_seconds) as dog:
             for step in range(max(1, self.config.scale_images // loader.batch_size)):
                 rows = sharding.put_batch(loader.batch(step)["image"], self.mesh)
-                squares.append(float(jnp.mean(jnp.square(self._encode(params, rows)))))
+                latents = self._encode(params, to_float(rows))
+                squares.append(float(jnp.mean(jnp.square(latents))))
                 dog.beat()
         return float(1 / np.sqrt(np.mean(squares)))
 

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, UInt8
 
 from sana_jax.models.dc_ae import DCAE
+from sana_jax.pictures import to_float
 from sana_jax.runtime.checks import at_least, within
 from sana_jax.runtime.errors import UserError
 from sana_jax.training.autoencoder import losses
@@ -94,8 +95,8 @@ class AutoencoderTask:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Returns the state after one update, and the update's metrics.
 
-        `batch` is {"image": float32 (B, H, W, 3) in [-1, 1]}; `perceptual_params` are the
-        parameters of the distance.
+        `batch` is {"image": uint8 (B, H, W, 3)}; `perceptual_params` are the parameters of the
+        distance.
         """
         phase, params = self.phase, state.params
         gradients = self._gradients(params, perceptual_params)
@@ -144,7 +145,9 @@ class AutoencoderTask:
             loss = phase.l1 * l1 + phase.l2 * mse + phase.perceptual * distance
             return loss, {"loss": loss, "l1": l1, "perceptual": distance, "mse": mse}
 
-        def gradients(images: Float[Array, "B H W 3"]) -> dict[str, Any]:
+        def gradients(images: UInt8[Array, "B H W 3"]) -> dict[str, Any]:
+            images = to_float(images)
+
             def reconstruct(autoencoder):
                 autoencoder = stop_frozen(autoencoder, self.mask)
                 return self.model.apply({"params": autoencoder}, images)

@@ -96,7 +96,7 @@ def abstract_training(
         side //= base.vae.factor
         batch["latents"] = placed((side, side, base.vae.latent_channels), jnp.float32)
     else:
-        batch["image"] = placed((side, side, 3), jnp.float32)
+        batch["image"] = placed((side, side, 3), jnp.uint8)
     vae = abstract_placed(base.vae, frozen_dtype("vae", config.dtype), mesh)
     frozen = Frozen(vae)
     if task.below is not None:

@@ -31,6 +31,7 @@ from sana_jax.lora.adapter import TEXT_ENCODER, attach, by_network, new_adapter,
 from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Prefix
+from sana_jax.pictures import to_float
 from sana_jax.pipeline import programs
 from sana_jax.quantisation.table import choose, simulated
 from sana_jax.runtime.checks import within
@@ -279,7 +280,7 @@ class TextToImageTask:
             return rows["latents"]
 
         def encode(images):
-            return self.vae.apply({"params": frozen.vae}, images, method="encode")
+            return self.vae.apply({"params": frozen.vae}, to_float(images), method="encode")
 
         latents = map_microbatches(encode, rows["image"], self.recipe.encoder_microbatches)
         return latents.astype(jnp.float32) * self.vae.config.scaling_factor

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import native
 from sana_jax.checkpoints.find import checkpoint_hash
+from sana_jax.pictures import to_float
 from sana_jax.runtime.errors import Retry, UserError
 from sana_jax.runtime.files import read_json
 from sana_jax.training.autoencoder import run as autoencoder_run
@@ -141,7 +142,7 @@ def test_scaling_factor_makes_latents_of_unit_size(unbroken, config):
     params = place(model.params["vae"], model.vae, "float32", make_mesh(devices=jax.devices()[:1]))
     images = np.concatenate([loader.batch(step)["image"] for step in range(2)])
     encode = jax.jit(partial(module_for(model.vae, "float32").apply, method="encode"))
-    latents = encode({"params": params}, images)
+    latents = encode({"params": params}, to_float(images))
     size = np.sqrt(np.mean(np.square(latents))) * model.vae.scaling_factor
     np.testing.assert_allclose(size, 1, rtol=1e-3)
 
