@@ -99,7 +99,7 @@ PICTURES = "data", "weights", "workdir", "protocol", "jpeg"
 PICTURES += "checkpoint", "variant", "revision", "prompts"
 OWN = {  # flags that not every task reads
     "reconstruction": (*CHECKPOINT, "data", "data_dir", "split", "lpips_weights", "size"),
-    "shapes": (*CHECKPOINT, *SAMPLING, "size", "lora", "novel"),
+    "shapes": (*CHECKPOINT, *SAMPLING, "angles", "size", "lora", "novel"),
     "importance": (*CHECKPOINT, *SAMPLING, "prompts"),
     "fid": (*PICTURES, "reference", "resize", "size", "statistics"),
     "clip_score": (*PICTURES, "dtype"),
@@ -217,6 +217,7 @@ _GUIDANCE = flags.DEFINE_float(
 _SHIFT = flags.DEFINE_float(
     "flow_shift", None, "shift of the sampler's noise levels; default: the checkpoint's", 1e-3, 1e3
 )
+_ANGLES = checkpoint_flags.define_angles()
 _LORA = checkpoint_flags.define_lora()
 _NOVEL = flags.DEFINE_bool(
     "novel", False, "ask for a colour that shapes does not have, which make_shapes --novel teaches"
@@ -264,6 +265,7 @@ def shapes() -> None:
         num_steps=given(_STEPS),
         guidance_scale=given(_GUIDANCE),
         flow_shift=_SHIFT.value,
+        angles=checkpoint_flags.angles(_ANGLES),
         batch_size=_BATCH.value,
         size=_SIZE.value or SIZE,
         dtype=_DTYPE.value,

@@ -163,12 +163,7 @@ _SAMPLER = flags.DEFINE_enum(
     ["flow_dpm_solver", "flow_euler", "scm"],
     "the solver: flow_dpm_solver (second order, SANA's) or flow_euler; for Sana-Sprint scm",
 )
-flags.DEFINE_string(
-    "angles",
-    None,
-    "of Sana-Sprint: falling from pi/2 at most to 0, such as 1.57,1.1,0; or paper (1, 2 or 4 steps)"
-    " or diffusers; default: the paper's where it has that many steps, else diffusers'",
-)
+_ANGLES = checkpoint_flags.define_angles()
 flags.DEFINE_float("flow_shift", None, "shift of the noise schedule; default: the checkpoint's")
 checkpoint_flags.define_lora()
 checkpoint_flags.define("instruction_file")
@@ -219,16 +214,6 @@ def parse_tile(text: str) -> tuple[int, int] | str | None:
     except ValueError:
         raise UserError(f"--tile={text}: give SIZE,STRIDE in pixels, auto or none") from None
     return size, stride
-
-
-def parse_angles(text: str | None) -> list[float] | str | None:
-    """Returns the angles of --angles, or their name as it is. Raises UserError."""
-    if text is None or "," not in text:
-        return text
-    try:
-        return [float(angle) for angle in text.split(",")]
-    except ValueError:
-        raise UserError(f"--angles={text}: give angles with commas between them") from None
 
 
 def _choice():
@@ -286,7 +271,7 @@ def main(argv):
     values = {name: FLAGS[name].value for name in names} | {
         "guidance_interval": interval,
         "sampler": checkpoint_flags.given(_SAMPLER),
-        "angles": parse_angles(FLAGS.angles),
+        "angles": checkpoint_flags.angles(_ANGLES),
         "tile": parse_tile(FLAGS.tile),
     }
     out = _OUT.value

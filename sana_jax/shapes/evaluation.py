@@ -49,6 +49,7 @@ class Options:
     num_steps: int | None = None  # None: the checkpoint's usual number
     guidance_scale: float | None = None  # None: GUIDANCE_SCALE, or Sana-Sprint's own
     flow_shift: float | None = None  # None: the checkpoint's
+    angles: list[float] | str | None = None  # of Sana-Sprint; None: the usual for num_steps
     batch_size: int = 16
     size: int = 128  # of what an autoencoder alone is tried on; else pictures have the native size
     dtype: str = "float32"
@@ -85,6 +86,8 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
         pipe = SanaPipeline(checkpoint, mesh, options.dtype)
         size = pipe.native_size
     is_sprint = draws and pipe.facts.is_sprint
+    if isinstance(options.angles, list) and options.num_steps is None:
+        options = dataclasses.replace(options, num_steps=len(options.angles) - 1)
     options = with_usual(options, is_sprint, GUIDANCE_SCALE)
     loras = open_all(options.lora, checkpoint)
     checks.multiple(f"--size={size}", size, vae.factor)
@@ -92,7 +95,8 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     asked = quiz.prompts(options.count, options.seed)
     common = {"num_steps": options.num_steps, "guidance_scale": options.guidance_scale}
     if draws:
-        steps = pipe.request("", flow_shift=options.flow_shift, **common).steps
+        given = {"flow_shift": options.flow_shift, "angles": options.angles}
+        steps = pipe.request("", **given, **common).steps
     rows = [("--", {"prompt": each.text}) for each in asked]
     tasks = make_tasks(rows, common, options.seed, 1)
     batches = make_batches(tasks, options.batch_size, sharding.batch_divisor(mesh))
@@ -119,6 +123,7 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
             [task.prompt for task in batch.padded()],
             seed=[task.seed for task in batch.padded()],
             flow_shift=steps.flow_shift,
+            angles=options.angles,
             output="latent",
             **common,
         )

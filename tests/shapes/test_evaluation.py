@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from sana_jax.models.dit import SPRINT
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import UserError
 from sana_jax.shapes.captions import prompts
@@ -74,3 +75,15 @@ def test_the_shift_is_the_checkpoints_or_what_is_given(asked_for, monkeypatch, g
     folder, settings = asked_for
     found, _ = measure(str(folder), Options(count=4, batch_size=8, flow_shift=given))
     assert found["flow_shift"] == used == settings[0]["flow_shift"]
+
+
+@pytest.mark.parametrize("angles, steps", [(None, 2), ([1.5, 1.1, 0.5, 0.0], 3), ("diffusers", 2)])
+def test_sprint_is_drawn_at_the_angles_that_are_given(asked_for, monkeypatch, angles, steps):
+    monkeypatch.setattr(SanaPipeline, "decode", grey)
+    folder, settings = asked_for
+    mini.save(folder / "sprint", **SPRINT)
+    found, _ = measure(str(folder / "sprint"), Options(count=4, batch_size=8, angles=angles))
+    assert settings[0]["angles"] == found["options"]["angles"] == angles
+    assert found["options"]["num_steps"] == settings[0]["num_steps"] == steps
+    with pytest.raises(UserError, match="angles are for Sana-Sprint"):
+        measure(str(folder), Options(count=4, angles=[1.5, 0.0]))
