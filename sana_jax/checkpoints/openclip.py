@@ -25,6 +25,11 @@ KNOWN = {
     "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale"},
     "preprocess_cfg": {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"},
 }
+# What a group has of its own accord, which some files say nevertheless (open_clip's model.py).
+USUAL = {
+    "vision_cfg": {"pool_type": "tok", "pos_embed_type": "learnable"},
+    "text_cfg": {"pool_type": "argmax", "proj_type": "linear"},
+}
 FIXED = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
 
 
@@ -66,7 +71,8 @@ def _group(path: Path, values: dict[str, Any], name: str) -> dict[str, Any]:
     found = values.get(name, {})
     if not isinstance(found, dict):
         raise UserError(f"{path}: {name} is no object")
-    if others := sorted(key for key in found.keys() - KNOWN[name] if found[key]):
+    usual, unknown = USUAL.get(name, {}), found.keys() - KNOWN[name]
+    if others := sorted(key for key in unknown if found[key] and found[key] != usual.get(key)):
         raise UserError(f"{path}: {name} has {', '.join(others)}, of a model that is not supported")
     return {key: value for key, value in found.items() if value is not None}
 

@@ -89,6 +89,7 @@ def test_the_hash_is_of_these_files(tmp_path):
         ({"custom_text": True}, "model_cfg has custom_text, of a model that is not supported"),
         ({"vision_cfg": {"timm_model_name": "x"}}, "vision_cfg has timm_model_name"),
         ({"text_cfg": {"no_causal_mask": True}}, "text_cfg has no_causal_mask"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "vision_cfg has pool_type"),
         ({"text_cfg": [1]}, "text_cfg is no object"),
         ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, "depth"),
         ({"vision_cfg": {"head_width": 0}}, "division"),
@@ -100,6 +101,13 @@ def test_other_models_are_refused(tmp_path, changes, words):
     with pytest.raises(UserError, match=words) as error:
         read(tmp_path, VIT_B_32 | changes)
     assert "\n" not in str(error.value) and "open_clip_config.json" in str(error.value)
+
+
+def test_what_is_usual_may_be_said(tmp_path):
+    vision = VIT_B_32["vision_cfg"] | {"pool_type": "tok", "output_tokens": False}
+    text = VIT_B_32["text_cfg"] | {"pool_type": "argmax", "proj_type": "linear"}
+    said = read(tmp_path, VIT_B_32 | {"vision_cfg": vision, "text_cfg": text})
+    assert said == read(tmp_path, VIT_B_32)
 
 
 def test_other_pixels_are_refused(tmp_path):
