@@ -1,7 +1,7 @@
 """Operations with a kernel, a package each; the files beside them are plain JAX or shared code.
 
     reference.py  the operation in plain jnp: the specification, and the form without a kernel
-    tpu.py        Pallas kernels for TPU (Mosaic); res_block's gradient is the plain form's
+    tpu.py        Pallas kernels for TPU (Mosaic); the autoencoder's have the plain form's gradient
     gpu.py        kernels for GPU: Pallas Triton, or cuDNN for cross_attention
     api.py        the dispatching function: names shapes without a kernel, splits others over a mesh
 

@@ -22,6 +22,9 @@ TPU = {
     # Rows of the small picture, of which two more are read; else as above.
     "upsample": (8, 4, 2, 1),
     "image_head": (16, 8, 4, 2, 1),  # rows: two more are read
+    # Pixels of a product, and of the depthwise convolution between them: as above.
+    "multiscale_attention": 512,
+    "multiscale_convolve": 128,
 }
 
 # Never timed; chosen by the registers and instructions of compiled kernels, for 100 to 140 SMs.

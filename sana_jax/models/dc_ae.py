@@ -29,8 +29,8 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels import image_head, res_block
 from sana_jax.kernels import upsample as upsampling
-from sana_jax.kernels.glumbconv import reference as mix_ffn
-from sana_jax.kernels.linear_attention import reference
+from sana_jax.kernels.multiscale_attention import multiscale_attention
+from sana_jax.kernels.multiscale_attention.reference import Scale
 from sana_jax.kernels.res_block.reference import EPSILON  # of every norm
 from sana_jax.kernels.upsample.reference import channel_to_space, duplicate
 from sana_jax.models.dc_ae_config import DCAEConfig
@@ -152,36 +152,33 @@ class ResBlock(nn.Module):
 
 
 class Multiscale(nn.Module):
-    """Mixes q, k and v over a neighbourhood: depthwise, then within each head's q, k and v.
+    """The weights of EfficientViT's multi-scale tokens: see kernels/multiscale_attention.
 
-    EfficientViT's multi-scale tokens (arXiv 2205.14756); `size` is the side of the neighbourhood.
+    `size` is the side of the neighbourhood over which q, k and v of `width` channels are mixed.
     """
 
     size: int
+    width: int
     head_dim: int
-    dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, qkv: Float[Array, "B H W C3"]) -> Float[Array, "B H W C3"]:
-        size, head_dim, width = self.size, self.head_dim, qkv.shape[-1]
+    def __call__(self) -> Scale:
+        """Returns the depthwise and the grouped kernel."""
         uniform = nn.initializers.variance_scaling
         depthwise_kernel = self.param(
             "depthwise_kernel",
             partitioned(uniform(1 / 3, "fan_in", "uniform", (0, 1)), (None, None, "heads")),
-            (size, size, width),
+            (self.size, self.size, self.width),
             self.param_dtype,
         )
         pointwise_kernel = self.param(
             "pointwise_kernel",
             partitioned(uniform(1 / 3, "fan_in", "uniform", batch_axis=0), ("heads", None, None)),
-            (width // head_dim, head_dim, head_dim),
+            (self.width // self.head_dim, self.head_dim, self.head_dim),
             self.param_dtype,
         )
-        x = mix_ffn.depthwise_conv(qkv, depthwise_kernel).astype(self.dtype)
-        x = rearrange(x, "b h w (g d) -> b h w g d", d=head_dim)
-        x = jnp.einsum("bhwgd,gde->bhwge", x, pointwise_kernel.astype(self.dtype))
-        return rearrange(x, "b h w g d -> b h w (g d)")
+        return depthwise_kernel, pointwise_kernel
 
 
 class EfficientViTBlock(nn.Module):
@@ -199,19 +196,17 @@ class EfficientViTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
-        (_, height, _, width), head_dim = x.shape, self.head_dim
+        width, head_dim = x.shape[-1], self.head_dim
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         linear = dict(use_bias=False, kernel_init=fan_in_uniform, **types)
 
         # Attention. Channels of qkv are [q | k | v] of the first head, of the second, and so on.
         qkv = dense(3 * width, ("embed", "heads"), name="qkv", **linear)(x)
-        wider = [
-            Multiscale(size, head_dim, name=f"multiscale_{j}", **types)(qkv)
+        scales = tuple(
+            Multiscale(size, 3 * width, head_dim, self.param_dtype, name=f"multiscale_{j}")()
             for j, size in enumerate(self.scales)
-        ]
-        qkv = jnp.concatenate([qkv, *wider], axis=-1)  # (B, H, W, 3 C (1 + scales))
-        q, k, v = rearrange(qkv, "b h w (n s d) -> s b (h w) n d", s=3, d=head_dim)
-        y = rearrange(reference.linear_attention(q, k, v), "b (h w) n d -> b h w (n d)", h=height)
+        )
+        y = multiscale_attention(qkv, scales, head_dim)  # (B, H, W, C (1 + scales))
         y = dense(width, ("heads", "embed"), name="out", **linear)(y)
         x = split_batch(x + make_norm(self.norm, name="norm", **types)(y))
 

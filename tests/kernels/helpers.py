@@ -15,6 +15,7 @@ from sana_jax.kernels.cross_attention import cross_attention
 from sana_jax.kernels.glumbconv import api as glumbconv
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.modulated_norm import modulated_norm
+from sana_jax.kernels.multiscale_attention import multiscale_attention
 from sana_jax.kernels.res_block import res_block
 from sana_jax.sharding import MESH_AXES
 
@@ -105,6 +106,10 @@ def operations(
         "res_block": (
             res_block,
             (made(batch, 16, 16, 128), square, channels, square, channels, channels),
+        ),
+        "multiscale_attention": (
+            partial(multiscale_attention, head_dim=32, implementation="pallas"),
+            (made(batch, 16, 16, 384), ((made(5, 5, 384), made(12, 32, 32)),)),
         ),
     }
 
