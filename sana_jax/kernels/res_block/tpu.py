@@ -49,13 +49,13 @@ def forward(
     def image(size, index):
         return pl.BlockSpec((1, size, width, channels), lambda b, i: (b, index(i), 0, 0))
 
-    def whole(shape):
-        return pl.BlockSpec(shape, lambda b, i: (0, 0))
+    def whole(*shape):
+        return pl.BlockSpec(shape, lambda b, i: (0,) * len(shape))
 
     # At the edges of the image the halo is any row of it, which the kernel replaces by zeros.
     above = image(HALO, lambda i: jnp.maximum(i * steps - 1, 0))
     below = image(HALO, lambda i: jnp.minimum((i + 1) * steps, height // HALO - 1))
-    matrix, vector = whole((3 * channels, 3 * channels)), whole((1, channels))
+    matrix, vector = whole(*kernel1.shape), whole(1, channels)
     here = image(rows, lambda i: i)
     return pl.pallas_call(
         partial(_kernel, height),
@@ -74,15 +74,9 @@ def forward(
         name="res_block",
     )(
         *(x, x, x),
-        *(_as_matrix(kernel1), _as_row(bias1), _as_matrix(kernel2)),
+        *(kernel1, _as_row(bias1), kernel2),
         *(_as_row(scale), _as_row(bias)),
     )
-
-
-def _as_matrix(kernel):
-    """Reshapes (3, 3, C, D) to (3 C, 3 D): rows of taps stacked, columns side by side."""
-    channels, features = kernel.shape[2:]
-    return kernel.transpose(0, 2, 1, 3).reshape(3 * channels, 3 * features)
 
 
 def _as_row(vector):
@@ -113,9 +107,14 @@ def _convolve(image, kernel):
     around = jnp.concatenate([image[:-2], image[1:-1], image[2:]], axis=-1)
     around = around.reshape(size * width, -1)  # (n W, 3 C)
     precision = "highest" if image.dtype == jnp.float32 else "default"  # float32 is for tests
-    sums = jnp.dot(around, kernel[...], preferred_element_type=jnp.float32, precision=precision)
+
+    def product(column):
+        taps = kernel[:, column].reshape(around.shape[1], -1)  # rows of taps stacked, (3 C, D)
+        sums = jnp.dot(around, taps, preferred_element_type=jnp.float32, precision=precision)
+        return sums.reshape(size, width, -1)
+
     # The sums of the left taps belong one pixel to the right, those of the right taps to the left.
-    left, middle, right = jnp.split(sums.reshape(size, width, -1), 3, axis=-1)
+    left, middle, right = map(product, range(3))
     column = jax.lax.broadcasted_iota(jnp.int32, middle.shape, 1)
     left = jnp.where(column == 0, 0.0, pltpu.roll(left, 1, 1))
     right = jnp.where(column == width - 1, 0.0, pltpu.roll(right, width - 1, 1))
