@@ -40,6 +40,18 @@ def use_kernel(
     return not unsupported
 
 
+def use_image_kernel(
+    implementation: str, operation: str, shape: tuple[int, ...], dtype: DTypeLike, fits: int
+) -> bool:
+    """Returns True to call a kernel for bfloat16 images, which a TPU alone has.
+
+    `fits` is false where images of `shape` have no kernel.
+    """
+    dtype, size = jnp.dtype(dtype), " x ".join(map(str, shape[1:]))
+    unsupported = None if dtype == jnp.bfloat16 and fits else f"{dtype} images of {size}"
+    return use_kernel(implementation, operation, dtype, tpu=unsupported, gpu="a GPU")
+
+
 def _auto(on: str, operation: str, dtype: jnp.dtype) -> bool:
     return on == "tpu" or (on == "gpu" and operation in GPU_AUTO and dtype.itemsize == 2)
 

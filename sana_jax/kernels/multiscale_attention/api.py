@@ -3,10 +3,9 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_image_kernel
 from sana_jax.kernels.multiscale_attention import reference, tpu
 from sana_jax.kernels.multiscale_attention.reference import Scale
 
@@ -22,11 +21,9 @@ def multiscale_attention(
     C is the channels of all heads of all scales. `implementation`: see kernels/dispatch.py.
     """
     sizes = tuple(len(depthwise) for depthwise, _ in scales)
-    fits = qkv.dtype == jnp.bfloat16 and tpu.supported(*qkv.shape[1:], head_dim, sizes)
-    size = " x ".join(map(str, qkv.shape[1:]))
-    unsupported = None if fits else f"{qkv.dtype} images of {size}, scales {sizes}"
-    name = "multi-scale attention"
-    if not use_kernel(implementation, name, qkv.dtype, tpu=unsupported, gpu="a GPU"):
+    fits = tpu.supported(*qkv.shape[1:], head_dim, sizes)
+    about = "multi-scale attention", qkv.shape, qkv.dtype
+    if not use_image_kernel(implementation, *about, fits):
         return reference.multiscale_attention(qkv, scales, head_dim)
     weights = tuple(jax.tree.leaves(scales))
     return over_mesh(lambda qkv, *weights: _kernel(head_dim, qkv, *weights), (), (qkv,), weights)

@@ -1,20 +1,17 @@
 """A residual block of the autoencoder: the plain form or a kernel."""
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_image_kernel
 from sana_jax.kernels.res_block import reference, tpu
 
 
 def uses_kernel(shape: tuple[int, ...], dtype: DTypeLike, implementation: str) -> bool:
     """Returns True if images of this shape get the kernel; `implementation`: see dispatch.py."""
-    dtype = jnp.dtype(dtype)
-    fits = dtype == jnp.bfloat16 and tpu.rows_at_once(*shape[1:])
-    unsupported = None if fits else f"{dtype} images of {shape[1]} x {shape[2]} x {shape[3]}"
-    return use_kernel(implementation, "residual block", dtype, tpu=unsupported, gpu="a GPU")
+    fits = tpu.rows_at_once(*shape[1:])
+    return use_image_kernel(implementation, "residual block", shape, dtype, fits)
 
 
 @jax.custom_vjp

@@ -1,11 +1,10 @@
 """The decoder's change of resolution: the plain form or a kernel."""
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, use_image_kernel
 from sana_jax.kernels.upsample import reference, tpu
 
 
@@ -13,11 +12,8 @@ def uses_kernel(
     shape: tuple[int, ...], features: int, dtype: DTypeLike, implementation: str
 ) -> bool:
     """Returns True if images of this shape get the kernel; `implementation`: see dispatch.py."""
-    dtype = jnp.dtype(dtype)
-    fits = dtype == jnp.bfloat16 and tpu.rows_at_once(*shape[1:], features)
-    size = " x ".join(map(str, shape[1:]))
-    unsupported = None if fits else f"{dtype} images of {size}"
-    return use_kernel(implementation, "upsampling", dtype, tpu=unsupported, gpu="a GPU")
+    fits = tpu.rows_at_once(*shape[1:], features)
+    return use_image_kernel(implementation, "upsampling", shape, dtype, fits)
 
 
 @jax.custom_vjp
