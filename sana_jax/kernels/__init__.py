@@ -7,6 +7,7 @@
 
 A package exports its dispatching function (res_block also `uses_kernel`), and its docstring is the
 log of what was tried, predicted and found. To mean the plain form, write `reference.NAME`.
+int8_block is a whole block with int8 products; its plain form is the transformer's own.
 dispatch.py decides whether a kernel runs, by platform, dtype, shape and `implementation`. Beside
 the kernels for GPU, triton.py alone knows their compiler, and what happens when JAX drops it.
 """

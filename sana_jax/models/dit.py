@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float
 from sana_jax.diffusion import ddpm
 from sana_jax.diffusion.flow import NUM_TIMESTEPS
 from sana_jax.kernels.cross_attention import cross_attention
+from sana_jax.kernels.int8_block import int8_block, takes
 from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.modulated_norm import modulated_norm, reference
 from sana_jax.models.config import (
@@ -249,6 +250,23 @@ class Block(nn.Module):
 
     def with_keys_values(self, x, keys_values, modulation, mask):
         """Returns x after this block; x is (B, H, W, C), modulation (B or 1, 6, C) in float32."""
+        config, params = self.config, nn.unbox(self.variables.get("params", {}))
+        usual = (config.attention, config.ffn) == ("linear", "glumbconv")
+        fits = dict(head_dim=config.head_dim, implementation=self.implementation)
+        if config.clip_attention or not usual or not takes(params, x, mask.shape[1], **fits):
+            return self.plain(x, keys_values, modulation, mask)
+        alone = self.clone(parent=None)
+
+        def plain(params, *args):
+            return alone.apply({"params": params}, *args, method="plain")[0]
+
+        x = constrain(x, "batch", "tokens", None, "residual")
+        heads = dict(head_dim=config.head_dim, cross_heads=config.cross_heads)
+        x = int8_block(plain, params, x, keys_values, modulation, mask, **heads)
+        return constrain(x, "batch", "tokens", None, "residual"), None
+
+    def plain(self, x, keys_values, modulation, mask):
+        """Computes `with_keys_values` operation by operation."""
         _, height, width, _ = x.shape
         x = rearrange(x, "b h w c -> b (h w) c")
         x = checkpoint_name(constrain(x, "batch", "tokens", "residual"), "block_input")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from sana_jax.kernels.bias import add_bias
 from sana_jax.kernels.convolution import convolve, convolve_doubled
 from sana_jax.kernels.glumbconv import glumbconv
-from sana_jax.kernels.int8 import Quantised, Weight, multiply
+from sana_jax.kernels.int8 import Quantised, Weight, beside_stack, multiply
 from sana_jax.kernels.mixed_einsum import dense_float32
 
 Dtype = Any
@@ -173,6 +173,7 @@ def scan_for_sampling(
     def body(carry, row):
         i, each = row
         params = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=take)
+        params = beside_stack(params, stack, i)
         return layer.apply({"params": params}, carry, *each, *shared, method=method)
 
     depth = jax.tree.leaves(stack)[0].shape[0]

@@ -35,7 +35,7 @@ def test_kernel_on_tpu(on_tpu, monkeypatch, tokens, rows, channels, heads, dtype
     formula = attention_to(mask, heads)
 
     def run(arrays, cotangent):
-        bias = api._bias(jnp.asarray(mask))
+        bias = api.hidden_bias(jnp.asarray(mask))
         out = tpu.forward(*arrays, bias, heads)
         return out, tpu.backward(*arrays, bias, cotangent, heads)
 

@@ -84,7 +84,7 @@ def mix_ffn_middle(value, gate, bias, kernel, depthwise_bias):
 
 def run_on_tpu(arrays, cotangent):
     value, gate, *weights = arrays
-    operands = (value, gate, *api._by_halves(*weights))
+    operands = (value, gate, *api.by_halves(*weights))
     out, *gradients = tpu.backward(*operands, cotangent)
     return (tpu.forward(*operands), out), gradients
 
@@ -93,7 +93,7 @@ def run_on_gpu(arrays, cotangent, together):
     """`together`: value and gate are one array."""
     value, gate, *weights = arrays
     images = (jnp.concatenate([value, gate], axis=-1),) if together else (value, gate)
-    operands = (images, *api._by_halves(*weights))
+    operands = (images, *api.by_halves(*weights))
     out, d_images, *gradients = gpu.backward(*operands, cotangent)
     halves = jnp.split(d_images[0], 2, axis=-1) if together else d_images
     return (gpu.forward(*operands), out), [*halves, *gradients]

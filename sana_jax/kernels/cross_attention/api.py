@@ -47,14 +47,15 @@ def visible_first(
     return rows, jnp.take_along_axis(mask, order, axis=-1)
 
 
-def _bias(mask):
+def hidden_bias(mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    """Returns what is added to the logits of text rows, for the kernel."""
     return jnp.where(mask, 0.0, reference.HIDDEN)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _kernel(q, kv, mask, heads):
     def on_tpu(q, kv, mask):
-        return tpu.forward(q, kv, _bias(mask), heads)
+        return tpu.forward(q, kv, hidden_bias(mask), heads)
 
     plain = partial(reference.cross_attention, heads=heads)
     return by_platform(
@@ -73,7 +74,7 @@ def _forward(q, kv, mask, heads):
 
 def _backward(heads, saved, cotangent):
     def on_tpu(q, kv, mask, cotangent):
-        d_q, d_kv = tpu.backward(q, kv, _bias(mask), cotangent, heads)
+        d_q, d_kv = tpu.backward(q, kv, hidden_bias(mask), cotangent, heads)
         return d_q, d_kv.astype(kv.dtype)
 
     def pull_back(form, q, kv, mask, cotangent):

@@ -157,7 +157,7 @@ def _plain(*args):
     return reference.glumbconv(wide, bias, kernel, depthwise_bias)
 
 
-def _by_halves(bias, kernel, depthwise_bias):
+def by_halves(bias, kernel, depthwise_bias):
     """Returns the weights in the kernel's shapes: (2, C), (9, 2, C), (2, C)."""
     return bias.reshape(2, -1), kernel.reshape(9, 2, -1), depthwise_bias.reshape(2, -1)
 
@@ -175,10 +175,10 @@ def _kernel(*args):
     count = len(images)
 
     def on_tpu(*args):
-        return tpu.forward(*args[:2], *_by_halves(*args[2:]))
+        return tpu.forward(*args[:2], *by_halves(*args[2:]))
 
     def on_gpu(*args):
-        return gpu.forward(args[:count], *_by_halves(*args[count:]))
+        return gpu.forward(args[:count], *by_halves(*args[count:]))
 
     kernels = _kernels(count, on_tpu, on_gpu)
     return by_platform(*images, bias, kernel, depthwise_bias, plain=_plain, **kernels)
@@ -199,12 +199,12 @@ def _backward(args, cotangent):
     def on_tpu(*args):
         *images, bias, kernel, depthwise_bias, cotangent = args
         weights = bias, kernel, depthwise_bias
-        out, d_value, d_gate, *d_weights = tpu.backward(*images, *_by_halves(*weights), cotangent)
+        out, d_value, d_gate, *d_weights = tpu.backward(*images, *by_halves(*weights), cotangent)
         return in_order(out, (d_value, d_gate), d_weights, weights)
 
     def on_gpu(*args):
         images, weights = args[:count], args[count:-1]
-        out, d_images, *d_weights = gpu.backward(images, *_by_halves(*weights), args[-1])
+        out, d_images, *d_weights = gpu.backward(images, *by_halves(*weights), args[-1])
         return in_order(out, d_images, d_weights, weights)
 
     def plain(*args):

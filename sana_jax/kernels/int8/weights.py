@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scale", "range"),
+    data_fields=("values", "scale", "range", "stack"),
     meta_fields=("rows",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Quantised:
     # None: every row has its own.
     range: Float[Array, "..."] | None = None
     rows: str = "float"  # what the weights are multiplied with: "float" or "int8" rows
+    # The values of all layers, and this one's number: a kernel reads a layer where it lies, and
+    # XLA does not cut `values` out if nothing else reads them.
+    stack: tuple[Int8[Array, "L ..."], Int32[Array, ""]] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +49,7 @@ class Quantised:
     def columns(self, start: int, stop: int) -> "Quantised":
         """Returns the weights of some outputs."""
         values, scale = (x[..., start:stop] for x in (self.values, self.scale))
-        return dataclasses.replace(self, values=values, scale=scale)
+        return dataclasses.replace(self, values=values, scale=scale, stack=None)
 
 
 @partial(
@@ -110,3 +113,17 @@ def cast(kernel: Array | Weight, dtype: DTypeLike) -> Array | Weight:
 
 def is_quantised(x: Any) -> bool:
     return isinstance(x, Quantised)
+
+
+def beside_stack(layer: Any, stack: Any, i: Int32[Array, ""]) -> Any:
+    """Returns the parameters of layer i of a stack, with int8 weights that know where they lie.
+
+    See Quantised.stack.
+    """
+
+    def add(x, all_layers):
+        if is_quantised(x) and x.rows == "int8":
+            return dataclasses.replace(x, stack=(all_layers.values, i))
+        return x
+
+    return jax.tree.map(add, layer, stack, is_leaf=is_quantised)

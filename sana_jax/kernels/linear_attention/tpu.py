@@ -16,9 +16,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
+from sana_jax.kernels.int8.rows import Rows, bytes_of, row_shapes, then_quantised
 from sana_jax.kernels.mosaic import LANES, compiler_params
 
 TOKENS = TPU["linear_attention"]  # of a grid step in bfloat16; half as many in float32
@@ -49,6 +51,13 @@ def apply(
     )
 
 
+def apply_rows(qkv, total, head_dim: int, epsilon: float) -> Rows:
+    """Returns apply's result as int8 rows."""
+    kernel = partial(_apply_kernel, epsilon=epsilon)
+    ins = dict(ins=("q", "state"), out="int8", name="apply")
+    return _call(kernel, qkv, head_dim, (total,), **ins)
+
+
 def state_cotangent(qkv, total, cotangent, head_dim: int, epsilon: float):
     """Returns the cotangent of the state (B, 2 D, C): the first half of the backward pass."""
     return _call(
@@ -76,10 +85,13 @@ def cotangents(qkv, total, total_cotangent, cotangent, head_dim: int, epsilon: f
 
 
 def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
-    """Calls a kernel over (image, block of tokens); `ins` and `out` name parts of the arrays."""
+    """Calls a kernel over (image, block of tokens); `ins` and `out` name parts of the arrays.
+
+    The result of `out` "int8" is that of "rows", as int8 rows.
+    """
     batch, tokens, channels = qkv.shape
     channels //= 3
-    rows = min(TOKENS * 2 // qkv.dtype.itemsize, -(-tokens // 16) * 16)
+    rows = min(TOKENS * 2 // qkv.dtype.itemsize, -(-tokens // 32) * 32)
     # A block starts at a whole tile, so that of the keys may begin with the last queries.
     key_start = channels // LANES * LANES
     kv_width = 3 * channels - key_start
@@ -111,20 +123,28 @@ def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
     options = dict(channels=channels, head_dim=head_dim, tokens=tokens)
     groups = -(-channels // LANES)
     products = {"state": 2, "apply": 2, "state_cotangent": 4, "cotangents": 6}[name]
-    sizes = {"qkv": 3, "rows": 1, "q": 1, "kv": 2, "state": 0}  # in (tokens, channels)
+    sizes = {"qkv": 3, "rows": 1, "q": 1, "kv": 2, "state": 0, "int8": 0}  # (tokens, channels)
     moved = sum(sizes[kind] for kind in (*ins, out)) * tokens * channels * qkv.dtype.itemsize
     moved += (*ins, out).count("state") * 2 * head_dim * channels * 4
-    result = jax.ShapeDtypeStruct(
-        (batch, *shapes[out]), jnp.float32 if out == "state" else qkv.dtype
-    )
-    arrays = (qkv, *others, result)
-    blocks = [(specs[kind], array) for kind, array in zip((*ins, out), arrays, strict=True)]
+    body, scratches = partial(kernel, **options), []
+    if out == "int8":
+        result = row_shapes(batch, *shapes["rows"])
+        out_specs = Rows(specs["rows"], token_block(1))
+        body, scratches = then_quantised(body), [pltpu.VMEM((1, rows, channels), qkv.dtype)]
+        moved += bytes_of(result) // batch
+    else:
+        dtype = jnp.float32 if out == "state" else qkv.dtype
+        result, out_specs = jax.ShapeDtypeStruct((batch, *shapes[out]), dtype), specs[out]
+    in_specs = [specs[kind] for kind in ins]
+    arrays = qkv, *others, *jax.tree.leaves(result)
+    blocks = list(zip(jax.tree.leaves((in_specs, out_specs)), arrays, strict=True))
     return pl.pallas_call(
-        partial(kernel, **options),
+        body,
         out_shape=result,
         grid=(batch, pl.cdiv(tokens, rows)),
-        in_specs=[specs[kind] for kind in ins],
-        out_specs=specs[out],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        scratch_shapes=scratches,
         compiler_params=compiler_params(("parallel", "arbitrary"), blocks),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * tokens * groups * LANES * LANES * products,

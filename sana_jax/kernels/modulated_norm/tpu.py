@@ -11,8 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from sana_jax.kernels.block_sizes import TPU
+from sana_jax.kernels.int8.rows import Rows, bytes_of, row_shapes, then_quantised
 from sana_jax.kernels.modulated_norm.reference import EPSILON
 from sana_jax.kernels.mosaic import compiler_params
 
@@ -25,29 +27,45 @@ def forward(x, shift, scale):
     return out
 
 
+def forward_rows(x, shift, scale) -> Rows:
+    """Returns forward's result as int8 rows."""
+    return Rows(*_call(_forward_kernel, (x,), (shift, scale), 0, 0, int8=True))
+
+
 def backward(x, cotangent, residual, scale):
     """Returns the cotangents of x, shift and scale; `residual`, of x's other uses, is added."""
     return _call(_backward_kernel, (x, cotangent, residual), (scale,), 1, 2)
 
 
-def _call(kernel, arrays, vectors, array_results, vector_results):
+def _call(kernel, arrays, vectors, array_results, vector_results, int8=False):
+    """Calls a kernel over (image, block of tokens); `int8`: its one result is int8 rows."""
     batch, tokens, channels = arrays[0].shape
     dtype = arrays[0].dtype
-    rows = min(TOKENS, -(-tokens // 16) * 16)  # 16: a tile of bfloat16 in the sublanes
+    rows = min(TOKENS, -(-tokens // 32) * 32)  # 32: a tile of int8 in the sublanes
     array = pl.BlockSpec((1, rows, channels), lambda b, i: (b, i, 0))
     vector = pl.BlockSpec((1, 1, channels), lambda b, i: (b, 0, 0))
+    results = [jax.ShapeDtypeStruct(arrays[0].shape, dtype)] * array_results
+    results += [jax.ShapeDtypeStruct((batch, 1, channels), jnp.float32)] * vector_results
+    results += row_shapes(batch, tokens, channels) if int8 else ()
+    body = partial(kernel, tokens=tokens)
     moved = (len(arrays) + array_results) * arrays[0].size * dtype.itemsize
     blocks = [(array, arrays[0])] * (len(arrays) + array_results)
+    row_specs, scratches = [], []
+    if int8:
+        row_specs = [array, pl.BlockSpec((1, rows, 1), lambda b, i: (b, i, 0))]
+        body, scratches = then_quantised(body), [pltpu.VMEM((1, rows, channels), dtype)]
+        moved += bytes_of(results)
+        blocks += [*zip(row_specs, results, strict=True), (array, arrays[0])]
     return pl.pallas_call(
-        partial(kernel, tokens=tokens),
-        out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, dtype)] * array_results
-        + [jax.ShapeDtypeStruct((batch, 1, channels), jnp.float32)] * vector_results,
+        body,
+        out_shape=results,
         grid=(batch, pl.cdiv(tokens, rows)),
         in_specs=[array] * len(arrays) + [vector] * len(vectors),
-        out_specs=[array] * array_results + [vector] * vector_results,
+        out_specs=[array] * array_results + [vector] * vector_results + row_specs,
+        scratch_shapes=scratches,
         compiler_params=compiler_params(("parallel", "arbitrary"), blocks),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
-        name=f"modulated_norm{kernel.__name__.removesuffix('_kernel')}",
+        name=f"modulated_norm{kernel.__name__.removesuffix('_kernel')}{'_int8' * int8}",
     )(*arrays, *vectors)
 
 
