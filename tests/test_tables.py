@@ -20,6 +20,7 @@ TRUNK = {  # row of kernels/README.md -> options of its command
     "ours, 0.6B": ["--model=0.6B"],
     "ours, 1.6B": ["--model=1.6B"],
 }
+QUANTISED = {"0.6B, 1024 px, batch 16": "0.6B", "1.6B, 1024 px, batch 8": "1.6B"}  # the same
 POD = "--topology=v5e:16x16"
 PROGRAMS = {  # row of launch/README.md -> options of its command
     "`sana_600m_512.py`": ["--config=configs/sana_600m_512.py", POD],
@@ -50,6 +51,8 @@ def last_line(module, *options):
 def test_the_tables_have_the_rows_that_are_made_again():
     for label in TRUNK:
         assert len(row("sana_jax/kernels/README.md", label)) == 2
+    for label in QUANTISED:
+        assert float(row("sana_jax/kernels/README.md", label)[0]) < 1
     for label in PROGRAMS:
         assert float(row("launch/README.md", label)[-1]) > 0
 
@@ -67,6 +70,19 @@ def test_the_table_of_the_blocks_is_what_its_command_prints(label, column, what)
     found = last_line("tests.benchmarks.trunk_estimate", *TRUNK[label], f"--what={what}")
     stated = float(row("sana_jax/kernels/README.md", label)[column].split()[0])
     assert 100 * found["share_of_peak"] == pytest.approx(stated, abs=0.5)  # percentage points
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("label", QUANTISED)
+def test_the_share_of_int8_blocks_is_what_their_command_prints(label):
+    estimates = (
+        last_line("tests.benchmarks.trunk_estimate", f"--model={QUANTISED[label]}", *options)
+        for options in ([], ["--quantise=w8a8"])
+    )
+    bfloat16, int8 = (found["cycles"] + found["kernel_cycles"] for found in estimates)
+    stated = float(row("sana_jax/kernels/README.md", label)[0])
+    assert int8 / bfloat16 == pytest.approx(stated, abs=0.01)
 
 
 @pytest.mark.slow

@@ -2,16 +2,17 @@
 
     python -m tests.benchmarks.trunk_estimate --model=1.6B --what=backward --chip=v5e
 
-Covers all blocks, with mask and biases, in bfloat16 at 1024 px, but not embeddings, output
-projection and optimizer. `backward` is forward and backward with full rematerialisation, and `lora`
-the same of a LoRA of rank 4 on both attentions, below which no weight needs a gradient. FLOPs count
-the matrix products, linear attention and convolution, including keys and values of the text; three
-times for `backward` and twice for `lora`. Needs libtpu and a few minutes, for the kernels'
-schedules. The last line is JSON. Not a test: its figures are in a README.md.
+Covers all blocks, with mask and biases, in bfloat16 or forward with `--quantise`, but not
+embeddings, output projection and optimizer. `backward` is forward and backward with full
+rematerialisation, and `lora` the same of a LoRA of rank 4 on both attentions, below which no weight
+needs a gradient. FLOPs count the matrix products, linear attention and convolution, including keys
+and values of the text; three times for `backward` and twice for `lora`. Needs libtpu and a few
+minutes, for the kernels' schedules. The last line is JSON. Not a test: its figures are in a
+README.md.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from sana_jax.checkpoints.components import abstract_params
+from sana_jax.checkpoints.components import abstract_params, in_dtype
+from sana_jax.kernels.int8 import beside_stack
 from sana_jax.lora.adapter import attach, new_adapter
 from sana_jax.lora.config import LoraConfig
 from sana_jax.measure import tpu_estimate
 from sana_jax.models import flops
-from sana_jax.models.dit import PRESETS, REMAT, Block
+from sana_jax.models.dit import PRESETS, REMAT, Block, SanaConfig
+from sana_jax.quantisation.table import METHODS, choose
 from sana_jax.runtime import cli
 
 MODELS = {"0.6B": ("sana_600m_1024", 16), "1.6B": ("sana_1600m_1024", 8)}
@@ -36,6 +39,8 @@ WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward", "lora"], "pr
 CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip")
 IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "kernels or none")
 BATCH = flags.DEFINE_integer("batch_size", None, "default: 16 for 0.6B, 8 for 1.6B", lower_bound=1)
+QUANTISE = flags.DEFINE_enum("quantise", None, list(METHODS), "default: bfloat16 weights")
+SIZE = flags.DEFINE_integer("size", 1024, "pixels a side", lower_bound=32)
 TOP = flags.DEFINE_integer("top", 40, "operations to list")
 
 
@@ -44,7 +49,7 @@ def main(argv: list[str]) -> None:
     preset, batch = MODELS[MODEL.value]
     batch = BATCH.value or batch
     config = PRESETS[preset]
-    c, side = config.width, config.sample_size
+    c, side = config.width, SIZE.value // 32
     _, devices = tpu_estimate.tpu_devices(f"{CHIP.value}:{TOPOLOGIES[CHIP.value]}")
     here = SingleDeviceSharding(devices[0])
 
@@ -60,16 +65,16 @@ def main(argv: list[str]) -> None:
         like((batch, ROWS), jnp.bool_),
     )
     # The weights of all blocks, stacked as in the transformer.
-    params = nn.unbox(jax.eval_shape(block.init, jax.random.key(0), *inputs))
-    params = jax.tree.map(lambda x: like((config.depth, *x.shape), x.dtype), params)
+    params = {"params": _weights(config, QUANTISE.value)}
+    params = jax.tree.map(lambda x: like(x.shape, x.dtype), params)
 
     def blocks(params, x, *rest):
-        def step(x, params):
-            return block.apply(params, x, *rest)[0], None
+        def step(x, layer):
+            return block.apply(beside_stack(layer[0], params, layer[1]), x, *rest)[0], None
 
         if WHAT.value != "forward":
             step = jax.checkpoint(step, policy=REMAT["full"], prevent_cse=False)
-        return jax.lax.scan(step, x, params)[0]
+        return jax.lax.scan(step, x, (params, jnp.arange(config.depth)))[0]
 
     def loss(*args):
         return jnp.sum(blocks(*args).astype(jnp.float32) ** 2)
@@ -92,9 +97,17 @@ def main(argv: list[str]) -> None:
         print(f"{cycles / config.depth / 1e6:8.3f} M cycles a layer  {name[-100:]}")
     for name, (calls, kernel) in found.kernels.items():
         print(f"{name}: {calls // config.depth} a layer, {asdict(kernel)}")
-    result = {flag.name: flag.value for flag in (MODEL, WHAT, CHIP, IMPLEMENTATION)}
+    result = {flag.name: flag.value for flag in (MODEL, WHAT, CHIP, IMPLEMENTATION, QUANTISE, SIZE)}
     result |= dict(batch=batch, cycles=found.cycles, kernel_cycles=found.kernel_cycles)
     print(json.dumps(result | dict(share_of_peak=round(found.utilisation(count), 4))))
+
+
+def _weights(config: SanaConfig, quantise: str | None):
+    """Returns the abstract weights of the blocks, some of them in int8, all others in bfloat16."""
+    if quantise:
+        choice = choose({"dit": abstract_params(config)}, quantise)
+        config = replace(config, quantised=choice.quantised["dit"])
+    return in_dtype(nn.unbox(abstract_params(config))["blocks"], "bfloat16")
 
 
 if __name__ == "__main__":
