@@ -127,6 +127,7 @@ def test_figures_of_an_autoencoder_training():
     program = programs.training(autoencoder_config(), here, 16, "low_resolution")
     once = flops.encode(SMALL, 16, 16) + flops.decode(SMALL, 16, 16)
     assert (program.batch, program.size, program.flops) == (16, 16, 3 * 16 * once)
+    assert program.arguments[1]["image"].dtype == "uint8"  # as the loader's are
     partly = programs.training(autoencoder_config(trainable=("decoder/.*",)), here, 16, None)
     assert partly.flops is None
     config = autoencoder_config()

@@ -184,7 +184,7 @@ def _autoencoder_training(
     task = AutoencoderTask(model, discriminator, phase, distance)
     state, _ = on_mesh(lambda: task.init(jax.random.key(0)), mesh)
     size, count = phase.image_size, None
-    images = _array((phase.batch_size, size, size, 3), sharding=batch_sharding(mesh))
+    images = _array((phase.batch_size, size, size, 3), "uint8", batch_sharding(mesh))
     # Forward and twice that backward. Other phases train a part, which is not counted.
     if phase.trainable == (".*",):
         once = flops.encode(network, size, size) + flops.decode(network, size, size)

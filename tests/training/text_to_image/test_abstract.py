@@ -48,7 +48,8 @@ def test_recipe_is_what_it_says(name):
     step, state, batch, inputs, size, count = abstract_training(recipe, mesh)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert round(numbers / 1e6) == millions
-    assert batch["image"].shape == (recipe.recipe.batch_size, side, side, 3)
+    image = batch["image"]
+    assert (image.shape, image.dtype) == ((recipe.recipe.batch_size, side, side, 3), "uint8")
     # Parameters, their average and CAME's momentum, in float32, cut into 64 parts; small filters,
     # biases and factored statistics are not.
     held = sum(
