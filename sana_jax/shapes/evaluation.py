@@ -25,6 +25,7 @@ from sana_jax.checkpoints.loras import open_all
 from sana_jax.metrics.reconstruction import to_uint8
 from sana_jax.pictures import Picture, in_rows, make_grid, to_float
 from sana_jax.pipeline.pipeline import SanaPipeline
+from sana_jax.pipeline.steps import Angles, count_of
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 from sana_jax.runtime.progress import Progress
@@ -49,7 +50,7 @@ class Options:
     num_steps: int | None = None  # None: the checkpoint's usual number
     guidance_scale: float | None = None  # None: GUIDANCE_SCALE, or Sana-Sprint's own
     flow_shift: float | None = None  # None: the checkpoint's
-    angles: list[float] | str | None = None  # of Sana-Sprint; None: the usual for num_steps
+    angles: Angles = None  # of Sana-Sprint; None: by the number of steps
     batch_size: int = 16
     size: int = 128  # of what an autoencoder alone is tried on; else pictures have the native size
     dtype: str = "float32"
@@ -86,8 +87,8 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
         pipe = SanaPipeline(checkpoint, mesh, options.dtype)
         size = pipe.native_size
     is_sprint = draws and pipe.facts.is_sprint
-    if isinstance(options.angles, list) and options.num_steps is None:
-        options = dataclasses.replace(options, num_steps=len(options.angles) - 1)
+    if options.num_steps is None:
+        options = dataclasses.replace(options, num_steps=count_of(options.angles))
     options = with_usual(options, is_sprint, GUIDANCE_SCALE)
     loras = open_all(options.lora, checkpoint)
     checks.multiple(f"--size={size}", size, vae.factor)

@@ -77,7 +77,7 @@ def test_the_shift_is_the_checkpoints_or_what_is_given(asked_for, monkeypatch, g
     assert found["flow_shift"] == used == settings[0]["flow_shift"]
 
 
-@pytest.mark.parametrize("angles, steps", [(None, 2), ([1.5, 1.1, 0.5, 0.0], 3), ("diffusers", 2)])
+@pytest.mark.parametrize("angles, steps", [(None, 2), ((1.5, 1.1, 0.5, 0.0), 3), ("diffusers", 2)])
 def test_sprint_is_drawn_at_the_angles_that_are_given(asked_for, monkeypatch, angles, steps):
     monkeypatch.setattr(SanaPipeline, "decode", grey)
     folder, settings = asked_for
