@@ -31,8 +31,8 @@ class Transform(Protocol):
 class ImageTransform:
     """Makes {"image": uint8 (height, width, 3)}: decoded, resized to cover the size, cropped.
 
-    Whoever computes with them converts them on the device (pictures.to_float): they cross to it in
-    a quarter of the bytes.
+    Trainings convert them on the device (pictures.to_float), so that they cross to it in a quarter
+    of the bytes; what encodes or measures each picture once does it before.
 
     Attributes:
       crop: "centre"; "random"; or "patch": random and never resized.

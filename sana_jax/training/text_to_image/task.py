@@ -2,7 +2,7 @@
 
 A batch is a dict of rows:
 
-    "image" float32 (B, H, W, 3) in [-1, 1], or "latents" (B, h, w, c) as the sampler sees them
+    "image" uint8 (B, H, W, 3), or "latents" float32 (B, h, w, c) as the sampler sees them
     "tokens" int32 (B, T) and "mask" bool (B, L), or "embeddings" (B, L, C) and "mask"
     "weight" float32 (B,) of the rows' errors in the loss; without it they are all 1
 
