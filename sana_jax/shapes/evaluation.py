@@ -86,10 +86,7 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     if draws:
         pipe = SanaPipeline(checkpoint, mesh, options.dtype)
         size = pipe.native_size
-    is_sprint = draws and pipe.facts.is_sprint
-    if options.num_steps is None:
-        options = dataclasses.replace(options, num_steps=count_of(options.angles))
-    options = with_usual(options, is_sprint, GUIDANCE_SCALE)
+    options = _resolved(options, draws and pipe.facts.is_sprint)
     loras = open_all(options.lora, checkpoint)
     checks.multiple(f"--size={size}", size, vae.factor)
 
@@ -155,6 +152,13 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     shown = drawn or restored
     good = [score(asked[k].facts, shown[k]).overall for k in range(len(pictures))]
     return found, _sheet(pictures, good)
+
+
+def _resolved(options: Options, is_sprint: bool) -> Options:
+    """Returns the options with the steps of the angles, and with a checkpoint's usual values."""
+    if options.num_steps is None:
+        options = dataclasses.replace(options, num_steps=count_of(options.angles))
+    return with_usual(options, is_sprint, GUIDANCE_SCALE)
 
 
 def _parse_all(
