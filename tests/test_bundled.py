@@ -1,6 +1,7 @@
-"""The bundled model, which this project trained: small, and it draws what it is told."""
+"""The bundled models, which this project trained: small, and they draw what they are told."""
 
 import json
+import math
 
 from sana_jax.checkpoints.find import bundled
 from sana_jax.checkpoints.load import open_checkpoint
@@ -28,3 +29,15 @@ def test_it_draws_what_it_is_told():
     print({key: found[key] for key in ("overall", "facts", "colour", "shape", "position")})
     assert found["colour"] > 0.95 and found["facts"] > 0.9 and found["shape"] > 0.85
     assert found["position"] > 0.9 and found["overall"] > 0.6 > 4 * found["control_shuffled"]
+
+
+def test_its_student_takes_a_few_steps_and_shares_the_other_networks():
+    folder = bundled()["shapes-sprint"]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 9 * 10**6
+    said = json.loads((folder / "model.json").read_text())
+    assert said["shared"]["folder"] == "../shapes" and "vae.safetensors" in said["shared"]["files"]
+    options = evaluation.Options(count=32, guidance_scale=2.0, angles=[math.pi / 2, 1.0, 0.0])
+    found, _ = evaluation.measure("shapes-sprint", options)
+    print({key: found[key] for key in ("overall", "facts", "colour", "shape", "position")})
+    assert found["colour"] > 0.95 and found["facts"] > 0.85 and found["overall"] > 0.5
