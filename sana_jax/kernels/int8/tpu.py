@@ -1,8 +1,6 @@
 """Products of int8 rows for TPU (Pallas Mosaic), with all that follows until the next int8 rows.
 
-A row's scale is known when all of the row is, so a kernel that gives int8 rows holds whole rows in
-VMEM, and rounds them there as reference.py does. A grid step takes a block of rows; the weights
-stay in VMEM.
+A grid step takes a block of whole rows, which rows.py rounds; the weights stay in VMEM.
 
     product        rows W + bias                                  (qkv, q, Mix-FFN's first product)
     add_product    x + gate (rows W + bias), and that as int8 rows, or its modulated norm as such
