@@ -15,6 +15,8 @@ from sana_jax.kernels.linear_attention import tpu as attention_on_tpu
 from sana_jax.kernels.modulated_norm import reference as norm
 from sana_jax.kernels.modulated_norm import tpu as norm_on_tpu
 from sana_jax.models.dit import Block, SanaConfig
+from sana_jax.models.layers import scan_for_sampling
+from sana_jax.sharding import make_mesh
 from tests import toy
 from tests.kernels.helpers import CHIPS, kernel_of, relative_error, spec, tpu_mesh
 
@@ -168,6 +170,62 @@ def test_what_has_no_kernels_is_left_to_the_plain_form():
     ):
         ffn = params["ffn"] | {"expand": params["ffn"]["expand"] | change}
         assert not asks(params | {"ffn": ffn}, x, 20)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The kernels' place is taken by a function that counts layers, and adds what a stack is off.
+
+    The list has, of every block that was traced, whether its weights know where they lie.
+    """
+    found = []
+
+    def forward(x, modulation, keys_values, mask, params, **_):
+        kernel = params["attention"]["qkv"]["kernel"]
+        found.append(kernel.stack is not None)
+        if kernel.stack is None:
+            return x
+        stack, i = kernel.stack
+        return x + 1 + jnp.abs(stack[i] - kernel.values).max().astype(x.dtype)
+
+    monkeypatch.setattr(api, "by_platform", kernel_of("tpu"))
+    monkeypatch.setattr(api.tpu, "forward", forward)
+    return found
+
+
+BLOCK = Block(CONFIG, implementation="pallas", **FIELDS)
+
+
+def test_layers_that_are_chosen_lie_where_they_say(seen):
+    stack, (x, text, *rest) = stack_of_blocks(depth=4), inputs()
+    layers, each = slice(1, 4, 2), jnp.stack([text, text])
+
+    def denoise(stack, x):
+        class Scanned:  # what scan_for_sampling asks of an nn.scan
+            variables = {"params": stack}
+            is_initializing = staticmethod(lambda: False)
+
+        method = "with_keys_values"
+        return scan_for_sampling(Scanned(), BLOCK, method, x, (each,), *rest, layers=layers)[0]
+
+    np.testing.assert_array_equal(jax.jit(denoise)(stack, 0 * x).astype(int), 2)
+    assert all(seen) and seen
+
+
+@pytest.mark.parametrize(
+    "axes, expected",
+    [
+        (dict(replica=2, fsdp=1), [True]),
+        (dict(replica=1, fsdp=2), [False]),  # a layer alone is gathered, not the stack of all
+        (dict(fsdp=1, tensor=2), []),
+        (dict(fsdp=1, sequence=2), []),
+    ],
+)
+def test_on_a_mesh(seen, axes, expected):
+    stack, args = stack_of_blocks(), inputs()
+    with jax.set_mesh(make_mesh(**axes, devices=toy.devices(2))):
+        jax.eval_shape(partial(run, BLOCK), stack, *args)
+    assert seen == expected
 
 
 def test_weights_of_all_published_widths_fit(monkeypatch):
