@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from sana_jax.kernels import dispatch
 from sana_jax.kernels.int8 import Quantised, beside_stack, multiply, reference, rows, tpu
 from sana_jax.kernels.int8_block import api, takes
 from sana_jax.kernels.linear_attention import tpu as attention_on_tpu
@@ -156,12 +157,15 @@ def test_gradients_are_those_of_the_plain_block():
         assert relative_error(found, expected) < 0.02 and np.any(found)
 
 
-def test_what_has_no_kernels_is_left_to_the_plain_form():
+def test_what_has_no_kernels_is_left_to_the_plain_form(monkeypatch):
+    said = []
+    monkeypatch.setattr(dispatch, "_say_once", said.append)
     params, (x, *_) = jax.tree.map(lambda x: x[0], stack_of_blocks()), inputs()
     asks = partial(takes, head_dim=32, implementation="pallas")
     assert asks(params, x, 20)
     assert not takes(params, x, 20, 32, "xla") and not takes(params, x, 20, 32, "auto")
     assert not asks(params, x.astype("float32"), 20) and not asks(params, x, 2000)
+    assert len(said) == 1 and "2000 text rows" in said[0]
     for change in (
         {"lora": {}},
         {"kernel": dataclasses.replace(params["ffn"]["expand"]["kernel"], rows="float")},

@@ -48,7 +48,8 @@ def takes(
         and cross_attention.supported(text_rows)
         and all(supported(*shape) for shape in _shapes(layers))
     )
-    reason = None if fits else f"{height} x {width} tokens of width {channels}"
+    sizes = f"{height} x {width} tokens of width {channels} and {text_rows} text rows"
+    reason = None if fits else sizes
     return use_kernel(implementation, "int8 block", x.dtype, tpu=reason, gpu="a GPU")
 
 
