@@ -260,7 +260,7 @@ class Block(nn.Module):
         def plain(params, *args):
             return alone.apply({"params": params}, *args, method="plain")[0]
 
-        x = constrain(x, "batch", "tokens", None, "residual")
+        x = checkpoint_name(constrain(x, "batch", "tokens", None, "residual"), "block_input")
         heads = dict(head_dim=config.head_dim, cross_heads=config.cross_heads)
         x = int8_block(plain, params, x, keys_values, modulation, mask, **heads)
         return constrain(x, "batch", "tokens", None, "residual"), None

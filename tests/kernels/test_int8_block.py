@@ -15,7 +15,7 @@ from sana_jax.kernels.int8_block import api, takes
 from sana_jax.kernels.linear_attention import tpu as attention_on_tpu
 from sana_jax.kernels.modulated_norm import reference as norm
 from sana_jax.kernels.modulated_norm import tpu as norm_on_tpu
-from sana_jax.models.dit import Block, SanaConfig
+from sana_jax.models.dit import REMAT, Block, SanaConfig
 from sana_jax.models.layers import scan_for_sampling
 from sana_jax.sharding import make_mesh
 from tests import toy
@@ -230,6 +230,17 @@ def test_on_a_mesh(seen, axes, expected):
     with jax.set_mesh(make_mesh(**axes, devices=toy.devices(2))):
         jax.eval_shape(partial(run, BLOCK), stack, *args)
     assert seen == expected
+
+
+def test_its_input_can_be_offloaded():
+    params, (x, *args) = jax.tree.map(lambda x: x[0], stack_of_blocks(depth=1)), inputs()
+
+    def loss(x):
+        y, _ = BLOCK.apply({"params": params}, x, *args, method="with_keys_values")
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    program = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=REMAT["offload"])))(x)
+    assert "<host>" in str(program)
 
 
 def test_weights_of_all_published_widths_fit(monkeypatch):
