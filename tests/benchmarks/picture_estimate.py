@@ -1,12 +1,15 @@
-"""Estimates the cost of a whole picture of Sana-Sprint on one TPU chip: text, loop and decoding.
+"""Estimates the cost of a whole picture on one TPU chip: text, loop and decoding.
 
     python -m tests.benchmarks.picture_estimate --chip=v6e --store=picture.jsonl
+    python -m tests.benchmarks.picture_estimate --model=sana_1600m_1024 --num_steps=20 \
+        --quantise=none --quantise=w8a8 --chip=v5e --store=picture.jsonl
 
-For each model and number of steps, the TPU compiler's cycles of each part at 1024 px in bfloat16,
-for one picture at a time, and the pictures a second that follow. Text is a short prompt with an
-instruction as long as the published one, which a pipeline reads once and not for each prompt: its
-share is too large rather than too small. What happens between the parts, on the host, is left out,
-and so is the decoder's first convolution, of a thousand pixels.
+For each model, number of steps and method of quantisation, the TPU compiler's cycles of each part
+at 1024 px, for one picture at a time, and the pictures a second that follow. All else is bfloat16,
+and so is the decoder, of which a method only stores the weights in int8. Text is a short prompt
+with an instruction as long as the published one, which a pipeline reads once and not for each
+prompt: its share is too large rather than too small. What happens between the parts, on the host,
+is left out, and so is the decoder's first convolution, of a thousand pixels.
 
 The decoder is compiled a stage at a time, and all in less than ten minutes of a core. With --store,
 what is known is kept, and a second run goes on: start another file when the code has changed. Needs
@@ -14,6 +17,7 @@ libtpu, for the kernels' schedules. The last line is JSON. Not a test: its figur
 sana_jax/kernels/README.md.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -30,17 +34,20 @@ from sana_jax.measure import memory, tpu_estimate
 from sana_jax.measure.inputs import PARTS, Settings
 from sana_jax.measure.ours import make_pipeline
 from sana_jax.models.dc_ae import Stage
+from sana_jax.models.dit import PRESETS
 from sana_jax.pipeline.pipeline import SanaPipeline
+from sana_jax.quantisation.table import METHODS
 from sana_jax.runtime import cli
 from sana_jax.sharding import make_mesh
 
-MODELS = {"0.6B": "sana_sprint_600m_1024", "1.6B": "sana_sprint_1600m_1024"}
+SPRINT = ["sana_sprint_600m_1024", "sana_sprint_1600m_1024"]
 SIZE, DTYPE = 1024, "bfloat16"
 # Flux-schnell of 12B, four steps at 1024 px, as MaxDiffusion publishes it for Trillium.
 PUBLISHED = 1.25  # pictures a second and v6e chip
 
 CHIP = flags.DEFINE_enum("chip", "v6e", list(tpu_estimate.CHIPS), "chip")
-MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "transformers")
+MODEL = flags.DEFINE_multi_enum("model", SPRINT, list(PRESETS), "presets")
+QUANTISE = flags.DEFINE_multi_enum("quantise", ["none"], ["none", *METHODS], "none: bfloat16")
 STEPS = flags.DEFINE_multi_integer("num_steps", [2, 4], "steps of the loop", 1, 100)
 BATCH = flags.DEFINE_integer("batch_size", 1, "pictures at a time", lower_bound=1)
 TOP = flags.DEFINE_integer("top", 8, "operations to list for each piece", lower_bound=0)
@@ -58,19 +65,19 @@ def main(argv: list[str]) -> None:
     mesh = make_mesh(devices=devices[:1])
     known = Store(Path(STORE.value) if STORE.value else None)
     rows = []
-    for model in MODEL.value:
-        for steps in STEPS.value:
-            parts = {part: 0 for part in ("text", "loop", "decode")}
-            for piece, program in pieces(mesh, model, steps).items():
-                parts[piece.split()[0]] += known.cycles(piece, program)
-            rows.append(dict(model=model, steps=steps, cycles=parts) | summary(parts))
-            shown = ", ".join(f"{part} {cycles / 1e6:.1f}" for part, cycles in parts.items())
-            print(
-                f"{CHIP.value}, {model}, {steps} steps: {rows[-1]['total'] / 1e6:.1f} M cycles"
-                f" ({shown}), {rows[-1]['pictures_per_second']:.2f} pictures a second; by the"
-                " compiler's estimate",
-                flush=True,
-            )
+    for model, steps, method in itertools.product(MODEL.value, STEPS.value, QUANTISE.value):
+        parts = {part: 0 for part in ("text", "loop", "decode")}
+        for piece, program in pieces(mesh, model, steps, method).items():
+            parts[piece.split()[0]] += known.cycles(piece, program)
+        found = dict(model=model, steps=steps, quantise=method, cycles=parts) | summary(parts)
+        rows.append(found)
+        shown = ", ".join(f"{part} {cycles / 1e6:.1f}" for part, cycles in parts.items())
+        print(
+            f"{CHIP.value}, {model}, {steps} steps, quantise={method}: {found['total'] / 1e6:.1f}"
+            f" M cycles ({shown}), {found['total'] / rows[0]['total']:.3f} of the first,"
+            f" {found['pictures_per_second']:.2f} pictures a second; by the compiler's estimate",
+            flush=True,
+        )
     print(json.dumps(dict(chip=CHIP.value, batch=BATCH.value, rows=rows)))
 
 
@@ -82,21 +89,21 @@ def summary(parts: dict[str, int]) -> dict[str, float]:
     return found | ({"to_published": rate / PUBLISHED} if CHIP.value == "v6e" else {})
 
 
-def pieces(mesh: Mesh, model: str, steps: int) -> dict[str, Callable[[], Program]]:
+def pieces(mesh: Mesh, model: str, steps: int, method: str) -> dict[str, Callable[[], Program]]:
     """Returns what to compile; a name says the part and whatever else the program depends on."""
 
     @cache
-    def pipeline():
-        settings = Settings(MODELS[model], "loop", BATCH.value, SIZE, DTYPE, steps)
+    def pipeline(quantise):
+        settings = Settings(model, "loop", BATCH.value, SIZE, DTYPE, steps, quantise=quantise)
         return settings, make_pipeline(settings, mesh)
 
     def part(name):
-        settings, pipe = pipeline()
+        settings, pipe = pipeline(None if method == "none" else method)
         params = memory.abstract_weights(PARTS[name], pipe, DTYPE)
         return pipe, *memory.program(pipe, name, params, settings)
 
     def decoder():
-        pipe = pipeline()[1]
+        pipe = pipeline(None)[1]
         return pipe, memory.abstract_weights("vae", pipe, DTYPE)["decoder"]
 
     def images(stage, channels):
@@ -123,8 +130,9 @@ def pieces(mesh: Mesh, model: str, steps: int) -> dict[str, Callable[[], Program
         return pipe, image_head, (x, *weights)
 
     stages = {f"decode stage {i}": lambda i=i: stage(i) for i in reversed(range(6))}
-    loop = {f"loop {model} {steps} steps": lambda: part("loop")}
-    return {"text": lambda: part("text")} | loop | stages | {"decode head": head}
+    text = {f"text {method}": lambda: part("text")}
+    loop = {f"loop {model} {steps} steps {method}": lambda: part("loop")}
+    return loop | text | stages | {"decode head": head}
 
 
 class Store:
