@@ -263,7 +263,7 @@ def test_buckets(photos, encoder, pipe, tmp_path):
         shape = (10, 8) if number in upright else (8, 10)
         assert record["latents"].shape[:2] == shape == tuple(source.shapes[i])
         pixels = BucketTransform(table)(photos[number], np.random.default_rng((5, number)))
-        ours = np.asarray(pipe.encode(pixels["image"][None]))[0]
+        ours = np.asarray(pipe.encode(to_float(pixels["image"][None])))[0]
         assert toy.relative_error(record["latents"], ours) < 1e-6
     order = bucket_order(source, table, 3)
     loader = TrainingLoader(source, StoredLatents(), batch_size=3, order=order)

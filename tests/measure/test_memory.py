@@ -25,6 +25,7 @@ def test_the_account_adds_up():
     assert working["decode"] > 4 * 64 * 64 * 3  # the picture, in float32
 
 
+@pytest.mark.slow
 def test_int8_is_counted_as_it_is_stored():
     settings = Settings("tiny", "memory", 1, 64, "bfloat16", 2, quantise="w8a8")
     found, checkpoint = memory.analyse(settings), inputs.checkpoint(settings)

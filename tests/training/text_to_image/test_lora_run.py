@@ -169,6 +169,7 @@ def test_another_base_is_not_gone_on_with(unbroken, config, tmp_path):
         TextToImageTraining(load(config, **given), str(tmp_path / "run")).run()
 
 
+@pytest.mark.slow  # tests/lora/test_adapter.py has its gradients
 def test_it_trains_beside_int8_weights(config, tmp_path):
     base, made = tmp_path / "int8", quantise(native.open_folder(config.parent / "base"), "w8a8")
     base.mkdir()
