@@ -21,6 +21,11 @@ def vmem_bytes() -> int:
     return capacity * 100 // 128
 
 
+def whole_lanes(size: int) -> int:
+    """Returns the elements that an array's last axis of `size` takes in memory."""
+    return -(-size // LANES) * LANES
+
+
 def compiler_params(semantics, blocks, scratch_bytes: int = 0) -> pltpu.CompilerParams:
     """Returns a kernel's compiler parameters: the semantics of its grid, and its limit of VMEM.
 
@@ -35,7 +40,7 @@ def compiler_params(semantics, blocks, scratch_bytes: int = 0) -> pltpu.Compiler
         sizes = [getattr(size, "block_size", size) for size in spec.block_shape]
         *rest, rows, lanes = sizes
         tile = 8 * 4 // jnp.dtype(array.dtype).itemsize  # rows of 32 bits in the sublanes
-        padded = (-(-rows // tile) * tile) * (-(-lanes // LANES) * LANES)
+        padded = (-(-rows // tile) * tile) * whole_lanes(lanes)
         needed += 2 * math.prod(rest) * padded * jnp.dtype(array.dtype).itemsize
     limit = min(max(needed, 32 * MIB), vmem_bytes())
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)

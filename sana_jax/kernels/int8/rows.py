@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from sana_jax.kernels.int8 import reference
-from sana_jax.kernels.mosaic import LANES
+from sana_jax.kernels.mosaic import whole_lanes
 
 
 class Rows(NamedTuple):
@@ -50,5 +50,5 @@ def then_quantised(body: Callable) -> Callable:
 
 def bytes_of(arrays: Iterable[jax.ShapeDtypeStruct | Array]) -> int:
     """Returns the bytes of arrays in HBM, where the last axis fills whole lanes."""
-    padded = ((x.size // x.shape[-1] * -(-x.shape[-1] // LANES) * LANES, x) for x in arrays)
+    padded = ((x.size // x.shape[-1] * whole_lanes(x.shape[-1]), x) for x in arrays)
     return sum(n * x.dtype.itemsize for n, x in padded)

@@ -23,7 +23,7 @@ from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.int8.rows import Rows, bytes_of, quantised, row_shapes
 from sana_jax.kernels.int8.weights import Quantised
 from sana_jax.kernels.modulated_norm.reference import modulated_norm
-from sana_jax.kernels.mosaic import LANES, MIB, compiler_params, vmem_bytes
+from sana_jax.kernels.mosaic import LANES, MIB, compiler_params, vmem_bytes, whole_lanes
 
 ROWS = TPU["int8"]  # of a grid step
 
@@ -33,7 +33,7 @@ def supported(inputs: int, outputs: int) -> bool:
 
     Rows in bfloat16 and their results have two buffers; the sums are there in int32 and float32.
     """
-    rows = ROWS * (4 * _padded(inputs) + 12 * _padded(outputs))
+    rows = ROWS * (4 * whole_lanes(inputs) + 12 * whole_lanes(outputs))
     return inputs * outputs + rows + 8 * MIB < vmem_bytes()
 
 
@@ -100,11 +100,7 @@ def _lies_transposed(kernel: Quantised) -> bool:
     It chooses the axis that pads less; the kernel takes weights as they lie, without a copy.
     """
     inputs, outputs = kernel.shape
-    return _padded(inputs) * outputs < _padded(outputs) * inputs
-
-
-def _padded(size: int) -> int:
-    return -(-size // LANES) * LANES
+    return whole_lanes(inputs) * outputs < whole_lanes(outputs) * inputs
 
 
 class _Weights(NamedTuple):
@@ -120,7 +116,7 @@ def _weights(kernel: Quantised, bias, transposed, columns=None) -> _Weights:
     stack, layer = kernel.stack or (kernel.values[None], jnp.int32(0))
     inputs, outputs = kernel.shape
     start, stop = columns or (0, outputs)
-    size = _padded(stop - start) if columns else outputs
+    size = whole_lanes(stop - start) if columns else outputs
     beyond = max(0, start + size - outputs)
     block, starts = (pl.Element(inputs), pl.Element(size, (0, beyond))), (0, start)
     if transposed:
@@ -159,7 +155,7 @@ def _call(body, tokens, weights: _Weights, vectors, results, name):
     moving = zip((*in_specs[: len(tokens)], *out_specs), (*tokens, *results), strict=True)
     outputs = weights.vectors[0].shape[1]
     size = channels * outputs
-    scratch = size + 2 * rows * _padded(outputs) * 4  # weights, int32 sums, and in float32
+    scratch = size + 2 * rows * whole_lanes(outputs) * 4  # weights, int32 sums, and in float32
     return pl.pallas_call(
         body,
         out_shape=list(results),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
 from sana_jax.kernels.int8.rows import Rows, bytes_of, row_shapes, then_quantised
-from sana_jax.kernels.mosaic import LANES, compiler_params
+from sana_jax.kernels.mosaic import LANES, compiler_params, whole_lanes
 
 TOKENS = TPU["linear_attention"]  # of a grid step in bfloat16; half as many in float32
 
@@ -107,12 +107,12 @@ def _call(kernel, qkv, head_dim, others=(), *, ins, out, name):
     specs = {
         "qkv": token_block(3 * channels),
         "rows": token_block(channels),
-        "q": token_block(min(-(-channels // LANES) * LANES, 3 * channels)),
+        "q": token_block(min(whole_lanes(channels), 3 * channels)),
         "kv": pl.BlockSpec(
             (
                 pl.Element(1),
                 pl.Element(rows, (0, -tokens % rows)),
-                pl.Element(-(-kv_width // LANES) * LANES, (0, -kv_width % LANES)),
+                pl.Element(whole_lanes(kv_width), (0, -kv_width % LANES)),
             ),
             lambda b, i: (b, i * rows, key_start),
         ),

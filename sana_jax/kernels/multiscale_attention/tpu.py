@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import LANES, vmem_bytes
+from sana_jax.kernels.mosaic import LANES, MIB, vmem_bytes
 from sana_jax.kernels.multiscale_attention.reference import Scale
 
 BORDER = 8  # columns, a sublane tile
@@ -35,7 +35,7 @@ def supported(
         return False
     pixels = height * width * LANES * 2  # bytes of a group of heads in bfloat16
     padded = 3 * (height + 2 * _radius(sizes)) * (width + 2 * BORDER) * LANES * 4
-    return (2 * 3 + 3 + 1 + len(sizes)) * pixels + padded + 8 * 2**20 < vmem_bytes()
+    return (2 * 3 + 3 + 1 + len(sizes)) * pixels + padded + 8 * MIB < vmem_bytes()
 
 
 def _radius(sizes):
