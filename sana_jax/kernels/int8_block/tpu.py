@@ -26,7 +26,10 @@ from sana_jax.kernels.glumbconv import tpu as glumbconv
 from sana_jax.kernels.glumbconv.api import by_halves
 from sana_jax.kernels.int8.tpu import add_product, product
 from sana_jax.kernels.linear_attention import tpu as linear_attention
+from sana_jax.kernels.linear_attention.reference import EPSILON
 from sana_jax.kernels.modulated_norm import tpu as modulated_norm
+
+MIDDLE = "expand_bias", "depthwise_kernel", "depthwise_bias"  # of Mix-FFN
 
 
 def forward(
@@ -38,7 +41,6 @@ def forward(
     *,
     head_dim: int,
     cross_heads: int,
-    epsilon: float = 1e-15,
 ) -> Float[Array, "B H W C"]:
     """Returns x after a block; `modulation` has the block's own table in it."""
     _, height, width, _ = x.shape
@@ -53,7 +55,7 @@ def forward(
         q, k = (_rms_norm(t, attention[n]) for t, n in ((q, "q_norm"), (k, "k_norm")))
         qkv = jnp.concatenate([q, k, v], axis=-1)
     state = linear_attention.state(qkv, head_dim)
-    rows = linear_attention.apply_rows(qkv, state, head_dim, epsilon)
+    rows = linear_attention.apply_rows(qkv, state, head_dim, EPSILON)
     x, rows = add_product(x, rows, *_weights(attention["out"]), gate1, "rows")
 
     q = product(rows, *_weights(to_text["q"]), x.dtype)
@@ -71,9 +73,6 @@ def forward(
     found = rearrange(glumbconv.forward(*images, *by_halves(*middle)), "b h w c -> b (h w) c")
     x, _ = add_product(x, found, ffn["contract"]["kernel"], None, gate2)
     return rearrange(x, "b (h w) c -> b h w c", h=height, w=width)
-
-
-MIDDLE = "expand_bias", "depthwise_kernel", "depthwise_bias"
 
 
 def _weights(layer):

@@ -14,7 +14,7 @@ from sana_jax.kernels.linear_attention import gpu, reference, tpu
 def linear_attention(
     qkv: Float[Array, "B N C3"],
     head_dim: int,
-    epsilon: float = 1e-15,
+    epsilon: float = reference.EPSILON,
     implementation: str = "auto",
 ) -> Float[Array, "B N C"]:
     """Attends every token to every other, as reference.py specifies it.

@@ -15,17 +15,19 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.mixed_einsum import einsum_float32
 
+EPSILON = 1e-15  # diffusers'
+
 
 def linear_attention(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
-    epsilon: float = 1e-15,
+    epsilon: float = EPSILON,
     axis_name: str | None = None,
 ) -> Float[Array, "B N H D"]:
     """Attends every token to every other; sums and division in float32, result in v's dtype.
 
-    `epsilon` is that of diffusers. A row whose q is zero everywhere gives zero, not NaN.
+    A row whose q is zero everywhere gives zero, not NaN.
     `axis_name` is the mesh axis that splits the tokens, under shard_map.
     """
     q, k = jax.nn.relu(q), jax.nn.relu(k)

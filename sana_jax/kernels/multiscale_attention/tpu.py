@@ -19,11 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.block_sizes import TPU
+from sana_jax.kernels.linear_attention.reference import EPSILON
 from sana_jax.kernels.mosaic import LANES, MIB, vmem_bytes
 from sana_jax.kernels.multiscale_attention.reference import Scale
 
 BORDER = 8  # columns, a sublane tile
-EPSILON = 1e-15
 TOKENS, PIXELS = TPU["multiscale_attention"], TPU["multiscale_convolve"]
 
 
