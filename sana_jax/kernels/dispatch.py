@@ -82,6 +82,24 @@ def by_platform(*args: jax.Array, plain: Callable, **kernels: Callable):
     return jax.lax.platform_dependent(*args, default=plain, **kernels)
 
 
+def plain_gradient(plain: Callable) -> Callable:
+    """Returns a decorator: a function's gradient is that of `plain`, computed from the start."""
+
+    def decorate(function: Callable) -> Callable:
+        differentiable = jax.custom_vjp(function)
+
+        def forward(*args):
+            return differentiable(*args), args
+
+        def backward(args, cotangent):
+            return jax.vjp(plain, *args)[1](cotangent)
+
+        differentiable.defvjp(forward, backward)
+        return differentiable
+
+    return decorate
+
+
 def _mesh_to_split():
     """Returns the mesh that is set; None without one, or if this is inside a shard_map already."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,10 +1,9 @@
 """The end of the autoencoder's decoder: the plain form or a kernel."""
 
-import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_image_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, plain_gradient, use_image_kernel
 from sana_jax.kernels.image_head import reference, tpu
 
 
@@ -16,7 +15,7 @@ def uses_kernel(
     return use_image_kernel(implementation, "image head", shape, dtype, fits)
 
 
-@jax.custom_vjp
+@plain_gradient(reference.image_head)
 def image_head(
     x: Float[Array, "B H W C"],
     scale: Float[Array, " C"],
@@ -30,14 +29,3 @@ def image_head(
         return by_platform(*args, tpu=tpu.forward, plain=reference.image_head)
 
     return over_mesh(run, (), (x,), (scale, shift, kernel, bias))
-
-
-def _forward(*args):
-    return image_head(*args), args
-
-
-def _backward(args, cotangent):
-    return jax.vjp(reference.image_head, *args)[1](cotangent)
-
-
-image_head.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.cross_attention import tpu as cross_attention
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, plain_gradient, use_kernel
 from sana_jax.kernels.glumbconv import tpu as glumbconv
 from sana_jax.kernels.int8 import Quantised, is_quantised
 from sana_jax.kernels.int8.tpu import supported
@@ -81,34 +81,22 @@ def int8_block(
 
     Gradients are those of `plain`, which computes them from the start.
     """
-    options = dict(head_dim=head_dim, cross_heads=cross_heads)
-    return _block(plain, tuple(options.items()), params, x, keys_values, modulation, mask)
+    forward = partial(tpu.forward, head_dim=head_dim, cross_heads=cross_heads)
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _block(plain, options, params, x, keys_values, modulation, mask):
     def on_tpu(params, x, keys_values, modulation, mask):
         table = params["modulation_table"].astype(jnp.float32)[None] + modulation
         table = jnp.broadcast_to(table, (x.shape[0], *table.shape[1:]))
-        fn = partial(tpu.forward, **dict(options))
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty and mesh.shape["fsdp"] > 1:  # else every layer gathers all layers
             params = jax.tree.map(_alone, params, is_leaf=is_quantised)
-        return over_mesh(fn, (x,), (table, keys_values, mask), (params,))
+        return over_mesh(forward, (x,), (table, keys_values, mask), (params,))
 
-    return by_platform(params, x, keys_values, modulation, mask, plain=plain, tpu=on_tpu)
+    @plain_gradient(plain)
+    def run(*args):
+        return by_platform(*args, plain=plain, tpu=on_tpu)
+
+    return run(params, x, keys_values, modulation, mask)
 
 
 def _alone(x):
     return dataclasses.replace(x, stack=None) if is_quantised(x) else x
-
-
-def _forward(plain, options, *args):
-    return _block(plain, options, *args), args
-
-
-def _backward(plain, options, args, cotangent):
-    return jax.vjp(plain, *args)[1](cotangent)
-
-
-_block.defvjp(_forward, _backward)

@@ -2,10 +2,9 @@
 
 from functools import partial
 
-import jax
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_image_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, plain_gradient, use_image_kernel
 from sana_jax.kernels.multiscale_attention import reference, tpu
 from sana_jax.kernels.multiscale_attention.reference import Scale
 
@@ -25,34 +24,11 @@ def multiscale_attention(
     about = "multi-scale attention", qkv.shape, qkv.dtype
     if not use_image_kernel(implementation, *about, fits):
         return reference.multiscale_attention(qkv, scales, head_dim)
-    weights = tuple(jax.tree.leaves(scales))
-    return over_mesh(lambda qkv, *weights: _kernel(head_dim, qkv, *weights), (), (qkv,), weights)
+    plain = partial(reference.multiscale_attention, head_dim=head_dim)
 
+    @plain_gradient(plain)
+    def run(qkv, scales):
+        on_tpu = partial(tpu.forward, head_dim=head_dim)
+        return by_platform(qkv, scales, tpu=on_tpu, plain=plain)
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernel(head_dim, qkv, *weights):
-    """Computes it by the kernel on a TPU; the gradient is the plain form's."""
-
-    def on_tpu(qkv, *weights):
-        return tpu.forward(qkv, _pairs(weights), head_dim)
-
-    return by_platform(qkv, *weights, tpu=on_tpu, plain=partial(_plain, head_dim))
-
-
-def _pairs(weights):
-    return tuple(zip(weights[::2], weights[1::2], strict=True))
-
-
-def _plain(head_dim, qkv, *weights):
-    return reference.multiscale_attention(qkv, _pairs(weights), head_dim)
-
-
-def _forward(head_dim, *args):
-    return _kernel(head_dim, *args), args
-
-
-def _backward(head_dim, args, cotangent):
-    return jax.vjp(partial(_plain, head_dim), *args)[1](cotangent)
-
-
-_kernel.defvjp(_forward, _backward)
+    return over_mesh(run, (), (qkv,), (scales,))

@@ -1,10 +1,9 @@
 """A residual block of the autoencoder: the plain form or a kernel."""
 
-import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_image_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, plain_gradient, use_image_kernel
 from sana_jax.kernels.res_block import reference, tpu
 
 
@@ -14,7 +13,7 @@ def uses_kernel(shape: tuple[int, ...], dtype: DTypeLike, implementation: str) -
     return use_image_kernel(implementation, "residual block", shape, dtype, fits)
 
 
-@jax.custom_vjp
+@plain_gradient(reference.res_block)
 def res_block(
     x: Float[Array, "B H W C"],
     kernel1: Float[Array, "3 3 C C"],
@@ -29,14 +28,3 @@ def res_block(
         return by_platform(*args, tpu=tpu.forward, plain=reference.res_block)
 
     return over_mesh(block, (), (x,), (kernel1, bias1, kernel2, scale, bias))
-
-
-def _forward(*args):
-    return res_block(*args), args
-
-
-def _backward(args, cotangent):
-    return jax.vjp(reference.res_block, *args)[1](cotangent)
-
-
-res_block.defvjp(_forward, _backward)

@@ -1,10 +1,9 @@
 """The decoder's change of resolution: the plain form or a kernel."""
 
-import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dispatch import by_platform, over_mesh, use_image_kernel
+from sana_jax.kernels.dispatch import by_platform, over_mesh, plain_gradient, use_image_kernel
 from sana_jax.kernels.upsample import reference, tpu
 
 
@@ -16,7 +15,7 @@ def uses_kernel(
     return use_image_kernel(implementation, "upsampling", shape, dtype, fits)
 
 
-@jax.custom_vjp
+@plain_gradient(reference.upsample)
 def upsample(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, " D"]
 ) -> Float[Array, "B 2*H 2*W D"]:
@@ -26,14 +25,3 @@ def upsample(
         return by_platform(*args, tpu=tpu.forward, plain=reference.upsample)
 
     return over_mesh(run, (), (x,), (kernel, bias))
-
-
-def _forward(*args):
-    return upsample(*args), args
-
-
-def _backward(args, cotangent):
-    return jax.vjp(reference.upsample, *args)[1](cotangent)
-
-
-upsample.defvjp(_forward, _backward)
