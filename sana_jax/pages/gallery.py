@@ -11,7 +11,7 @@ from sana_jax.batch.manifest import Line, Manifest
 from sana_jax.pages import embed
 from sana_jax.pages.page import as_json, for_script, render
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, absolute, is_local, reason_of
+from sana_jax.runtime.files import UNREACHABLE, absolute, is_local, reason_of, require_folder
 
 HASHES = "file", "sha256", "key"  # fields of a line that nobody filters by
 
@@ -20,9 +20,7 @@ def read(folder: str) -> tuple[list[Line], int]:
     """Returns the lines of a folder's pictures, and how many others there are. Raises UserError."""
     path = absolute(folder)
     try:
-        if not path.is_dir():
-            what = "is no folder" if path.exists() else "there is no such folder"
-            raise UserError(f"{folder}: {what}; name one that `sample` wrote")
+        require_folder(path, folder, "name one that `sample` wrote")
         if not (path / "manifest.jsonl").exists():
             hint = "a run of a training is shown by python -m sana_jax.report"
             raise UserError(f"{folder} has no manifest.jsonl, which `sample` writes; {hint}")

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from sana_jax.runtime.errors import UserError
-from sana_jax.runtime.files import UNREACHABLE, absolute, parse_json, reason_of
+from sana_jax.runtime.files import UNREACHABLE, absolute, parse_json, reason_of, require_folder
 from sana_jax.training.checkpoints.document import keys, sha256
 from sana_jax.training.rows import Row, is_finite, read_rows
 
@@ -105,9 +105,7 @@ def find(folders: list[str]) -> list[Run]:
         folder = absolute(given)
         label = given if labels.count(label) > 1 else label
         try:
-            if not folder.is_dir():
-                what = "is no folder" if folder.exists() else "there is no such folder"
-                raise UserError(f"{given}: {what}; name that of a run")
+            require_folder(folder, given, "name that of a run")
             below = list(_runs_below(folder, DEPTH))
         except UNREACHABLE as error:
             raise UserError(f"{given}: {reason_of(error)}") from None

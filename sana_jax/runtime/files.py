@@ -111,6 +111,13 @@ def check_is_folder(path: str | os.PathLike) -> None:
         raise UserError(f"{path} is {what}, where a folder is needed; move it away")
 
 
+def require_folder(path: epath.Path, name: str, advice: str) -> None:
+    """Raises UserError unless a folder is there; it is called `name`. Raises OSError."""
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "there is no such folder"
+        raise UserError(f"{name}: {what}; {advice}")
+
+
 def check_readable(path: os.PathLike) -> None:
     """Raises Retry if a file that existed before cannot be read: its storage is away."""
     try:
