@@ -26,6 +26,7 @@ bfloat16's size on disk and in memory. `w8` multiplies them with rows in float; 
 rows of the transformer's large products too, so that they are products of integers. Which layers
 that concerns: quantisation/README.md. --quantise_layer changes it by whole names, first come first:
 --quantise_layer='dit/blocks/ffn/.*=none' --quantise_layer='text_encoder/layers/.*=w8a8'.
+--smooth=PROMPTS lessens what rows in int8 cost; --calibrate=PROMPTS gives rows fixed scales.
 """
 
 import dataclasses
@@ -125,6 +126,12 @@ _CALIBRATE = flags.DEFINE_string(
     None,
     "for --quantise=w8a8: a .txt or .jsonl file of prompts, as of sample, which --source draws:"
     " the rows of a layer then have one scale, by the largest number that was seen",
+)
+_SMOOTH = flags.DEFINE_string(
+    "smooth",
+    None,
+    "for --quantise=w8a8: a file of prompts, as of --calibrate: large numbers in the rows of"
+    " Mix-FFN's second product become smaller, and its weights larger, before both are rounded",
 )
 _SHARD = flags.DEFINE_integer(
     "max_shard_mb", 5000, "largest size of a weight file, MB", lower_bound=1
@@ -287,8 +294,9 @@ def quantise_rules() -> list[tuple[str, str]]:
     """Returns the rules of --quantise_layer. Raises UserError for flags that do not fit."""
     if _LAYERS.value and _QUANTISE.value is None:
         raise UserError("--quantise_layer is for --quantise, which is not given")
-    if _CALIBRATE.value is not None and _QUANTISE.value != "w8a8":
-        raise UserError("--calibrate is for --quantise=w8a8, which is not given")
+    for flag in (_CALIBRATE, _SMOOTH):
+        if flag.value is not None and _QUANTISE.value != "w8a8":
+            raise UserError(f"--{flag.name} is for --quantise=w8a8, which is not given")
     if _QUANTISE.value is not None and _FORMAT.value != "native":
         raise UserError(
             f"--quantise writes the native layout; --format={_FORMAT.value} has no int8"
@@ -302,27 +310,38 @@ def quantise_rules() -> list[tuple[str, str]]:
     return rules
 
 
-def quantised(checkpoint, rules):
-    """Returns the checkpoint as --quantise and --calibrate say. Raises UserError."""
-    from sana_jax.checkpoints.quantised import quantise
-
-    made = quantise(checkpoint, _QUANTISE.value, rules)
-    if _CALIBRATE.value is None:
-        return made
+def read_calls(flag):
+    """Returns the arguments of a pipeline's calls for a file of prompts. Raises UserError."""
     from sana_jax.batch.tasks import make_tasks, read_rows
-    from sana_jax.pipeline.calibrate import row_ranges
     from sana_jax.pipeline.request import GUIDANCE_SCALE
 
-    if made.dit is None or not (layers := [n for n, kind in made.dit.quantised if kind == "w8a8"]):
-        raise UserError("--calibrate: no layer of a transformer is w8a8")
-    common = {"guidance_scale": GUIDANCE_SCALE}
-    tasks = make_tasks(read_rows(_CALIBRATE.value), common, 0, 1)
+    tasks = make_tasks(read_rows(flag.value), {"guidance_scale": GUIDANCE_SCALE}, 0, 1)
     if with_image := [task for task in tasks if task.image]:
-        raise UserError(f"--calibrate: {with_image[0].place_of('image')} is for noise alone")
+        raise UserError(f"--{flag.name}: {with_image[0].place_of('image')} is for noise alone")
     names = ("prompt", "seed", "negative_prompt", "height", "width", "num_steps", "guidance_scale")
-    calls = [{name: getattr(task, name) for name in names} for task in tasks]
-    made = quantise(checkpoint, _QUANTISE.value, rules, row_ranges(checkpoint, layers, calls))
-    made.provenance["quantised"]["calibration"] = {"prompts": len(calls)}
+    return [{name: getattr(task, name) for name in names} for task in tasks]
+
+
+def quantised(checkpoint, rules):
+    """Returns the checkpoint as --quantise, --smooth and --calibrate say. Raises UserError."""
+    from sana_jax.checkpoints.quantised import quantise
+    from sana_jax.checkpoints.smoothed import smooth
+    from sana_jax.pipeline.calibrate import row_ranges
+
+    made = quantise(checkpoint, _QUANTISE.value, rules)
+    layers = [n for n, kind in made.dit.quantised if kind == "w8a8"] if made.dit else []
+    asked = {"smoothing": _SMOOTH, "calibration": _CALIBRATE}
+    calls = {key: read_calls(flag) for key, flag in asked.items() if flag.value is not None}
+    for key in calls:
+        if not layers:
+            raise UserError(f"--{asked[key].name}: no layer of a transformer is w8a8")
+    if "smoothing" in calls:
+        checkpoint = smooth(checkpoint, row_ranges(checkpoint, layers, calls["smoothing"]))
+    ranges = None
+    if "calibration" in calls:
+        ranges = row_ranges(checkpoint, layers, calls["calibration"])
+    made = quantise(checkpoint, _QUANTISE.value, rules, ranges)
+    made.provenance["quantised"] |= {key: {"prompts": len(x)} for key, x in calls.items()}
     return made
 
 

@@ -63,6 +63,7 @@ def test_converting_again_keeps_it_and_mistakes_are_named(shared):
         ((plain, "--out=i", "--quantise=w8", "--quantise_layer=vae/.*=w8a8"), ("give w8",)),
         ((plain, "--out=k", "--quantise=w8", "--calibrate=p.txt"), ("--quantise=w8a8",)),
         ((plain, "--out=l", "--quantise=w8a8", "--calibrate=p.txt"), ("p.txt",)),
+        ((plain, "--out=n", "--quantise=w8", "--smooth=p.txt"), ("--smooth", "--quantise=w8a8")),
         ((plain, "--out=j", "--quantise=w8", "--quantise_layer=(=w8"), ("'('",)),
     ]
     given = answers("sana_jax.convert", mistakes, [], shared, environment(shared))
@@ -82,14 +83,16 @@ def test_converting_again_keeps_it_and_mistakes_are_named(shared):
 
 
 @pytest.mark.slow
-def test_prompts_calibrate(shared):
+def test_prompts_calibrate_and_smooth(shared):
     (shared / "prompts.jsonl").write_text('{"prompt": "red circle", "num_steps": 2}\n')
-    flags = ["--source=float32", "--out=static", "--quantise=w8a8", "--calibrate=prompts.jsonl"]
+    flags = ["--source=float32", "--out=static", "--quantise=w8a8"]
+    flags += ["--smooth=prompts.jsonl", "--calibrate=prompts.jsonl"]
     ((status, _, told),) = several("sana_jax.convert", [flags], shared, environment(shared))
     assert status == 0, told
     made = native.open_folder(shared / "static")
     assert {kind for _, kind in made.dit.quantised} == {"w8a8_static"}
-    assert made.provenance["quantised"]["calibration"] == {"prompts": 1}
+    told = made.provenance["quantised"]
+    assert told["calibration"] == told["smoothing"] == {"prompts": 1}
 
 
 @pytest.mark.slow

@@ -12,9 +12,10 @@ from sana_jax.checkpoints.components import Checkpoint
 from sana_jax.checkpoints.find import file_sha256, find_lora
 from sana_jax.checkpoints.mapping import cast
 from sana_jax.checkpoints.peft import read_adapter
+from sana_jax.checkpoints.smoothed import check_sites, is_smoothed
 from sana_jax.checkpoints.tensors import LazyArray
 from sana_jax.kernels.int8 import Quantised
-from sana_jax.lora.adapter import attach, by_network, merge
+from sana_jax.lora.adapter import attach, by_network, merge, names_of
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 
@@ -40,6 +41,8 @@ def open_lora(name: str, weight: float, checkpoint: Checkpoint) -> Lora:
     weight = checks.number(f"the weight of {name}", weight, -MAX_WEIGHT, MAX_WEIGHT)
     file = find_lora(name)
     adapter = read_adapter(file, checkpoint.dit, checkpoint.text_encoder)
+    if is_smoothed(checkpoint):
+        check_sites(name, names_of(adapter))
     return Lora(str(name), weight, file_sha256(file), adapter)
 
 

@@ -61,6 +61,11 @@ def by_network(adapter: PyTree) -> dict[str, PyTree]:
     return {network: part for network, part in parts.items() if part}
 
 
+def names_of(adapter: PyTree) -> list[str]:
+    """Returns the sites that an adapter changes."""
+    return [name for name, _ in _sites_of(adapter)]
+
+
 def axes_of_halves(axes: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
     """Returns the names of the axes of "a" and "b" beside a matrix with these; ranks stay whole."""
     return {"a": (*axes[:-1], None), "b": (*axes[:-2], None, axes[-1])}

@@ -26,7 +26,9 @@ from sana_jax.checkpoints.components import (
 )
 from sana_jax.checkpoints.find import checkpoint_hash, find
 from sana_jax.checkpoints.load import open_checkpoint
+from sana_jax.checkpoints.smoothed import check_sites, is_smoothed
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
+from sana_jax.lora.adapter import chosen, with_text_encoder
 from sana_jax.lora.config import LoraConfig
 from sana_jax.models.dit import REMAT, SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
@@ -126,12 +128,20 @@ def open_base(
         )
     base.dit = read_network(SanaConfig, config, "network")
     if read_lora(config).rank:
-        base.params["dit"] = _weights_of_start(config, open_named("start", config.start))
+        base.params["dit"] = _below_lora(config, base, open_named("start", config.start))
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
     base.unconditional_mask = "prompt" if config.recipe.keep_mask else "negative"
     check_fit(base)
     return base, prints
+
+
+def _below_lora(config: ConfigDict, base: Checkpoint, start: Checkpoint) -> Any:
+    """Returns the transformer's weights; what it trains must fit other checkpoints' rows too."""
+    if is_smoothed(start):
+        both = with_text_encoder(*map(abstract_params, (base.dit, base.text_encoder)))
+        check_sites("config.lora.targets", chosen(both, read_lora(config).targets))
+    return _weights_of_start(config, start)
 
 
 def open_start(config: ConfigDict, opener: Opener | None = None) -> Any:

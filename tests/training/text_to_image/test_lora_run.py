@@ -194,3 +194,8 @@ def test_it_trains_beside_int8_weights(config, tmp_path):
         open_workdir(tmp_path / "run")
     with pytest.raises(UserError, match="config.network.quantised: int8 weights do not train"):
         TextToImageTraining(load(config, **{**changes(config, **int8), "lora__rank": 0}), "unused")
+    made.provenance["quantised"]["smoothing"] = {"prompts": 1}
+    native.save(made, smoothed := tmp_path / "smoothed")
+    int8 = int8 | dict(start=str(smoothed), lora__targets=("blocks/ffn/.*",))
+    with pytest.raises(UserError, match="lora.targets: the rows of blocks/ffn/contract are smoo"):
+        TextToImageTraining(load(config, **changes(config, **int8)), "unused")
