@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -13,7 +14,13 @@ from sana_jax.kernels.glumbconv import gpu
 from sana_jax.kernels.linear_attention import api as linear_attention
 from sana_jax.sharding import make_mesh
 from tests import toy
-from tests.kernels.helpers import kernel_of
+from tests.kernels.helpers import kernel_of, rng
+
+
+@pytest.fixture(autouse=True)
+def numbers():
+    """Gives every test the same random numbers, whichever tests ran before it."""
+    rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture
