@@ -351,13 +351,14 @@ class SanaTransformer(nn.Module):
         self,
         latents: Float[Array, "B h w c"],
         timestep: Float[Array, " #B"],
-        keys_values: Float[Array, "depth B L C2"] | dict[str, tuple[Array, Array]],
+        keys_values: Float[Array, "depth B L C2"] | dict[str, Array | tuple[Array, Array]],
         mask: Bool[Array, "B L"],
         guidance: Float[Array, " #B"] | None = None,
     ) -> Float[Array, "B h w c"]:
         """Computes `__call__` from `keys_values(caption)` in place of the caption.
 
-        If the blocks' weights were taken apart (layers.unstack), `keys_values` has a pair a layer.
+        If the blocks' weights were taken apart (layers.unstack), `keys_values` are too, a layer's
+        in one array or as a pair.
         """
 
         def blocks(x, modulation):

@@ -91,22 +91,26 @@ def sample_slowly(
 def _prepare(module, params, captions, masks):
     """Returns the network's weights, its keys and values, and masks, as its steps read them best.
 
-    On a GPU that means visible rows first, for cuDNN, and each layer's arrays by themselves: from a
-    stack, every step would copy them. One copy a call remains.
+    On accelerators that means each layer's arrays by themselves: from a stack, every step would
+    copy them. One copy a call remains. A TPU's kernels read int8 weights where they lie in the
+    stack. For cuDNN, on a GPU, visible rows come first, and keys and values are a pair.
     """
-    on_gpu = platform() == "gpu"
-    if on_gpu:
+    on = platform()
+    if on == "gpu":
         captions, masks = visible_first(captions, masks)
     keys_values = keys_values_of(module, params, captions)
-    if on_gpu and module.config.depth <= MOST_UNROLLED_LAYERS:
-        params, keys_values = _by_layer(params, keys_values)
+    copied = on == "gpu" or (on == "tpu" and not module.config.quantised)
+    if copied and module.config.depth <= MOST_UNROLLED_LAYERS:
+        params, keys_values = _by_layer(params, keys_values, pairs=on == "gpu")
     return params, keys_values, masks
 
 
-@jax.jit
-def _by_layer(params, keys_values):
-    pairs = {name: tuple(jnp.split(kv, 2, -1)) for name, kv in unstack(keys_values).items()}
-    return {**params, "blocks": unstack(params["blocks"])}, pairs
+@partial(jax.jit, static_argnames="pairs")
+def _by_layer(params, keys_values, pairs):
+    layers = unstack(keys_values)
+    if pairs:
+        layers = {name: tuple(jnp.split(kv, 2, -1)) for name, kv in layers.items()}
+    return {**params, "blocks": unstack(params["blocks"])}, layers
 
 
 @partial(jax.jit, static_argnames=("module", "sequential"))

@@ -3,12 +3,13 @@
     python -m tests.benchmarks.trunk_estimate --model=1.6B --what=backward --chip=v5e
 
 Covers all blocks, with mask and biases, in bfloat16 or forward with `--quantise`, but not
-embeddings, output projection and optimizer. `backward` is forward and backward with full
-rematerialisation, and `lora` the same of a LoRA of rank 4 on both attentions, below which no weight
-needs a gradient. FLOPs count the matrix products, linear attention and convolution, including keys
-and values of the text; three times for `backward` and twice for `lora`. Needs libtpu and a few
-minutes, for the kernels' schedules. The last line is JSON. Not a test: its figures are in a
-README.md.
+embeddings, output projection and optimizer. `forward` is of a step of sampling, which has each
+layer's weights by themselves, unless they are int8: a few stand for all, which are alike.
+`backward` is forward and backward with full rematerialisation, and `lora` the same of a LoRA of
+rank 4 on both attentions, below which no weight needs a gradient. FLOPs count the matrix
+products, linear attention and convolution, including keys and values of the text; three times for
+`backward` and twice for `lora`. Needs libtpu and minutes, for the kernels' schedules. The last line
+is JSON. Not a test: its figures are in a README.md.
 """
 
 import json
@@ -27,12 +28,14 @@ from sana_jax.lora.config import LoraConfig
 from sana_jax.measure import tpu_estimate
 from sana_jax.models import flops
 from sana_jax.models.dit import PRESETS, REMAT, Block, SanaConfig
+from sana_jax.models.layers import unstack
 from sana_jax.quantisation.table import METHODS, choose
 from sana_jax.runtime import cli
 
 MODELS = {"0.6B": ("sana_600m_1024", 16), "1.6B": ("sana_1600m_1024", 8)}
 TOPOLOGIES = {"v5e": "2x2", "v6e": "2x2", "v5p": "2x2x1"}
 ROWS = 300  # of text
+APART = 4  # layers without a loop: more compile longer
 
 MODEL = flags.DEFINE_enum("model", "0.6B", list(MODELS), "transformer")
 WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward", "lora"], "program")
@@ -48,7 +51,9 @@ def main(argv: list[str]) -> None:
     del argv
     preset, batch = MODELS[MODEL.value]
     batch = BATCH.value or batch
+    apart = WHAT.value == "forward" and not QUANTISE.value  # as pipeline/denoise.py
     config = PRESETS[preset]
+    config = replace(config, depth=APART) if apart else config
     c, side = config.width, SIZE.value // 32
     _, devices = tpu_estimate.tpu_devices(f"{CHIP.value}:{TOPOLOGIES[CHIP.value]}")
     here = SingleDeviceSharding(devices[0])
@@ -64,17 +69,25 @@ def main(argv: list[str]) -> None:
         like((batch, ROWS, c)),
         like((batch, ROWS), jnp.bool_),
     )
-    # The weights of all blocks, stacked as in the transformer.
     params = {"params": _weights(config, QUANTISE.value)}
+    if apart:
+        params = jax.eval_shape(unstack, params)
     params = jax.tree.map(lambda x: like(x.shape, x.dtype), params)
 
     def blocks(params, x, *rest):
         def step(x, layer):
-            return block.apply(beside_stack(layer[0], params, layer[1]), x, *rest)[0], None
+            return block.apply(layer, x, *rest)[0], None
 
+        def in_stack(x, row):
+            return step(x, beside_stack(row[0], params, row[1]))
+
+        if apart:
+            for layer in params.values():
+                x, _ = step(x, layer)
+            return x
         if WHAT.value != "forward":
             step = jax.checkpoint(step, policy=REMAT["full"], prevent_cse=False)
-        return jax.lax.scan(step, x, (params, jnp.arange(config.depth)))[0]
+        return jax.lax.scan(in_stack, x, (params, jnp.arange(config.depth)))[0]
 
     def loss(*args):
         return jnp.sum(blocks(*args).astype(jnp.float32) ** 2)
@@ -82,8 +95,12 @@ def main(argv: list[str]) -> None:
     def loss_of_lora(adapter, params, *rest):
         return loss({"params": attach(params["params"], [(adapter, 1.0)])}, *rest)
 
-    programs = {"forward": (blocks, 1), "backward": (jax.grad(loss), 3)}
-    fn, passes = programs.get(WHAT.value, (jax.grad(loss_of_lora), 2))
+    programs = {
+        "forward": (blocks, 1),
+        "backward": (jax.grad(loss), 3),
+        "lora": (jax.grad(loss_of_lora), 2),
+    }
+    fn, passes = programs[WHAT.value]
     if WHAT.value == "lora":
         lora = LoraConfig(rank=4, targets=(r"(attention|cross_attention)/[qkv]",))
         boxed = abstract_params(config)["blocks"]
@@ -96,9 +113,11 @@ def main(argv: list[str]) -> None:
     for cycles, name in found.operations[: TOP.value]:
         print(f"{cycles / config.depth / 1e6:8.3f} M cycles a layer  {name[-100:]}")
     for name, (calls, kernel) in found.kernels.items():
-        print(f"{name}: {calls // config.depth} a layer, {asdict(kernel)}")
+        print(f"{name}: {calls / config.depth:g} a layer, {asdict(kernel)}")
     result = {flag.name: flag.value for flag in (MODEL, WHAT, CHIP, IMPLEMENTATION, QUANTISE, SIZE)}
-    result |= dict(batch=batch, cycles=found.cycles, kernel_cycles=found.kernel_cycles)
+    result |= dict(
+        batch=batch, layers=config.depth, cycles=found.cycles, kernel_cycles=found.kernel_cycles
+    )
     print(json.dumps(result | dict(share_of_peak=round(found.utilisation(count), 4))))
 
 

@@ -85,8 +85,9 @@ def test_guidance_is_without_effect_where_both_halves_are_equal():
     np.testing.assert_allclose(run(given, False), run(alone, False), rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_gpu_gets_draws_the_same(monkeypatch):
-    """Layers by themselves, and visible rows first, for masks that hide rows anywhere."""
+@pytest.mark.parametrize("on", ["gpu", "tpu"])
+def test_what_an_accelerator_gets_draws_the_same(monkeypatch, on):
+    """Layers by themselves; on a GPU visible rows first, for masks that hide rows anywhere."""
     network = SanaTransformer(SMALL)
     params = nn.unbox(init_params(network, jax.random.key(0)))
     given = inputs(2)
@@ -101,7 +102,7 @@ def test_what_a_gpu_gets_draws_the_same(monkeypatch):
         )
 
     drawn = draw(False)
-    monkeypatch.setattr(denoise, "platform", lambda: "gpu")
+    monkeypatch.setattr(denoise, "platform", lambda: on)
     for sequential in False, True:
         np.testing.assert_allclose(draw(sequential), drawn, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(denoise, "MOST_UNROLLED_LAYERS", 1)
