@@ -21,6 +21,7 @@ TPU = {
     "res_block": (8, 4, 2),
     # Rows of the small picture, of which two more are read; else as above.
     "upsample": (8, 4, 2, 1),
+    "scaled_product": 512,  # inputs: for each block of them the cotangent is read once
     "int8": 256,  # rows that a tile of weights serves
     "image_head": (16, 8, 4, 2, 1),  # rows: two more are read
     # Pixels of a product, and of the depthwise convolution between them: as above.

@@ -100,7 +100,7 @@ def plain_gradient(plain: Callable) -> Callable:
     return decorate
 
 
-def _mesh_to_split():
+def mesh_to_split():
     """Returns the mesh that is set; None without one, or if this is inside a shard_map already."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
@@ -112,7 +112,7 @@ def _divides(batch: int, mesh) -> bool:
 
 def sequence_axis(tokens: int) -> str | None:
     """Returns the mesh axis that splits `tokens` tokens, or rows of tokens; None if none does."""
-    mesh = _mesh_to_split()
+    mesh = mesh_to_split()
     if mesh is None:
         return None
     shards = mesh.shape["sequence"]
@@ -125,7 +125,7 @@ def copies(batch: int, sequence: str | None) -> int:
     shard_map sums the gradient over these devices, so a value that is not a gradient counts that
     many times and has to be divided by it.
     """
-    mesh = _mesh_to_split()
+    mesh = mesh_to_split()
     if mesh is None:
         return 1
     shards = batch_divisor(mesh) if _divides(batch, mesh) else 1
@@ -149,7 +149,7 @@ def over_mesh(
     everything but the tokens.
     """
     arrays = *tokens, *images
-    mesh = _mesh_to_split()
+    mesh = mesh_to_split()
     sequence = sequence_axis(tokens[0].shape[1]) if tokens else None
     if mesh is None or not (kernel or sequence):
         return fn(*arrays, *weights)

@@ -4,12 +4,13 @@
 
 Covers all blocks, with mask and biases, in bfloat16 or forward with `--quantise`, but not
 embeddings, output projection and optimizer. `forward` is of a step of sampling, which has each
-layer's weights by themselves, unless they are int8: a few stand for all, which are alike.
-`backward` is forward and backward with full rematerialisation, and `lora` the same of a LoRA of
-rank 4 on both attentions, below which no weight needs a gradient. FLOPs count the matrix
-products, linear attention and convolution, including keys and values of the text; three times for
-`backward` and twice for `lora`. Needs libtpu and minutes, for the kernels' schedules. The last line
-is JSON. Not a test: its figures are in a README.md.
+layer's weights by themselves, unless they are int8: a few layers stand for all, since more compile
+longer. `backward` is forward and backward with full rematerialisation, and `lora` the same of a
+LoRA of rank 4 on both attentions, below which no weight needs a gradient; both loop over the stack
+of all layers, or with `--unroll` do not. FLOPs count the matrix products, linear attention and
+convolution, including keys and values of the text; three times for `backward` and twice for `lora`.
+Needs libtpu and minutes, for the kernels' schedules. The last line is JSON. Not a test: its figures
+are in a README.md.
 """
 
 import json
@@ -35,7 +36,6 @@ from sana_jax.runtime import cli
 MODELS = {"0.6B": ("sana_600m_1024", 16), "1.6B": ("sana_1600m_1024", 8)}
 TOPOLOGIES = {"v5e": "2x2", "v6e": "2x2", "v5p": "2x2x1"}
 ROWS = 300  # of text
-APART = 4  # layers without a loop: more compile longer
 
 MODEL = flags.DEFINE_enum("model", "0.6B", list(MODELS), "transformer")
 WHAT = flags.DEFINE_enum("what", "forward", ["forward", "backward", "lora"], "program")
@@ -43,6 +43,8 @@ CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip")
 IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "kernels or none")
 BATCH = flags.DEFINE_integer("batch_size", None, "default: 16 for 0.6B, 8 for 1.6B", lower_bound=1)
 QUANTISE = flags.DEFINE_enum("quantise", None, list(METHODS), "default: bfloat16 weights")
+LAYERS = flags.DEFINE_integer("layers", None, "default: four if apart, else all", lower_bound=1)
+UNROLL = flags.DEFINE_bool("unroll", False, "as config.unroll=DEPTH of a training")
 SIZE = flags.DEFINE_integer("size", 1024, "pixels a side", lower_bound=32)
 TOP = flags.DEFINE_integer("top", 40, "operations to list")
 
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
     batch = BATCH.value or batch
     apart = WHAT.value == "forward" and not QUANTISE.value  # as pipeline/denoise.py
     config = PRESETS[preset]
-    config = replace(config, depth=APART) if apart else config
+    config = replace(config, depth=LAYERS.value or (4 if apart else config.depth))
     c, side = config.width, SIZE.value // 32
     _, devices = tpu_estimate.tpu_devices(f"{CHIP.value}:{TOPOLOGIES[CHIP.value]}")
     here = SingleDeviceSharding(devices[0])
@@ -86,8 +88,9 @@ def main(argv: list[str]) -> None:
                 x, _ = step(x, layer)
             return x
         if WHAT.value != "forward":
-            step = jax.checkpoint(step, policy=REMAT["full"], prevent_cse=False)
-        return jax.lax.scan(in_stack, x, (params, jnp.arange(config.depth)))[0]
+            step = jax.checkpoint(step, policy=REMAT["full"], prevent_cse=UNROLL.value)
+        unroll = config.depth if UNROLL.value else 1
+        return jax.lax.scan(in_stack, x, (params, jnp.arange(config.depth)), unroll=unroll)[0]
 
     def loss(*args):
         return jnp.sum(blocks(*args).astype(jnp.float32) ** 2)
@@ -113,11 +116,10 @@ def main(argv: list[str]) -> None:
     for cycles, name in found.operations[: TOP.value]:
         print(f"{cycles / config.depth / 1e6:8.3f} M cycles a layer  {name[-100:]}")
     for name, (calls, kernel) in found.kernels.items():
-        print(f"{name}: {calls / config.depth:g} a layer, {asdict(kernel)}")
+        print(f"{name}: {calls} in {config.depth} layers, {asdict(kernel)}")
     result = {flag.name: flag.value for flag in (MODEL, WHAT, CHIP, IMPLEMENTATION, QUANTISE, SIZE)}
-    result |= dict(
-        batch=batch, layers=config.depth, cycles=found.cycles, kernel_cycles=found.kernel_cycles
-    )
+    result |= dict(batch=batch, layers=config.depth, unroll=UNROLL.value)
+    result |= dict(cycles=found.cycles, kernel_cycles=found.kernel_cycles)
     print(json.dumps(result | dict(share_of_peak=round(found.utilisation(count), 4))))
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sana_jax.kernels import scaled_product
 from sana_jax.kernels.glumbconv import api as glumbconv
 from sana_jax.kernels.glumbconv import gpu
 from sana_jax.kernels.linear_attention import api as linear_attention
@@ -46,7 +47,7 @@ def on_gpu(monkeypatch):
 def split_tokens(request, monkeypatch):
     """Two images over fsdp=2, their tokens over sequence=2, with the kernels of a platform."""
     request.getfixturevalue({"tpu": "on_tpu", "cuda": "on_gpu"}[request.param])
-    for api in (linear_attention, glumbconv):
+    for api in (linear_attention, glumbconv, scaled_product):
         monkeypatch.setattr(api, "by_platform", kernel_of(request.param))
     with jax.set_mesh(make_mesh(replica=1, fsdp=2, sequence=2, devices=toy.devices(4))):
         yield

@@ -17,6 +17,7 @@ from sana_jax.kernels.linear_attention import linear_attention
 from sana_jax.kernels.modulated_norm import modulated_norm
 from sana_jax.kernels.multiscale_attention import multiscale_attention
 from sana_jax.kernels.res_block import res_block
+from sana_jax.kernels.scaled_product import scaled_product
 from sana_jax.sharding import MESH_AXES
 
 CHIPS = "v5e", "v5p", "v6e"
@@ -103,6 +104,10 @@ def operations(
         ),
         "cross_attention": (loss(to_text), (x, made(batch, rows, 2 * width), mask)),
         "modulated_norm": (loss(norm), (x, vector, vector)),
+        "scaled_product": (
+            loss(lambda kernel, x, scale: scaled_product(x, kernel, scale)),
+            (made(hidden, width), made(batch, tokens, hidden), vector),
+        ),
         "res_block": (
             res_block,
             (made(batch, 16, 16, 128), square, channels, square, channels, channels),

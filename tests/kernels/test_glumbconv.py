@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sana_jax.kernels import scaled_product
 from sana_jax.kernels.glumbconv import api, glumbconv, gpu, reference, tpu
 from tests import toy
 from tests.kernels.helpers import TOLERANCE, check, kernel_of, normal, projected, run_public
@@ -135,10 +136,15 @@ def test_kernels_of_split_rows(split_tokens):
     check(partial(run_public, partial(projected, True)), middle_and_product, PROJECTED, "float32")
 
 
+def run_on(platform, monkeypatch):
+    for module in (api, scaled_product):
+        monkeypatch.setattr(module, "by_platform", kernel_of(platform))
+
+
 @pytest.mark.parametrize("platform", ["tpu", "other"])
 def test_projected_glumbconv(on_tpu, monkeypatch, platform):
-    """Without a mesh, by the kernel and in the plain form."""
-    monkeypatch.setattr(api, "by_platform", kernel_of(platform))
+    """Without a mesh, by the kernels and in the plain form."""
+    run_on(platform, monkeypatch)
     check(partial(run_public, partial(projected, False)), middle_and_product, PROJECTED, "float32")
 
 
@@ -146,7 +152,7 @@ def test_projected_glumbconv(on_tpu, monkeypatch, platform):
     "implementation, platform", [("xla", "tpu"), ("pallas", "other"), ("pallas", "tpu")]
 )
 def test_the_whole_of_mix_ffn(on_tpu, monkeypatch, implementation, platform):
-    monkeypatch.setattr(api, "by_platform", kernel_of(platform))
+    run_on(platform, monkeypatch)
 
     def run(x, expand, bias, depthwise_kernel, depthwise_bias, contract, scale):
         weights = bias, depthwise_kernel, depthwise_bias

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sana_jax.kernels import scaled_product
 from sana_jax.kernels.dispatch import (
     by_platform,
     copies,
@@ -80,6 +81,18 @@ def _project(x, projection, scale):
     return y if scale is None else (scale * y.astype(jnp.float32)).astype(x.dtype)
 
 
+def _project_again(x, projection, scale):
+    """Computes `_project` for the gradients of the weights and the factor."""
+    batch, height, width, channels = x.shape
+    sizes = batch, height * width, channels, projection.shape[1]
+    by_image = scale is not None and scale.shape[:3] == (batch, 1, 1)
+    if isinstance(projection, Weight) or not by_image or not scaled_product.supported(*sizes):
+        return _project(x, projection, scale)
+    rows = x.reshape(batch, -1, channels)
+    y = scaled_product.scaled_product(rows, projection, scale[:, 0])
+    return y.reshape(batch, height, width, -1)
+
+
 def _middle(split_rows, images, weights, out=None):
     """Runs the kernel. `out` may hold anything; its cotangent is the kernel's result."""
     out = _nothing(images, weights) if out is None else out
@@ -109,7 +122,7 @@ def _projected_backward(split_rows, args, cotangent):
     x, d_images, d_weights = jax.vjp(middle, nothing, images, weights)[1](d_x)
     batch, rows = nothing.shape[:2]
     x = x / copies(batch, sequence_axis(rows) if split_rows else None)  # not a gradient
-    d_after = jax.vjp(lambda *after: _project(x, *after), *after)[1](cotangent)
+    d_after = jax.vjp(lambda *after: _project_again(x, *after), *after)[1](cotangent)
     return d_images, d_weights, *d_after
 
 
