@@ -163,3 +163,20 @@ def test_the_whole_of_mix_ffn(on_tpu, monkeypatch, implementation, platform):
 
     arrays = normal(2, 4, 8, 24), normal(24, 80) / 5, *PROJECTED[2:]
     check(partial(run_public, run), formula, arrays, "float32")
+
+
+@pytest.mark.parametrize("hidden, barriers", [(128, 0), (40, 1)])
+def test_halves_inside_a_tile_are_cut_first_for_a_tpu(hidden, barriers):
+    """Not where a gradient is taken, and the halves are the same."""
+    kernel = jnp.asarray(single(8, 2 * hidden))
+
+    def text(fn, *args):
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+
+    def both(kernel):
+        return jax.value_and_grad(lambda kernel: jnp.sum(api._halves(kernel)[1] ** 2))(kernel)
+
+    assert text(api._halves, kernel).count("optimization_barrier") == barriers
+    assert "optimization_barrier" not in text(both, kernel)
+    np.testing.assert_array_equal(jnp.concatenate(api._halves(kernel), axis=1), kernel)
+    np.testing.assert_array_equal(both(kernel)[1][:, hidden:], 2 * kernel[:, hidden:])
