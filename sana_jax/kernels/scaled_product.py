@@ -31,7 +31,7 @@ from sana_jax.sharding import batch_divisor
 INPUTS = TPU["scaled_product"]  # of a grid step
 
 
-def supported(batch: int, tokens: int, inputs: int, outputs: int) -> bool:
+def supported(batch: int, tokens: int, inputs: int, outputs: int, itemsize: int) -> bool:
     """Returns True if the gradient has a kernel: VMEM holds an image, and a mesh splits evenly.
 
     No mesh may split the inputs.
@@ -42,7 +42,9 @@ def supported(batch: int, tokens: int, inputs: int, outputs: int) -> bool:
     if mesh is not None and mesh.shape["tensor"] > 1:
         return False
     lanes, block = whole_lanes(outputs), min(INPUTS, whole_lanes(inputs))
-    return 4 * tokens * (block + lanes) + 20 * block * lanes + 16 * MIB < vmem_bytes()
+    images = 2 * tokens * (block + lanes) * itemsize  # two buffers each
+    weights = block * lanes * (4 * itemsize + 12)  # two buffers both ways, and float32
+    return images + weights + 16 * MIB < vmem_bytes()
 
 
 def plain(

@@ -35,9 +35,9 @@ def test_over_a_mesh(on_tpu, monkeypatch):
 
 
 def test_what_has_a_kernel():
-    sizes = 1024, 5600, 2240
+    sizes = 1024, 5600, 2240, 2
     assert scaled_product.supported(4, *sizes)
-    assert not scaled_product.supported(4, 16384, 5600, 2240)  # VMEM holds no image of 4096 px
+    assert not scaled_product.supported(4, 16384, 5600, 2240, 2)  # VMEM holds no image of 4096 px
     for axes, batch in ((dict(tensor=2), 4), (dict(replica=2), 2)):
         with jax.set_mesh(make_mesh(fsdp=2, devices=toy.devices(4), **axes)):
             assert not scaled_product.supported(batch, *sizes)

@@ -105,7 +105,7 @@ def _project(x, projection, scale):
 def _project_again(x, projection, scale):
     """Computes `_project` for the gradients of the weights and the factor."""
     batch, height, width, channels = x.shape
-    sizes = batch, height * width, channels, projection.shape[1]
+    sizes = batch, height * width, channels, projection.shape[1], x.dtype.itemsize
     by_image = scale is not None and scale.shape[:3] == (batch, 1, 1)
     if isinstance(projection, Weight) or not by_image or not scaled_product.supported(*sizes):
         return _project(x, projection, scale)
