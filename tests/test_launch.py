@@ -718,6 +718,7 @@ def test_a_bad_sweep_ends_at_once(tmp_path):
 
 def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     body = (
+        f'echo "$GLIBC_TUNABLES" > "{tmp_path}/tunables"\n'
         'case "$2" in\n'
         "    sana_jax.train | sana_jax.train_dc_ae)\n"
         f'        if [ ! -e "{tmp_path}/$2" ]; then touch "{tmp_path}/$2"; exit 75; fi ;;\n'
@@ -727,8 +728,10 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     tokenizer = tmp_path / "run/tokenizer"
     tokenizer.mkdir(parents=True)
     (tokenizer / "tokenizer_config.json").write_text("{}")
-    result = launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python"))
+    known = dict(PYTHON=str(path / "python"), GLIBC_TUNABLES="")
+    result = launch("train_shapes", tmp_path / "run", **known)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "tunables").read_text() == "glibc.malloc.hugetlb=1\n"
     ran = [line.split()[1].removeprefix("sana_jax.") for line in log.read_text().splitlines()]
     assert ran == [
         *["train_dc_ae"] * 2, "train_tokenizer", "make_shapes", *["precompute"] * 2,
@@ -739,8 +742,10 @@ def test_train_shapes_goes_on_after_75_and_half_a_tokenizer(tmp_path):
     assert len({folder for _, folder in folders}) == 2
     (tokenizer / "tokenizer.json").write_text("{}")
     log.unlink()
-    assert launch("train_shapes", tmp_path / "run", PYTHON=str(path / "python")).returncode == 0
+    known["GLIBC_TUNABLES"] = "glibc.malloc.check=0"  # one's own stays
+    assert launch("train_shapes", tmp_path / "run", **known).returncode == 0
     assert "train_tokenizer" not in log.read_text()
+    assert (tmp_path / "tunables").read_text() == "glibc.malloc.check=0\n"
 
 
 @pytest.mark.parametrize(
