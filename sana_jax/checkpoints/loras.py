@@ -15,7 +15,7 @@ from sana_jax.checkpoints.peft import read_adapter
 from sana_jax.checkpoints.smoothed import check_sites, is_smoothed
 from sana_jax.checkpoints.tensors import LazyArray
 from sana_jax.kernels.int8 import Quantised
-from sana_jax.lora.adapter import attach, by_network, merge, names_of
+from sana_jax.lora.adapter import attach, by_network, merge, site_names
 from sana_jax.runtime import checks
 from sana_jax.runtime.errors import UserError
 
@@ -42,7 +42,7 @@ def open_lora(name: str, weight: float, checkpoint: Checkpoint) -> Lora:
     file = find_lora(name)
     adapter = read_adapter(file, checkpoint.dit, checkpoint.text_encoder)
     if is_smoothed(checkpoint):
-        check_sites(name, names_of(adapter))
+        check_sites(name, site_names(adapter))
     return Lora(str(name), weight, file_sha256(file), adapter)
 
 

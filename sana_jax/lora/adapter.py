@@ -61,7 +61,7 @@ def by_network(adapter: PyTree) -> dict[str, PyTree]:
     return {network: part for network, part in parts.items() if part}
 
 
-def names_of(adapter: PyTree) -> list[str]:
+def site_names(adapter: PyTree) -> list[str]:
     """Returns the sites that an adapter changes."""
     return [name for name, _ in _sites_of(adapter)]
 
