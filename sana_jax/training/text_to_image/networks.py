@@ -140,7 +140,11 @@ def _below_lora(config: ConfigDict, base: Checkpoint, start: Checkpoint) -> Any:
     """Returns the transformer's weights; what it trains must fit other checkpoints' rows too."""
     if is_smoothed(start):
         both = with_text_encoder(*map(abstract_params, (base.dit, base.text_encoder)))
-        check_sites("config.lora.targets", chosen(both, read_lora(config).targets))
+        try:
+            sites = chosen(both, read_lora(config).targets)
+        except UserError as error:
+            raise UserError(f"config.lora: {error}") from None
+        check_sites("config.lora.targets", sites)
     return _weights_of_start(config, start)
 
 

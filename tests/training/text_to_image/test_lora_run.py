@@ -199,3 +199,6 @@ def test_it_trains_beside_int8_weights(config, tmp_path):
     int8 = int8 | dict(start=str(smoothed), lora__targets=("blocks/ffn/.*",))
     with pytest.raises(UserError, match="lora.targets: the rows of blocks/ffn/contract are smoo"):
         TextToImageTraining(load(config, **changes(config, **int8)), "unused")
+    int8["lora__targets"] = ("blocks/fnn",)
+    with pytest.raises(UserError, match="config.lora: targets: 'blocks/fnn' matches nothing"):
+        TextToImageTraining(load(config, **changes(config, **int8)), "unused")
