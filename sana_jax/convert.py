@@ -133,6 +133,7 @@ _SMOOTH = flags.DEFINE_string(
     "for --quantise=w8a8: a file of prompts, as of --calibrate: large numbers in the rows of"
     " Mix-FFN's second product become smaller, and its weights larger, before both are rounded",
 )
+PROMPTS = {"smoothing": _SMOOTH, "calibration": _CALIBRATE}  # by their names in the provenance
 _SHARD = flags.DEFINE_integer(
     "max_shard_mb", 5000, "largest size of a weight file, MB", lower_bound=1
 )
@@ -294,7 +295,7 @@ def quantise_rules() -> list[tuple[str, str]]:
     """Returns the rules of --quantise_layer. Raises UserError for flags that do not fit."""
     if _LAYERS.value and _QUANTISE.value is None:
         raise UserError("--quantise_layer is for --quantise, which is not given")
-    for flag in (_CALIBRATE, _SMOOTH):
+    for flag in PROMPTS.values():
         if flag.value is not None and _QUANTISE.value != "w8a8":
             raise UserError(f"--{flag.name} is for --quantise=w8a8, which is not given")
     if _QUANTISE.value is not None and _FORMAT.value != "native":
@@ -310,36 +311,46 @@ def quantise_rules() -> list[tuple[str, str]]:
     return rules
 
 
-def read_calls(flag):
-    """Returns the arguments of a pipeline's calls for a file of prompts. Raises UserError."""
+def read_calls() -> dict[str, list]:
+    """Returns the arguments of a pipeline's calls for each file of prompts that a flag names.
+
+    Raises UserError.
+    """
     from sana_jax.batch.tasks import make_tasks, read_rows
     from sana_jax.pipeline.request import GUIDANCE_SCALE
 
-    tasks = make_tasks(read_rows(flag.value), {"guidance_scale": GUIDANCE_SCALE}, 0, 1)
-    if with_image := [task for task in tasks if task.image]:
-        raise UserError(f"--{flag.name}: {with_image[0].place_of('image')} is for noise alone")
     names = ("prompt", "seed", "negative_prompt", "height", "width", "num_steps", "guidance_scale")
-    return [{name: getattr(task, name) for name in names} for task in tasks]
+    calls = {}
+    for key, flag in PROMPTS.items():
+        if flag.value is None:
+            continue
+        rows = read_rows(flag.value, f"--{flag.name}=")
+        tasks = make_tasks(rows, {"guidance_scale": GUIDANCE_SCALE}, 0, 1)
+        if with_image := [task for task in tasks if task.image]:
+            place = with_image[0].place_of("image")
+            raise UserError(f"{place}image: --{flag.name} draws from noise alone")
+        calls[key] = [{name: getattr(task, name) for name in names} for task in tasks]
+    return calls
 
 
-def quantised(checkpoint, rules):
+def quantised(checkpoint, rules, calls):
     """Returns the checkpoint as --quantise, --smooth and --calibrate say. Raises UserError."""
     from sana_jax.checkpoints.quantised import quantise
-    from sana_jax.checkpoints.smoothed import smooth
-    from sana_jax.pipeline.calibrate import row_ranges
 
     made = quantise(checkpoint, _QUANTISE.value, rules)
+    if not calls:
+        return made
+    from sana_jax.checkpoints.smoothed import products, smooth
+    from sana_jax.pipeline.calibrate import row_ranges
+
     layers = [n for n, kind in made.dit.quantised if kind == "w8a8"] if made.dit else []
-    asked = {"smoothing": _SMOOTH, "calibration": _CALIBRATE}
-    calls = {key: read_calls(flag) for key, flag in asked.items() if flag.value is not None}
-    for key in calls:
-        if not layers:
-            raise UserError(f"--{asked[key].name}: no layer of a transformer is w8a8")
-    if "smoothing" in calls:
-        checkpoint = smooth(checkpoint, row_ranges(checkpoint, layers, calls["smoothing"]))
-    ranges = None
-    if "calibration" in calls:
-        ranges = row_ranges(checkpoint, layers, calls["calibration"])
+    if not layers:
+        raise UserError(f"--{PROMPTS[next(iter(calls))].name}: no layer of a transformer is w8a8")
+    if prompts := calls.get("smoothing"):
+        found = row_ranges(checkpoint, products(checkpoint.dit, layers), prompts)
+        checkpoint = smooth(checkpoint, found)
+    prompts = calls.get("calibration")
+    ranges = row_ranges(checkpoint, layers, prompts) if prompts else None
     made = quantise(checkpoint, _QUANTISE.value, rules, ranges)
     made.provenance["quantised"] |= {key: {"prompts": len(x)} for key, x in calls.items()}
     return made
@@ -354,6 +365,7 @@ def main(argv):
     out = check_new(_OUT.value)
     if out.resolve().is_relative_to(Path(_SOURCE.value).resolve()):
         raise UserError(f"--out={out} lies inside --source={_SOURCE.value}: write it elsewhere")
+    calls = read_calls()  # before the weights, which may take minutes
     import jax
 
     from sana_jax.checkpoints.components import check_fit
@@ -375,7 +387,7 @@ def main(argv):
         dit = dataclasses.replace(checkpoint.dit, clip_attention=_CLIP.value)
         checkpoint = dataclasses.replace(checkpoint, dit=dit)
     if _QUANTISE.value is not None:
-        checkpoint = quantised(checkpoint, rules)
+        checkpoint = quantised(checkpoint, rules, calls)
     if _DTYPE.value != "float16":
         warn_of_float16(checkpoint, _SOURCE.value)
 

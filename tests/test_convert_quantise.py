@@ -50,6 +50,7 @@ def test_flags_change_the_table(shared):
 
 def test_converting_again_keeps_it_and_mistakes_are_named(shared):
     quantised, plain = "--source=w8a8", "--source=float32"
+    (shared / "image.jsonl").write_text('{"prompt": "red circle", "image": "a.png"}\n')
     mistakes = [
         ((quantised, "--out=a", "--quantise=w8"), ("is quantised already",)),
         ((quantised, "--out=b", "--format=diffusers"), ("diffusers", "quantised", "dit")),
@@ -62,7 +63,9 @@ def test_converting_again_keeps_it_and_mistakes_are_named(shared):
         ((plain, "--out=h", "--quantise=w8", "--quantise_layer=dit/.*=w4"), ("none, w8, w8a8",)),
         ((plain, "--out=i", "--quantise=w8", "--quantise_layer=vae/.*=w8a8"), ("give w8",)),
         ((plain, "--out=k", "--quantise=w8", "--calibrate=p.txt"), ("--quantise=w8a8",)),
-        ((plain, "--out=l", "--quantise=w8a8", "--calibrate=p.txt"), ("p.txt",)),
+        ((plain, "--out=l", "--quantise=w8a8", "--calibrate=p.txt"), ("--calibrate=p.txt",)),
+        ((plain, "--out=o", "--quantise=w8a8", "--smooth=p.txt"), ("--smooth=p.txt",)),
+        ((plain, "--out=p", "--quantise=w8a8", "--smooth=image.jsonl"), ("line 1", "--smooth")),
         ((plain, "--out=n", "--quantise=w8", "--smooth=p.txt"), ("--smooth", "--quantise=w8a8")),
         ((plain, "--out=j", "--quantise=w8", "--quantise_layer=(=w8"), ("'('",)),
     ]
