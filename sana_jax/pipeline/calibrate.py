@@ -62,13 +62,19 @@ def row_ranges(
     """Returns the largest number of every channel of the rows of `layers`, (layers, C).
 
     `checkpoint` is opened, and not quantised; its weights are read a second time later. Each of
-    `calls` has the arguments of a pipeline's call. Raises UserError.
+    `calls` has the arguments of a pipeline's call. Raises UserError, before the first is drawn,
+    with the number of the call that cannot be.
     """
     dtype = str(jax.tree.leaves(checkpoint.params["dit"])[0].dtype)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     placed = dataclasses.replace(checkpoint, params=dict(checkpoint.params))
     place_all(placed, "calibration", dtype, mesh)
     pipe, ranges = SanaPipeline(placed, mesh, dtype), Ranges()
+    for number, arguments in enumerate(calls, 1):
+        try:
+            pipe.request(**arguments)
+        except UserError as error:
+            raise UserError(f"prompt {number} of {len(calls)}: {error}") from None
     pipe.params = {**pipe.params, "dit": watched(pipe.params["dit"], layers, ranges)}
     with Progress(len(calls), "prompt", "calibrating") as bar:
         for arguments in calls:

@@ -55,6 +55,11 @@ def test_calibrated_weights_are_stored_and_run(base, found, tmp_path):
     assert 1e-4 < relative_error(*latents) < 0.05
 
 
+def test_a_prompt_that_cannot_be_drawn_is_told_by_number(base):
+    with pytest.raises(UserError, match="prompt 2 of 2: height 77 is not a multiple"):
+        row_ranges(base, LAYERS, [CALLS[0], CALLS[1] | {"height": 77}])
+
+
 def test_rows_that_are_not_finite_are_named():
     ranges = Ranges()
     ranges.tell("blocks/a", np.int32(0), np.array([1.0, np.nan]))
