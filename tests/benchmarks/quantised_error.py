@@ -11,7 +11,8 @@ layers apart. `layers shapes` is the bundled model on noisy latents of held-out 
 and of the transformer alone, on the same latents and text, the velocity's error and the loss. A WAY
 is CHECKPOINT, or CHECKPOINT= and: a method of convert --quantise, after which rules of
 --quantise_layer may follow (shapes=w8a8,vae/.*=none); a dtype; or a number, by which every weight
-is changed: times 1 + the number times a normal one. Not part of the suite: it takes minutes.
+of the transformer is changed: times 1 + the number times a normal one. Not part of the suite: it
+takes minutes.
 """
 
 import dataclasses
@@ -149,7 +150,7 @@ def opened(way: str) -> SanaPipeline:
     checkpoint, mesh = open_checkpoint(name), make_mesh()
     method, *changes = how.split(",")
     if method in METHODS:
-        checkpoint = quantise(checkpoint, method, [(*x.rsplit("=", 1),) for x in changes])
+        checkpoint = quantise(checkpoint, method, [tuple(x.rsplit("=", 1)) for x in changes])
     dtype = method if method in DTYPES else "float32"
     place_all(checkpoint, name, dtype, mesh)
     if how and method not in (*METHODS, *DTYPES):
