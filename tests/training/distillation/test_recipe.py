@@ -39,11 +39,17 @@ def test_the_teacher_is_the_student_without_the_guidance(size):
         load(f"sprint_{size}_1024", "both")
 
 
-def test_the_student_of_shapes_follows_its_teacher():
-    config = load("sprint_shapes")
+@pytest.mark.parametrize("kind", ["consistency", "both"])
+def test_the_student_of_shapes_follows_its_teacher(kind):
+    config = load("sprint_shapes", kind)
     assert config.network.depth is None
     assert config.network.guidance_embedding == 0.1
-    read_distillation(config)
+    assert bool(read_distillation(config).adversarial) == (kind == "both")
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(ValueError, match="neither consistency nor both"):
+        load("sprint_shapes", "teacher")
 
 
 @pytest.mark.parametrize(
