@@ -50,6 +50,11 @@ def last_line(module, *options):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def cycles_of_a_layer(found):
+    """Of `trunk_estimate`, which compiles fewer layers of bfloat16's sampling than of int8's."""
+    return (found["cycles"] + found["kernel_cycles"]) / found["layers"]
+
+
 def test_the_tables_have_the_rows_that_are_made_again():
     for label in TRUNK:
         assert len(row("sana_jax/kernels/README.md", label)) == 2
@@ -82,7 +87,7 @@ def test_the_share_of_int8_blocks_is_what_their_command_prints(label):
         last_line("tests.benchmarks.trunk_estimate", f"--model={QUANTISED[label]}", *options)
         for options in ([], ["--quantise=w8a8"])
     )
-    bfloat16, int8 = (found["cycles"] + found["kernel_cycles"] for found in estimates)
+    bfloat16, int8 = map(cycles_of_a_layer, estimates)
     stated = float(row("sana_jax/kernels/README.md", label)[0])
     assert int8 / bfloat16 == pytest.approx(stated, abs=0.01)
 
