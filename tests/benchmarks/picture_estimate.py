@@ -11,8 +11,9 @@ with an instruction as long as the published one, which a pipeline reads once an
 prompt: its share is too large rather than too small. What happens between the parts, on the host,
 is left out, and so is the decoder's first convolution, of a thousand pixels.
 
-The decoder is compiled a stage at a time, and all in less than ten minutes of a core. With --store,
-what is known is kept, and a second run goes on: start another file when the code has changed. Needs
+The decoder is compiled a stage at a time. The loop of a bfloat16 model has every layer by itself,
+as sampling on a TPU does, and compiles longer than int8's, which reads a stack. With --store, what
+is known is kept, and a second run goes on: start another file when the code has changed. Needs
 libtpu, for the kernels' schedules. The last line is JSON. Not a test: its figures are in
 sana_jax/kernels/README.md.
 """
