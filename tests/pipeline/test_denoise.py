@@ -1,6 +1,7 @@
 """The loop in one dispatch and with one dispatch a step, around a network of one line."""
 
 import dataclasses
+import functools
 import re
 from types import SimpleNamespace
 
@@ -107,6 +108,23 @@ def test_what_an_accelerator_gets_draws_the_same(monkeypatch, on):
         np.testing.assert_allclose(draw(sequential), drawn, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(denoise, "MOST_UNROLLED_LAYERS", 1)
     np.testing.assert_allclose(draw(False), drawn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "on, quantised, apart",
+    [("cpu", False, False), ("gpu", True, True), ("tpu", False, True), ("tpu", True, False)],
+)
+def test_who_gets_layers_by_themselves(monkeypatch, on, quantised, apart):
+    """All but a CPU, and a TPU's kernels, which read int8 weights where they lie."""
+    kinds = (("blocks/attention/q", "w8a8"),) if quantised else ()
+    network = SanaTransformer(dataclasses.replace(SMALL, quantised=kinds))
+    init = functools.partial(init_params, SanaTransformer(SMALL))
+    params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    monkeypatch.setattr(denoise, "platform", lambda: on)
+    given = inputs(2)
+    prepare = functools.partial(denoise._prepare, network)
+    read, keys_values, _ = jax.eval_shape(prepare, params, given.captions, given.masks)
+    assert ("0001" in read["blocks"]) == isinstance(keys_values, dict) == apart
 
 
 def calls_on_cuda(fn, *args):
