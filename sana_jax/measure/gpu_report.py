@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from collections import Counter
 from typing import Any
 
 from sana_jax.measure import gpu_estimate
@@ -111,13 +112,17 @@ def _operations(found: Estimate, top: int) -> list[str]:
     heads = "memory", "products", "instructions"
     lines = [f"{'ms':>9} {'share':>6} {'calls':>7}" + "".join(f"{h:>13}" for h in heads)]
     lines[0] += "  us a call, operation"
-    for bound in found.bounds[:top]:
-        took = bound.launch.calls * bound.seconds
+    alike: Counter = Counter()  # the calls of the layers' launches, which are the same
+    for bound in found.bounds:
         each = bound.memory, bound.compute, bound.instructions
+        alike[short(bound.launch.label), bound.seconds, each] += bound.launch.calls
+    rows = sorted(alike.items(), key=lambda row: -row[1] * row[0][1])
+    for (label, seconds, each), calls in rows[:top]:
+        took = calls * seconds
         lines.append(
-            f"{1e3 * took:9.3f} {took / max(found.seconds, 1e-12):6.1%} {bound.launch.calls:7,}"
-            + "".join(f"{1e6 * seconds:13.1f}" for seconds in each)
-            + f"  {short(bound.launch.label)}"
+            f"{1e3 * took:9.3f} {took / max(found.seconds, 1e-12):6.1%} {calls:7,}"
+            + "".join(f"{1e6 * bound:13.1f}" for bound in each)
+            + f"  {label}"
         )
     return lines
 
@@ -136,7 +141,7 @@ def _kernels(found: Estimate) -> list[str]:
                 f"{code.registers:9} {code.spilled_bytes:9} {warps:>7} {code.instructions:12,}"
                 f" {code.unknown_loops:6}  {short(launch.label)}"
             )
-    return lines
+    return list(dict.fromkeys(lines))  # layers have the same
 
 
 def _kinds(found: Estimate) -> list[str]:

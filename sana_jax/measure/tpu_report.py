@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -74,7 +75,10 @@ def text(result: dict[str, Any], found: tpu_estimate.Memory | None, top: int) ->
     if found.kernels:
         bounds = ("bundles", "compute", "memory")
         lines += ["", f"{'calls':>6} " + "".join(f"{b:>12}" for b in bounds) + "  kernel, cycles"]
+    alike: Counter = Counter()  # the calls of the layers' kernels, which are the same
     for name, (calls, cost) in found.kernels.items():
+        alike[name.partition(".")[0], cost] += calls
+    for (name, cost), calls in alike.items():
         each = "".join(f"{getattr(cost, bound):12,}" for bound in bounds)
         lines.append(f"{calls:6} {each}  {name}")
     if found.collectives:

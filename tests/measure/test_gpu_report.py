@@ -1,5 +1,6 @@
 """What is said of a program on a GPU, with bounds made here."""
 
+import dataclasses
 import json
 
 from sana_jax.measure import gpu_report
@@ -51,6 +52,16 @@ def test_the_report():
     assert "255       820    8/48       10,000      1  state/pallas_call" in text
     assert "gpu$xla.gpu.triton" in text and "all-reduce" in text
     assert "Not known without a card: times; the kernels that cuBLASLt" in text
+
+
+def test_layers_that_are_alike_have_one_row():
+    found = estimate()
+    twice = dataclasses.replace(found, bounds=[*found.bounds, *found.bounds])
+    figures = gpu_report.figures(twice, 2, 1e13)
+    lines = gpu_report.text(result(twice, **figures), twice, top=9).splitlines()
+    (row,) = [line for line in lines if line.endswith("  dot")]
+    assert row.split()[:3] == ["240.000", "92.3%", "40"]
+    assert len([line for line in lines if line.endswith("  state/pallas_call")]) == 2
 
 
 def test_memory_alone_and_what_does_not_fit():
