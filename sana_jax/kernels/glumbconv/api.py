@@ -52,11 +52,11 @@ def glumbconv(
     return _project(y, contract, scale)
 
 
-def _halves(kernel: Float[Array, "C D2"] | Weight) -> list[Float[Array, "C D"] | Weight]:
+def _halves(kernel: Float[Array, "C D2"] | Weight) -> tuple[Float[Array, "C D"] | Weight, ...]:
     half = kernel.shape[1] // 2
     if isinstance(kernel, Weight):
-        return [kernel.columns(start, start + half) for start in (0, half)]
-    halves = jnp.split(kernel, 2, axis=1)
+        return tuple(kernel.columns(start, start + half) for start in (0, half))
+    halves = tuple(jnp.split(kernel, 2, axis=1))
     return _cut_out(halves) if half % LANES else halves
 
 
@@ -67,11 +67,7 @@ def _cut_out(halves):
     A product that shifts its weights by less than a tile itself is slower. Where there is a
     gradient, XLA chooses a layout for each of the products that read them, and so does better.
     """
-    return by_platform(*halves, plain=_list, tpu=lambda *x: jax.lax.optimization_barrier(_list(*x)))
-
-
-def _list(*x):
-    return list(x)
+    return by_platform(*halves, plain=lambda *x: x, tpu=lambda *x: jax.lax.optimization_barrier(x))
 
 
 @_cut_out.defjvp
