@@ -166,14 +166,15 @@ def test_bad_input_is_one_line_and_writes_nothing(shared, tmp_path):
 
 def test_shapes(shared, tmp_path):
     """Random weights draw nothing that is right; the ground truth is parsed without an error."""
-    arguments = ["--task=shapes", "--count=6", "--num_steps=2", "--batch_size=4", "--size=64"]
-    options = Options(count=6, num_steps=2, batch_size=4, size=64)
+    arguments = ["--task=shapes", "--count=6", "--batch_size=4", "--size=64"]
+    options = Options(count=6, batch_size=4, size=64, guidance_scale=2.0)
     cases = [
-        [f"--checkpoint={shared / 'whole'}", "--out=sheet.png"],
+        [f"--checkpoint={shared / 'whole'}", "--num_steps=2", "--out=sheet.png"],
         [f"--checkpoint={shared / 'checkpoint'}"],
         [f"--checkpoint={shared / 'overflowing'}", "--out=none.png"],
         [f"--checkpoint={shared / 'checkpoint'}", "--size=50"],
         [f"--checkpoint={shared / 'checkpoint'}", "--novel"],
+        [f"--checkpoint={shared / 'checkpoint'}", "--num_steps=2"],
     ]
     answers = several([arguments + case for case in cases], tmp_path)
     lines = "".join(out for _, out, _ in answers).splitlines()
@@ -184,7 +185,8 @@ def test_shapes(shared, tmp_path):
         assert (found["prompts"], found["pixels"]) == (6, 64)
         assert found["parser_overall"] == 1 and found["ceiling"] == 0
         # What no flag says is as in Python.
-        assert found["options"] == dataclasses.asdict(options) | {"guidance_scale": 2.0}
+        steps = {"num_steps": 2 if found is whole else 20}
+        assert found["options"] == dataclasses.asdict(options) | steps
         told = ast.get_docstring(ast.parse((ROOT / "sana_jax/evaluate.py").read_text()))
         assert not [key for key in found if not re.search(rf"\b{key}\b", told)]
     names = ("overall", "count", "shape", "colour", "position", "relation", "control_shuffled")
@@ -195,6 +197,7 @@ def test_shapes(shared, tmp_path):
     told = [told for _, _, told in answers]
     assert "reconstructs some pictures with NaN or infinite" in told[2]
     assert "--size=50 is not a multiple of 4" in told[3]
+    assert "checkpoint lacks a transformer, so it draws nothing" in told[5]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (6 * 70 + 5 * 2, 70)
     assert not (tmp_path / "none.png").exists()

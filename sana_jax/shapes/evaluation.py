@@ -19,7 +19,7 @@ from sana_jax import sharding
 from sana_jax.batch.overlap import overlap
 from sana_jax.batch.settings import with_usual
 from sana_jax.batch.tasks import Batch, make_batches, make_tasks
-from sana_jax.checkpoints.components import component_dtype, module_for
+from sana_jax.checkpoints.components import Checkpoint, component_dtype, module_for
 from sana_jax.checkpoints.load import open_checkpoint, place_all
 from sana_jax.checkpoints.loras import open_all
 from sana_jax.metrics.reconstruction import to_uint8
@@ -39,6 +39,7 @@ from sana_jax.shapes.score import KINDS, held_out, objects_by, overall_by, rates
 GUIDANCE_SCALE = 2.0  # the best of 1.5, 2, 2.5 and 3 for the bundled model
 COLUMNS, SHOWN = 8, 48  # pictures of the sheet
 GOOD, BAD = (20, 150, 40), (220, 30, 30)  # frames in it
+OF_DRAWING = "num_steps", "guidance_scale", "flow_shift", "angles", "lora"  # fields of Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +79,7 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     A checkpoint without a transformer or a text encoder draws nothing: figures that need its
     pictures are None, and the sheet shows reconstructions. Raises UserError.
     """
-    checkpoint = open_checkpoint(name, variant=options.variant, revision=options.revision)
-    draws = None not in (checkpoint.dit, checkpoint.text_encoder)
-    if not draws:
-        checkpoint = dataclasses.replace(checkpoint, dit=None, text_encoder=None)
+    checkpoint, draws = _open(name, options)
     vae, mesh, size = checkpoint.vae, sharding.make_mesh(), options.size
     if draws:
         pipe = SanaPipeline(checkpoint, mesh, options.dtype)
@@ -152,6 +150,17 @@ def measure(name: str, options: Options, quiz: Quiz = USUAL) -> tuple[dict[str, 
     shown = drawn or restored
     good = [score(asked[k].facts, shown[k]).overall for k in range(len(pictures))]
     return found, _sheet(pictures, good)
+
+
+def _open(name: str, options: Options) -> tuple[Checkpoint, bool]:
+    """Returns a checkpoint and True, or the autoencoder of one that draws nothing and False."""
+    checkpoint = open_checkpoint(name, variant=options.variant, revision=options.revision)
+    if None not in (checkpoint.dit, checkpoint.text_encoder):
+        return checkpoint, True
+    if useless := [field for field in OF_DRAWING if getattr(options, field) not in (None, [])]:
+        lacks = "a transformer" if checkpoint.dit is None else "a text encoder"
+        raise UserError(f"--{useless[0]}: {name} lacks {lacks}, so it draws nothing")
+    return dataclasses.replace(checkpoint, dit=None, text_encoder=None), False
 
 
 def _resolved(options: Options, is_sprint: bool) -> Options:

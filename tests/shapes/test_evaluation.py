@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from sana_jax.checkpoints import native
 from sana_jax.models.dit import SPRINT
 from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import UserError
@@ -67,6 +68,17 @@ def test_drawn_pictures_that_are_not_finite_are_refused(asked_for, monkeypatch):
     monkeypatch.setattr(SanaPipeline, "decode", diverged)
     with pytest.raises(UserError, match="draws some pictures with NaN or infinite"):
         measure(str(asked_for[0]), Options(count=4, batch_size=8))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [dict(num_steps=2), dict(guidance_scale=1.0), dict(angles=(1.5, 0.0)), dict(lora=["a.st"])],
+)
+def test_what_draws_nothing_takes_no_settings_of_drawing(tmp_path, given):
+    mini.save(tmp_path / "whole")
+    native.save(mini.alone(tmp_path / "whole"), tmp_path / "vae")
+    with pytest.raises(UserError, match=f"--{[*given][0]}: .*vae lacks a transformer"):
+        measure(str(tmp_path / "vae"), Options(count=4, **given))
 
 
 @pytest.mark.parametrize("given, used", [(None, 3.0), (1.5, 1.5)])
