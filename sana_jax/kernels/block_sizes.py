@@ -9,10 +9,11 @@ size; channels always come in groups of 128 lanes.
 TPU = {
     "linear_attention": 512,  # two steps for 1024 tokens: one loads while the other computes
     "modulated_norm": 256,  # bound by HBM, so it need only fit the widest model into VMEM
-    # The number of rows that a tile of weights in the matrix unit serves: 128 took 1.8 times as
-    # long. The backward pass keeps three arrays of logits at once, so its blocks are smaller.
-    "cross_attention": 512,
-    "cross_attention_backward": 256,
+    # The more tokens, the fewer times are keys and values moved to whole tiles: 128 took 2.6 times
+    # as long. The backward pass keeps three arrays of logits at once, so its blocks are smaller.
+    # Both are halved above 384 text rows.
+    "cross_attention": 1024,
+    "cross_attention_backward": 512,
     # Enough to hide the latency of tanh, few enough for the registers: filling keeps one result for
     # each vector, the convolution an accumulator.
     "glumbconv_fill": 256,

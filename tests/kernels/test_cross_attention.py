@@ -9,7 +9,15 @@ import pytest
 
 from sana_jax.kernels import dispatch
 from sana_jax.kernels.cross_attention import api, cross_attention, gpu, tpu, visible_first
-from tests.kernels.helpers import check, kernel_of, normal, relative_error, rng, run_public
+from tests.kernels.helpers import (
+    check,
+    kernel_of,
+    normal,
+    relative_error,
+    rng,
+    run_public,
+    tpu_mesh,
+)
 
 
 def attention_to(mask, heads):
@@ -40,6 +48,20 @@ def test_kernel_on_tpu(on_tpu, monkeypatch, tokens, rows, channels, heads, dtype
         return out, tpu.backward(*arrays, bias, cotangent, heads)
 
     check(run, formula, [normal(2, tokens, channels), normal(2, rows, 2 * channels)], dtype)
+
+
+@pytest.mark.parametrize("chip, most", [("v5e", 1024), ("v5p", 608), ("v6e", 1024)])
+def test_text_that_fits_into_vmem(chip, most):
+    """A backward pass of 1024 rows needs 69 MB, by the compiler of libtpu 0.0.42."""
+    with jax.set_mesh(tpu_mesh(chip)):
+        assert [rows for rows in range(16, 2048, 16) if tpu.supported(rows, 2240)] == [
+            *range(16, most + 1, 16)
+        ]
+
+
+def test_blocks_are_of_one_size():
+    sizes = {(1024, 300): 1024, (1056, 300): 528, (21, 300): 32, (4096, 385): 512}
+    assert {case: tpu._block(*case, 1024) for case in sizes} == sizes
 
 
 @pytest.fixture

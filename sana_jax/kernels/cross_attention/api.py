@@ -24,7 +24,7 @@ def cross_attention(
     and values may be a pair: there it costs a copy to cut them apart.
     """
     on_tpu = on_gpu = None
-    if not tpu.supported(mask.shape[1]):
+    if not tpu.supported(mask.shape[1], q.shape[2]):
         on_tpu = f"{mask.shape[1]} text rows"
     elif q.dtype == jnp.float32:  # the kernel is off by 1e-4 there, too much for float32
         on_tpu = "float32"
@@ -74,8 +74,7 @@ def _forward(q, kv, mask, heads):
 
 def _backward(heads, saved, cotangent):
     def on_tpu(q, kv, mask, cotangent):
-        d_q, d_kv = tpu.backward(q, kv, hidden_bias(mask), cotangent, heads)
-        return d_q, d_kv.astype(kv.dtype)
+        return tpu.backward(q, kv, hidden_bias(mask), cotangent, heads)
 
     def pull_back(form, q, kv, mask, cotangent):
         return jax.vjp(lambda q, kv: form(q, kv, mask, heads), q, kv)[1](cotangent)

@@ -3,9 +3,11 @@
 A grid step takes a block of tokens, all heads and all text rows: the logits of a head stay in VMEM.
 They are transposed, text rows in the sublanes: 300 rows fill 304 sublanes but would take 384 lanes,
 and sums over text rows need no lane shuffles. Heads of 72 or 112 lie side by side in the lanes, as
-the projection leaves them.
+the projection leaves them: where one begins inside a tile, reading it costs a shift. What heads
+give is gathered transposed, where each begins at a whole tile, and turned in tiles at the end.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -14,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sana_jax.kernels.block_sizes import TPU
-from sana_jax.kernels.mosaic import compiler_params
+from sana_jax.kernels.mosaic import LANES, MIB, compiler_params, vmem_bytes, whole_lanes
 
 LOG2_E = 1.4426950408889634
 _RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # jax 0.10
@@ -25,18 +27,20 @@ def forward(q, kv, bias, heads):
     """Returns the attention of q (B, N, C) to kv (B, L, 2 C); bias (B, L) of logits in float32."""
     batch, tokens, channels = q.shape
     rows = kv.shape[1]
-    block = min(TOKENS, -(-tokens // 16) * 16)
+    block = _block(tokens, rows, TOKENS)
     array = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
     text = pl.BlockSpec((1, rows, 2 * channels), lambda b, i: (b, 0, 0))
     row_bias = pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0))
     blocks = (array, q), (text, kv), (row_bias, bias), (array, q)
+    turned = pltpu.VMEM((channels, block), jnp.float32)
     return pl.pallas_call(
         partial(_forward_kernel, heads=heads),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(batch, pl.cdiv(tokens, block)),
         in_specs=[array, text, row_bias],
         out_specs=array,
-        compiler_params=compiler_params(("parallel", "parallel"), blocks),
+        scratch_shapes=[turned],
+        compiler_params=compiler_params(("parallel", "parallel"), blocks, _bytes(turned)),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * tokens * rows * channels,
             bytes_accessed=(2 * q.size + kv.size) * q.dtype.itemsize,
@@ -52,7 +56,17 @@ def _dot(x, y, contract):
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(q_ref, kv_ref, bias_ref, out_ref, *, heads):
+def _block(tokens, rows, most):
+    """Returns the tokens of a grid step, as many in each: at most half of `most` above 384 rows."""
+    steps = pl.cdiv(tokens, most if rows <= 384 else most // 2)
+    return pl.cdiv(pl.cdiv(tokens, steps), 16) * 16
+
+
+def _bytes(*scratch):
+    return sum(4 * math.prod(x.shape[:-1]) * whole_lanes(x.shape[-1]) for x in scratch)
+
+
+def _forward_kernel(q_ref, kv_ref, bias_ref, out_ref, turned_ref, *, heads):
     channels = q_ref.shape[2]
     width = channels // heads
     bias = bias_ref[0] * LOG2_E
@@ -61,8 +75,15 @@ def _forward_kernel(q_ref, kv_ref, bias_ref, out_ref, *, heads):
         v = kv_ref[0, :, v_lanes]
         weights = _exponentials(q_ref[0, :, lanes], kv_ref[0, :, lanes], bias)
         share = _reciprocal(jnp.sum(weights, axis=0, keepdims=True), v.dtype)
-        out = _dot(v, weights.astype(v.dtype), (0, 0)) * share  # (D, tokens)
-        out_ref[0, :, lanes] = out.T.astype(out_ref.dtype)
+        turned_ref[lanes] = _dot(v, weights.astype(v.dtype), (0, 0)) * share
+    _turn(turned_ref, out_ref)
+
+
+def _turn(turned_ref, out_ref):
+    """Writes the transpose (tokens, C) of what the heads have left, (C, tokens)."""
+    for start in range(0, turned_ref.shape[0], LANES):
+        tile = slice(start, min(start + LANES, turned_ref.shape[0]))
+        out_ref[0, :, tile] = turned_ref[tile].T.astype(out_ref.dtype)
 
 
 def _lanes(h, width, channels):
@@ -82,32 +103,46 @@ def _reciprocal(x, dtype):
 
 
 def backward(q, kv, bias, cotangent, heads):
-    """Returns the cotangents of q, and of keys and values in float32."""
+    """Returns the cotangents of q and kv, whose sums over tokens are float32."""
     batch, tokens, channels = q.shape
     rows = kv.shape[1]
-    block = min(BACKWARD_TOKENS, -(-tokens // 16) * 16)
+    block = _block(tokens, rows, BACKWARD_TOKENS)
     array = pl.BlockSpec((1, block, channels), lambda b, i: (b, i, 0))
     text = pl.BlockSpec((1, rows, 2 * channels), lambda b, i: (b, 0, 0))
     row_bias = pl.BlockSpec((1, rows, 1), lambda b, i: (b, 0, 0))
-    d_kv = jax.ShapeDtypeStruct(kv.shape, jnp.float32)
-    blocks = (array, q), (text, kv), (row_bias, bias), (array, q), (array, q), (text, d_kv)
+    blocks = (array, q), (text, kv), (row_bias, bias), (array, q), (array, q), (text, kv)
+    turned = pltpu.VMEM((channels, block), jnp.float32)
+    sums = pltpu.VMEM((rows, 2 * channels), jnp.float32)
     return pl.pallas_call(
         partial(_backward_kernel, heads=heads, tokens=tokens),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), d_kv],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, kv)],
         grid=(batch, pl.cdiv(tokens, block)),
         in_specs=[array, text, row_bias, array],
         out_specs=[array, text],
-        compiler_params=compiler_params(("parallel", "arbitrary"), blocks),
+        scratch_shapes=[turned, sums],
+        compiler_params=compiler_params(("parallel", "arbitrary"), blocks, _bytes(turned, sums)),
         cost_estimate=pl.CostEstimate(
             flops=10 * batch * tokens * rows * channels,
-            bytes_accessed=3 * q.size * q.dtype.itemsize + kv.size * (q.dtype.itemsize + 4),
+            bytes_accessed=(3 * q.size + 2 * kv.size) * q.dtype.itemsize,
             transcendentals=batch * tokens * rows * heads,
         ),
         name="cross_attention_backward",
     )(q, kv, bias[:, :, None], cotangent)
 
 
-def _backward_kernel(q_ref, kv_ref, bias_ref, cotangent_ref, d_q_ref, d_kv_ref, *, heads, tokens):
+def _backward_kernel(
+    q_ref,
+    kv_ref,
+    bias_ref,
+    cotangent_ref,
+    d_q_ref,
+    d_kv_ref,
+    turned_ref,
+    sums_ref,
+    *,
+    heads,
+    tokens,
+):
     channels = q_ref.shape[2]
     width = channels // heads
     scale = width**-0.5
@@ -127,12 +162,21 @@ def _backward_kernel(q_ref, kv_ref, bias_ref, cotangent_ref, d_q_ref, d_kv_ref, 
         d_weights = _dot(v, d_out, (1, 1))
         inner = jnp.sum(weights * d_weights, axis=0, keepdims=True)
         d_logits = (weights * (d_weights - inner) * scale).astype(q.dtype)
-        d_q_ref[0, :, lanes] = _dot(k, d_logits, (0, 0)).T.astype(d_q_ref.dtype)
+        turned_ref[lanes] = _dot(k, d_logits, (0, 0))
         for to, left, right in ((lanes, d_logits, q), (v_lanes, weights.astype(q.dtype), d_out)):
-            so_far = jnp.where(first, 0.0, d_kv_ref[0, :, to])
-            d_kv_ref[0, :, to] = so_far + _dot(left, right, (1, 0))
+            so_far = jnp.where(first, 0.0, sums_ref[:, to])
+            sums_ref[:, to] = so_far + _dot(left, right, (1, 0))
+    _turn(turned_ref, d_q_ref)
+
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _():
+        d_kv_ref[0] = sums_ref[...].astype(d_kv_ref.dtype)
 
 
-def supported(rows: int) -> bool:
-    """Returns True if VMEM holds a head's logits and the backward pass's other arrays."""
-    return rows <= 1024
+def supported(rows: int, channels: int) -> bool:
+    """Returns True if VMEM holds the blocks and sums of the backward pass, and a head's logits."""
+    block = _block(BACKWARD_TOKENS, rows, BACKWARD_TOKENS)
+    text = 12 * rows * whole_lanes(2 * channels)  # two buffers both ways, and float32
+    tokens = 16 * block * whole_lanes(channels)  # two buffers of three arrays, and float32
+    logits = 3 * 4 * rows * block
+    return rows <= 1024 and text + tokens + logits + 8 * MIB < vmem_bytes()

@@ -45,7 +45,7 @@ def takes(
     fits = (
         glumbconv.supported(height, width, x.dtype.itemsize)
         and linear_attention.supported(channels, head_dim)
-        and cross_attention.supported(text_rows)
+        and cross_attention.supported(text_rows, channels)
         and all(supported(*shape) for shape in _shapes(layers))
     )
     sizes = f"{height} x {width} tokens of width {channels} and {text_rows} text rows"
