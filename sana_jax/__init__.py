@@ -15,6 +15,10 @@ if _command.startswith("sana_jax."):
 
 from typing import TYPE_CHECKING  # noqa: E402
 
+from sana_jax.runtime import tpu_flags  # noqa: E402
+
+tpu_flags.set_defaults()
+
 if TYPE_CHECKING:
     from sana_jax.pipeline.pipeline import SanaPipeline
 
