@@ -49,25 +49,11 @@ from sana_jax.models.layers import (
     partitioned,
     scan_for_sampling,
 )
+from sana_jax.models.remat import REMAT, remat_scan
 from sana_jax.models.variants import MLP, softmax_attention
 from sana_jax.sharding import check_tokens, constrain
 
 FLOAT16_MAX = 65504.0
-
-_policies = jax.checkpoint_policies
-# Name -> the activations of a block that the forward pass keeps; the backward pass recomputes all
-# others. "none" keeps all. Every block's input is kept, by "offload" in host memory.
-REMAT = {
-    "none": None,
-    "full": _policies.nothing_saveable,
-    "dots": _policies.dots_with_no_batch_dims_saveable,
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["block_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
 
 # A sample of 2**14 latents is a picture of half a million pixels a side.
 _MOST = {"depth": MAX_LAYERS, "patch_size": 64, "sample_size": 2**14}
@@ -301,7 +287,7 @@ class SanaTransformer(nn.Module):
     config: SanaConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: str = "none"  # a key of REMAT
+    remat: str = "none"  # a key of REMAT, in remat.py
     unroll: int = 1  # blocks in one iteration of the loop of `__call__`
     implementation: str = "auto"  # of the operations that have a kernel: see kernels/dispatch.py
 
@@ -384,14 +370,32 @@ class SanaTransformer(nn.Module):
         caption = self.caption_embed(caption)
 
         def blocks(x, modulation):
+            if self.remat == "full" and self.unroll == 1 and not self.is_initializing():
+                return self._rematerialised(x, modulation, caption, mask)
             return self.blocks(x, modulation, caption, mask)
 
         return self._velocity(latents, timestep, guidance, blocks)
 
-    def _scan(self, method, *arguments, block=None, layers=slice(None)):
+    def _rematerialised(self, x, *shared):
+        """Computes `blocks`, whose gradients are faster so than with nn.remat (remat.py)."""
+        layer = self._layer()
+
+        def run(x, own, *shared):
+            params, rngs = own
+            return layer.apply({"params": params}, x, *shared, rngs=rngs)[0]
+
+        rngs = {}
+        if self.has_rng("dropout"):
+            rngs["dropout"] = jax.random.split(self.make_rng("dropout"), self.config.depth)
+        own = nn.unbox(self.blocks.variables["params"]), rngs
+        return remat_scan(run, x, own, *shared), None
+
+    def _scan(self, method, *arguments, block=Block, layers=slice(None)):
+        return scan_for_sampling(self.blocks, self._layer(block), method, *arguments, layers=layers)
+
+    def _layer(self, block=Block):
         options = self.dtype, self.param_dtype, self.implementation
-        layer = (block or Block)(self.config, *options, parent=None)
-        return scan_for_sampling(self.blocks, layer, method, *arguments, layers=layers)
+        return block(self.config, *options, parent=None)
 
     def _velocity(self, latents, timestep, guidance, blocks):
         if self.config.objective == "flow":

@@ -7,7 +7,8 @@ section 3). Weights and inputs are those of SanaTransformer.
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.models.dit import REMAT, Block, SanaTransformer
+from sana_jax.models.dit import Block, SanaTransformer
+from sana_jax.models.remat import REMAT
 
 
 class FeatureTransformer(SanaTransformer):

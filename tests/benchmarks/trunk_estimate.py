@@ -28,8 +28,9 @@ from sana_jax.lora.adapter import attach, new_adapter
 from sana_jax.lora.config import LoraConfig
 from sana_jax.measure import tpu_estimate
 from sana_jax.models import flops
-from sana_jax.models.dit import PRESETS, REMAT, Block, SanaConfig
+from sana_jax.models.dit import PRESETS, Block, SanaConfig
 from sana_jax.models.layers import unstack
+from sana_jax.models.remat import REMAT, remat_scan
 from sana_jax.quantisation.table import METHODS, choose
 from sana_jax.runtime import cli
 
@@ -77,20 +78,25 @@ def main(argv: list[str]) -> None:
     params = jax.tree.map(lambda x: like(x.shape, x.dtype), params)
 
     def blocks(params, x, *rest):
-        def step(x, layer):
-            return block.apply(layer, x, *rest)[0], None
+        def layer(x, own, *rest):
+            return block.apply(own, x, *rest)[0]
 
         def in_stack(x, row):
-            return step(x, beside_stack(row[0], params, row[1]))
+            return layer(x, beside_stack(row[0], params, row[1]), *rest), None
+
+        def again(x, own):
+            return jax.checkpoint(layer, policy=REMAT["full"])(x, own, *rest), None
 
         if apart:
-            for layer in params.values():
-                x, _ = step(x, layer)
+            for own in params.values():
+                x = layer(x, own, *rest)
             return x
-        if WHAT.value != "forward":
-            step = jax.checkpoint(step, policy=REMAT["full"], prevent_cse=UNROLL.value)
         unroll = config.depth if UNROLL.value else 1
-        return jax.lax.scan(in_stack, x, (params, jnp.arange(config.depth)), unroll=unroll)[0]
+        if WHAT.value == "forward":
+            return jax.lax.scan(in_stack, x, (params, jnp.arange(config.depth)), unroll=unroll)[0]
+        if UNROLL.value:
+            return jax.lax.scan(again, x, params, unroll=unroll)[0]
+        return remat_scan(layer, x, params, *rest)
 
     def loss(*args):
         return jnp.sum(blocks(*args).astype(jnp.float32) ** 2)

@@ -15,8 +15,9 @@ from sana_jax.kernels.int8_block import api, takes
 from sana_jax.kernels.linear_attention import tpu as attention_on_tpu
 from sana_jax.kernels.modulated_norm import reference as norm
 from sana_jax.kernels.modulated_norm import tpu as norm_on_tpu
-from sana_jax.models.dit import REMAT, Block, SanaConfig
+from sana_jax.models.dit import Block, SanaConfig
 from sana_jax.models.layers import scan_for_sampling
+from sana_jax.models.remat import REMAT
 from sana_jax.sharding import make_mesh
 from tests import toy
 from tests.kernels.helpers import CHIPS, kernel_of, relative_error, spec, tpu_mesh

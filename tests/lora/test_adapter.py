@@ -15,8 +15,9 @@ from sana_jax.kernels.int8 import is_quantised, reference
 from sana_jax.lora.adapter import attach, chosen, detach, merge, new_adapter, sites
 from sana_jax.lora.config import ATTENTION, LoraConfig
 from sana_jax.models.dc_ae_config import DCAEConfig
-from sana_jax.models.dit import REMAT, SanaConfig
+from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.models.remat import REMAT
 from sana_jax.quantisation.table import choose, sums_of, with_quantised
 from sana_jax.runtime.errors import UserError
 from tests.toy import assert_close
@@ -118,6 +119,24 @@ def test_rematerialised_blocks_compute_the_same_gradient(params, remat):
     for name, gradient in traverse_util.flatten_dict(plain, sep="/").items():
         assert np.abs(gradient).max() > 0, name
         assert_close(traverse_util.flatten_dict(other, sep="/")[name], gradient, 1e-4, name)
+
+
+def test_blocks_computed_again_drop_the_same_inputs(params):
+    """The gradient is the slope of the loss: with other dropout the second time it would not be."""
+    update = adapter()
+
+    @jax.jit
+    def loss(update):
+        attached = attach(params, [(update, 1.0)], dropout=0.5)
+        return (velocity(attached, rngs={"dropout": jax.random.key(0)}, remat="full") ** 2).mean()
+
+    gradient = jax.grad(loss)(update)
+    length = sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient)) ** 0.5
+    above, below = (
+        loss(jax.tree.map(lambda x, g, step=step: x + step / length * g, update, gradient))
+        for step in (1e-2, -1e-2)
+    )
+    assert_close((above - below) / 2e-2, length, 1e-2)
 
 
 def test_an_update_of_q_leaves_k_and_v(params):

@@ -90,8 +90,7 @@ def test_operation(monkeypatch, name):
     check(monkeypatch, fn, arrays, moves, 2e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_network(monkeypatch, remat):
+def test_network(monkeypatch):
     """As the loss moves it: the latents and the time, and guidance and text stand still."""
     config = SanaConfig(
         depth=2,
@@ -102,7 +101,7 @@ def test_network(monkeypatch, remat):
         caption_channels=6,
         **SPRINT,
     )
-    module = module_for(config, "float32").clone(implementation="xla", remat=remat)
+    module = module_for(config, "float32").clone(implementation="xla")
     shapes = nn.unbox(jax.eval_shape(partial(init_params, module), jax.random.key(0)))
     params = jax.tree.map(lambda x: normal(*x.shape) / max(x.shape) ** 0.5, shapes)
     caption, guidance = normal(2, ROWS, 6), np.array([4.5, 2.0], np.float32)

@@ -11,8 +11,9 @@ import torch
 from flax import linen as nn
 
 from sana_jax import sharding
-from sana_jax.models.dit import REMAT, VARIANTS, SanaConfig, SanaTransformer
+from sana_jax.models.dit import VARIANTS, SanaConfig, SanaTransformer
 from sana_jax.models.layers import GLUMBConv
+from sana_jax.models.remat import REMAT
 from sana_jax.models.variants import MLP, mlp_width, softmax_attention
 from tests import toy
 

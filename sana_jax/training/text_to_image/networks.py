@@ -30,8 +30,9 @@ from sana_jax.checkpoints.smoothed import check_sites, is_smoothed
 from sana_jax.kernels.dispatch import IMPLEMENTATIONS
 from sana_jax.lora.adapter import chosen, with_text_encoder
 from sana_jax.lora.config import LoraConfig
-from sana_jax.models.dit import REMAT, SanaConfig
+from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.models.remat import REMAT
 from sana_jax.runtime import checks
 from sana_jax.runtime.checks import read_group
 from sana_jax.runtime.errors import UserError

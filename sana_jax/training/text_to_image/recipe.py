@@ -143,7 +143,7 @@ def text_to_image(network: SanaConfig, steps: int, batch_size: int) -> ConfigDic
             "lora": as_group(LoraConfig()) | {"alpha": config_dict.placeholder(float)},
             # Of activations and of frozen weights; weights that train are float32.
             "dtype": "bfloat16",
-            "remat": "none",  # models/dit.py's REMAT
+            "remat": "none",  # models/remat.py's REMAT
             # Blocks in one iteration of their loop: more run faster on CPUs, but compile longer.
             "unroll": 1,
             "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},

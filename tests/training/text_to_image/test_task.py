@@ -15,8 +15,9 @@ from sana_jax.checkpoints.components import init_params, module_for
 from sana_jax.diffusion import ddpm, flow_matching
 from sana_jax.diffusion.flow_matching import NoiseConfig
 from sana_jax.lora.config import LoraConfig
-from sana_jax.models.dit import REMAT, SanaConfig
+from sana_jax.models.dit import SanaConfig
 from sana_jax.models.gemma2 import Gemma2Config
+from sana_jax.models.remat import REMAT
 from sana_jax.runtime.errors import UserError
 from sana_jax.text.prompts import tokenize
 from sana_jax.text.tokenizers import toy_tokenizer
