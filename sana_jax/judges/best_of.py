@@ -64,7 +64,7 @@ class Choice:
 
     @cached_property
     def key(self) -> str:
-        """A hash of what decides a candidate's score."""
+        """A hash of what decides a candidate's score: judge, CLIP's weights, kind of answer."""
         weights = None
         if self.judge == CLIP:
             from sana_jax.checkpoints.clip import open_clip
@@ -127,10 +127,13 @@ def _check_others(folder: epath.Path, chosen: Manifest, choice: Choice, overwrit
                 f"--out={folder} has pictures that were not chosen from candidates; use another"
                 " folder, or --overwrite to replace them"
             )
-        if line.get("judged_by") != choice.judge and not overwrite:
+        judge = line.get("judged_by")
+        same = judge == choice.judge and line.get("judge_key", choice.key) == choice.key
+        if not same and not overwrite:
+            how = " by other weights or rules" if judge == choice.judge else ""
             raise UserError(
-                f"--out={folder} has pictures that {line.get('judged_by')!r} has chosen; use"
-                " another folder, or --overwrite to replace them"
+                f"--out={folder} has pictures that {judge!r} has chosen{how}; use another folder,"
+                " or --overwrite to replace them"
             )
     if chosen.strange:
         raise UserError(f"{folder / 'manifest.jsonl'} is not of this program; use another --out")
@@ -148,7 +151,7 @@ def _keep(choice: Choice, lines: Sequence[Line], answers: dict[str, Any]) -> lis
         kept = tournament.winners(found, choice.keep)
     else:  # the first of those that are equal
         kept = sorted(range(len(found)), key=lambda i: -found[i])[: choice.keep]
-    about = {"judged_by": choice.judge, "candidates": choice.candidates}
+    about = {"judged_by": choice.judge, "judge_key": choice.key, "candidates": choice.candidates}
     return [
         {**lines[i], "candidate": lines[i]["file"], "score": found[i], "rank": rank} | about
         for rank, i in enumerate(kept)

@@ -146,6 +146,8 @@ def test_what_others_have_chosen_or_drawn_stays_unless_told(out, judge):
     for refused in best_of.check_out, lambda *given: choose(given[0], tasks(), given[1]):
         with pytest.raises(UserError, match="has chosen; use another folder, or --overwrite"):
             refused(other, str(out))
+        with pytest.raises(UserError, match="has chosen by other weights or rules; use another"):
+            refused(choice(tournament=True), str(out))
     assert contents(out) == before
     names = choose(other, tasks(), str(out), overwrite=True)
     assert sorted(path.name for path in out.glob("*.png")) == names
@@ -158,6 +160,17 @@ def test_what_others_have_chosen_or_drawn_stays_unless_told(out, judge):
     with pytest.raises(UserError, match="is of another program"):
         choose(other, tasks(), str(out))
     assert (out / names[0]).read_bytes() == b"mine"
+
+
+def test_what_clip_chose_with_other_weights_stays(out, tmp_path):
+    for name, activation in [("one", "quick_gelu"), ("two", "gelu")]:
+        toy_clip.save(tmp_path / name, activation)
+    one, two = (choice(judge=best_of.CLIP, weights=str(tmp_path / n)) for n in ("one", "two"))
+    choose(one, tasks(), str(out))
+    before = contents(out)
+    with pytest.raises(UserError, match="'clip' has chosen by other weights or rules"):
+        choose(two, tasks(), str(out))
+    assert contents(out) == before
 
 
 def test_clip_scores_are_those_of_evaluate(out, tmp_path):
