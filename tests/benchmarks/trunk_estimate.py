@@ -4,13 +4,13 @@
 
 Covers all blocks, with mask and biases, in bfloat16 or forward with `--quantise`, but not
 embeddings, output projection and optimizer. `forward` is of a step of sampling, which has each
-layer's weights by themselves, unless they are int8: a few layers stand for all, since more compile
-longer. `backward` is forward and backward with full rematerialisation, and `lora` the same of a
-LoRA of rank 4 on both attentions, below which no weight needs a gradient; both loop over the stack
-of all layers, or with `--unroll` do not. FLOPs count the matrix products, linear attention and
-convolution, including keys and values of the text; three times for `backward` and twice for `lora`.
-Needs libtpu and minutes, for the kernels' schedules. The last line is JSON. Not a test: its figures
-are in a README.md.
+layer's weights by themselves, unless its rows are int8: a few layers stand for all, since more
+compile longer. `backward` is forward and backward with full rematerialisation, and `lora` the same
+of a LoRA of rank 4 on both attentions, below which no weight needs a gradient; both loop over the
+stack of all layers, or with `--unroll` do not. FLOPs count the matrix products, linear attention
+and convolution, including keys and values of the text; three times for `backward` and twice for
+`lora`. Needs libtpu and minutes, for the kernels' schedules. The last line is JSON. Not a test: its
+figures are in a README.md.
 """
 
 import json
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     del argv
     preset, batch = MODELS[MODEL.value]
     batch = BATCH.value or batch
-    apart = WHAT.value == "forward" and not QUANTISE.value  # as pipeline/denoise.py
+    apart = WHAT.value == "forward" and QUANTISE.value != "w8a8"  # as pipeline/denoise.py
     config = PRESETS[preset]
     config = replace(config, depth=LAYERS.value or (4 if apart else config.depth))
     c, side = config.width, SIZE.value // 32

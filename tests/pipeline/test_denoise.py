@@ -111,12 +111,19 @@ def test_what_an_accelerator_gets_draws_the_same(monkeypatch, on):
 
 
 @pytest.mark.parametrize(
-    "on, quantised, apart",
-    [("cpu", False, False), ("gpu", True, True), ("tpu", False, True), ("tpu", True, False)],
+    "on, kind, apart",
+    [
+        ("cpu", None, False),
+        ("gpu", "w8a8", True),
+        ("tpu", None, True),
+        ("tpu", "w8", True),
+        ("tpu", "w8a8", False),
+        ("tpu", "w8a8_static", False),
+    ],
 )
-def test_who_gets_layers_by_themselves(monkeypatch, on, quantised, apart):
-    """All but a CPU, and a TPU's kernels, which read int8 weights where they lie."""
-    kinds = (("blocks/attention/q", "w8a8"),) if quantised else ()
+def test_who_gets_layers_by_themselves(monkeypatch, on, kind, apart):
+    """All but a CPU, and a TPU's kernels for int8 rows, which read weights where they lie."""
+    kinds = (("blocks/attention/q", kind),) if kind else ()
     network = SanaTransformer(dataclasses.replace(SMALL, quantised=kinds))
     init = functools.partial(init_params, SanaTransformer(SMALL))
     params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))

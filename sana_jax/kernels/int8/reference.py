@@ -12,7 +12,6 @@ is rounded in float32, so an integer computation elsewhere gets the same bits.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int8
 
 LARGEST = 127
@@ -45,13 +44,7 @@ def product(
     """
     own = scale_of(x) if row_scale is None else row_scale[..., None]
     rows = values_of(x, own)
-    sums = lax.dot_general(
-        rows.reshape(-1, rows.shape[-1]),
-        values,
-        (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.int32,
-    )
-    sums = sums.reshape(*x.shape[:-1], -1).astype(jnp.float32)
+    sums = jnp.dot(rows, values, preferred_element_type=jnp.int32).astype(jnp.float32)
     return (sums * own * scale[0]).astype(x.dtype)
 
 
@@ -66,7 +59,6 @@ def product_of_weights(
     The values are exact in bfloat16 too, and the scale is applied to the sums, so the weights are
     not rounded a second time.
     """
-    rows = x.reshape(-1, x.shape[-1])
     kinds = dict(precision=precision, preferred_element_type=jnp.float32)
-    sums = jnp.dot(rows, values.astype(x.dtype), **kinds)
-    return (sums * scale[0]).astype(x.dtype).reshape(*x.shape[:-1], -1)
+    sums = jnp.dot(x, values.astype(x.dtype), **kinds)
+    return (sums * scale[0]).astype(x.dtype)
