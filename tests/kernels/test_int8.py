@@ -158,6 +158,31 @@ def test_simulated_products_are_rounded_where_it_is_said(products):
         assert 2e-3 < error < 0.02 if name in products else error < 1e-6, name
 
 
+def of_scale(x, gradient, axis):
+    """What the largest number of each row or column gets, as it sets the scale of all others."""
+    largest = np.abs(x).max(axis, keepdims=True)
+    steps = x / (largest / 127)
+    by_scale = (gradient * (np.round(steps) - steps)).sum(axis, keepdims=True)
+    return np.where(np.abs(x) == largest, by_scale * np.sign(x) / 127, 0)
+
+
+def test_the_gradient_of_a_simulated_product_knows_of_the_scale():
+    rng = np.random.default_rng(9)
+    x, cotangent = rng.standard_normal((50, 60)), rng.standard_normal((50, 40))
+    kernel = rng.standard_normal((60, 40))
+
+    def run(x, kernel):
+        return multiply(x, Simulated(kernel, frozenset({"forward"})))
+
+    _, pull_back = jax.vjp(run, *(jnp.asarray(a, jnp.float32) for a in (x, kernel)))
+    found = pull_back(jnp.asarray(cotangent, jnp.float32))
+    straight = exact_gradients(x, kernel, cotangent)
+    for ours, plain, a, axis in zip(found, straight, (x, kernel), (-1, 0), strict=True):
+        added = of_scale(a, plain, axis)
+        assert relative_error(ours, plain + added) < 1e-5
+        assert np.linalg.norm(added) > 1e-3 * np.linalg.norm(plain)
+
+
 def test_a_simulated_product_is_the_one_of_the_weights_once_they_are_stored():
     rng = np.random.default_rng(8)
     x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in [(5, 60), (60, 40)])

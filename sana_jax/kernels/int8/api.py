@@ -21,7 +21,8 @@ def multiply(
     """Returns x times kernel in x's dtype with float32 sums, or by int8 as reference.py says.
 
     Gradients are straight-through: those of the product of what the integers stand for, as if
-    nothing had been rounded. Quantised weights themselves have none.
+    nothing had been rounded. Quantised weights themselves have none. What is simulated also sees
+    that its largest number sets the scale of the others.
     """
     if isinstance(kernel, Quantised):
         if kernel.rows == "int8":
@@ -80,8 +81,27 @@ def _simulated_backward(products, saved, cotangent):
     x, kernel = saved
     d_x = _either(cotangent, kernel.T, "rows" in products)
     rows, of_rows = (t.reshape(-1, t.shape[-1]) for t in (x, cotangent))
-    d_kernel = _either(rows.T, of_rows, "weights" in products)
-    return d_x, d_kernel.astype(kernel.dtype)
+    d_kernel = _either(rows.T, of_rows, "weights" in products).astype(kernel.dtype)
+    if "forward" in products:
+        d_x, d_kernel = _of_scale(x, d_x, -1), _of_scale(kernel, d_kernel, 0)
+    return d_x, d_kernel
+
+
+def _of_scale(x: Array, cotangent: Array, axis: int) -> Array:
+    """Adds the gradient by way of the scale to that of what x is rounded to.
+
+    x is rounded to scale * round(x / scale), whose derivative by the scale is, straight-through,
+    round(x / scale) - x / scale (LSQ, arXiv 1902.08153, equation 3). A range that is too large for
+    most of a row then shrinks.
+    """
+
+    def rounded(x):
+        scale = reference.scale_of(x, axis)
+        steps = x.astype(jnp.float32) / jnp.maximum(scale, reference.TINY)
+        return x + (scale * lax.stop_gradient(jnp.round(steps) - steps)).astype(x.dtype)
+
+    _, pull = jax.vjp(rounded, x)
+    return pull(cotangent.astype(x.dtype))[0]
 
 
 _simulated.defvjp(_simulated_forward, _simulated_backward)
