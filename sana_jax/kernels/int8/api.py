@@ -94,14 +94,14 @@ def _of_scale(x: Array, cotangent: Array, axis: int) -> Array:
     round(x / scale) - x / scale (LSQ, arXiv 1902.08153, equation 3). A range that is too large for
     most of a row then shrinks.
     """
-
-    def rounded(x):
-        scale = reference.scale_of(x, axis)
-        steps = x.astype(jnp.float32) / jnp.maximum(scale, reference.TINY)
-        return x + (scale * lax.stop_gradient(jnp.round(steps) - steps)).astype(x.dtype)
-
-    _, pull = jax.vjp(rounded, x)
-    return pull(cotangent.astype(x.dtype))[0]
+    # By its place and not its value: XLA may compute x twice, with different last bits.
+    place = jnp.argmax(jnp.abs(x), axis, keepdims=True)
+    largest = jnp.take_along_axis(x, place, axis)
+    steps = x.astype(jnp.float32) / jnp.maximum(reference.scale_of(largest, axis), reference.TINY)
+    by_scale = jnp.sum(cotangent * (jnp.round(steps) - steps), axis, keepdims=True)
+    is_largest = lax.broadcasted_iota(place.dtype, x.shape, axis % x.ndim) == place
+    added = jnp.where(is_largest, jnp.sign(largest) * by_scale / reference.LARGEST, 0)
+    return cotangent + added.astype(cotangent.dtype)
 
 
 _simulated.defvjp(_simulated_forward, _simulated_backward)
