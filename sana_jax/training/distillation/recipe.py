@@ -35,6 +35,7 @@ def read_distillation(config: ConfigDict) -> DistillationConfig:
         "text_encoder.train": config.text_encoder.train,
         "lora.rank": config.lora.rank,
         "recipe.int8": config.recipe.int8,
+        "recipe.follow_start": config.recipe.get("follow_start"),
     }
     for key, value in others.items():
         if value:

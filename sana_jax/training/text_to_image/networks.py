@@ -128,8 +128,8 @@ def open_base(
             f" has {tokens} tokens"
         )
     base.dit = read_network(SanaConfig, config, "network")
-    if read_lora(config).rank:
-        base.params["dit"] = _below_lora(config, base, open_named("start", config.start))
+    if read_lora(config).rank or config.recipe.get("follow_start"):  # a new key
+        base.params["dit"] = _start_beside(config, base, open_named)
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
     base.unconditional_mask = "prompt" if config.recipe.keep_mask else "negative"
@@ -137,9 +137,15 @@ def open_base(
     return base, prints
 
 
-def _below_lora(config: ConfigDict, base: Checkpoint, start: Checkpoint) -> Any:
-    """Returns the transformer's weights; what it trains must fit other checkpoints' rows too."""
-    if is_smoothed(start):
+def _start_beside(config: ConfigDict, base: Checkpoint, opener: Callable[..., Checkpoint]) -> Any:
+    """Returns the transformer's weights that stay: those below a LoRA, or that are followed.
+
+    What a LoRA trains must fit other checkpoints' rows too.
+    """
+    if not config.start:
+        raise UserError("config.start is missing: name the checkpoint to follow")
+    start = opener("start", config.start)
+    if read_lora(config).rank and is_smoothed(start):
         both = with_text_encoder(*map(abstract_params, (base.dit, base.text_encoder)))
         try:
             sites = chosen(both, read_lora(config).targets)

@@ -73,6 +73,9 @@ class Recipe:
     # Quantisation-aware training: the products that are in int8, of PRODUCTS, in the transformer's
     # layers that convert --quantise=w8a8 takes; weights stay float32, and are rounded in each step.
     int8: tuple[str, ...] = ()
+    # The velocity to learn is that of config.start's network, not the data's: what a training then
+    # mends is what int8, or a LoRA's rank, takes from it. Held-out errors are still the data's.
+    follow_start: bool = False
 
     def __post_init__(self):
         for name in "steps", "batch_size", "microbatches", "encoder_microbatches":
@@ -150,6 +153,10 @@ class TextToImageTask:
             self.trained["text_encoder"] = partial(init_params, text_encoder)
         shapes = jax.eval_shape(self._init_params, jax.random.key(0))
         self.reader_trains = train_text_encoder or TEXT_ENCODER in shapes.get("lora", {})
+        if self.reader_trains and recipe.follow_start:
+            raise UserError(
+                "follow_start: the start has read other text than an encoder that trains"
+            )
         if self.reader_trains:
             self.text_encoder = text_encoder.clone(trains=True)
         self.tx, self.schedule = make_optimizer(recipe.optimizer, shapes, recipe.steps)
@@ -162,7 +169,7 @@ class TextToImageTask:
     @property
     def below(self) -> SanaConfig | None:
         """The network of `Frozen.dit`."""
-        return self.dit.config if self.lora.rank else None
+        return self.dit.config if self.lora.rank or self.recipe.follow_start else None
 
     @property
     def passes(self) -> float:
@@ -170,7 +177,7 @@ class TextToImageTask:
 
         Backward costs twice the forward, or as much where no weight of the trunk needs a gradient.
         """
-        return 2 if self.lora.rank else 3
+        return (2 if self.lora.rank else 3) + self.recipe.follow_start
 
     def init(self, key: Array) -> TrainState:
         """Returns the state of step 0, its parameters boxed with their logical axes."""
@@ -271,8 +278,12 @@ class TextToImageTask:
         keys, dropout = {}, self.lora.dropout if trains else 0.0
         if dropout:
             keys["dropout"] = jax.random.wrap_key_data(rows["lora_key"][0], impl="threefry2x32")
+        given = noisy, timestep, embeddings, mask
         variables = {"params": self.network("dit", params, frozen, dropout)}
-        velocity = self.dit.apply(variables, noisy, timestep, embeddings, mask, rngs=keys)
+        velocity = self.dit.apply(variables, *given, rngs=keys)
+        if trains and self.recipe.follow_start:
+            followed = self.dit.apply({"params": frozen.dit}, *given)
+            return jnp.mean((velocity - followed) ** 2, axis=(1, 2, 3))
         return flow_matching.row_errors(velocity, latents, rows["noise"])
 
     def _latents(self, rows: Batch, frozen: Frozen) -> Float[Array, "B h w c"]:

@@ -57,6 +57,7 @@ def test_an_unknown_stage_is_refused():
     [
         dict(lora={"rank": 4}),
         dict(recipe={"int8": ("forward",)}),
+        dict(recipe={"follow_start": True}),
         dict(text_encoder={"train": True}),
     ],
 )

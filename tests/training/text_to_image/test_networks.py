@@ -51,6 +51,19 @@ def test_an_instruction_is_refused_where_the_text_encoder_trains(config, tmp_pat
         TextToImageTraining(load(config, text_encoder__train=True), str(tmp_path / "run"))
 
 
+def test_the_start_that_is_followed_stays_beside_what_trains(config):
+    start = str(config.parent / "base")
+    follow = dict(recipe__follow_start=True, text_encoder__train=False)
+    with pytest.raises(UserError, match="config.start is missing: name the checkpoint to follow"):
+        open_base(load(config, **follow))
+    base, prints = open_base(load(config, start=start, **follow))
+    jax.tree.map(
+        np.testing.assert_array_equal, base.params["dit"], native.open_folder(start).params["dit"]
+    )
+    assert "start" in prints
+    assert "dit" not in open_base(load(config, start=start, text_encoder__train=False))[0].params
+
+
 def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
     start = str(config.parent / "base")
     networks.open_start(load(config, start=start))

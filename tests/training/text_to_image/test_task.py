@@ -172,6 +172,23 @@ def test_remat_keeps_what_its_name_says():
     assert [remat for remat in REMAT if host[remat]] == ["offload"]
 
 
+@pytest.mark.parametrize("int8", [(), ("forward",)])
+def test_the_start_is_followed_but_for_what_int8_takes(int8):
+    """A network has no distance from its own start until its products are rounded."""
+    task = make_task(Recipe(10, 8, ADAMW, int8=int8, follow_start=True), train=False)
+    start, params = start_of(task).params["dit"], encoder_params()
+    frozen = Frozen(None, params, *jax.jit(task.read_constants)(params), dit=start)
+    assert task.below == DIT and task.passes == 4
+    state, (loss,) = run(task, 1, make_batch(), frozen)
+    assert (loss > 1e-9) == bool(int8) and loss < 1e-4
+    assert int(state.skipped) == 0
+
+
+def test_a_text_encoder_that_trains_leaves_no_start_to_follow():
+    with pytest.raises(UserError, match="follow_start: the start has read other text"):
+        make_task(Recipe(10, 8, ADAMW, follow_start=True))
+
+
 def test_the_average_follows_the_new_parameters():
     task = make_task(Recipe(10, 8, dataclasses.replace(ADAMW, learning_rate=0.1), ema_decay=0.75))
     first, second = (run(task, steps, make_batch(), Frozen(None))[0] for steps in (3, 4))
