@@ -390,12 +390,12 @@ class SanaTransformer(nn.Module):
         own = nn.unbox(self.blocks.variables["params"]), rngs
         return remat_scan(run, x, own, *shared), None
 
-    def _scan(self, method, *arguments, block=Block, layers=slice(None)):
+    def _scan(self, method, *arguments, block=None, layers=slice(None)):
         return scan_for_sampling(self.blocks, self._layer(block), method, *arguments, layers=layers)
 
-    def _layer(self, block=Block):
+    def _layer(self, block=None):
         options = self.dtype, self.param_dtype, self.implementation
-        return block(self.config, *options, parent=None)
+        return (block or Block)(self.config, *options, parent=None)
 
     def _velocity(self, latents, timestep, guidance, blocks):
         if self.config.objective == "flow":
