@@ -134,6 +134,11 @@ def unstack(stack: Any) -> dict[str, Any]:
     return {f"{i:04}": jax.tree.map(lambda x, i=i: x[i], stack) for i in range(depth)}
 
 
+def layer_of(stack: Any, i: Int[Array, ""]) -> Any:
+    """Returns layer i of a tree of stacked arrays."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+
+
 def scan_for_sampling(
     scanned: nn.Module,
     layer: nn.Module,
@@ -165,14 +170,11 @@ def scan_for_sampling(
         return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
     def in_loop(stack, i):
-        return take(*jax.lax.optimization_barrier((stack, i)))
-
-    def take(stack, i):
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+        return layer_of(*jax.lax.optimization_barrier((stack, i)))
 
     def body(carry, row):
         i, each = row
-        params = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=take)
+        params = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=layer_of)
         params = beside_stack(params, stack, i)
         return layer.apply({"params": params}, carry, *each, *shared, method=method)
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sana_jax.models.layers import layer_of
+
 _policies = jax.checkpoint_policies
 # Name -> the activations of a block that the forward pass keeps; the backward pass recomputes all
 # others. "none" keeps all. Every block's input is kept, by "offload" in host memory.
@@ -57,9 +59,7 @@ def _backward(layer, kept, cotangent):
     def step(turn, state):
         i = depth - 1 - turn
         cotangent, gradients, sums = state
-        x, row = jax.tree.map(
-            partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False), (inputs, stack)
-        )
+        x, row = layer_of((inputs, stack), i)
         _, pull = jax.vjp(layer, x, row, *shared)
         cotangent, of_row, *of_shared = _floats(pull(cotangent))
         write = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
