@@ -128,7 +128,8 @@ def open_base(
             f" has {tokens} tokens"
         )
     base.dit = read_network(SanaConfig, config, "network")
-    if read_lora(config).rank or config.recipe.get("follow_start"):  # a new key
+    # Runs of before had no such key.
+    if read_lora(config).rank or config.recipe.get("follow_start"):
         base.params["dit"] = _start_beside(config, base, open_named)
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)

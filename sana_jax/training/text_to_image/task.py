@@ -73,8 +73,9 @@ class Recipe:
     # Quantisation-aware training: the products that are in int8, of PRODUCTS, in the transformer's
     # layers that convert --quantise=w8a8 takes; weights stay float32, and are rounded in each step.
     int8: tuple[str, ...] = ()
-    # The velocity to learn is that of config.start's network, not the data's: what a training then
-    # mends is what int8, or a LoRA's rank, takes from it. Held-out errors are still the data's.
+    # The velocity to learn is that of config.start's network, not the data's: a training then mends
+    # what int8 takes from it, and without int8 has nothing to learn. Held-out errors are still the
+    # data's.
     follow_start: bool = False
 
     def __post_init__(self):
