@@ -123,12 +123,19 @@ def interpolate(
     return (1 - sigma) * data.astype(jnp.float32) + sigma * noise
 
 
+def velocity_of(
+    data: Float[Array, "B h w c"], noise: Float[Array, "B h w c"]
+) -> Float[Array, "B h w c"]:
+    """Returns noise - data in float32, the derivative of x_sigma by sigma."""
+    return noise.astype(jnp.float32) - data.astype(jnp.float32)
+
+
 def row_errors(
-    velocity: Float[Array, "B h w c"], data: Float[Array, "B h w c"], noise: Float[Array, "B h w c"]
+    velocity: Float[Array, "B h w c"], target: Float[Array, "B h w c"]
 ) -> Float[Array, " B"]:
-    """Returns the mean squared error of each row's velocity against noise - data, in float32."""
-    target = noise.astype(jnp.float32) - data.astype(jnp.float32)
-    return jnp.square(velocity.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+    """Returns the mean squared error of each row's velocity, in float32."""
+    difference = velocity.astype(jnp.float32) - target.astype(jnp.float32)
+    return jnp.square(difference).mean(axis=(1, 2, 3))
 
 
 def flow_loss(

@@ -64,7 +64,8 @@ def test_the_loss_is_the_error_of_the_noise():
     sigma = jnp.asarray(ddpm.SIGMAS[timestep], jnp.float32)
     guess = NOISE + 0.3 * RNG.standard_normal(NOISE.shape).astype(np.float32)
     x = flow_matching.interpolate(DATA, NOISE, sigma)
-    errors = flow_matching.row_errors(ddpm.velocity(lambda *_: guess, x, sigma), DATA, NOISE)
+    target = flow_matching.velocity_of(DATA, NOISE)
+    errors = flow_matching.row_errors(ddpm.velocity(lambda *_: guess, x, sigma), target)
     loss = flow_matching.flow_loss(errors, sigma, flow_matching.DDPM)
     np.testing.assert_allclose(loss, np.mean((guess - NOISE) ** 2), rtol=1e-4)
 

@@ -74,8 +74,7 @@ class Recipe:
     # layers that convert --quantise=w8a8 takes; weights stay float32, and are rounded in each step.
     int8: tuple[str, ...] = ()
     # The velocity to learn is that of config.start's network, not the data's: a training then mends
-    # what int8 takes from it, and without int8 has nothing to learn. Held-out errors are still the
-    # data's.
+    # what int8 takes from it. Held-out errors are still the data's.
     follow_start: bool = False
 
     def __post_init__(self):
@@ -85,6 +84,10 @@ class Recipe:
             within(name, getattr(self, name), 0, 1)
         if unknown := sorted(set(self.int8) - {*PRODUCTS}):
             raise UserError(f"int8: {unknown[0]!r} is not one of {', '.join(PRODUCTS)}")
+        if self.follow_start and "forward" not in self.int8:
+            raise UserError(
+                "follow_start: without 'forward' in int8 the start's velocity is there already"
+            )
 
 
 class CaptionWindow(Protocol):
@@ -283,9 +286,10 @@ class TextToImageTask:
         variables = {"params": self.network("dit", params, frozen, dropout)}
         velocity = self.dit.apply(variables, *given, rngs=keys)
         if trains and self.recipe.follow_start:
-            followed = self.dit.apply({"params": frozen.dit}, *given)
-            return jnp.mean((velocity - followed) ** 2, axis=(1, 2, 3))
-        return flow_matching.row_errors(velocity, latents, rows["noise"])
+            target = self.dit.apply({"params": frozen.dit}, *given)
+        else:
+            target = flow_matching.velocity_of(latents, rows["noise"])
+        return flow_matching.row_errors(velocity, target)
 
     def _latents(self, rows: Batch, frozen: Frozen) -> Float[Array, "B h w c"]:
         if "latents" in rows:

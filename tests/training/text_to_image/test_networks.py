@@ -53,7 +53,7 @@ def test_an_instruction_is_refused_where_the_text_encoder_trains(config, tmp_pat
 
 def test_the_start_that_is_followed_stays_beside_what_trains(config):
     start = str(config.parent / "base")
-    follow = dict(recipe__follow_start=True, text_encoder__train=False)
+    follow = dict(recipe__follow_start=True, recipe__int8=("forward",), text_encoder__train=False)
     with pytest.raises(UserError, match="config.start is missing: name the checkpoint to follow"):
         open_base(load(config, **follow))
     base, prints = open_base(load(config, start=start, **follow))
