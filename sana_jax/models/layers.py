@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from sana_jax.kernels.bias import add_bias
 from sana_jax.kernels.convolution import convolve, convolve_doubled
 from sana_jax.kernels.glumbconv import glumbconv
-from sana_jax.kernels.int8 import Quantised, Weight, beside_stack, multiply
+from sana_jax.kernels.int8 import Quantised, Weight, layer_in_place, multiply
 from sana_jax.kernels.mixed_einsum import dense_float32
 
 Dtype = Any
@@ -89,7 +89,10 @@ class Dense(nn.Module):
     @nn.compact
     def _weights(self, channels: int) -> tuple[Kernel, Float[Array, " D"] | None]:
         shape = (channels, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = self.get_variable("params", "kernel")
+        # Flax would compare the shape of all layers with this one's.
+        if not (isinstance(kernel, Quantised) and kernel.layer is not None):
+            kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if not self.use_bias:
             return kernel, None
         return kernel, self.param("bias", self.bias_init, shape[1:], self.param_dtype)
@@ -122,19 +125,21 @@ def dense(
 FIRST_LAYER = "0000"
 
 
-def unstack(stack: Any) -> dict[str, Any]:
+def unstack(stack: Any, in_place: bool = False) -> dict[str, Any]:
     """Returns a tree of stacked arrays as {name of a layer: its tree}, in order.
 
     Scanned layers copy their weights out of the stack whenever they run. A caller that runs them
-    often, in a loop, takes them apart once before it: see `scan_for_sampling`.
+    often, in a loop, takes them apart once before it: see `scan_for_sampling`. `in_place`: weights
+    for int8 rows stay in the stack, where a TPU's kernels read them.
     """
     stack = nn.unbox(stack)
     depth = jax.tree.leaves(stack)[0].shape[0]
+    cut = layer_in_place if in_place else layer_of
     # JAX sorts the keys of a dict.
-    return {f"{i:04}": jax.tree.map(lambda x, i=i: x[i], stack) for i in range(depth)}
+    return {f"{i:04}": cut(stack, i) for i in range(depth)}
 
 
-def layer_of(stack: Any, i: Int[Array, ""]) -> Any:
+def layer_of(stack: Any, i: Int[Array, ""] | int) -> Any:
     """Returns layer i of a tree of stacked arrays."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
 
@@ -169,13 +174,13 @@ def scan_for_sampling(
             results.append(result)
         return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
-    def in_loop(stack, i):
-        return layer_of(*jax.lax.optimization_barrier((stack, i)))
+    def in_loop(*own):
+        return jax.lax.optimization_barrier(own)
 
     def body(carry, row):
         i, each = row
-        params = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=layer_of)
-        params = beside_stack(params, stack, i)
+        own = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=lambda *own: own)
+        params = layer_in_place(*own)
         return layer.apply({"params": params}, carry, *each, *shared, method=method)
 
     depth = jax.tree.leaves(stack)[0].shape[0]

@@ -92,29 +92,24 @@ def _prepare(module, params, captions, masks):
     """Returns the network's weights, its keys and values, and masks, as its steps read them best.
 
     On accelerators that means each layer's arrays by themselves: from a stack, every step would
-    copy them. One copy a call remains. A TPU's kernels read weights for int8 rows where they lie in
-    the stack. For cuDNN, on a GPU, visible rows come first, and keys and values are a pair.
+    copy them. One copy a call remains, but of weights for int8 rows on a TPU, whose kernels read
+    them in the stack. For cuDNN, on a GPU, visible rows come first, and keys and values are a pair.
     """
     on = platform()
     if on == "gpu":
         captions, masks = visible_first(captions, masks)
     keys_values = keys_values_of(module, params, captions)
-    copied = on == "gpu" or (on == "tpu" and not _has_int8_rows(module.config))
-    if copied and module.config.depth <= MOST_UNROLLED_LAYERS:
-        params, keys_values = _by_layer(params, keys_values, pairs=on == "gpu")
+    if on in ("gpu", "tpu") and module.config.depth <= MOST_UNROLLED_LAYERS:
+        params, keys_values = _by_layer(params, keys_values, on)
     return params, keys_values, masks
 
 
-def _has_int8_rows(config):
-    return any(kind != "w8" for _, kind in config.quantised)
-
-
-@partial(jax.jit, static_argnames="pairs")
-def _by_layer(params, keys_values, pairs):
+@partial(jax.jit, static_argnames="on")
+def _by_layer(params, keys_values, on):
     layers = unstack(keys_values)
-    if pairs:
+    if on == "gpu":
         layers = {name: tuple(jnp.split(kv, 2, -1)) for name, kv in layers.items()}
-    return {**params, "blocks": unstack(params["blocks"])}, layers
+    return {**params, "blocks": unstack(params["blocks"], in_place=on == "tpu")}, layers
 
 
 @partial(jax.jit, static_argnames=("module", "sequential"))

@@ -5,17 +5,16 @@
         --quantise=none --quantise=w8a8 --chip=v5e --store=picture.jsonl
 
 For each model, number of steps and method of quantisation, the TPU compiler's cycles of each part
-at 1024 px, for one picture at a time, and the pictures a second that follow. All else is bfloat16,
-and so is the decoder, of which a method only stores the weights in int8. Text is a short prompt
+at 1024 px, for one picture at a time, and the pictures a second that follow. All else is bfloat16;
+of text encoder and decoder a method stores the weights in int8. Text is a short prompt
 with an instruction as long as the published one, which a pipeline reads once and not for each
 prompt: its share is too large rather than too small. What happens between the parts, on the host,
 is left out, and so is the decoder's first convolution, of a thousand pixels.
 
-The decoder is compiled a stage at a time. The loop of a bfloat16 model has every layer by itself,
-as sampling on a TPU does, and compiles longer than int8's, which reads a stack. With --store, what
-is known is kept, and a second run goes on: start another file when the code has changed. Needs
-libtpu, for the kernels' schedules. The last line is JSON. Not a test: its figures are in
-sana_jax/kernels/README.md.
+The decoder is compiled a stage at a time. The loop has every layer by itself, as sampling on a TPU
+does, and compiles long. With --store, what is known is kept, and a second run goes on: start
+another file when the code has changed. Needs libtpu, for the kernels' schedules. The last line is
+JSON. Not a test: its figures are in sana_jax/kernels/README.md.
 """
 
 import itertools
@@ -104,7 +103,7 @@ def pieces(mesh: Mesh, model: str, steps: int, method: str) -> dict[str, Callabl
         return pipe, *memory.program(pipe, name, params, settings)
 
     def decoder():
-        pipe = pipeline(None)[1]
+        pipe = pipeline(None if method == "none" else method)[1]
         return pipe, memory.abstract_weights("vae", pipe, DTYPE)["decoder"]
 
     def images(stage, channels):
@@ -130,10 +129,10 @@ def pieces(mesh: Mesh, model: str, steps: int, method: str) -> dict[str, Callabl
         weights = norm["scale"], norm["bias"], conv["kernel"], conv["bias"]
         return pipe, image_head, (x, *weights)
 
-    stages = {f"decode stage {i}": lambda i=i: stage(i) for i in reversed(range(6))}
+    stages = {f"decode {method} stage {i}": lambda i=i: stage(i) for i in reversed(range(6))}
     text = {f"text {method}": lambda: part("text")}
     loop = {f"loop {model} {steps} steps {method}": lambda: part("loop")}
-    return loop | text | stages | {"decode head": head}
+    return loop | text | stages | {f"decode {method} head": head}
 
 
 class Store:

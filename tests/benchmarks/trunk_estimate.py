@@ -4,17 +4,17 @@
 
 Covers all blocks, with mask and biases, in bfloat16 or forward with `--quantise`, but not
 embeddings, output projection and optimizer. `forward` is of a step of sampling, which has each
-layer's weights by themselves, unless its rows are int8: a few layers stand for all, since more
-compile longer. `backward` is forward and backward with full rematerialisation, and `lora` the same
-of a LoRA of rank 4 on both attentions, below which no weight needs a gradient; both loop over the
-stack of all layers, or with `--unroll` do not. FLOPs count the matrix products, linear attention
-and convolution, including keys and values of the text; three times for `backward` and twice for
-`lora`. Needs libtpu and minutes, for the kernels' schedules. The last line is JSON. Not a test: its
-figures are in a README.md.
+layer's weights by themselves: a few layers stand for all, since more compile longer. `backward` is
+forward and backward with full rematerialisation, and `lora` the same of a LoRA of rank 4 on both
+attentions, below which no weight needs a gradient; both loop over the stack of all layers, or with
+`--unroll` do not. FLOPs count the matrix products, linear attention and convolution, including keys
+and values of the text; three times for `backward` and twice for `lora`. Needs libtpu and minutes,
+for the kernels' schedules. The last line is JSON. Not a test: its figures are in a README.md.
 """
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
 from sana_jax.checkpoints.components import abstract_params, in_dtype
-from sana_jax.kernels.int8 import beside_stack
 from sana_jax.lora.adapter import attach, new_adapter
 from sana_jax.lora.config import LoraConfig
 from sana_jax.measure import tpu_estimate
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
     del argv
     preset, batch = MODELS[MODEL.value]
     batch = BATCH.value or batch
-    apart = WHAT.value == "forward" and QUANTISE.value != "w8a8"  # as pipeline/denoise.py
+    apart = WHAT.value == "forward"  # as pipeline/denoise.py
     config = PRESETS[preset]
     config = replace(config, depth=LAYERS.value or (4 if apart else config.depth))
     c, side = config.width, SIZE.value // 32
@@ -74,15 +73,12 @@ def main(argv: list[str]) -> None:
     )
     params = {"params": _weights(config, QUANTISE.value)}
     if apart:
-        params = jax.eval_shape(unstack, params)
+        params = jax.eval_shape(partial(unstack, in_place=True), params)
     params = jax.tree.map(lambda x: like(x.shape, x.dtype), params)
 
     def blocks(params, x, *rest):
         def layer(x, own, *rest):
             return block.apply(own, x, *rest)[0]
-
-        def in_stack(x, row):
-            return layer(x, beside_stack(row[0], params, row[1]), *rest), None
 
         def again(x, own):
             return jax.checkpoint(layer, policy=REMAT["full"])(x, own, *rest), None
@@ -91,11 +87,8 @@ def main(argv: list[str]) -> None:
             for own in params.values():
                 x = layer(x, own, *rest)
             return x
-        unroll = config.depth if UNROLL.value else 1
-        if WHAT.value == "forward":
-            return jax.lax.scan(in_stack, x, (params, jnp.arange(config.depth)), unroll=unroll)[0]
         if UNROLL.value:
-            return jax.lax.scan(again, x, params, unroll=unroll)[0]
+            return jax.lax.scan(again, x, params, unroll=config.depth)[0]
         return remat_scan(layer, x, params, *rest)
 
     def loss(*args):

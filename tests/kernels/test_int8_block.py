@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from sana_jax.kernels import dispatch
-from sana_jax.kernels.int8 import Quantised, beside_stack, multiply, reference, rows, tpu
+from sana_jax.kernels.int8 import Quantised, layer_in_place, multiply, reference, rows, tpu
 from sana_jax.kernels.int8_block import api, takes
 from sana_jax.kernels.linear_attention import tpu as attention_on_tpu
 from sana_jax.kernels.modulated_norm import reference as norm
@@ -54,8 +54,9 @@ def test_products_are_the_plain_ones_to_the_bit(on_tpu, inputs, outputs):
     for found in rows.quantised(x), x:
         y = tpu.product(found, kernel, bias, x.dtype)
         np.testing.assert_array_equal(y, expected)
-    stack = dataclasses.replace(kernel, values=jnp.stack([kernel.values * 0, kernel.values]))
-    second = beside_stack(kernel, stack, jnp.int32(1))
+    second = layer_in_place(jax.tree.map(lambda x: jnp.stack([0 * x, x]), kernel), 1)
+    assert second.shape == kernel.shape
+    np.testing.assert_array_equal(multiply(x, second) + bias, expected)
     half = outputs // 2
     for columns in (0, half), (half, outputs):
         y = tpu.product(x, second, bias, x.dtype, columns)
@@ -114,16 +115,12 @@ def inputs(side=8, text_rows=20, caption=False):
     return (x, modulation, text, mask) if caption else (x, text, modulation, mask)
 
 
-def layer_of(stack, i):
-    return beside_stack(jax.tree.map(lambda x: x[i], stack), stack, i)
-
-
 def run(block, stack, *args):
     """The last block, of weights that stay in their stack."""
 
     @jax.jit
     def last(stack, i, *args):
-        params = {"params": layer_of(stack, i)}
+        params = {"params": layer_in_place(stack, i)}
         return block.apply(params, *args, method="with_keys_values")[0]
 
     return last(stack, jnp.int32(1), *args).astype("float32")
@@ -179,19 +176,16 @@ def test_what_has_no_kernels_is_left_to_the_plain_form(monkeypatch):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The kernels' place is taken by a function that counts layers, and adds what a stack is off.
+    """The kernels' place is taken by a function that adds the power of two of its layer's number.
 
-    The list has, of every block that was traced, whether its weights know where they lie.
+    The list has, of every block that was traced, whether its weights lie among those of all layers.
     """
     found = []
 
     def forward(x, modulation, keys_values, mask, params, **_):
         kernel = params["attention"]["qkv"]["kernel"]
-        found.append(kernel.stack is not None)
-        if kernel.stack is None:
-            return x
-        stack, i = kernel.stack
-        return x + 1 + jnp.abs(stack[i] - kernel.values).max().astype(x.dtype)
+        found.append(kernel.layer is not None)
+        return x if kernel.layer is None else x + (1 << kernel.layer).astype(x.dtype)
 
     monkeypatch.setattr(api, "by_platform", kernel_of("tpu"))
     monkeypatch.setattr(api.tpu, "forward", forward)
@@ -213,7 +207,7 @@ def test_layers_that_are_chosen_lie_where_they_say(seen):
         method = "with_keys_values"
         return scan_for_sampling(Scanned(), BLOCK, method, x, (each,), *rest, layers=layers)[0]
 
-    np.testing.assert_array_equal(jax.jit(denoise)(stack, 0 * x).astype(int), 2)
+    np.testing.assert_array_equal(jax.jit(denoise)(stack, 0 * x).astype(int), 2**1 + 2**3)
     assert all(seen) and seen
 
 
@@ -268,7 +262,7 @@ def test_a_block_compiles(chip):
     )
 
     def last(stack, *args):
-        params = {"params": layer_of(stack, jnp.int32(1))}
+        params = {"params": layer_in_place(stack, 1)}
         return block.apply(params, *args, method="with_keys_values")[0]
 
     with jax.set_mesh(mesh):

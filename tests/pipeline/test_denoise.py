@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from sana_jax.checkpoints.components import init_params
+from sana_jax.checkpoints.components import abstract_params
 from sana_jax.diffusion import dpm_solver
 from sana_jax.models.dit import SanaConfig, SanaTransformer
 from sana_jax.pipeline import denoise
@@ -86,12 +86,22 @@ def test_guidance_is_without_effect_where_both_halves_are_equal():
     np.testing.assert_allclose(run(given, False), run(alone, False), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("on", ["gpu", "tpu"])
-def test_what_an_accelerator_gets_draws_the_same(monkeypatch, on):
+def small(kind=None):
+    """A small network, of which a layer's rows may be int8, and random weights."""
+    kinds = (("blocks/attention/qkv", kind),) if kind else ()
+    config, rng = dataclasses.replace(SMALL, quantised=kinds), np.random.default_rng(0)
+
+    def drawn(x):
+        numbers = 0.2 * rng.standard_normal(x.shape)
+        return jnp.asarray(100 * numbers if x.dtype == jnp.int8 else numbers, x.dtype)
+
+    return SanaTransformer(config), jax.tree.map(drawn, nn.unbox(abstract_params(config)))
+
+
+@pytest.mark.parametrize("on, kind", [("gpu", None), ("tpu", None), ("tpu", "w8a8")])
+def test_what_an_accelerator_gets_draws_the_same(monkeypatch, on, kind):
     """Layers by themselves; on a GPU visible rows first, for masks that hide rows anywhere."""
-    network = SanaTransformer(SMALL)
-    params = nn.unbox(init_params(network, jax.random.key(0)))
-    given = inputs(2)
+    (network, params), given = small(kind), inputs(2)
 
     def draw(sequential):
         steps = []
@@ -111,27 +121,27 @@ def test_what_an_accelerator_gets_draws_the_same(monkeypatch, on):
 
 
 @pytest.mark.parametrize(
-    "on, kind, apart",
+    "on, kind, apart, in_place",
     [
-        ("cpu", None, False),
-        ("gpu", "w8a8", True),
-        ("tpu", None, True),
-        ("tpu", "w8", True),
-        ("tpu", "w8a8", False),
-        ("tpu", "w8a8_static", False),
+        ("cpu", "w8a8", False, False),
+        ("gpu", "w8a8", True, False),
+        ("tpu", None, True, False),
+        ("tpu", "w8", True, False),
+        ("tpu", "w8a8", True, True),
+        ("tpu", "w8a8_static", True, True),
     ],
 )
-def test_who_gets_layers_by_themselves(monkeypatch, on, kind, apart):
-    """All but a CPU, and a TPU's kernels for int8 rows, which read weights where they lie."""
-    kinds = (("blocks/attention/q", kind),) if kind else ()
-    network = SanaTransformer(dataclasses.replace(SMALL, quantised=kinds))
-    init = functools.partial(init_params, SanaTransformer(SMALL))
-    params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+def test_who_gets_layers_by_themselves(monkeypatch, on, kind, apart, in_place):
+    """All but a CPU; a TPU's kernels read weights for int8 rows where they lie."""
+    (network, params), given = small(kind), inputs(2)
     monkeypatch.setattr(denoise, "platform", lambda: on)
-    given = inputs(2)
     prepare = functools.partial(denoise._prepare, network)
     read, keys_values, _ = jax.eval_shape(prepare, params, given.captions, given.masks)
     assert ("0001" in read["blocks"]) == isinstance(keys_values, dict) == apart
+    if apart:
+        kernel = read["blocks"]["0001"]["attention"]["qkv"]["kernel"]
+        assert (getattr(kernel, "layer", None) is not None) == in_place
+        assert kernel.shape == (SMALL.width, 3 * SMALL.width)
 
 
 def calls_on_cuda(fn, *args):
@@ -152,7 +162,7 @@ def calls_of(text):
 def test_a_gpu_draws_in_one_program_that_never_asks_the_host():
     """So the host has nothing to do between its launches, and they can become CUDA graphs."""
     network, given = SanaTransformer(SMALL, dtype=jnp.bfloat16), inputs(2)
-    params = nn.unbox(jax.eval_shape(lambda: init_params(network, jax.random.key(0))))
+    params = nn.unbox(abstract_params(SMALL))
 
     def draw(params, *args):
         return denoise.sample(network, params, *args, None, sequential=False)

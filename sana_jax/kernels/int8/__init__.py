@@ -5,6 +5,6 @@ from sana_jax.kernels.int8.weights import Quantised as Quantised
 from sana_jax.kernels.int8.weights import Simulated as Simulated
 from sana_jax.kernels.int8.weights import Watched as Watched
 from sana_jax.kernels.int8.weights import Weight as Weight
-from sana_jax.kernels.int8.weights import beside_stack as beside_stack
 from sana_jax.kernels.int8.weights import cast as cast
 from sana_jax.kernels.int8.weights import is_quantised as is_quantised
+from sana_jax.kernels.int8.weights import layer_in_place as layer_in_place

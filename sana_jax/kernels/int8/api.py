@@ -25,6 +25,7 @@ def multiply(
     that its largest number sets the scale of the others.
     """
     if isinstance(kernel, Quantised):
+        kernel = kernel.alone()
         if kernel.rows == "int8":
             return _product(x, kernel)
         return reference.product_of_weights(x, kernel.values, kernel.scale, precision)

@@ -113,7 +113,9 @@ class _Weights(NamedTuple):
 
 def _weights(kernel: Quantised, bias, transposed, columns=None) -> _Weights:
     """Returns the kernel as a Pallas kernel takes it, or whole tiles with some columns of it."""
-    stack, layer = kernel.stack or (kernel.values[None], jnp.int32(0))
+    stack, layer = kernel.values, kernel.layer
+    if layer is None:
+        stack, layer = stack[None], jnp.int32(0)
     inputs, outputs = kernel.shape
     start, stop = columns or (0, outputs)
     size = whole_lanes(stop - start) if columns else outputs

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scale", "range", "stack"),
+    data_fields=("values", "scale", "range", "layer"),
     meta_fields=("rows",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,26 +30,34 @@ class Quantised:
     # None: every row has its own.
     range: Float[Array, "..."] | None = None
     rows: str = "float"  # what the weights are multiplied with: "float" or "int8" rows
-    # The values of all layers, and this one's number: a kernel reads a layer where it lies, and
-    # XLA does not cut `values` out if nothing else reads them.
-    stack: tuple[Int8[Array, "L ..."], Int32[Array, ""]] | None = None
+    # The number of a layer whose values still lie among those of all layers: a kernel reads them
+    # there, and everything else calls `alone` first.
+    layer: Int32[Array, ""] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        return self.values.shape if self.layer is None else self.values.shape[1:]
 
     @property
     def ndim(self) -> int:
-        return self.values.ndim
+        return len(self.shape)
+
+    def alone(self) -> "Quantised":
+        """Returns the same with its values by themselves."""
+        if self.layer is None:
+            return self
+        values = jax.lax.dynamic_index_in_dim(self.values, self.layer, keepdims=False)
+        return dataclasses.replace(self, values=values, layer=None)
 
     def astype(self, dtype: DTypeLike) -> Array:
         """Returns the array itself, for operations that know of no int8."""
-        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+        return (self.alone().values.astype(jnp.float32) * self.scale).astype(dtype)
 
     def columns(self, start: int, stop: int) -> "Quantised":
         """Returns the weights of some outputs."""
-        values, scale = (x[..., start:stop] for x in (self.values, self.scale))
-        return dataclasses.replace(self, values=values, scale=scale, stack=None)
+        whole = self.alone()
+        values, scale = (x[..., start:stop] for x in (whole.values, whole.scale))
+        return dataclasses.replace(whole, values=values, scale=scale)
 
 
 @partial(
@@ -115,15 +123,19 @@ def is_quantised(x: Any) -> bool:
     return isinstance(x, Quantised)
 
 
-def beside_stack(layer: Any, stack: Any, i: Int32[Array, ""]) -> Any:
-    """Returns the parameters of layer i of a stack, with int8 weights that know where they lie.
+def layer_in_place(stack: Any, i: Int32[Array, ""] | int) -> Any:
+    """Returns layer i of a tree of stacked arrays; int8 weights for int8 rows stay where they lie.
 
-    See Quantised.stack.
+    See Quantised.layer.
     """
 
-    def add(x, all_layers):
-        if is_quantised(x) and x.rows == "int8":
-            return dataclasses.replace(x, stack=(all_layers.values, i))
-        return x
+    def row(x):
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
-    return jax.tree.map(add, layer, stack, is_leaf=is_quantised)
+    def cut(x):
+        if is_quantised(x) and x.rows == "int8":
+            rest = jax.tree.map(row, dataclasses.replace(x, values=None))
+            return dataclasses.replace(rest, values=x.values, layer=jnp.asarray(i, jnp.int32))
+        return jax.tree.map(row, x)
+
+    return jax.tree.map(cut, stack, is_leaf=is_quantised)

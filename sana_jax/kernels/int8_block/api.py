@@ -1,6 +1,5 @@
 """A block with int8 products: the plain form or the kernels of tpu.py."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -88,7 +87,9 @@ def int8_block(
         table = jnp.broadcast_to(table, (x.shape[0], *table.shape[1:]))
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty and mesh.shape["fsdp"] > 1:  # else every layer gathers all layers
-            params = jax.tree.map(_alone, params, is_leaf=is_quantised)
+            params = jax.tree.map(
+                lambda x: x.alone() if is_quantised(x) else x, params, is_leaf=is_quantised
+            )
         return over_mesh(forward, (x,), (table, keys_values, mask), (params,))
 
     @plain_gradient(plain)
@@ -96,7 +97,3 @@ def int8_block(
         return by_platform(*args, plain=plain, tpu=on_tpu)
 
     return run(params, x, keys_values, modulation, mask)
-
-
-def _alone(x):
-    return dataclasses.replace(x, stack=None) if is_quantised(x) else x
