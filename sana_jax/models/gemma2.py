@@ -167,8 +167,10 @@ class Layer(nn.Module):
         def heads(x, count, name):
             x = linear(count * config.head_dim, ("embed", "heads"), name)(x)
             # Else XLA's TPU backend transposes these weights of all layers first, for heads as the
-            # rotation likes them to lie: 8 of 36 million cycles for a prompt, by its estimate.
-            x = jax.lax.optimization_barrier(x)
+            # rotation likes them to lie: 8 of 36 million cycles for a prompt, by its estimate. A
+            # GPU's does not, and would launch more kernels.
+            barrier = jax.lax.optimization_barrier
+            x = jax.lax.platform_dependent(x, tpu=barrier, default=lambda x: x)
             return rearrange(x, "b l (h d) -> b l h d", h=count)
 
         # Attention.
