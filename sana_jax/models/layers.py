@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from sana_jax.kernels.bias import add_bias
 from sana_jax.kernels.convolution import convolve, convolve_doubled
 from sana_jax.kernels.glumbconv import glumbconv
-from sana_jax.kernels.int8 import Quantised, Weight, layer_in_place, multiply
+from sana_jax.kernels.int8 import Quantised, Weight, join, layer_of, multiply, part
 from sana_jax.kernels.mixed_einsum import dense_float32
 
 Dtype = Any
@@ -123,25 +123,19 @@ def dense(
 
 
 FIRST_LAYER = "0000"
+IN_PLACE = "in_place"
 
 
-def unstack(stack: Any, in_place: bool = False) -> dict[str, Any]:
+def unstack(stack: Any) -> dict[str, Any]:
     """Returns a tree of stacked arrays as {name of a layer: its tree}, in order.
 
     Scanned layers copy their weights out of the stack whenever they run. A caller that runs them
-    often, in a loop, takes them apart once before it: see `scan_for_sampling`. `in_place`: weights
-    for int8 rows stay in the stack, where a TPU's kernels read them.
+    often, in a loop, takes them apart once before it: see `scan_for_sampling`.
     """
     stack = nn.unbox(stack)
     depth = jax.tree.leaves(stack)[0].shape[0]
-    cut = layer_in_place if in_place else layer_of
     # JAX sorts the keys of a dict.
-    return {f"{i:04}": cut(stack, i) for i in range(depth)}
-
-
-def layer_of(stack: Any, i: Int[Array, ""] | int) -> Any:
-    """Returns layer i of a tree of stacked arrays."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+    return {f"{i:04}": layer_of(stack, i) for i in range(depth)}
 
 
 def scan_for_sampling(
@@ -161,15 +155,17 @@ def scan_for_sampling(
     the memory, and slower. A barrier makes the stack seem to depend on the layer's number, which
     keeps the widening of a slice inside the loop.
 
-    Weights and `each` that `unstack` has taken apart are used without a loop.
+    Weights and `each` that `unstack` has taken apart are used without a loop. What int8.part gave
+    to stay whole is beside them as IN_PLACE.
     """
     if scanned.is_initializing():
         return getattr(scanned, method)(carry, *each, *shared)
     stack = nn.unbox(scanned.variables["params"])
     if FIRST_LAYER in stack:
-        results = []
+        results, values = [], stack.pop(IN_PLACE, None)
         for name, params in list(stack.items())[layers]:
             own = (rows[name] for rows in each)
+            params = params if values is None else join(params, values)
             carry, result = layer.apply({"params": params}, carry, *own, *shared, method=method)
             results.append(result)
         return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
@@ -180,7 +176,8 @@ def scan_for_sampling(
     def body(carry, row):
         i, each = row
         own = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=lambda *own: own)
-        params = layer_in_place(*own)
+        (rest, values), i = part(own[0]), own[1]
+        params = join(layer_of(rest, i), values)
         return layer.apply({"params": params}, carry, *each, *shared, method=method)
 
     depth = jax.tree.leaves(stack)[0].shape[0]

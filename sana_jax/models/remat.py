@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sana_jax.models.layers import layer_of
+from sana_jax.kernels.int8 import layer_of
 
 _policies = jax.checkpoint_policies
 # Name -> the activations of a block that the forward pass keeps; the backward pass recomputes all

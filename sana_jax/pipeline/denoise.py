@@ -20,7 +20,8 @@ from sana_jax.diffusion.guidance import guide
 from sana_jax.diffusion.inpainting import Kept, keep
 from sana_jax.kernels.cross_attention import visible_first
 from sana_jax.kernels.dispatch import platform
-from sana_jax.models.layers import unstack
+from sana_jax.kernels.int8 import part
+from sana_jax.models.layers import IN_PLACE, unstack
 
 # Of a deeper network, a second copy of the weights would be too large beside the first.
 MOST_UNROLLED_LAYERS = 32
@@ -100,16 +101,21 @@ def _prepare(module, params, captions, masks):
         captions, masks = visible_first(captions, masks)
     keys_values = keys_values_of(module, params, captions)
     if on in ("gpu", "tpu") and module.config.depth <= MOST_UNROLLED_LAYERS:
-        params, keys_values = _by_layer(params, keys_values, on)
+        blocks, whole = params["blocks"], {}
+        if on == "tpu":
+            blocks, values = part(blocks)
+            whole = {IN_PLACE: values}
+        blocks, keys_values = _by_layer(blocks, keys_values, pairs=on == "gpu")
+        params = {**params, "blocks": blocks | whole}
     return params, keys_values, masks
 
 
-@partial(jax.jit, static_argnames="on")
-def _by_layer(params, keys_values, on):
+@partial(jax.jit, static_argnames="pairs")
+def _by_layer(blocks, keys_values, pairs):
     layers = unstack(keys_values)
-    if on == "gpu":
+    if pairs:
         layers = {name: tuple(jnp.split(kv, 2, -1)) for name, kv in layers.items()}
-    return {**params, "blocks": unstack(params["blocks"], in_place=on == "tpu")}, layers
+    return unstack(blocks), layers
 
 
 @partial(jax.jit, static_argnames=("module", "sequential"))

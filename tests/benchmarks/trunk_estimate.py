@@ -14,7 +14,6 @@ for the kernels' schedules. The last line is JSON. Not a test: its figures are i
 
 import json
 from dataclasses import asdict, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,13 @@ from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
 from sana_jax.checkpoints.components import abstract_params, in_dtype
+from sana_jax.kernels.int8 import join, part
 from sana_jax.lora.adapter import attach, new_adapter
 from sana_jax.lora.config import LoraConfig
 from sana_jax.measure import tpu_estimate
 from sana_jax.models import flops
 from sana_jax.models.dit import PRESETS, Block, SanaConfig
-from sana_jax.models.layers import unstack
+from sana_jax.models.layers import IN_PLACE, unstack
 from sana_jax.models.remat import REMAT, remat_scan
 from sana_jax.quantisation.table import METHODS, choose
 from sana_jax.runtime import cli
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> None:
     )
     params = {"params": _weights(config, QUANTISE.value)}
     if apart:
-        params = jax.eval_shape(partial(unstack, in_place=True), params)
+        rest, values = part(params["params"])
+        params = {**jax.eval_shape(unstack, rest), IN_PLACE: values}
     params = jax.tree.map(lambda x: like(x.shape, x.dtype), params)
 
     def blocks(params, x, *rest):
@@ -84,8 +85,10 @@ def main(argv: list[str]) -> None:
             return jax.checkpoint(layer, policy=REMAT["full"])(x, own, *rest), None
 
         if apart:
-            for own in params.values():
-                x = layer(x, own, *rest)
+            layers = dict(params)
+            values = layers.pop(IN_PLACE)
+            for own in layers.values():
+                x = layer(x, {"params": join(own, values)}, *rest)
             return x
         if UNROLL.value:
             return jax.lax.scan(again, x, params, unroll=config.depth)[0]

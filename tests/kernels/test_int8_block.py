@@ -10,7 +10,16 @@ import pytest
 from flax import linen as nn
 
 from sana_jax.kernels import dispatch
-from sana_jax.kernels.int8 import Quantised, layer_in_place, multiply, reference, rows, tpu
+from sana_jax.kernels.int8 import (
+    Quantised,
+    join,
+    layer_of,
+    multiply,
+    part,
+    reference,
+    rows,
+    tpu,
+)
 from sana_jax.kernels.int8_block import api, takes
 from sana_jax.kernels.linear_attention import tpu as attention_on_tpu
 from sana_jax.kernels.modulated_norm import reference as norm
@@ -27,6 +36,11 @@ rng = np.random.default_rng(0)
 
 def normal(*shape, dtype="bfloat16"):
     return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+
+def layer_in_place(stack, i):
+    rest, values = part(stack)
+    return join(layer_of(rest, i), values)
 
 
 def weight(inputs, outputs) -> Quantised:

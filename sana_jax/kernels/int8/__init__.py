@@ -7,4 +7,6 @@ from sana_jax.kernels.int8.weights import Watched as Watched
 from sana_jax.kernels.int8.weights import Weight as Weight
 from sana_jax.kernels.int8.weights import cast as cast
 from sana_jax.kernels.int8.weights import is_quantised as is_quantised
-from sana_jax.kernels.int8.weights import layer_in_place as layer_in_place
+from sana_jax.kernels.int8.weights import join as join
+from sana_jax.kernels.int8.weights import layer_of as layer_of
+from sana_jax.kernels.int8.weights import part as part

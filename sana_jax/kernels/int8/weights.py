@@ -31,7 +31,7 @@ class Quantised:
     range: Float[Array, "..."] | None = None
     rows: str = "float"  # what the weights are multiplied with: "float" or "int8" rows
     # The number of a layer whose values still lie among those of all layers: a kernel reads them
-    # there, and everything else calls `alone` first.
+    # there, and everything else calls `alone` first. Not for gradients: each layer would keep all.
     layer: Int32[Array, ""] | None = None
 
     @property
@@ -123,19 +123,46 @@ def is_quantised(x: Any) -> bool:
     return isinstance(x, Quantised)
 
 
-def layer_in_place(stack: Any, i: Int32[Array, ""] | int) -> Any:
-    """Returns layer i of a tree of stacked arrays; int8 weights for int8 rows stay where they lie.
+def part(stack: Any) -> tuple[Any, Any]:
+    """Takes the values of weights for int8 rows out of a tree of stacked arrays, which stay whole.
 
-    See Quantised.layer.
+    Returns the tree with None in their place, and a tree of them with None in the place of all
+    else. `join` puts them back.
     """
+
+    def stays(x):
+        return is_quantised(x) and x.rows == "int8"
+
+    def without(x):
+        return dataclasses.replace(x, values=None) if stays(x) else x
+
+    rest = jax.tree.map(without, stack, is_leaf=is_quantised)
+    values = jax.tree.map(lambda x: x.values if stays(x) else None, stack, is_leaf=is_quantised)
+    return rest, values
+
+
+def layer_of(stack: Any, i: Int32[Array, ""] | int) -> Any:
+    """Returns layer i of a tree of stacked arrays, or of the first that `part` gives."""
 
     def row(x):
         return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
     def cut(x):
-        if is_quantised(x) and x.rows == "int8":
-            rest = jax.tree.map(row, dataclasses.replace(x, values=None))
-            return dataclasses.replace(rest, values=x.values, layer=jnp.asarray(i, jnp.int32))
-        return jax.tree.map(row, x)
+        layer = jax.tree.map(row, x)
+        if is_quantised(x) and x.values is None:
+            return dataclasses.replace(layer, layer=jnp.asarray(i, jnp.int32))
+        return layer
 
     return jax.tree.map(cut, stack, is_leaf=is_quantised)
+
+
+def join(layer: Any, values: Any) -> Any:
+    """Returns a layer with weights that know where they lie: among the values of all layers.
+
+    Both are of `part`. See Quantised.layer.
+    """
+
+    def put(x, values):
+        return x if values is None else dataclasses.replace(x, values=values)
+
+    return jax.tree.map(put, layer, values, is_leaf=is_quantised)
