@@ -20,9 +20,9 @@ def multiply(
 ) -> Float[Array, "*B D"]:
     """Returns x times kernel in x's dtype with float32 sums, or by int8 as reference.py says.
 
-    Gradients are straight-through: those of the product of what the integers stand for, as if
-    nothing had been rounded. Quantised weights themselves have none. What is simulated also sees
-    that its largest number sets the scale of the others.
+    Gradients are straight-through. Beside quantised weights, which have none, they are those of the
+    product of what the integers stand for; of what is simulated, those of the product as if nothing
+    had been rounded, and its largest number also gets that of the scale that it sets.
     """
     if isinstance(kernel, Quantised):
         kernel = kernel.alone()
@@ -97,11 +97,10 @@ def _of_scale(x: Array, cotangent: Array, axis: int) -> Array:
     """
     # By its place and not its value: XLA may compute x twice, with different last bits.
     place = jnp.argmax(jnp.abs(x), axis, keepdims=True)
-    largest = jnp.take_along_axis(x, place, axis)
-    steps = x.astype(jnp.float32) / jnp.maximum(reference.scale_of(largest, axis), reference.TINY)
+    steps = x.astype(jnp.float32) / jnp.maximum(reference.scale_of(x, axis), reference.TINY)
     by_scale = jnp.sum(cotangent * (jnp.round(steps) - steps), axis, keepdims=True)
     is_largest = lax.broadcasted_iota(place.dtype, x.shape, axis % x.ndim) == place
-    added = jnp.where(is_largest, jnp.sign(largest) * by_scale / reference.LARGEST, 0)
+    added = jnp.where(is_largest, jnp.sign(x) * by_scale / reference.LARGEST, 0)
     return cotangent + added.astype(cotangent.dtype)
 
 
