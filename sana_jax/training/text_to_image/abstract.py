@@ -100,7 +100,8 @@ def abstract_training(
     vae = abstract_placed(base.vae, frozen_dtype("vae", config.dtype), mesh)
     frozen = Frozen(vae)
     if task.below is not None:
-        below = abstract_placed(task.below, frozen_dtype("dit", config.dtype), mesh)
+        dtype = frozen_dtype("dit", config.dtype, task.recipe.follow_start)
+        below = abstract_placed(task.below, dtype, mesh)
         frozen = frozen._replace(dit=below)
     if not encoder.train:
         dtype = frozen_dtype("text_encoder", config.dtype)

@@ -167,7 +167,8 @@ def open_start(config: ConfigDict, opener: Opener | None = None) -> Any:
 
 
 def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
-    network, is_lora = read_network(SanaConfig, config, "network"), bool(read_lora(config).rank)
+    network = read_network(SanaConfig, config, "network")
+    stays = bool(read_lora(config).rank or config.recipe.get("follow_start"))
     if found.dit is None:
         raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
     if found.dit.is_sprint:
@@ -180,16 +181,19 @@ def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
     # No shape shows a difference in these.
     unseen = ["head_dim", "cross_heads", "timestep_scale", "clip_attention", "attention"]
     unseen.append("objective")
-    if is_lora:  # its file is for the network as it is there
+    if stays:  # a LoRA's file, or the velocity to follow, is of the network as it is there
         unseen += ["qk_norm", "interpolation_scale", "sample_size"]
     for key in unseen:
         then, now = getattr(found.dit, key), getattr(network, key)
         told = f"config.network.{key}={now}, but {then} of"
-        if then != now and is_lora:
+        if then != now and stays:
             raise UserError(f"{told} config.start={config.start}")
         if then != now:
             logging.warning("%s %s", told, config.start)
     warn_of_mask(config, found)
+    if found.flow_shift != config.recipe.noise.shift:
+        told = "config.recipe.noise.shift=%g, with which the model will draw, but %g of %s"
+        logging.warning(told, config.recipe.noise.shift, found.flow_shift, config.start)
     if norms:
         logging.warning("%s has no norms of queries and keys: they start at one", config.start)
         weights = _with_norms(weights, ours)
@@ -268,12 +272,13 @@ def make_networks(config: ConfigDict, base: Checkpoint) -> tuple[nn.Module, nn.M
     return dit, module_for(base.vae, frozen_dtype("vae", dtype)), encoder
 
 
-def frozen_dtype(name: str, dtype: str) -> str:
+def frozen_dtype(name: str, dtype: str, follow_start: bool = False) -> str:
     """Returns the dtype of a frozen network beside a transformer that computes in `dtype`.
 
     Images are encoded in float32, as by SANA and `precompute`, since bfloat16 shifts the latents.
+    A start that is followed has float32 tables and norms, as what follows it has.
     """
-    return "float32" if name == "vae" else dtype
+    return "float32" if name == "vae" or (name == "dit" and follow_start) else dtype
 
 
 def read_network(kind: type, config: ConfigDict, key: str) -> Config:

@@ -56,6 +56,8 @@ def open_workdir(
             settings["text_encoder"]["checkpoint"] = rest
         if "lora" in trained:
             settings["start"] = rest
+    if settings["recipe"].pop("follow_start", False):  # that start is no part of the model
+        prints.pop("start")
     try:
         base, now = open_base(ConfigDict(settings))
     except UserError as error:

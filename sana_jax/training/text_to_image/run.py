@@ -55,7 +55,7 @@ from sana_jax.training.text_to_image.task import Frozen, TextToImageTask
 
 # Keys that may change from one run in a folder to the next. Names of checkpoints and of the data
 # may, since their hashes are compared, and the limit of pixels, which the loader's fingerprint
-# has; but not the name `start`, whose folder is opened again only below a LoRA.
+# has; but not the name `start`, whose folder is opened again only if it stays beside what trains.
 FREE = (
     *("loop.*", "loader.*", "keep", "keep_every", "evaluation.*", "images.*", "mesh.*", "remat"),
     *("unroll", "peak_flops", "data.data_dir", "data.source", "data.max_pixels", "autoencoder"),
@@ -153,7 +153,7 @@ class TextToImageTraining:
         """The frozen networks and what they make of constant text, on the devices."""
         base, params = self.base, {}
         for name in base.params:
-            dtype = frozen_dtype(name, self.config.dtype)
+            dtype = frozen_dtype(name, self.config.dtype, self.task.recipe.follow_start)
             params[name] = place(base.params[name], getattr(base, name), dtype, self.mesh)
         frozen = Frozen(params["vae"], dit=params.get("dit"))
         if "text_encoder" not in params:

@@ -51,12 +51,15 @@ def test_an_instruction_is_refused_where_the_text_encoder_trains(config, tmp_pat
         TextToImageTraining(load(config, text_encoder__train=True), str(tmp_path / "run"))
 
 
+FOLLOW = dict(recipe__follow_start=True, recipe__int8=("forward",), text_encoder__train=False)
+FITS = dict(network__head_dim=32, network__sample_size=16)
+
+
 def test_the_start_that_is_followed_stays_beside_what_trains(config):
     start = str(config.parent / "base")
-    follow = dict(recipe__follow_start=True, recipe__int8=("forward",), text_encoder__train=False)
     with pytest.raises(UserError, match="config.start is missing: name the checkpoint to follow"):
-        open_base(load(config, **follow))
-    base, prints = open_base(load(config, start=start, **follow))
+        open_base(load(config, **FOLLOW))
+    base, prints = open_base(load(config, start=start, **FITS, **FOLLOW))
     jax.tree.map(
         np.testing.assert_array_equal, base.params["dit"], native.open_folder(start).params["dit"]
     )
@@ -72,6 +75,9 @@ def test_a_start_of_the_same_shapes_and_another_meaning(config, caplog):
     assert "config.network.clip_attention=True, but None of" in caplog.text
     networks.open_start(load(config, start=start, network__attention="softmax"))
     assert "config.network.attention=softmax, but linear of" in caplog.text
+    assert "noise.shift" not in caplog.text
+    networks.open_start(load(config, start=start, recipe__noise__shift=1.0))
+    assert "config.recipe.noise.shift=1, with which the model will draw, but 3 of" in caplog.text
     kept = dataclasses.replace(native.open_folder(start), unconditional_mask="prompt")
     networks.open_start(load(config, start=start, recipe__keep_mask=True), lambda name: kept)
     assert "keep_mask" not in caplog.text
@@ -127,14 +133,20 @@ def test_norms_go_on_from_those_of_the_start(config, tmp_path, caplog):
         networks.open_start(load(config, **changes))  # it has norms, the config has none
 
 
+@pytest.mark.parametrize("stays", [dict(lora__rank=4), FOLLOW], ids=["lora", "followed"])
 @pytest.mark.parametrize(
     "changed, told",
-    [(dict(interpolation_scale=2.0), "2.0, but None"), (dict(sample_size=8), "8, but 16")],
+    [
+        (dict(interpolation_scale=2.0), "2.0, but None"),
+        (dict(sample_size=8), "8, but 16"),
+        (dict(qk_norm=True), "True, but False"),
+        (dict(attention="softmax"), "softmax, but linear"),
+    ],
 )
-def test_a_lora_is_of_a_network_with_the_positions_of_its_start(config, changed, told):
-    """Its file is read for the network as it is there, which has no word of others."""
+def test_a_start_that_stays_is_the_network_of_the_config(config, stays, changed, told):
+    """A LoRA's file is read for the network as it is there; a velocity to follow is its own."""
     start, changed = str(config.parent / "base"), {f"network__{k}": x for k, x in changed.items()}
-    same = dict(start=start, lora__rank=4, network__head_dim=32, network__sample_size=16)
+    same = FITS | dict(start=start) | stays
     networks.open_start(load(config, **same))
     (key,) = changed
     words = f"config.{key.replace('__', '.')}={told} of config.start={start}"

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from sana_jax.checkpoints import diffusers, native
 from sana_jax.runtime.errors import UserError
+from sana_jax.training.text_to_image import result
 from sana_jax.training.text_to_image.result import open_workdir
 
 ROOT = Path(__file__).parents[3]
@@ -22,6 +23,17 @@ def damage(workdir, step):
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 2] ^= 1
         path.write_bytes(damaged)
+
+
+def test_a_start_that_was_followed_may_be_gone(unbroken, monkeypatch, tmp_path):
+    document, trained = result.read_newest(unbroken, "ema")
+    document["config"]["recipe"]["follow_start"] = True
+    document["config"]["start"] = str(tmp_path / "gone")
+    document["config"]["fingerprints"]["start"] = "of what is gone"
+    monkeypatch.setattr(result, "read_newest", lambda *_: (document, trained))
+    found, expected = open_workdir(unbroken), native.open_folder(unbroken / "model")
+    kernels = (np.asarray(x.params["dit"]["proj_out"]["kernel"]) for x in (found, expected))
+    np.testing.assert_array_equal(*kernels)
 
 
 def test_convert_reads_the_folder_and_falls_back(unbroken, config, tmp_path):
@@ -36,13 +48,13 @@ def test_convert_reads_the_folder_and_falls_back(unbroken, config, tmp_path):
         open_workdir(workdir)
     try:
         rest = f"--rest={config.parent / 'moved'}"
-        result = subprocess.run([*command, rest], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, rest], cwd=ROOT, capture_output=True, text=True)
         with pytest.raises(UserError, match="config.autoencoder of .* is not what it was"):
             open_workdir(workdir, rest=str(unbroken / "model"))
     finally:
         (config.parent / "moved").rename(base)
-    assert result.returncode == 0, result.stderr
-    assert "step 15 is used" in result.stderr
+    assert done.returncode == 0, done.stderr
+    assert "step 15 is used" in done.stderr
     model = native.open_folder(out)
     assert (model.provenance["steps"], model.provenance["ema"]) == (15, True)
     assert (workdir / "checkpoints/20").exists()  # converting changes nothing
@@ -52,7 +64,7 @@ def test_convert_reads_the_folder_and_falls_back(unbroken, config, tmp_path):
     plain = np.asarray(trained.params["dit"]["proj_out"]["kernel"])
     assert len({array.tobytes() for array in (last, average, plain)}) == 3
     command[-2:] = f"--out={tmp_path / 'theirs'}", "--format=diffusers"
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     theirs = diffusers.open_folder(tmp_path / "theirs")
     np.testing.assert_array_equal(theirs.params["dit"]["proj_out"]["kernel"], plain)
