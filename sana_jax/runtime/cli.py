@@ -230,8 +230,13 @@ def _check_keys(flag: flags.Flag, argv: list[str], config: ConfigDict) -> None:
     keys = list(_keys(config))
     for key in re.findall(rf"^--?(?:no)?{flag.name}\.([^=\n]+)", "\n".join(argv), re.M):
         if re.sub(r"\[-?\d+\]", "", key) not in keys:
-            near = _nearest(config, key.split("."))
-            hint = f"did you mean --{flag.name}.{near}?" if near else f"it has {', '.join(config)}"
+            near, group, within = _nearest(config, key.split(".")), config, f"--{flag.name}"
+            for name in key.split("."):
+                if not isinstance(group.get(name), ConfigDict):
+                    break
+                group, within = group[name], f"{within}.{name}"
+            has = f"{within} has {', '.join(group)}"
+            hint = f"did you mean --{flag.name}.{near}?" if near else has
             raise UserError(f"unknown key --{flag.name}.{key}; {hint}")
 
 

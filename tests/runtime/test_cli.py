@@ -267,8 +267,12 @@ def test_config_overrides(call):
         ("phases.high.adma.warmup_stps=5", ["mean --config.phases.high.adam.warmup_steps?"]),
         (
             "zzzzzz=5",
-            ["--config.zzzzzz;", "it has betas, ema, learning_rate, model, num_steps, phases"],
+            [
+                "--config.zzzzzz;",
+                "--config has betas, ema, learning_rate, model, num_steps",
+            ],
         ),
+        ("model.zzzzzz=5", ["--config.model.zzzzzz;", "--config.model has "]),
         ("num_steps=five", ["--config.num_steps=five", "it takes int"]),
         ("num_steps=2.5", ["--config.num_steps=2.5", "it takes int"]),
         ("learning_rate=fast", ["--config.learning_rate=fast", "it takes float"]),
