@@ -14,6 +14,7 @@ outputs, which are small; the autoencoder's first and last convolutions, which a
 """
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -65,13 +66,13 @@ def choose(networks: Mapping[str, PyTree], method: str, changes: Sequence[Rule] 
       changes: rules that come before the method's.
 
     Raises UserError for a change that matches nothing, is no regular expression, or asks for a
-    product that there is not.
+    product that there is not, and if nothing is left to quantise.
     """
-    rules, unused, found, kept = (*changes, *METHODS[method]), set(changes), {}, []
+    rules, unused, found, kept, names = (*changes, *METHODS[method]), set(changes), {}, [], []
     for network, params in networks.items():
         layers = []
         for layer, path, box in _quantisable(params):
-            name = f"{network}/{layer}"
+            names.append(name := f"{network}/{layer}")
             rule = next((r for r in rules if _matches(r, name)), STAYS)
             unused.discard(rule)
             if (kind := rule[1]) == "none":
@@ -82,7 +83,10 @@ def choose(networks: Mapping[str, PyTree], method: str, changes: Sequence[Rule] 
         found[network] = tuple(layers)
     if unused:
         pattern, kind = min(unused)
-        raise UserError(f"{pattern}={kind} changes no layer; there are {', '.join(kept[:8])}, ...")
+        near = ", ".join(difflib.get_close_matches(pattern, names, 4, 0))
+        raise UserError(f"{pattern}={kind} changes no layer; the nearest are {near}")
+    if not any(found.values()):
+        raise UserError(f"{method}: no layer is left that is quantised")
     return Choice(found, tuple(kept))
 
 

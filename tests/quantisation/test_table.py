@@ -67,7 +67,9 @@ def test_a_user_changes_the_table_first_come_first():
 
 
 def test_bad_changes_are_named():
-    refused([("dit/blocks/fnn/.*", "w8")], "dit/blocks/fnn/.*=w8 changes no layer")
+    refused([("dit/blocks/fnn/.*", "w8")], "dit/blocks/fnn/.*=w8 changes no layer", "ffn/expand")
+    refused([("autoencoder/conv_in", "w8")], "autoencoder/conv_in=w8 changes no layer", "vae/")
+    refused([(".*", "none")], "w8a8: no layer is left that is quantised")
     refused([("dit/blocks/(", "w8")], "'dit/blocks/('")
     refused([("dit/.*", "w4")], "dit/", "=w4: give one of none, w8, w8a8")
     refused([("vae/.*conv1", "w8a8")], "conv1=w8a8: only a matrix product", "give w8")

@@ -176,6 +176,8 @@ def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
     weights, norms = found.params["dit"], network.qk_norm and not found.dit.qk_norm
     normed = dataclasses.replace(found.dit, qk_norm=True) if norms else found.dit
     theirs, ours = (nn.unbox(abstract_params(c)) for c in (normed, network))
+    if found.dit.quantised and not network.quantised:
+        raise UserError(f"config.start={config.start} is int8: name what it was made from")
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
     # No shape shows a difference in these.

@@ -17,6 +17,7 @@ from sana_jax.pipeline.pipeline import SanaPipeline
 from sana_jax.runtime.errors import UserError
 from sana_jax.text.instruction import Instruction
 from sana_jax.training.checkpoints.manager import read_newest
+from sana_jax.training.text_to_image.networks import open_start
 from sana_jax.training.text_to_image.result import open_workdir
 from sana_jax.training.text_to_image.run import TextToImageTraining
 from tests.training.text_to_image.toy import load
@@ -194,6 +195,8 @@ def test_it_trains_beside_int8_weights(config, tmp_path):
         open_workdir(tmp_path / "run")
     with pytest.raises(UserError, match="config.network.quantised: int8 weights do not train"):
         TextToImageTraining(load(config, **{**changes(config, **int8), "lora__rank": 0}), "unused")
+    with pytest.raises(UserError, match="int8 is int8: name what it was made from"):
+        open_start(load(config, start=str(base)))
     made.provenance["quantised"]["smoothing"] = {"prompts": 1}
     native.save(made, smoothed := tmp_path / "smoothed")
     int8 = int8 | dict(start=str(smoothed), lora__targets=("blocks/ffn/.*",))
