@@ -269,7 +269,7 @@ def test_config_overrides(call):
             "zzzzzz=5",
             [
                 "--config.zzzzzz;",
-                "--config has betas, ema, learning_rate, model, num_steps",
+                "--config has betas, ema, learning_rate, model, num_steps, phases",
             ],
         ),
         ("model.zzzzzz=5", ["--config.model.zzzzzz;", "--config.model has "]),
