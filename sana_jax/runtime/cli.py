@@ -230,14 +230,19 @@ def _check_keys(flag: flags.Flag, argv: list[str], config: ConfigDict) -> None:
     keys = list(_keys(config))
     for key in re.findall(rf"^--?(?:no)?{flag.name}\.([^=\n]+)", "\n".join(argv), re.M):
         if re.sub(r"\[-?\d+\]", "", key) not in keys:
-            near, group, within = _nearest(config, key.split(".")), config, f"--{flag.name}"
-            for name in key.split("."):
-                if not isinstance(group.get(name), ConfigDict):
-                    break
-                group, within = group[name], f"{within}.{name}"
-            has = f"{within} has {', '.join(group)}"
+            parts = key.split(".")
+            near = _nearest(config, parts)
+            has = _keys_near(config, parts, f"--{flag.name}")
             hint = f"did you mean --{flag.name}.{near}?" if near else has
             raise UserError(f"unknown key --{flag.name}.{key}; {hint}")
+
+
+def _keys_near(config: ConfigDict, parts: list[str], name: str) -> str:
+    """Says which keys the deepest group has that the parts of a key lead to."""
+    first, *rest = parts
+    if isinstance(config.get(first), ConfigDict) and rest:
+        return _keys_near(config[first], rest, f"{name}.{first}")
+    return f"{name} has {', '.join(config)}"
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
