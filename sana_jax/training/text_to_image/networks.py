@@ -128,14 +128,19 @@ def open_base(
             f" has {tokens} tokens"
         )
     base.dit = read_network(SanaConfig, config, "network")
-    # Runs of before had no such key.
-    if read_lora(config).rank or config.recipe.get("follow_start"):
+    if _start_stays(config):
         base.params["dit"] = _start_beside(config, base, open_named)
     base.text_rows = checks.integer("config.text_encoder.rows", encoder.rows, 2, 2**16)
     base.flow_shift = float(config.recipe.noise.shift)
     base.unconditional_mask = "prompt" if config.recipe.keep_mask else "negative"
     check_fit(base)
     return base, prints
+
+
+def _start_stays(config: ConfigDict) -> bool:
+    """Returns True if the transformer of config.start stays beside what trains."""
+    # Runs of before had no such key.
+    return bool(read_lora(config).rank or config.recipe.get("follow_start"))
 
 
 def _start_beside(config: ConfigDict, base: Checkpoint, opener: Callable[..., Checkpoint]) -> Any:
@@ -168,22 +173,22 @@ def open_start(config: ConfigDict, opener: Opener | None = None) -> Any:
 
 def _weights_of_start(config: ConfigDict, found: Checkpoint) -> Any:
     network = read_network(SanaConfig, config, "network")
-    stays = bool(read_lora(config).rank or config.recipe.get("follow_start"))
     if found.dit is None:
         raise UserError(f"config.start={config.start}: this checkpoint has no transformer")
     if found.dit.is_sprint:
         raise UserError(f"config.start={config.start}: {NO_SPRINT}")
+    if found.dit.quantised and not network.quantised:
+        raise UserError(f"config.start={config.start} is int8: name what it was made from")
     weights, norms = found.params["dit"], network.qk_norm and not found.dit.qk_norm
     normed = dataclasses.replace(found.dit, qk_norm=True) if norms else found.dit
     theirs, ours = (nn.unbox(abstract_params(c)) for c in (normed, network))
-    if found.dit.quantised and not network.quantised:
-        raise UserError(f"config.start={config.start} is int8: name what it was made from")
     if theirs != ours:
         raise UserError(f"config.start={config.start} does not have the weights of config.network")
     # No shape shows a difference in these.
     unseen = ["head_dim", "cross_heads", "timestep_scale", "clip_attention", "attention"]
     unseen.append("objective")
-    if stays:  # a LoRA's file, or the velocity to follow, is of the network as it is there
+    # A LoRA's file, or the velocity to follow, is of the network as it is there.
+    if stays := _start_stays(config):
         unseen += ["qk_norm", "interpolation_scale", "sample_size"]
     for key in unseen:
         then, now = getattr(found.dit, key), getattr(network, key)
