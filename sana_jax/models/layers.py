@@ -173,10 +173,12 @@ def scan_for_sampling(
     def in_loop(*own):
         return jax.lax.optimization_barrier(own)
 
+    parted = part(stack)
+
     def body(carry, row):
         i, each = row
-        own = jax.lax.platform_dependent(stack, i, cpu=in_loop, default=lambda *own: own)
-        (rest, values), i = part(own[0]), own[1]
+        own = jax.lax.platform_dependent(parted, i, cpu=in_loop, default=lambda *own: own)
+        (rest, values), i = own
         params = join(layer_of(rest, i), values)
         return layer.apply({"params": params}, carry, *each, *shared, method=method)
 
