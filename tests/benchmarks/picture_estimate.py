@@ -93,17 +93,18 @@ def pieces(mesh: Mesh, model: str, steps: int, method: str) -> dict[str, Callabl
     """Returns what to compile; a name says the part and whatever else the program depends on."""
 
     @cache
-    def pipeline(quantise):
+    def pipeline():
+        quantise = None if method == "none" else method
         settings = Settings(model, "loop", BATCH.value, SIZE, DTYPE, steps, quantise=quantise)
         return settings, make_pipeline(settings, mesh)
 
     def part(name):
-        settings, pipe = pipeline(None if method == "none" else method)
+        settings, pipe = pipeline()
         params = memory.abstract_weights(PARTS[name], pipe, DTYPE)
         return pipe, *memory.program(pipe, name, params, settings)
 
     def decoder():
-        pipe = pipeline(None if method == "none" else method)[1]
+        pipe = pipeline()[1]
         return pipe, memory.abstract_weights("vae", pipe, DTYPE)["decoder"]
 
     def images(stage, channels):

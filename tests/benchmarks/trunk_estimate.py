@@ -28,7 +28,7 @@ from sana_jax.lora.config import LoraConfig
 from sana_jax.measure import tpu_estimate
 from sana_jax.models import flops
 from sana_jax.models.dit import PRESETS, Block, SanaConfig
-from sana_jax.models.layers import IN_PLACE, unstack
+from sana_jax.models.layers import unstack
 from sana_jax.models.remat import REMAT, remat_scan
 from sana_jax.quantisation.table import METHODS, choose
 from sana_jax.runtime import cli
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     params = {"params": _weights(config, QUANTISE.value)}
     if apart:
         rest, values = part(params["params"])
-        params = {**jax.eval_shape(unstack, rest), IN_PLACE: values}
+        params = jax.eval_shape(unstack, rest), values
     params = jax.tree.map(lambda x: like(x.shape, x.dtype), params)
 
     def blocks(params, x, *rest):
@@ -85,8 +85,7 @@ def main(argv: list[str]) -> None:
             return jax.checkpoint(layer, policy=REMAT["full"])(x, own, *rest), None
 
         if apart:
-            layers = dict(params)
-            values = layers.pop(IN_PLACE)
+            layers, values = params
             for own in layers.values():
                 x = layer(x, {"params": join(own, values)}, *rest)
             return x
